@@ -1,0 +1,120 @@
+"""Declarative rows for what the rules of ``_shrink`` cannot serve, one model type each, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SLIDE, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
+
+CONFIG_ROWS: dict[str, dict[str, Any]] = {
+    # The layers of these are of one kind by default although the architecture has several.
+    "granitemoehybrid": {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL], "position_embedding_type": "rope"},
+    "laguna": {
+        "layer_types": [_FULL, _SLIDE, _SLIDE, _FULL],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "num_attention_heads_per_layer": [4, 4, 6, 6],  # its own feature: the number of heads depends on the layer
+        "gating": True,
+    },
+    "lfm2": {"layer_types": ["conv", _FULL, "conv", _FULL]},
+    "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL]},
+    "llama4_text": {"moe_layers": [1, 3], "no_rope_layers": [1, 1, 0, 0]},
+    "mellum": {"layer_types": [_FULL, _SLIDE, _SLIDE, _FULL]},
+    "minimax_m3_vl_text": {
+        "layer_types": [_FULL, "minimax_m3_sparse", _FULL, "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+    },
+    "zaya": {  # its router has one expert per token
+        "layer_types": ["hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding"],
+        "sliding_window": 8,
+        "num_experts_per_tok": 1,
+    },
+    "cohere2_moe": {
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "layer_types": [_FULL, _SLIDE, _SLIDE, _FULL],
+        "prefix_dense_intermediate_size": 120,
+        "num_shared_experts": 1,
+    },
+    "inkling_text": {
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+    },
+    # Layer kinds come from periods and index lists instead of one list per layer.
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "depth": 5},
+    "mllama_text_model": {"cross_attention_layers": [1, 3]},
+    "qwen2_moe": {"mlp_only_layers": [0]},
+    "qwen3_moe": {"mlp_only_layers": [0]},
+    "qwen3_next": {"mlp_only_layers": [0]},
+    # Sizes that must agree with one another in a way of their own.
+    "blt": {"use_cache": False},  # its cache asks the configuration for num_hidden_layers, which it does not have
+    "cohere_compass_text": {  # rotary parameters per layer kind, without a default; full attention has no positions
+        "layer_types": [_SLIDE, _SLIDE, _FULL, _SLIDE],
+        "rope_parameters": {
+            _SLIDE: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            _FULL: None,
+        },
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 2.0}
+    },  # both are read, neither has a default that works
+    "dots3_note_text": {  # sliding layers have sizes of their own, given by keywords that are no fields
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 34,
+        "swa_kv_lora_rank": 26,
+        "swa_head_dim": 30,
+        "swa_qk_nope_head_dim": 18,
+        "swa_v_head_dim": 22,
+        "sliding_window": 8,
+    },
+    "falcon_h1": {"mlp_multipliers": [0.8, 1.3], "ssm_multipliers": [1.2, 0.8, 1.1, 0.9, 1.3]},
+    "gemma3n_text": {  # shared KV layers need a producing layer of their kind below them
+        "layer_types": [_SLIDE, _FULL, _SLIDE, _FULL],
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4_text": {"global_head_dim": 32},
+    "helium": {"head_dim": 16},  # its output projection is hidden_size by hidden_size
+    "longcat_flash": {"head_dim": 12, "zero_expert_num": 2},  # head_dim is the rotary part of a head
+    "mamba2": {"num_heads": 8, "head_dim": 16},  # num_heads * head_dim == expand * hidden_size
+    "qwen4_exp_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 6,
+        "indexer_compress_ratio": 3,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 64,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 4,
+        "split_ngram_parts": 2,
+    },
+    "reformer": {
+        "axial_pos_shape": (16, 32),
+        "axial_pos_embds_dim": (24, 40),
+    },
+    "xlstm": {"chunk_size": 64},
+    "xmod": {"default_language": "en_XX"},  # no language, no adapter, no forward
+    "zamba": {"attention_head_dim": 32, "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+    "zamba2": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+}
+
+# Members of the mapping that no configuration makes a working text model.
+UNAVAILABLE: dict[str, str] = {
+    "gemma3n": "its vision tower needs the timm package; gemma3n_text is the language model alone",
+    "gemma4_assistant": "a drafting head: its forward requires the embeddings and key-value states of a target model",
+    "gemma4_unified_assistant": (
+        "a drafting head: its forward requires the embeddings and key-value states of a target model"
+    ),
+    "musicgen": (
+        "the mapping gives MusicgenForCausalLM, which takes a MusicgenDecoderConfig, the composite MusicgenConfig: "
+        "AutoModelForCausalLM.from_config fails on a missing field (and its tokens are audio codes)"
+    ),
+    "musicgen_melody": (
+        "the mapping gives MusicgenMelodyForCausalLM, which takes a MusicgenMelodyDecoderConfig, the composite "
+        "MusicgenMelodyConfig: AutoModelForCausalLM.from_config fails on a missing field (and its tokens are audio codes)"
+    ),
+}

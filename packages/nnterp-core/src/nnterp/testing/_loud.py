@@ -1,0 +1,90 @@
+"""Weights under which every part of a model shows in its logits.
+
+The default initialisation (normal, standard deviation 0.02) leaves a residual stream in which no layer, cap, scale or
+position can be told from its absence. Here every parameter is redrawn by its shape and by what the model's own
+initialisation put there: zeros are offsets, ones are scales, noise is a map, anything else has a meaning that is kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+GAIN = 1.3  # of a linear map; activations stay of order one through its nonlinearity
+ROUTER_GAIN = 2.0
+LOGIT_STD = 3.0
+SCALE_STD = 0.3
+OFFSET_STD = 0.2
+
+# Parameters with a range of their own: (low, high) of a uniform draw.
+_RANGES = {
+    "A_log": (-2.5, 0.5),  # state decay exp(-dt * exp(A_log)): from a token to dozens of tokens of memory
+    "dt_bias": (-1.5, 0.5),  # softplus(dt_bias) is the step size
+    "dt_proj.bias": (-1.5, 0.5),
+    "dt_proj_bias": (-1.5, 0.5),
+}
+
+# Parameters whose own initialisation is already visible and whose valid range is narrow.
+_KEPT = (
+    "time_decay",
+    "time_mix_key",
+    "time_mix_value",
+    "time_mix_receptance",
+    "recurrent_param",
+    "alpha_n",
+    "alpha_p",
+    "lambda_q1",
+    "lambda_q2",
+    "lambda_k1",
+    "lambda_k2",
+)
+
+
+@torch.no_grad()
+def make_loud(model: nn.Module, seed: int) -> None:
+    """Redraw the parameters of ``model`` in place; buffers and the global random state stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    head = model.get_output_embeddings()
+    head_weight = getattr(head, "weight", None)
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = modules[owner]
+        if leaf in _KEPT or "sinusoid" in type(module).__name__.lower():
+            continue
+        bounds = next((b for suffix, b in _RANGES.items() if name.endswith(suffix)), None)
+        if bounds is not None:
+            value = torch.rand(parameter.shape, generator=generator) * (bounds[1] - bounds[0]) + bounds[0]
+        else:
+            value = torch.randn(parameter.shape, generator=generator)
+            if parameter is head_weight:
+                value *= LOGIT_STD / math.sqrt(parameter.shape[-1])
+            elif isinstance(module, nn.Embedding):
+                pass
+            elif bool((parameter == 1).all()):
+                value = 1 + SCALE_STD * value
+            elif parameter.ndim == 1 or "bias" in leaf:
+                value *= SCALE_STD if "norm" in type(module).__name__.lower() and leaf == "weight" else OFFSET_STD
+            else:
+                gain = ROUTER_GAIN if _is_router(module, owner) else GAIN
+                value *= gain / math.sqrt(_fan_in(module, parameter))
+        parameter.copy_(value)
+
+
+def _is_router(module: nn.Module, path: str) -> bool:
+    return "router" in type(module).__name__.lower() or path.rpartition(".")[2] in ("gate", "router")
+
+
+def _fan_in(module: nn.Module, parameter: torch.Tensor) -> float:
+    shape = parameter.shape
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return math.prod(shape[1:])
+    if type(module).__name__ == "Conv1D":  # the transposed linear map of GPT-2
+        return shape[0]
+    if type(module).__name__.endswith("Experts"):  # [experts, out, in], or [experts, in, out]: no need to know which
+        return math.sqrt(shape[-1] * shape[-2])
+    if type(module).__name__ == "XLNetRelativeAttention":  # [hidden, heads, head]
+        return shape[0]
+    return shape[-1]
