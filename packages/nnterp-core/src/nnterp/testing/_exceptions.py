@@ -68,6 +68,7 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 22,
         "sliding_window": 8,
     },
+    "electra": {"embedding_size": 48},  # embeddings narrower than the residual stream
     "falcon_h1": {"mlp_multipliers": [0.8, 1.3], "ssm_multipliers": [1.2, 0.8, 1.1, 0.9, 1.3]},
     "gemma3n_text": {  # shared KV layers need a producing layer of their kind below them
         "layer_types": [_SLIDE, _FULL, _SLIDE, _FULL],
@@ -76,6 +77,7 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"global_head_dim": 32},
     "helium": {"head_dim": 16},  # its output projection is hidden_size by hidden_size
+    "hrm_text": {"depth": 2, "embedding_scale": 3.0},  # two stacks of this depth, run 16 layers in all
     "longcat_flash": {"head_dim": 12, "zero_expert_num": 2},  # head_dim is the rotary part of a head
     "mamba2": {"num_heads": 8, "head_dim": 16},  # num_heads * head_dim == expand * hidden_size
     "qwen4_exp_text": {
@@ -96,10 +98,22 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
         "axial_pos_shape": (16, 32),
         "axial_pos_embds_dim": (24, 40),
     },
-    "xlstm": {"chunk_size": 64},
+    "xlm": {"causal": True},  # one class is both the encoder and the decoder
+    "xlnet": {"attn_type": "uni"},  # "bi" sees the future unless a perm_mask is passed
+    "xlstm": {"hidden_size": 128, "chunk_size": 64},  # its query size is a multiple of 64 and half the hidden size
     "xmod": {"default_language": "en_XX"},  # no language, no adapter, no forward
     "zamba": {"attention_head_dim": 32, "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
     "zamba2": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+}
+
+# Factors on parameters, by the end of their name, where attention is not scaled by the square root of the head size.
+LOUD_ROWS: dict[str, dict[str, float]] = {
+    "gemma3n_text": {"q_norm.weight": 0.5},  # scale 1
+    "gemma4_text": {"q_norm.weight": 0.4},  # scale 1
+    "gemma4_unified_text": {"q_norm.weight": 0.4},  # scale 1
+    "gpt_neo": {"q_proj.weight": 0.3},  # scale 1
+    "inkling_text": {"q_norm.weight": 3.0},  # scale 1 / head size
+    "inkling2_text": {"q_norm.weight": 1.5},  # scale 1 / head size
 }
 
 # Members of the mapping that no configuration makes a working text model.
@@ -114,7 +128,8 @@ UNAVAILABLE: dict[str, str] = {
         "AutoModelForCausalLM.from_config fails on a missing field (and its tokens are audio codes)"
     ),
     "musicgen_melody": (
-        "the mapping gives MusicgenMelodyForCausalLM, which takes a MusicgenMelodyDecoderConfig, the composite "
-        "MusicgenMelodyConfig: AutoModelForCausalLM.from_config fails on a missing field (and its tokens are audio codes)"
+        "the mapping gives MusicgenMelodyForCausalLM, which takes a MusicgenMelodyDecoderConfig, the "
+        "composite MusicgenMelodyConfig: AutoModelForCausalLM.from_config fails on a missing field (and its tokens are "
+        "audio codes)"
     ),
 }

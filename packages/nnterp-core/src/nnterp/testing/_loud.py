@@ -12,8 +12,11 @@ import math
 import torch
 from torch import nn
 
+from ._exceptions import LOUD_ROWS
+
 GAIN = 1.3  # of a linear map; activations stay of order one through its nonlinearity
 ROUTER_GAIN = 2.0
+STEP_GAIN = 0.6  # of x_proj: step size, input and output maps of a selective state space, which multiply one another
 LOGIT_STD = 3.0
 SCALE_STD = 0.3
 OFFSET_STD = 0.2
@@ -24,6 +27,7 @@ _RANGES = {
     "dt_bias": (-1.5, 0.5),  # softplus(dt_bias) is the step size
     "dt_proj.bias": (-1.5, 0.5),
     "dt_proj_bias": (-1.5, 0.5),
+    "qk_norm.temp": (1.0, 2.0),  # a factor on the keys that is initialised to zero
 }
 
 # Parameters whose own initialisation is already visible and whose valid range is narrow.
@@ -49,6 +53,7 @@ def make_loud(model: nn.Module, seed: int) -> None:
     head = model.get_output_embeddings()
     head_weight = getattr(head, "weight", None)
     modules = dict(model.named_modules())
+    row = LOUD_ROWS.get(model.config.get_text_config().model_type, {})
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         module = modules[owner]
@@ -63,18 +68,20 @@ def make_loud(model: nn.Module, seed: int) -> None:
                 value *= LOGIT_STD / math.sqrt(parameter.shape[-1])
             elif isinstance(module, nn.Embedding):
                 pass
-            elif bool((parameter == 1).all()):
+            elif bool((parameter == 1).all()) and "1P" not in type(module).__name__:  # LayerNorm1P adds the one itself
                 value = 1 + SCALE_STD * value
             elif parameter.ndim == 1 or "bias" in leaf:
                 value *= SCALE_STD if "norm" in type(module).__name__.lower() and leaf == "weight" else OFFSET_STD
             else:
-                gain = ROUTER_GAIN if _is_router(module, owner) else GAIN
-                value *= gain / math.sqrt(_fan_in(module, parameter))
+                value *= _gain(module, name) / math.sqrt(_fan_in(module, parameter))
+        value *= next((factor for suffix, factor in row.items() if name.endswith(suffix)), 1.0)
         parameter.copy_(value)
 
 
-def _is_router(module: nn.Module, path: str) -> bool:
-    return "router" in type(module).__name__.lower() or path.rpartition(".")[2] in ("gate", "router")
+def _gain(module: nn.Module, name: str) -> float:
+    if "router" in type(module).__name__.lower() or name.endswith((".gate.weight", ".router.weight")):
+        return ROUTER_GAIN
+    return STEP_GAIN if "x_proj" in name else GAIN
 
 
 def _fan_in(module: nn.Module, parameter: torch.Tensor) -> float:

@@ -96,6 +96,11 @@ RULES: dict[str, Any] = {
     "linear_head_dim": 12,
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 14,
+    "input_embedding_size": 48,
+    "output_embedding_size": 52,
+    "prompt_length": 5,
+    "position_bias_num_buckets": 32,
+    "position_bias_max_distance": 128,
     # side inputs: glyph embeddings, hashed byte groups, modality towers
     "pronunciation_vocab_size": 37,
     "pronunciation_embed_dim": 20,
@@ -120,6 +125,7 @@ RULES: dict[str, Any] = {
     "attention_multiplier": 0.3,
     **_fields(0.8, "lm_head_multiplier attention_in_multiplier ssm_in_multiplier"),
     **_fields(1.2, "attention_out_multiplier ssm_out_multiplier key_multiplier"),
+    "dim_model_base": 96,
     "query_pre_attn_scalar": 20,
     # decoders that default to being encoders
     "is_decoder": True,
@@ -133,8 +139,8 @@ _FROM_NONE = frozenset(
 
 # Lists with one entry per layer, and names of the number of layers.
 _LAYER_LISTS = (
-    "layer_types mlp_layer_types no_rope_layers indexer_types layers_block_type attn_layers activation_sparsity_pattern "
-    "num_attention_heads_per_layer layer_rope_theta"
+    "layer_types mlp_layer_types no_rope_layers indexer_types layers_block_type attn_layers "
+    "activation_sparsity_pattern num_attention_heads_per_layer layer_rope_theta"
 ).split()
 _DEPTHS = (
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks num_decoder_layers "
@@ -227,7 +233,7 @@ def _ruled(name: str, default: Any) -> Any:
 
 def cover(lists: Mapping[str, Sequence[Any]], at_least: int = MIN_LAYERS) -> list[int]:
     """Indices of layers, in order, in which every kind of layer that the lists tell apart occurs."""
-    kinds = list(zip(*(map(str, value) for value in lists.values())))
+    kinds = list(zip(*(map(str, value) for value in lists.values()), strict=False))
     picked = {kinds.index(kind) for kind in kinds}
     rest = (i for i in range(len(kinds)) if i not in picked)
     picked.update(islice(rest, max(0, at_least - len(picked))))

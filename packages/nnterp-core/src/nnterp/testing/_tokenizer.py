@@ -12,21 +12,23 @@ VOCAB_SIZE = 509
 _SMALLEST_VOCAB = len(RESERVED_TOKEN_IDS) + 256
 
 _TEXT = """\
-The Eiffel Tower is in the city of Paris, and the Colosseum is in the city of Rome. The capital of France is Paris; the
-capital of Italy is Rome; the capital of Germany is Berlin; the capital of Spain is Madrid; the capital of Japan is Tokyo.
-When Mary and John went to the store, John gave a drink to Mary. When Tom and Anna went to the park, Anna gave a ball to
-Tom. The quick brown fox jumps over the lazy dog. Hello world! This is a small text about language models and their
-hidden states: every layer reads from the residual stream and writes back to it. One, two, three, four, five, six, seven,
-eight, nine, ten. 0 1 2 3 4 5 6 7 8 9. She said that he would not have done it if they had been there with us. What is the
-opposite of hot? The opposite of hot is cold. What is the colour of the sky? The colour of the sky is blue. I think that
-we should ask which words come next, because a model of the next word has to know something about the world. def main():
+The Eiffel Tower is in the city of Paris, and the Colosseum is in the city of Rome. The capital of France is Paris;
+the capital of Italy is Rome; the capital of Germany is Berlin; the capital of Spain is Madrid; the capital of Japan
+is Tokyo. When Mary and John went to the store, John gave a drink to Mary. When Tom and Anna went to the park, Anna
+gave a ball to Tom. The quick brown fox jumps over the lazy dog. Hello world! This is a small text about language
+models and their hidden states: every layer reads from the residual stream and writes back to it. One, two, three,
+four, five, six, seven, eight, nine, ten. 0 1 2 3 4 5 6 7 8 9. She said that he would not have done it if they had
+been there with us. What is the opposite of hot? The opposite of hot is cold. What is the colour of the sky? The
+colour of the sky is blue. I think that we should ask which words come next, because a model of the next word has to
+know something about the world.
+def main():
     return 1 + 2
 for i in range(10):
     print(i)
 "Why not?" she asked. "Because," he answered, "there was no time for the other question, and now it's too late." After
-that day nobody could remember where the house had stood, who had lived in it, or how long the people from the village had
-been waiting for the summer to come again. Good morning, good evening, good night; yes or no, true or false, left or right.
-A cat sat on the mat. Dogs and cats are animals. Water is made of hydrogen and oxygen. The sun is a star.
+that day nobody could remember where the house had stood, who had lived in it, or how long the people from the village
+had been waiting for the summer to come again. Good morning, good evening, good night; yes or no, true or false, left
+or right. A cat sat on the mat. Dogs and cats are animals. Water is made of hydrogen and oxygen. The sun is a star.
 """
 
 
