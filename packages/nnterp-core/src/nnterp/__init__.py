@@ -1,0 +1,28 @@
+"""nnterp: one interface to the inside of any HuggingFace causal language model."""
+
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)
+
+from loguru import logger as _logger  # noqa: E402
+
+_logger.disable("nnterp")
+
+from nnterp import _siblings  # noqa: E402
+from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
+from nnterp.certificate import Certificate  # noqa: E402
+from nnterp.module_accessor import ModuleAccessor  # noqa: E402
+from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
+from nnterp.toy import toy_checkpoint  # noqa: E402
+
+_siblings.explain_missing()
+
+__all__ = [
+    "Anatomy",
+    "Certificate",
+    "ModuleAccessor",
+    "RenameConfig",
+    "StandardizedTransformer",
+    "get_rename_dict",
+    "toy_checkpoint",
+]

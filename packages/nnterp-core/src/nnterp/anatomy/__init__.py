@@ -1,0 +1,8 @@
+"""Which module of a HuggingFace model plays which part: found by structure, before any forward pass."""
+
+from nnterp.anatomy._find import find_anatomy
+from nnterp.anatomy._layout import Anatomy, Layer, Part
+from nnterp.anatomy._rename import AttnProbFunction, RenameConfig, get_rename_dict
+from nnterp.anatomy._sizes import Sizes
+
+__all__ = ["Anatomy", "AttnProbFunction", "Layer", "Part", "RenameConfig", "Sizes", "find_anatomy", "get_rename_dict"]

@@ -1,0 +1,177 @@
+"""The immutable result of looking at a model: paths of its parts, per layer, and what is absent and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from nnterp.anatomy._sizes import Sizes
+from nnterp.errors import Unavailable
+
+KINDS = ("attention", "cross_attention", "linear_attention", "state_space", "convolution", "recurrent", "none")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a layer: the module that carries it, and where its value enters and leaves.
+
+    For nearly every model the three are one module. OPT's feed-forward has no module of its own: it enters at `fc1`
+    and leaves at `fc2`, and `path` is None. BERT's attention module also holds the residual addition and its norm, so
+    the sublayer proper leaves at `attention.output.dense`.
+    """
+
+    path: str | None
+    entry: str
+    exit: str
+
+    @classmethod
+    def module(cls, path: str) -> Part:
+        """A part that is one module."""
+        return cls(path, path, path)
+
+    def __str__(self) -> str:
+        if self.path == self.entry == self.exit:
+            return self.path
+        span = f"{self.entry} → {self.exit}"
+        return span if self.path is None else f"{self.path} ({span})"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its module path, the kind of its sequence mixer, and the paths of its parts.
+
+    Attributes:
+        index: Position in the residual stream, from 0.
+        path: Native path of the layer's module.
+        kind: Kind of `mixer`, one of `KINDS`; "none" for a layer that mixes no positions.
+        mixer: The part that moves information between positions, of whatever kind.
+        self_attn: The softmax attention over the layer's own stream, if the layer has one. It is `mixer` itself
+            except in layers that run an attention and another mixer side by side (Falcon-H1), where `mixer` is the other.
+        mlp: The position-wise part, if there is one.
+        mixture_of_experts: Whether `mlp` routes tokens to experts.
+    """
+
+    index: int
+    path: str
+    kind: str
+    mixer: Part | None
+    self_attn: Part | None
+    mlp: Part | None
+    mixture_of_experts: bool = False
+
+    @property
+    def description(self) -> str:
+        """The layer's kind in words, with the kind of its feed-forward."""
+        feed_forward = "no MLP" if self.mlp is None else ("mixture of experts" if self.mixture_of_experts else "MLP")
+        side = " + attention" if self.self_attn is not None and self.self_attn != self.mixer else ""
+        return f"{self.kind.replace('_', ' ')}{side}, {feed_forward}"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Which module path of one model plays which role; paths are native, as in `model.named_modules()`.
+
+    Attributes:
+        model_class: Name of the HuggingFace class.
+        model_type: `config.model_type`.
+        embed_tokens, layers, ln_final, lm_head: Paths; None where the model has no such module (see `absent`).
+        blocks: One `Layer` per layer, in the order of the residual stream.
+        sizes: The model's dimensions.
+        absent: For each role the model does not have, why.
+    """
+
+    model_class: str
+    model_type: str
+    embed_tokens: str | None
+    layers: str
+    ln_final: str | None
+    lm_head: str | None
+    blocks: tuple[Layer, ...]
+    sizes: Sizes
+    absent: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the residual stream."""
+        return len(self.blocks)
+
+    def indices(self, role: str) -> tuple[int, ...]:
+        """Indices of the layers that have `role`: "self_attn", "mixer" or "mlp"."""
+        return tuple(block.index for block in self.blocks if getattr(block, role) is not None)
+
+    def part(self, role: str, index: int) -> Part:
+        """The part playing `role` in one layer.
+
+        Raises:
+            Unavailable: The layer has no such part; names the layer, its kind and the layers that have it.
+        """
+        block = self.blocks[index]
+        part = getattr(block, role)
+        if part is not None:
+            return part
+        have = self.indices(role)
+        where = f"layers {_ranges(have)} have it" if have else "no layer of this model has it"
+        why = f" ({self.absent[role]})" if role in self.absent else ""
+        raise Unavailable(
+            f"Layer {index} of {self.model_class} ({block.path}: {block.description}) has no {role}; {where}{why}."
+        )
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Pairs of (standard path, native path): what is called what, the model's own parts first."""
+        for role in ("embed_tokens", "layers", "ln_final", "lm_head"):
+            native = getattr(self, role)
+            if native is not None:
+                yield role, native
+        for block in self.blocks:
+            yield f"layers.{block.index}", block.path
+            for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
+                if part is not None and part.path is not None and (role != "mixer" or part != block.self_attn):
+                    yield f"layers.{block.index}.{role}", part.path
+
+    def __str__(self) -> str:
+        rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
+        for indices, block in _alike(self.blocks):
+            rows.append((f"layers[{_ranges(indices, at_most=4)}]", f"{_generic(block.path)}  ({block.description})"))
+            for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
+                if part is not None and not (role == "mixer" and part == block.self_attn):
+                    rows.append((f"  .{role}", _generic(str(part))))
+        width = max(len(left) for left, _ in rows)
+        head = f"{self.model_class} ({self.model_type}): {self.sizes}"
+        return "\n".join([head, *(f"  {left:<{width}}  {right}" for left, right in rows)])
+
+
+_ROLES = ("embed_tokens", "layers", "ln_final", "lm_head")
+
+
+def _generic(path: str) -> str:
+    """A path of one layer with its index replaced, so that like layers print alike."""
+    return ".".join("*" if piece.isdigit() else piece for piece in path.split("."))
+
+
+def _signature(block: Layer) -> tuple:
+    return (_generic(block.path), block.description, *(_generic(str(p)) for p in (block.mixer, block.self_attn, block.mlp)))
+
+
+def _alike(blocks: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]:
+    """Groups of like layers, as (their indices, one of them), in order of first appearance."""
+    groups: dict[tuple, list[Layer]] = {}
+    for block in blocks:
+        groups.setdefault(_signature(block), []).append(block)
+    for group in groups.values():
+        yield tuple(block.index for block in group), group[0]
+
+
+def _ranges(indices: tuple[int, ...], at_most: int = 24) -> str:
+    """`(0, 1, 2, 5)` as "0–2, 5"; more stretches than `at_most` are cut and counted."""
+    pieces: list[list[int]] = []
+    for i in indices:
+        if pieces and i == pieces[-1][-1] + 1:
+            pieces[-1].append(i)
+        else:
+            pieces.append([i])
+    words = [str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in pieces]
+    if len(words) > at_most:
+        words = [*words[: at_most - 1], "…", words[-1]]
+        return f"{', '.join(words)}; {len(indices)} layers"
+    return ", ".join(words)

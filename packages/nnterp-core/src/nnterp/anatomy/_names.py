@@ -1,0 +1,48 @@
+"""Names the field gives to the parts of a transformer, most common first. A name earns its place by serving a model."""
+
+BACKBONES = ("model", "transformer", "gpt_neox", "decoder", "model.decoder", "backbone", "model.language_model")
+
+LAYERS = ("layers", "h", "blocks", "block", "layer")
+
+EMBED_TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "tok_embeddings", "word_embedding")
+
+# `embedding_norm` is LFM's name for its final norm, against appearances; it comes last so that a model which has a
+# norm after its embeddings and another after its layers is read correctly.
+LN_FINAL = (
+    "norm",
+    "ln_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "final_norm",
+    "norm_f",
+    "ln_out",
+    "out_norm",
+    "output_layernorm",
+    "layer_norm",
+    "layernorm",
+    "LayerNorm",
+    "ln",
+    "embedding_norm",
+)
+
+LM_HEAD = ("lm_head", "embed_out", "output_projection", "proj_out", "head", "lm_loss")
+
+SELF_ATTN = (
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "self_att",
+    "norm_attn_norm",
+    "multi_head_attention",
+    "rel_attn",
+    "cross_attn",
+)
+
+# Sequence mixers that need not be softmax attention; what they are is read from their class.
+MIXERS = ("linear_attn", "mamba", "conv", "mixer", "temporal_block", "mlstm_layer")
+
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "ff")
+
+# Feed-forwards without a module of their own: (first projection, last projection).
+MLP_SPANS = (("fc1", "fc2"), ("intermediate", "output.dense"))

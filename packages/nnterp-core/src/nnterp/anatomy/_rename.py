@@ -1,0 +1,113 @@
+"""`RenameConfig`: what the user says about a model's names, before anything is guessed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nnterp.anatomy import _names
+
+
+class AttnProbFunction(ABC):
+    """Where a model's attention probabilities are found, for models nnterp does not know (a 1.x extension point).
+
+    Subclass it and pass an instance as `RenameConfig(attn_prob_source=...)`.
+    """
+
+    @abstractmethod
+    def get_attention_prob_source(self, attention_module: Any, return_module_source: bool = False) -> Any:
+        """The operation whose output is the probabilities `[batch, heads, query, key]`.
+
+        Args:
+            attention_module: The attention's envoy (`model.layers[i].self_attn`).
+            return_module_source: Return the source object that holds the operation instead, for printing.
+        """
+
+    def __call__(self, attention_module: Any, return_module_source: bool = False) -> Any:
+        return self.get_attention_prob_source(attention_module, return_module_source=return_module_source)
+
+
+Names = str | list[str] | None
+
+
+@dataclass
+class RenameConfig:
+    """Names of a model's parts, for models whose structure does not give them away (remote code, research code).
+
+    Every name may be one string or a list of candidates, and may be a dotted path. Layer-level names (`attn_name`,
+    `mlp_name`) are relative to a layer; `ln_final_name`, `lm_head_name` and `layers_name` are relative to the model or
+    to its backbone (`model_name`). A name that matches nothing is an error that shows what was there.
+
+    Attributes:
+        attn_name: The attention inside a layer.
+        mlp_name: The feed-forward inside a layer.
+        ln_final_name: The norm after the last layer.
+        lm_head_name: The unembedding.
+        model_name: The backbone that holds the layers.
+        layers_name: The list of layers.
+        attn_prob_source: Where attention probabilities are found, see `AttnProbFunction`.
+        ignore_mlp: The layers have no feed-forward module; do not look for one.
+        ignore_attn: The layers have no attention module; do not look for one.
+        attn_head_config_key: Config field with the number of heads, or the number itself.
+        hidden_size_config_key: Config field with the width of the residual stream, or the number itself.
+        vocab_size_config_key: Config field with the vocabulary size, or the number itself.
+    """
+
+    attn_name: Names = None
+    mlp_name: Names = None
+    ln_final_name: Names = None
+    lm_head_name: Names = None
+    model_name: Names = None
+    layers_name: Names = None
+    attn_prob_source: AttnProbFunction | None = None
+    ignore_mlp: bool | None = None
+    ignore_attn: bool | None = None
+    attn_head_config_key: str | list[str] | int | None = None
+    hidden_size_config_key: str | list[str] | int | None = None
+    vocab_size_config_key: str | list[str] | int | None = None
+
+    def candidates(self, field: str) -> list[str]:
+        """The names given for one field, as a list."""
+        value = getattr(self, field)
+        return [value] if isinstance(value, str) else list(value or ())
+
+    def __repr__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"RenameConfig({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
+
+
+def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]:
+    """A `rename=` dict for plain nnsight that gives the standard names to the common architectures at once.
+
+    nnsight skips keys that match nothing, so one dictionary serves many models. For one model's exact names, use
+    `dict(...)` over `StandardizedTransformer.anatomy.names()` instead.
+
+    Args:
+        rename_config: Your own names, which come before the known ones.
+
+    Returns:
+        Native (relative) path → standard name.
+    """
+    config = rename_config or RenameConfig()
+    backbones = [*config.candidates("model_name"), *_names.BACKBONES]
+    renames: dict[str, str] = {}
+
+    def add(field: str | None, known: tuple[str, ...], standard: str, *, in_backbone: bool) -> None:
+        for name in (*(config.candidates(field) if field else ()), *known):
+            if in_backbone:
+                for backbone in backbones:
+                    if "." not in name:
+                        renames.setdefault(f"{backbone}.{name}", standard)
+            if name != standard:
+                renames.setdefault(name, standard)
+
+    add("layers_name", _names.LAYERS, "layers", in_backbone=True)
+    add("ln_final_name", _names.LN_FINAL[:8], "ln_final", in_backbone=True)
+    add(None, _names.EMBED_TOKENS, "embed_tokens", in_backbone=True)
+    add("lm_head_name", _names.LM_HEAD, "lm_head", in_backbone=False)
+    if not config.ignore_attn:
+        add("attn_name", _names.SELF_ATTN, "self_attn", in_backbone=False)
+    if not config.ignore_mlp:
+        add("mlp_name", _names.MLP, "mlp", in_backbone=False)
+    return renames

@@ -1,0 +1,104 @@
+"""A model's dimensions, read from its config under whatever name the config gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nnterp.anatomy._rename import RenameConfig
+
+HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model", "model_dim", "dim", "embed_dim")
+NUM_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
+VOCAB_SIZE = ("vocab_size", "padded_vocab_size", "n_vocab")
+HEAD_DIM = ("head_dim", "attention_head_dim", "d_kv", "kv_channels")
+INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_ff", "d_inner")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Dimensions of the text model. None where the config does not state one (a Mamba has no heads).
+
+    Attributes:
+        num_layers: Layers of the residual stream.
+        hidden_size: Width of the residual stream.
+        vocab_size: Rows of the vocabulary the logits are over.
+        num_heads: Query heads of an attention layer.
+        num_kv_heads: Key and value heads (fewer than `num_heads` under grouped-query attention).
+        head_dim: Width of one head.
+        intermediate_size: Width of the feed-forward.
+    """
+
+    num_layers: int
+    hidden_size: int | None
+    vocab_size: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    intermediate_size: int | None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
+
+
+def text_config(config: Any) -> Any:
+    """The config of the text decoder inside a possibly multimodal config."""
+    get = getattr(config, "get_text_config", None)
+    return get(decoder=True) if get is not None else config
+
+
+def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
+    """Look the dimensions up, the user's `RenameConfig` keys before the known ones."""
+    text = text_config(config)
+    hidden = _lookup(text, rename.hidden_size_config_key, HIDDEN_SIZE)
+    heads = _lookup(text, rename.attn_head_config_key, NUM_HEADS)
+    kv_heads = _lookup(text, None, NUM_KV_HEADS)
+    if kv_heads is None:
+        # Falcon and GPT-BigCode say "one key-value head" with a flag instead of a number.
+        kv_heads = 1 if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False) else heads
+    head_dim = _lookup(text, None, HEAD_DIM)
+    if head_dim is None and hidden and heads and not _varies(text, HEAD_DIM):
+        head_dim = hidden // heads
+    intermediate = _lookup(text, None, INTERMEDIATE_SIZE)
+    if intermediate is None and hidden and getattr(text, "model_type", "") in ("gpt2", "gptj", "gpt_neo", "codegen", "bloom"):
+        intermediate = 4 * hidden
+    return Sizes(
+        num_layers=num_layers,
+        hidden_size=hidden,
+        vocab_size=_lookup(text, rename.vocab_size_config_key, VOCAB_SIZE),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+    )
+
+
+def _varies(config: Any, names: tuple[str, ...]) -> bool:
+    """Whether the layers of this model disagree on a field, so that transformers refuses to name one number."""
+    for name in names:
+        try:
+            getattr(config, name, None)
+        except Exception as error:
+            if "per-layer" in str(error):
+                return True
+            raise
+    return False
+
+
+def _lookup(config: Any, asked: str | list[str] | int | None, known: tuple[str, ...]) -> int | None:
+    if isinstance(asked, int):
+        return asked
+    mine = [asked] if isinstance(asked, str) else list(asked or ())
+    for name in (*mine, *known):
+        try:
+            value = getattr(config, name, None)
+        except Exception as error:
+            # transformers refuses a global read of a field that its own layers disagree on: there is no one number.
+            if "per-layer" not in str(error):
+                raise
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value) and len(set(value)) == 1:
+            return value[0]
+    return None

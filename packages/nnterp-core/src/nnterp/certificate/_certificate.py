@@ -1,0 +1,125 @@
+"""What a certificate is: lines with a measured error and a tolerance, printable and storable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nnterp.errors import CertificateError
+
+Status = Literal["passed", "failed", "skipped"]
+_MARK = {"passed": "✓", "failed": "✗", "skipped": "–"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was checked.
+
+    Attributes:
+        name: What is claimed, in a sentence.
+        status: "passed", "failed", or "skipped" where the claim does not apply or could not be tried.
+        error: The measured error, where the check is a comparison. Relative to the norm of what it should be, the worst
+            over positions.
+        tolerance: The largest error that passes, for the dtype the model computes in.
+        detail: What was found; for a failure also the remedy, for a skipped line the reason.
+    """
+
+    name: str
+    status: Status
+    error: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All lines for one model, with what is needed to repeat them.
+
+    Attributes:
+        model: Hub id or folder, "" for a module that does not say where it came from.
+        revision: The revision that was asked for, if any.
+        model_class: Name of the HuggingFace class.
+        dtype, device: What the model computes in and on; device "meta" means that no weights were loaded.
+        versions: Versions of nnterp, nnsight, transformers and torch.
+        lines: The checks, in the order they were made.
+        seconds: How long they took.
+    """
+
+    model: str
+    revision: str | None
+    model_class: str
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    lines: tuple[Line, ...] = field(default=())
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether no line failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Line, ...]:
+        """The lines that failed."""
+        return tuple(line for line in self.lines if line.status == "failed")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the checks that need weights were made."""
+        return self.device != "meta"
+
+    def raise_if_failed(self) -> None:
+        """Raise `CertificateError` with the failed lines, if there are any."""
+        if self.failures:
+            lines = "\n".join(f"  {line.name}: {line.detail or f'off by {line.error:.1e}'}" for line in self.failures)
+            raise CertificateError(
+                f"{self.model_class} does not behave as the names found for it say:\n{lines}\n"
+                f"check_renaming=False loads it all the same; then nothing about its names is proven.",
+                self,
+            )
+
+    def __getitem__(self, name: str) -> Line:
+        """The first line whose name begins with `name`."""
+        for line in self.lines:
+            if line.name.startswith(name):
+                return line
+        raise KeyError(f"No line begins with {name!r}; lines: {', '.join(line.name for line in self.lines)}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the certificate as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Read a certificate written by `save`."""
+        data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**data, "lines": tuple(Line(**line) for line in data["lines"])})
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(mark, claim, error, tolerance, detail) of each line, as printed."""
+        return [
+            (
+                _MARK[line.status],
+                line.name,
+                "" if line.error is None else f"{line.error:.1e}",
+                "" if line.tolerance is None else f"{line.tolerance:.0e}",
+                line.detail,
+            )
+            for line in self.lines
+        ]
+
+    def __str__(self) -> str:
+        verdict = "all lines hold" if self.ok else f"{len(self.failures)} lines FAIL"
+        if self.ok and not self.complete:
+            verdict = "holds as far as it can be checked without weights"
+        head = f"Certificate of {self.model or self.model_class} ({self.model_class}, {self.dtype} on {self.device}): {verdict}"
+        rows = [("", "claim", "error", "allowed", ""), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        body = (
+            f"  {r[0]:<{widths[0]}} {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip() for r in rows
+        )
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n".join([head, *body, f"  {versions}; {self.seconds:.2f} s"])

@@ -1,0 +1,39 @@
+"""The errors of nnterp: what was asked, what was there, and what to do next."""
+
+from __future__ import annotations
+
+
+class RenamingError(Exception):
+    """Base of every error about finding, naming or proving a model's parts (the 1.x name)."""
+
+
+class AnatomyError(RenamingError):
+    """A part of the model could not be found, or a `RenameConfig` names something that is not there."""
+
+
+class Unavailable(RenamingError):
+    """The model, or this layer of it, does not have what was asked for; the message says why and where it exists."""
+
+
+class CertificateError(RenamingError):
+    """A line of the certificate failed: the names found for this model are not proven, so nothing is served.
+
+    Attributes:
+        certificate: The whole `Certificate`, failed lines included.
+    """
+
+    def __init__(self, message: str, certificate: object = None) -> None:
+        super().__init__(message)
+        self.certificate = certificate
+
+
+class OutsideTraceError(ValueError):
+    """A value of the forward pass was read or written while no forward pass was running."""
+
+
+class InsideTraceError(RuntimeError):
+    """A function that runs the model itself was called inside a trace of the same model."""
+
+
+class ShapeError(ValueError):
+    """A tensor written into the model does not have the shape of what it replaces."""

@@ -1,0 +1,73 @@
+"""The standard names on a plain HuggingFace model: modules, no tracing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nnterp.anatomy import RenameConfig, find_anatomy
+from nnterp.errors import Unavailable
+from nnterp.values._accessors import layer_index
+
+
+class ModuleAccessor:
+    """Look a HuggingFace model's modules up under the standard names.
+
+    `ModuleAccessor(model).layers[3]`, `.embed_tokens`, `.ln_final`, `.lm_head`, `.get_attention(3)`, `.get_mlp(3)`;
+    other attributes are the model's own.
+
+    Args:
+        model: A causal LM loaded with transformers.
+        rename_config: Names of parts for models whose structure does not give them away.
+        rename: Extra names: native path → your name.
+
+    Raises:
+        AnatomyError: A part was not found.
+    """
+
+    def __init__(self, model: nn.Module, rename_config: RenameConfig | None = None, rename: dict[str, str] | None = None) -> None:
+        self._model = model
+        self.anatomy = find_anatomy(model, rename_config)
+        self._extra = {name: path for path, name in (rename or {}).items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("embed_tokens", "layers", "ln_final", "lm_head"):
+            path = getattr(self.anatomy, name)
+            if path is None:
+                raise Unavailable(f"{self.anatomy.model_class} has no {name}: {self.anatomy.absent.get(name, 'absent')}.")
+            return self._model.get_submodule(path)
+        if name in self._extra:
+            return self._model.get_submodule(self._extra[name])
+        return getattr(self._model, name)
+
+    def get_embed_tokens(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def get_layers(self) -> nn.ModuleList:
+        """The list of layers."""
+        return self.layers
+
+    def get_attention(self, layer: int) -> nn.Module:
+        """The attention module of one layer."""
+        return self._part("self_attn", layer)
+
+    def get_mlp(self, layer: int) -> nn.Module:
+        """The feed-forward module of one layer."""
+        return self._part("mlp", layer)
+
+    def get_unembed_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return self.ln_final
+
+    def get_unembed(self) -> nn.Module:
+        """The unembedding."""
+        return self.lm_head
+
+    def _part(self, role: str, layer: int) -> nn.Module:
+        index = layer_index(layer, self.anatomy.num_layers, f"get_{role}")
+        part = self.anatomy.part(role, index)
+        if part.path is None:
+            raise Unavailable(f"Layer {layer} has no {role} module: the part enters at {part.entry} and leaves at {part.exit}.")
+        return self._model.get_submodule(part.path)

@@ -1,0 +1,159 @@
+"""From a hidden state to logits: what the model itself does after its last layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from nnterp.anatomy import Anatomy
+from nnterp.anatomy._sizes import text_config
+from nnterp.errors import Unavailable
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+# Config fields that act on the logits after the head, with what they do. Proven by the certificate, not believed.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`softcap(scale * lm_head(ln_final(hidden)))`, the readout of most models.
+
+    Attributes:
+        scale: Factor on the head's output (1 for most models).
+        softcap: The logits are `softcap * tanh(logits / softcap)`; None for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def declared(cls, config: Any) -> Chain:
+        """The chain a config declares."""
+        text = text_config(config)
+        scale = 1.0
+        for name in _MULTIPLIERS:
+            scale *= _number(text, name) or 1.0
+        for name in _DIVISORS:
+            scale /= _number(text, name) or 1.0
+        softcap = next((cap for name in _SOFTCAPS if (cap := _number(text, name))), None)
+        return cls(scale, softcap)
+
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """What happens to the head's output."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def __str__(self) -> str:
+        steps = ["ln_final", "lm_head"]
+        if self.scale != 1.0:
+            steps.append(f"× {self.scale:g}")
+        if self.softcap is not None:
+            steps.append(f"softcap {self.softcap:g}")
+        return " → ".join(steps)
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+class Readout:
+    """How one model's hidden states become logits; which way holds is decided by the certificate.
+
+    * "chain": `Chain`, three or four module calls.
+    * "replay": the model's own forward with every layer replaced by one that returns the hidden state. Exact for any
+      model whose code after the last layer depends on the hidden state alone, whatever that code is.
+    * None: neither could be proven; projecting is refused with `reason`.
+    """
+
+    def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.chain = Chain.declared(module.config)
+        self.way: Literal["chain", "replay"] | None = "chain"
+        self.reason = ""
+
+    def __str__(self) -> str:
+        return {"chain": str(self.chain), "replay": "the model's own code after its last layer", None: self.reason}[self.way]
+
+    def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states at the output of the last layer, `[..., hidden]` → `[..., vocab]`, in the model's dtype.
+
+        Raises:
+            Unavailable: No way of doing so has been proven for this model.
+        """
+        if self.way == "chain":
+            return self.by_chain(module, hidden)
+        if self.way == "replay":
+            return self.by_replay(module, hidden)
+        raise Unavailable(f"{self.anatomy.model_class}: hidden states cannot be projected on the vocabulary: {self.reason}.")
+
+    def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Chain`."""
+        if self.anatomy.ln_final is not None:
+            hidden = module.get_submodule(self.anatomy.ln_final)(hidden)
+        assert self.anatomy.lm_head is not None
+        return self.chain.finish(module.get_submodule(self.anatomy.lm_head)(hidden))
+
+    def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's forward on the hidden state, its layers standing aside."""
+        shape = hidden.shape
+        rows = hidden.reshape(-1, *shape[-2:]) if hidden.dim() > 1 else hidden.reshape(1, 1, -1)
+        embedding = module.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=embedding.device)
+        with _aside(module, self.anatomy, rows):
+            logits = module(input_ids=ids, use_cache=False).logits
+        return logits.reshape(*shape[:-1], logits.shape[-1])
+
+
+@contextlib.contextmanager
+def _aside(module: nn.Module, anatomy: Anatomy, hidden: torch.Tensor) -> Iterator[None]:
+    """Every layer returns `hidden` instead of running."""
+    blocks = [module.get_submodule(block.path) for block in anatomy.blocks]
+    kept = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = lambda *args, **kwargs: hidden
+        yield
+    finally:
+        for block, forward in zip(blocks, kept, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
+
+
+def project_on_vocab(model: StandardizedTransformer, hidden: torch.Tensor) -> torch.Tensor:
+    """`model.project_on_vocab`: inside a trace or outside of one.
+
+    Inside, the modules run apart from the traced forward pass: nothing of it is counted or served.
+    """
+    interleaver = model.interleaver
+    if not interleaver.interleaving:
+        model.dispatch()
+        return model.readout.project(model._module, hidden.to(_device(model._module, model.anatomy)))
+    interleaver.interleaving = False
+    try:
+        return model.readout.project(model._module, hidden)
+    finally:
+        interleaver.interleaving = True
+
+
+def _device(module: nn.Module, anatomy: Anatomy) -> torch.device:
+    """Where the readout begins: with the final norm, or the head."""
+    for path in (anatomy.ln_final, anatomy.lm_head):
+        parameter = next(module.get_submodule(path).parameters(), None) if path is not None else None
+        if parameter is not None:
+            return parameter.device
+    return next(module.parameters()).device

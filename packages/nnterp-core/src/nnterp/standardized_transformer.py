@@ -1,0 +1,392 @@
+"""`StandardizedTransformer`: any HuggingFace causal language model, its parts under one set of names."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnsight import TransformersModel
+from nnsight.intervention.envoy import Envoy
+from torch import nn
+
+from nnterp import loading, skipping, steering
+from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
+from nnterp.binding import bind_names, envoy_at
+from nnterp.certificate import Certificate, ResidualStructure, certify
+from nnterp.errors import InsideTraceError, ShapeError
+from nnterp.readout import Readout, project_on_vocab
+from nnterp.values import VALUES, LayerAccessor, ModuleListAccessor, read_value, write_value
+from nnterp.values._accessors import require_running
+
+
+class StandardizedTransformer(TransformersModel):
+    """A causal language model in its original HuggingFace implementation, with one name for every part of it.
+
+    Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
+    `lm_head` are there, and inside a trace `layers_output[i]`, `attentions_output[i]`, `mlps_output[i]`, `logits` and
+    the other values of `nnterp.values.VALUES` can be read and written. That the names are right is proven when the
+    model is loaded (`validate()` returns the proof). Everything of nnsight (`trace`, `generate`, `session`, `scan`,
+    `edit`, ...) works as on nnsight's own model.
+
+    Args:
+        model: A hub id, a local folder, or a HuggingFace module that is already loaded.
+        trust_remote_code: Run modelling code that comes with the checkpoint.
+        check_renaming: Prove the names at load. False skips the proof, and with it every guarantee.
+        remote: The model will run on a remote service: weights are never loaded here, checks run without them.
+        allow_dispatch: Load the weights when the checks need them. With False only what can be checked without
+            weights is checked at load, and the rest when the first trace loads them.
+        enable_attention_probs: Compute attention eagerly, so that its probabilities can be read and written.
+        check_attn_probs_with_trace: Check the probabilities by running the model, not only its shapes.
+        allow_multimodal: Accepted for compatibility; text towers of multimodal models are found without it.
+        rename_config: Names of parts for models whose structure does not give them away.
+        **kwargs: Passed to nnsight and transformers: `dtype`, `device_map` ("auto" by default), `tokenizer`,
+            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, ...
+
+    Attributes:
+        anatomy: Which native module plays which part, see `nnterp.anatomy.Anatomy`.
+        num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size: The model's sizes;
+            None where its config does not state one.
+
+    Raises:
+        AnatomyError: A part was not found, or `rename_config` names one that is not there.
+        CertificateError: The parts found do not behave as their names say.
+    """
+
+    if TYPE_CHECKING:
+        embed_tokens: Envoy
+        layers: Envoy
+        ln_final: Envoy
+        lm_head: Envoy
+        token_embeddings: torch.Tensor
+        layers_input: LayerAccessor
+        layers_output: LayerAccessor
+        attentions_input: LayerAccessor
+        attentions_output: LayerAccessor
+        mixers_input: LayerAccessor
+        mixers_output: LayerAccessor
+        mlps_input: LayerAccessor
+        mlps_output: LayerAccessor
+        ln_final_output: torch.Tensor
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        trust_remote_code: bool = False,
+        check_renaming: bool = True,
+        remote: bool = False,
+        allow_dispatch: bool = True,
+        enable_attention_probs: bool = False,
+        check_attn_probs_with_trace: bool = True,
+        allow_multimodal: bool = False,
+        rename_config: RenameConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = str(model) if isinstance(model, Path) else model
+        self.rename_config = rename_config
+        self.check_renaming = check_renaming
+        self.remote = remote
+        self._certificate: Certificate | None = None
+        self._envoys_by_path: dict[str, Envoy] = {}
+        self._prefix_free_tokenizer: Any = None
+        if enable_attention_probs:
+            loading.require_eager(model, kwargs)
+        tokenizer = loading.resolve_tokenizer(
+            model,
+            kwargs.pop("tokenizer", None),
+            tokenizer_kwargs := kwargs.pop("tokenizer_kwargs", None),
+            kwargs.get("revision"),
+            trust_remote_code,
+        )
+        if not isinstance(model, nn.Module):
+            kwargs.setdefault("device_map", "auto")
+            kwargs["trust_remote_code"] = trust_remote_code
+        kwargs.setdefault("task", "text-generation")
+        TransformersModel.__init__(self, model, tokenizer=tokenizer, **kwargs)
+        for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
+            setattr(self.tokenizer, name, setting)
+
+        self.anatomy: Anatomy = find_anatomy(self._module, rename_config)
+        bind_names(self, self.anatomy)
+        self.readout = Readout(self._module, self.anatomy)
+        self.residual_structures: tuple[ResidualStructure, ...] = ()
+        self.padding_is_exact = True
+        sizes = self.anatomy.sizes
+        self.num_layers: int = sizes.num_layers
+        self.hidden_size: int | None = sizes.hidden_size
+        self.num_heads: int | None = sizes.num_heads
+        self.num_kv_heads: int | None = sizes.num_kv_heads
+        self.head_dim: int | None = sizes.head_dim
+        self.intermediate_size: int | None = sizes.intermediate_size
+        self.vocab_size: int | None = sizes.vocab_size
+        if check_renaming:
+            self.validate().raise_if_failed()
+
+    # -- loading and proof -----------------------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Load the weights, if they are not there yet, and prove the names with them.
+
+        Raises:
+            CertificateError: With the weights, a line of the certificate fails.
+        """
+        if self.dispatched:
+            return
+        TransformersModel.dispatch(self)
+        if self.check_renaming:
+            self.validate().raise_if_failed()
+
+    def validate(self) -> Certificate:
+        """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
+
+        Nothing is loaded for it: without weights, only what a forward pass on fake tensors shows is checked.
+
+        Raises:
+            InsideTraceError: Called inside a trace of this model.
+        """
+        self.require_no_trace("validate()")
+        self._certificate = certify(self)
+        return self._certificate
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The certificate of the last check; None if `check_renaming=False` and `validate()` was never called."""
+        return self._certificate
+
+    def require_no_trace(self, what: str) -> None:
+        """Raise if the model is running a trace, in which it cannot be run again.
+
+        Raises:
+            InsideTraceError: It is.
+        """
+        if self.interleaver.interleaving:
+            raise InsideTraceError(
+                f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "
+                f"Call it before or after the `with` block."
+            )
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        """nnsight's `trace`: run one forward pass, the block's reads and writes in it.
+
+        Raises:
+            InsideTraceError: Called inside a trace of this model.
+        """
+        self.require_no_trace("trace()")
+        if not kwargs.get("remote") and kwargs.get("backend") is None:
+            self.dispatch()
+        return TransformersModel.trace(self, *inputs, **kwargs)
+
+    def _remoteable_class(self) -> type:
+        # A remote worker serves the plain nnsight model; the names are this client's affair.
+        return TransformersModel
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def envoy(self, path: str) -> Envoy:
+        """The envoy of the module at a native path, as in `module.get_submodule(path)`."""
+        envoy = self._envoys_by_path.get(path)
+        if envoy is None:
+            envoy = self._envoys_by_path[path] = envoy_at(self, path)
+        return envoy
+
+    @property
+    def attentions(self) -> ModuleListAccessor:
+        """The attention module of each layer that has one: `model.attentions[i]`."""
+        return ModuleListAccessor(self, "self_attn", "attentions")
+
+    @property
+    def mixers(self) -> ModuleListAccessor:
+        """The sequence mixer of each layer, of any kind: `model.mixers[i]`."""
+        return ModuleListAccessor(self, "mixer", "mixers")
+
+    @property
+    def mlps(self) -> ModuleListAccessor:
+        """The feed-forward module of each layer that has one: `model.mlps[i]`."""
+        return ModuleListAccessor(self, "mlp", "mlps")
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with softmax attention over their own stream."""
+        return self.anatomy.indices("self_attn")
+
+    # -- values that are not per layer -----------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[batch, seq, vocab]` of the running forward pass; may be assigned."""
+        require_running(self, "logits")
+        return self.output.logits
+
+    @logits.setter
+    def logits(self, tensor: torch.Tensor) -> None:
+        current = self.logits
+        if tensor.shape != current.shape:
+            raise ShapeError(f"logits has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it.")
+        output = self.output
+        self.output = dataclasses.replace(output, logits=tensor) if dataclasses.is_dataclass(output) else output
+
+    @property
+    def next_token_probs(self) -> torch.Tensor:
+        """Probabilities of the token after each row, `[batch, vocab]`, in the logits' dtype.
+
+        Raises:
+            ValueError: Rows are padded on the right, so their last position is not their last token.
+        """
+        logits = self.logits
+        if getattr(self.tokenizer, "padding_side", "left") == "right" and logits.shape[0] > 1:
+            raise ValueError(
+                "next_token_probs reads the last position of every row, but this tokenizer pads on the right, where that "
+                "may be padding. Set model.tokenizer.padding_side = 'left', or index model.logits yourself."
+            )
+        return logits[:, -1].softmax(-1)
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids of the running forward pass, `[batch, seq]`; read it before any layer."""
+        return self._model_input("input_ids")
+
+    @property
+    def input_size(self) -> torch.Size:
+        """`(batch, seq)` of the running forward pass; read it before any layer."""
+        return self.input_ids.shape
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """1 at tokens and 0 at padding, `[batch, seq]`; read it before any layer."""
+        return self._model_input("attention_mask")
+
+    def _model_input(self, name: str) -> torch.Tensor:
+        require_running(self, name)
+        given = self.inputs[1]
+        if name not in given:
+            raise KeyError(f"The model was not given {name}; it was given {', '.join(given) or 'nothing by name'}.")
+        return given[name]
+
+    # -- interventions on the running forward pass -----------------------------------------------------------------
+
+    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
+        """Skip one layer; see `skip_layers`."""
+        self.skip_layers(layer, layer, skip_with)
+
+    def skip_layers(
+        self,
+        start_layer: int,
+        end_layer: int,
+        skip_with: torch.Tensor | None = None,
+        layer_returns_tuple: bool | None = None,
+    ) -> None:
+        """Do not run layers `start_layer` to `end_layer`, both included.
+
+        Args:
+            start_layer: First layer to skip.
+            end_layer: Last layer to skip.
+            skip_with: What the skipped layers hand on, `[batch, seq, hidden]`; what enters `start_layer` if None.
+            layer_returns_tuple: Ignored; what a layer returns is known (a 1.x argument).
+
+        Raises:
+            IndexError: There is no such layer.
+            ValueError: `end_layer` comes before `start_layer`.
+            ShapeError: `skip_with` does not have the shape of the residual stream.
+        """
+        skipping.skip_layers(self, start_layer, end_layer, skip_with)
+
+    def steer(
+        self,
+        layers: int | list[int],
+        steering_vector: torch.Tensor,
+        factor: float = 1,
+        positions: Any = None,
+        token_positions: Any = None,
+        batch_index: Any = None,
+    ) -> None:
+        """Add `factor * steering_vector` to the residual stream leaving each of `layers`.
+
+        Args:
+            layers: The layer or layers; they are steered in forward order, each once.
+            steering_vector: `[hidden]`, or anything that broadcasts to what is steered.
+            factor: Strength.
+            positions: Deprecated, `token_positions`.
+            token_positions: Positions along the sequence; all if None.
+            batch_index: Rows of the batch; all if None. With `token_positions` as well, the two are paired.
+
+        Raises:
+            ShapeError: The vector does not broadcast to the stream.
+        """
+        if positions is not None:
+            if token_positions is not None:
+                raise ValueError("Both `positions` (deprecated) and `token_positions` were given; give token_positions.")
+            warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
+            token_positions = positions
+        steering.steer(self, layers, steering_vector, factor, token_positions, batch_index)
+
+    # -- the vocabulary --------------------------------------------------------------------------------------------
+
+    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states: exactly what the model does after its last layer, final softcap and scales included.
+
+        Works inside a trace and outside (where it loads the weights if need be).
+
+        Args:
+            hidden_state: `[..., hidden]`, as in `layers_output`.
+
+        Returns:
+            `[..., vocab]` in the model's dtype, on the head's device.
+
+        Raises:
+            ShapeError: The last axis is not the model's hidden size.
+            Unavailable: It is not proven what this model does after its last layer.
+        """
+        if self.hidden_size is not None and hidden_state.shape[-1] != self.hidden_size:
+            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be hidden_size = {self.hidden_size}.")
+        return project_on_vocab(self, hidden_state)
+
+    def get_topk_closest_tokens(self, hidden_state: torch.Tensor, k: int = 5) -> dict[str, float] | list[dict[str, float]]:
+        """The `k` most probable tokens of hidden states read out as if they left the last layer.
+
+        Args:
+            hidden_state: `[hidden]` or `[batch, hidden]`.
+            k: How many tokens.
+
+        Returns:
+            Token → probability, most probable first; a list of these for a batch.
+
+        Raises:
+            ShapeError: The hidden state has another number of axes or another width.
+        """
+        if hidden_state.dim() not in (1, 2):
+            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; give [hidden] or [batch, hidden].")
+        with torch.no_grad():
+            probs, tokens = self.project_on_vocab(hidden_state).float().softmax(-1).topk(k, dim=-1)
+        if hidden_state.dim() == 1:
+            return self.probs_to_dict(tokens, probs)
+        return [self.probs_to_dict(t, p) for t, p in zip(tokens, probs, strict=True)]
+
+    def probs_to_dict(self, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, float]:
+        """Token ids `[k]` and their probabilities `[k]` as token → probability."""
+        names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return dict(zip(names, probs.tolist(), strict=True))
+
+    @property
+    def add_prefix_false_tokenizer(self) -> Any:
+        """A copy of the tokenizer that does not put a space before the first word (1.x)."""
+        if self._prefix_free_tokenizer is None:
+            self._prefix_free_tokenizer = loading.prefix_free(self.tokenizer)
+        return self._prefix_free_tokenizer
+
+
+def _accessor(name: str) -> property:
+    value = VALUES[name]
+
+    def read(self: StandardizedTransformer) -> Any:
+        return LayerAccessor(self, value) if value.per_layer else read_value(self, value)
+
+    def write(self: StandardizedTransformer, tensor: torch.Tensor) -> None:
+        write_value(self, value, tensor)
+
+    return property(read, None if value.per_layer else write, doc=f"{value.description} {value.shape}")
+
+
+for _name in VALUES:
+    setattr(StandardizedTransformer, _name, _accessor(_name))

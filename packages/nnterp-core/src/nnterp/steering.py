@@ -1,0 +1,53 @@
+"""Add a vector to the residual stream of the running forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.errors import ShapeError
+from nnterp.values import get_value, read_value, write_value
+from nnterp.values._accessors import layer_index, require_running
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+def steer(
+    model: StandardizedTransformer,
+    layers: int | Iterable[int],
+    vector: torch.Tensor,
+    factor: float,
+    token_positions: Any,
+    batch_index: Any,
+) -> None:
+    """See `StandardizedTransformer.steer`. The stream is replaced, not edited: a value saved before keeps what it was."""
+    require_running(model, "steer()")
+    wanted = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+    value = get_value("layers_output")
+    for layer in sorted({layer_index(i, model.num_layers, "steer(layers=...)") for i in wanted}):
+        stream = read_value(model, value, layer)
+        step = factor * vector.to(device=stream.device, dtype=stream.dtype)
+        where = _where(token_positions, batch_index)
+        new = stream.clone()
+        try:
+            new[where] = stream[where] + step
+        except (RuntimeError, IndexError) as error:
+            raise ShapeError(
+                f"steer: the stream leaving layer {layer} has shape {list(stream.shape)} (batch, seq, hidden); a vector of "
+                f"shape {list(vector.shape)} at token_positions={token_positions}, batch_index={batch_index} does not fit "
+                f"({error})."
+            ) from error
+        write_value(model, value, new, layer)
+
+
+def _where(token_positions: Any, batch_index: Any) -> Any:
+    if token_positions is None and batch_index is None:
+        return slice(None)
+    if token_positions is None:
+        return batch_index
+    if batch_index is None:
+        return (slice(None), token_positions)
+    return (batch_index, token_positions)

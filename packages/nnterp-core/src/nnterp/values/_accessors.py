@@ -1,0 +1,199 @@
+"""Reading and writing values inside a trace: `model.layers_output[5]`, and the same for every row of the table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnsight.intervention.interleaver import OutOfOrderError
+
+from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
+from nnterp.values._table import Site, Value
+
+if TYPE_CHECKING:
+    from nnsight import Envoy
+
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+class LayerAccessor:
+    """A per-layer value of a model, indexed by layer, readable and writable inside a trace.
+
+    `model.layers_output[i]` is the tensor of layer `i` (negative indices count from the last layer), on the device and
+    in the dtype the model computes it; assigning replaces it for the rest of the forward pass.
+
+    Raises (on indexing):
+        IndexError: The model has no such layer.
+        Unavailable: The layer has no such part.
+        OutsideTraceError: No forward pass is running.
+        OutOfOrderError: The forward pass is already past the value, or never computes it.
+        ShapeError: The tensor written has another shape than what it replaces.
+    """
+
+    def __init__(self, model: StandardizedTransformer, value: Value) -> None:
+        self._model = model
+        self._value = value
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return read_value(self._model, self._value, layer)
+
+    def __setitem__(self, layer: int, tensor: torch.Tensor) -> None:
+        write_value(self._model, self._value, tensor, layer)
+
+    def __call__(self, layer: int) -> torch.Tensor:
+        return self[layer]
+
+    def __len__(self) -> int:
+        return self._model.num_layers
+
+    def __iter__(self) -> Any:
+        raise TypeError(f"{self._value.name} cannot be iterated over; index it: model.{self._value.name}[i].")
+
+    def __repr__(self) -> str:
+        return f"<{self._value.name}: {self._value.shape} of each of {len(self)} layers. {self._value.description}>"
+
+
+class ModuleListAccessor:
+    """The modules playing one part in each layer: `model.attentions[i]`, `model.mlps[i]`, `model.mixers[i]`."""
+
+    def __init__(self, model: StandardizedTransformer, role: str, name: str) -> None:
+        self._model = model
+        self._role = role
+        self._name = name
+
+    def __getitem__(self, layer: int) -> Envoy:
+        index = layer_index(layer, self._model.num_layers, self._name)
+        part = self._model.anatomy.part(self._role, index)
+        if part.path is None:
+            raise Unavailable(
+                f"{self._name}[{layer}] is no module of its own in {self._model.anatomy.model_class}: the part enters at "
+                f"{part.entry} and leaves at {part.exit}. Read {self._name}_input[{layer}] and {self._name}_output[{layer}]."
+            )
+        return self._model.envoy(part.path)
+
+    def __call__(self, layer: int) -> Envoy:
+        return self[layer]
+
+    def __len__(self) -> int:
+        return self._model.num_layers
+
+    def __repr__(self) -> str:
+        return f"<{self._name}: the {self._role} module of each layer that has one>"
+
+
+def layer_index(layer: int, num_layers: int, name: str) -> int:
+    """A layer index as a position from 0, negative ones counted from the end.
+
+    Raises:
+        IndexError: Out of range.
+        TypeError: Not an integer.
+    """
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise TypeError(f"{name}[{layer!r}]: a layer is an integer from {-num_layers} to {num_layers - 1}.")
+    index = layer.__index__()
+    if not -num_layers <= index < num_layers:
+        raise IndexError(f"{name}[{index}]: the model has {num_layers} layers, so indices go from {-num_layers} to {num_layers - 1}.")
+    return index % num_layers
+
+
+def read_value(model: StandardizedTransformer, value: Value, layer: int | None = None) -> torch.Tensor:
+    """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run."""
+    label, site = _locate(model, value, layer)
+    try:
+        return _tensor_of(model.envoy(site.path), site, label)
+    except OutOfOrderError as error:
+        _explain(error, label)
+        raise
+
+
+def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tensor, layer: int | None = None) -> None:
+    """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
+    label, site = _locate(model, value, layer)
+    envoy = model.envoy(site.path)
+    try:
+        current = _tensor_of(envoy, site, label)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{label} is a tensor of shape {list(current.shape)}; it cannot be set to a {type(tensor).__name__}.")
+        if tensor.shape != current.shape:
+            raise ShapeError(f"{label} has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it.")
+        if tensor is not current:
+            _replace(envoy, site, tensor.to(device=current.device, dtype=current.dtype))
+    except OutOfOrderError as error:
+        _explain(error, label)
+        raise
+
+
+def _locate(model: StandardizedTransformer, value: Value, layer: int | None) -> tuple[str, Site]:
+    label = value.name
+    if value.per_layer:
+        index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]
+        label = f"{value.name}[{layer}]"
+        site = value.site(model.anatomy, index)
+    else:
+        site = value.site(model.anatomy)
+    require_running(model, label)
+    return label, site
+
+
+def require_running(model: StandardizedTransformer, label: str) -> None:
+    """Raise unless a forward pass of `model` is running."""
+    if not model.interleaver.interleaving:
+        raise OutsideTraceError(
+            f"{label} exists only while the model runs: read it inside `with model.trace(prompt):` "
+            f"(and `.save()` it to keep it after the block)."
+        )
+
+
+def _tensor_of(envoy: Envoy, site: Site, label: str) -> torch.Tensor:
+    if site.side == "output":
+        return first_tensor(envoy.output, label)
+    args, kwargs = envoy.inputs
+    return args_tensor(args, kwargs, label)[1]
+
+
+def _replace(envoy: Envoy, site: Site, tensor: torch.Tensor) -> None:
+    if site.side == "output":
+        output = envoy.output
+        envoy.output = tensor if isinstance(output, torch.Tensor) else type_of(output)((tensor, *output[1:]))
+        return
+    args, kwargs = envoy.inputs
+    key, _ = args_tensor(args, kwargs, "")
+    if isinstance(key, int):
+        envoy.inputs = ((*args[:key], tensor, *args[key + 1 :]), kwargs)
+    else:
+        envoy.inputs = (args, {**kwargs, key: tensor})
+
+
+def type_of(output: Any) -> type:
+    """The container to rebuild a module's output in: list or tuple."""
+    return list if isinstance(output, list) else tuple
+
+
+def first_tensor(output: Any, label: str) -> torch.Tensor:
+    """The stream in what a module returned: the tensor itself, or the first entry of a tuple."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        return output[0]
+    raise TypeError(f"{label}: the module returned a {type(output).__name__} that does not begin with a tensor.")
+
+
+def args_tensor(args: tuple, kwargs: dict, label: str) -> tuple[int | str, torch.Tensor]:
+    """The stream among what a module was called with: the first floating tensor, by position, then by keyword."""
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+            return i, arg
+    for key in ("hidden_states", *kwargs):
+        arg = kwargs.get(key)
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+            return key, arg
+    raise TypeError(f"{label}: the module was called without a floating point tensor.")
+
+
+def _explain(error: OutOfOrderError, label: str) -> None:
+    """Put this library's words in front; in place, because nnsight ends its loops by the error's identity."""
+    error.args = (
+        f"{label}: the forward pass is already past it, or never computes it. Read values in forward order (layer by "
+        f"layer; input before attention before MLP before output), and none inside a skipped layer. [{error.args[0]}]",
+        *error.args[1:],
+    )
