@@ -1,0 +1,56 @@
+"""`nnterp check MODEL`: print the certificate of a hub id, a folder or a model type."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nnterp.certificate import Certificate
+from nnterp.errors import AnatomyError, CertificateError
+
+help = "prove that nnterp names a model's parts rightly, and print the certificate"  # noqa: A001
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nnterp check`."""
+    parser.add_argument("model", help="a hub id, a folder, or a model type of transformers (checked on a tiny random model of it)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint")
+    parser.add_argument("--no-weights", action="store_true", help="check only what can be checked without loading the weights")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the certificate to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the certificate; 0 if every line holds, 1 if not."""
+    try:
+        print_(certificate := _certificate(arguments))
+    except CertificateError as error:
+        if not isinstance(error.certificate, Certificate):
+            raise
+        print_(certificate := error.certificate)
+    except AnatomyError as error:
+        print(error)
+        return 1
+    if arguments.json is not None:
+        certificate.save(arguments.json)
+    return 0 if certificate.ok else 1
+
+
+def print_(certificate: Certificate) -> None:
+    """Print a certificate."""
+    print(certificate)
+
+
+def _certificate(arguments: argparse.Namespace) -> Certificate:
+    from nnterp import StandardizedTransformer
+    from nnterp.testing import model_types, tiny_model, tiny_tokenizer
+
+    if not os.path.exists(arguments.model) and arguments.model in model_types():
+        model = StandardizedTransformer(tiny_model(arguments.model), tokenizer=tiny_tokenizer())
+    else:
+        model = StandardizedTransformer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        if not arguments.no_weights:
+            model.dispatch()
+    print(model.anatomy, end="\n\n")
+    assert model.certificate is not None
+    return model.certificate

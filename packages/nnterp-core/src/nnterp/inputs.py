@@ -1,0 +1,185 @@
+"""Prompts as token ids: encoded once, batched by length, given back in the user's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.anatomy._sizes import text_config
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt as the model reads it.
+
+    Attributes:
+        ids: Its token ids, special tokens included, padding excluded.
+        text: Its text, None for a prompt that was given as token ids.
+        offsets: For each token the span of `text` it stands for, None where the tokenizer cannot tell.
+    """
+
+    ids: tuple[int, ...]
+    text: str | None = None
+    offsets: tuple[tuple[int, int], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of similar length, padded on the tokenizer's side.
+
+    Attributes:
+        indices: For each row, its place among the prompts that were given.
+        rows: The rows.
+        input_ids: `[batch, seq]`, int64, on the CPU.
+        attention_mask: `[batch, seq]`, 1 at tokens and 0 at padding.
+        starts: For each row, where its first token stands: 0, or the amount of padding on the left.
+    """
+
+    indices: tuple[int, ...]
+    rows: tuple[Row, ...]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def encoding(self) -> dict[str, torch.Tensor]:
+        """What to trace: `model.trace(batch.encoding)`."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def last(self) -> torch.Tensor:
+        """For each row, where its last token stands, `[batch]`."""
+        return torch.tensor([start + len(row) - 1 for start, row in zip(self.starts, self.rows, strict=True)])
+
+
+def encode(model: StandardizedTransformer, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
+    """Prompts of any kind as rows of token ids.
+
+    Args:
+        model: The model whose tokenizer reads them.
+        prompts: A text, token ids (list or 1-d tensor), chat messages (a list of {"role", "content"} dicts, put through
+            the tokenizer's chat template), or a list of these; also a 2-d tensor or an encoding with `input_ids` and
+            `attention_mask`, whose padding is taken off.
+
+    Raises:
+        ValueError: There is no prompt, a prompt has no tokens, or it is longer than the model's context.
+        TypeError: Something is none of these.
+    """
+    rows = [_row(model, prompt) for prompt in _as_list(prompts)]
+    if not rows:
+        raise ValueError("No prompts were given: pass a text, or a list with at least one.")
+    limit = context_length(model)
+    for i, row in enumerate(rows):
+        if not row.ids:
+            raise ValueError(f"Prompt {i} ({row.text!r}) has no tokens, and a model needs at least one.")
+        if limit is not None and len(row) > limit:
+            raise ValueError(f"Prompt {i} has {len(row)} tokens; {model.anatomy.model_class} was built for at most {limit}.")
+    return rows
+
+
+def context_length(model: StandardizedTransformer) -> int | None:
+    """The longest input the model was built for, where its config says."""
+    config = text_config(model._module.config)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def batches(model: StandardizedTransformer, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+    """The rows in batches of at most `batch_size`, longest first, rows of like length together.
+
+    Where HuggingFace's own forward is not exact under padding (`model.padding_is_exact` is False), only rows of equal
+    length share a batch, so that nothing is ever padded.
+
+    Raises:
+        ValueError: `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    start = 0
+    while start < len(order):
+        stop = min(start + batch_size, len(order))
+        if not model.padding_is_exact:
+            while len(rows[order[stop - 1]]) != len(rows[order[start]]):
+                stop -= 1
+        chosen = order[start:stop]
+        yield pad(model, [rows[i] for i in chosen], tuple(chosen))
+        start = stop
+
+
+def pad(model: StandardizedTransformer, rows: Sequence[Row], indices: tuple[int, ...] | None = None) -> Batch:
+    """One batch of these rows, in this order."""
+    width = max(len(row) for row in rows)
+    left = getattr(model.tokenizer, "padding_side", "left") == "left"
+    filler = getattr(model.tokenizer, "pad_token_id", None) or 0
+    ids = torch.full((len(rows), width), filler, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    starts = []
+    for i, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        ids[i, start : start + len(row)] = torch.tensor(row.ids)
+        mask[i, start : start + len(row)] = 1
+        starts.append(start)
+    return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts):
+        return [prompts]
+    if isinstance(prompts, torch.Tensor):
+        return list(prompts)
+    if isinstance(prompts, Mapping):
+        ids = torch.as_tensor(prompts["input_ids"])
+        mask = torch.as_tensor(prompts.get("attention_mask", torch.ones_like(ids)))
+        ids, mask = (t.unsqueeze(0) if t.dim() == 1 else t for t in (ids, mask))
+        return [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+    if isinstance(prompts, Sequence):
+        return list(prompts)
+    raise TypeError(f"Prompts are texts, token ids, tensors, encodings or chats, not {type(prompts).__name__}.")
+
+
+def _is_ids(prompt: Any) -> bool:
+    if isinstance(prompt, torch.Tensor):
+        return prompt.dim() == 1
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(i, int) for i in prompt)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+
+
+def _row(model: StandardizedTransformer, prompt: Any) -> Row:
+    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
+        return Row(tuple(prompt.tolist()))
+    if _is_ids(prompt):
+        return Row(tuple(prompt))
+    tokenizer = model.tokenizer
+    special = {}
+    if _is_chat(prompt):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("Chat messages were given, but this model's tokenizer has no chat template.")
+        prompt = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        special = {"add_special_tokens": False}  # the template writes them itself
+    if not isinstance(prompt, str):
+        raise TypeError(f"A prompt is a text, token ids, a 1-d tensor or chat messages, not {type(prompt).__name__}: {prompt!r:.80}")
+    fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(prompt, return_offsets_mapping=True, **special) if fast else tokenizer(prompt, **special)
+    offsets = tuple(tuple(span) for span in encoded["offset_mapping"]) if fast else None
+    return Row(tuple(encoded["input_ids"]), prompt, offsets)  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""Positions in a prompt: counted over its own tokens, or found by a piece of its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nnterp.inputs import Row
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+@dataclass(frozen=True)
+class TextSelector:
+    """The tokens of a piece of the prompt's text; make one with `at` or `last_of`."""
+
+    text: str
+    which: str
+    occurrence: int = 0
+
+    def __repr__(self) -> str:
+        return f"{self.which}({self.text!r})" if self.occurrence == 0 else f"{self.which}({self.text!r}, {self.occurrence})"
+
+
+def at(text: str, occurrence: int = 0) -> TextSelector:
+    """All tokens that overlap `text` in the prompt; `occurrence` picks among several, negative counts from the end."""
+    return TextSelector(text, "at", occurrence)
+
+
+def last_of(text: str, occurrence: int = 0) -> TextSelector:
+    """The last token that overlaps `text` in the prompt."""
+    return TextSelector(text, "last_of", occurrence)
+
+
+Positions = int | slice | TextSelector | Sequence["int | TextSelector"] | None
+
+
+def resolve(model: StandardizedTransformer, row: Row, positions: Positions, label: str = "prompt") -> tuple[int, ...]:
+    """The positions asked for, as indices over a row's own tokens from 0 (padding is never counted).
+
+    Args:
+        model: Whose tokenizer names tokens in errors.
+        row: The prompt.
+        positions: An index (negative counts from the row's last token), a slice, a selector, a list of these, or None for all.
+        label: How errors call the row.
+
+    Raises:
+        IndexError: The row has no such position; shows its tokens.
+        ValueError: The text is not in the prompt, or the prompt has no text.
+    """
+    if positions is None:
+        return tuple(range(len(row)))
+    if isinstance(positions, slice):
+        return tuple(range(len(row))[positions])
+    if isinstance(positions, TextSelector):
+        return _by_text(row, positions, label)
+    if hasattr(positions, "__index__"):
+        index = positions.__index__()  # type: ignore[union-attr]
+        if not -len(row) <= index < len(row):
+            raise IndexError(f"{label} has {len(row)} tokens, so there is no position {index}. {describe(model, row)}")
+        return (index % len(row),)
+    found: list[int] = []
+    for position in positions:  # type: ignore[union-attr]
+        found.extend(resolve(model, row, position, label))
+    return tuple(found)
+
+
+def describe(model: StandardizedTransformer, row: Row) -> str:
+    """A row's tokens with their positions, for errors."""
+    names = model.tokenizer.convert_ids_to_tokens(list(row.ids))
+    shown = [f"{i}:{name!r}" for i, name in enumerate(names)]
+    if len(shown) > 40:
+        shown = [*shown[:20], "…", *shown[-20:]]
+    return f"Its tokens: {' '.join(shown)}"
+
+
+def _by_text(row: Row, selector: TextSelector, label: str) -> tuple[int, ...]:
+    if row.text is None or row.offsets is None:
+        raise ValueError(f"{selector} needs the prompt's text and a fast tokenizer; {label} has only token ids. Give indices.")
+    starts = [i for i in range(len(row.text)) if row.text.startswith(selector.text, i)] if selector.text else []
+    if not -len(starts) <= selector.occurrence < len(starts):
+        raise ValueError(f"{selector}: {label} contains {selector.text!r} {len(starts)} times: {row.text!r}")
+    begin = starts[selector.occurrence]
+    end = begin + len(selector.text)
+    tokens = [i for i, (a, b) in enumerate(row.offsets) if a < end and b > begin and b > a]
+    if not tokens:
+        raise ValueError(f"{selector}: no token of {label} stands for that text: {row.text!r}")
+    return tuple(tokens) if selector.which == "at" else (tokens[-1],)
