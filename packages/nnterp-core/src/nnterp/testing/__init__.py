@@ -1,6 +1,25 @@
-"""Tiny random models and a tokenizer for tests, of this package and of libraries built on it, without a network."""
+"""Tiny random models and a tokenizer for tests, of this package and of libraries built on it, without a network.
 
+>>> from nnterp.testing import model_types, tiny_model, tiny_tokenizer
+>>> model, tokenizer = tiny_model("gemma2"), tiny_tokenizer()
+>>> model(**tokenizer("The capital of France is", return_tensors="pt")).logits.shape
+torch.Size([1, 5, 509])
+"""
+
+from ._facts import LEFT_PADDING_INEXACT, NOT_CAUSAL, NOT_RELOADABLE, POSITION_IDS_NEEDED, POSITION_IDS_OFFSET
 from ._tokenizer import tiny_tokenizer
-from ._zoo import model_types, tiny_checkpoint, tiny_model, unavailable_model_types
+from ._zoo import model_types, multimodal_model_types, tiny_checkpoint, tiny_model, unavailable_model_types
 
-__all__ = ["model_types", "tiny_checkpoint", "tiny_model", "tiny_tokenizer", "unavailable_model_types"]
+__all__ = [
+    "LEFT_PADDING_INEXACT",
+    "NOT_CAUSAL",
+    "NOT_RELOADABLE",
+    "POSITION_IDS_NEEDED",
+    "POSITION_IDS_OFFSET",
+    "model_types",
+    "multimodal_model_types",
+    "tiny_checkpoint",
+    "tiny_model",
+    "tiny_tokenizer",
+    "unavailable_model_types",
+]

@@ -1,4 +1,4 @@
-"""Declarative rows for what the rules of ``_shrink`` cannot serve, one model type each, with the reason."""
+"""Declarative rows for what the rules cannot serve, one model type each, with the reason."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 _SLIDE, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
+# Fields of a configuration, set after the rules of ``_shrink``; a function is called with the number of layers. "depth"
+# is the default number of layers; lists with one entry per layer are cycled to the number of layers asked for.
 CONFIG_ROWS: dict[str, dict[str, Any]] = {
     # The layers of these are of one kind by default although the architecture has several.
     "granitemoehybrid": {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL], "position_embedding_type": "rope"},
@@ -40,13 +42,15 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
     },
     # Layer kinds come from periods and index lists instead of one list per layer.
     "bamba": {"attn_layer_indices": [1, 3]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_neo": {"attention_types": lambda depth: [[["global", "local"], depth // 2], [["global"], depth % 2]]},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "depth": 5},
     "mllama_text_model": {"cross_attention_layers": [1, 3]},
     "qwen2_moe": {"mlp_only_layers": [0]},
     "qwen3_moe": {"mlp_only_layers": [0]},
     "qwen3_next": {"mlp_only_layers": [0]},
     # Sizes that must agree with one another in a way of their own.
+    "big_bird": {"attention_type": "original_full"},  # block-sparse attention is not causal
+    "bigbird_pegasus": {"attention_type": "original_full"},  # only an encoder can be block-sparse
     "blt": {"use_cache": False},  # its cache asks the configuration for num_hidden_layers, which it does not have
     "cohere_compass_text": {  # rotary parameters per layer kind, without a default; full attention has no positions
         "layer_types": [_SLIDE, _SLIDE, _FULL, _SLIDE],
@@ -58,6 +62,7 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "clip_qkv": 2.0}
     },  # both are read, neither has a default that works
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dots3_note_text": {  # sliding layers have sizes of their own, given by keywords that are no fields
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
@@ -80,6 +85,12 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "hrm_text": {"depth": 2, "embedding_scale": 3.0},  # two stacks of this depth, run 16 layers in all
     "longcat_flash": {"head_dim": 12, "zero_expert_num": 2},  # head_dim is the rotary part of a head
     "mamba2": {"num_heads": 8, "head_dim": 16},  # num_heads * head_dim == expand * hidden_size
+    "qwen2_5_vl_text": {  # sections of the rotary half of a head: time, height, width
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    },
+    "qwen2_vl_text": {  # as above
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    },
     "qwen4_exp_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "indexer_n_heads": 2,
@@ -99,7 +110,6 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": (24, 40),
     },
     "xlm": {"causal": True},  # one class is both the encoder and the decoder
-    "xlnet": {"attn_type": "uni"},  # "bi" sees the future unless a perm_mask is passed
     "xlstm": {"hidden_size": 128, "chunk_size": 64},  # its query size is a multiple of 64 and half the hidden size
     "xmod": {"default_language": "en_XX"},  # no language, no adapter, no forward
     "zamba": {"attention_head_dim": 32, "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
@@ -116,7 +126,25 @@ LOUD_ROWS: dict[str, dict[str, float]] = {
     "inkling2_text": {"q_norm.weight": 1.5},  # scale 1 / head size
 }
 
-# Members of the mapping that no configuration makes a working text model.
+# Types with images in and text out that are built as well; models of the causal-LM mapping are not repeated here.
+MULTIMODAL: tuple[str, ...] = (
+    "aria",
+    "aya_vision",
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+)
+
+# Members of the causal-LM mapping that no configuration makes a working text model.
 UNAVAILABLE: dict[str, str] = {
     "gemma3n": "its vision tower needs the timm package; gemma3n_text is the language model alone",
     "gemma4_assistant": "a drafting head: its forward requires the embeddings and key-value states of a target model",

@@ -15,11 +15,15 @@ from torch import nn
 from ._exceptions import LOUD_ROWS
 
 GAIN = 1.3  # of a linear map; activations stay of order one through its nonlinearity
+# Of an affine map back to the residual stream, in the architectures that do not gate: what it adds to every token alike
+# (the mean of the activation, attention to the same tokens) would otherwise drown what it adds to each.
+OUTPUT_GAIN = 0.65
+_OUTPUTS = ("output.dense.weight", "out_proj.weight", "out_lin.weight", "fc2.weight", "lin2.weight", "c_proj.weight")
 ROUTER_GAIN = 2.0
 STEP_GAIN = 0.6  # of x_proj: step size, input and output maps of a selective state space, which multiply one another
 LOGIT_STD = 3.0
 SCALE_STD = 0.3
-OFFSET_STD = 0.2
+OFFSET_STD = 0.1
 
 # Parameters with a range of their own: (low, high) of a uniform draw.
 _RANGES = {
@@ -52,6 +56,10 @@ def make_loud(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
     head_weight = getattr(head, "weight", None)
+    embedding = model.get_input_embeddings()
+    width = embedding.weight.shape[-1]
+    # What is added to tied embeddings (positions, segments) has their size.
+    beside_std = LOGIT_STD / math.sqrt(width) if embedding.weight is head_weight else 1.0
     modules = dict(model.named_modules())
     row = LOUD_ROWS.get(model.config.get_text_config().model_type, {})
     for name, parameter in model.named_parameters():
@@ -67,7 +75,7 @@ def make_loud(model: nn.Module, seed: int) -> None:
             if parameter is head_weight:
                 value *= LOGIT_STD / math.sqrt(parameter.shape[-1])
             elif isinstance(module, nn.Embedding):
-                pass
+                value *= beside_std if parameter.shape[-1] == width else 1.0
             elif bool((parameter == 1).all()) and "1P" not in type(module).__name__:  # LayerNorm1P adds the one itself
                 value = 1 + SCALE_STD * value
             elif parameter.ndim == 1 or "bias" in leaf:
@@ -75,12 +83,16 @@ def make_loud(model: nn.Module, seed: int) -> None:
             else:
                 value *= _gain(module, name) / math.sqrt(_fan_in(module, parameter))
         value *= next((factor for suffix, factor in row.items() if name.endswith(suffix)), 1.0)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            value[module.padding_idx] = 0  # as every initialisation leaves it, some at each load of a checkpoint
         parameter.copy_(value)
 
 
 def _gain(module: nn.Module, name: str) -> float:
     if "router" in type(module).__name__.lower() or name.endswith((".gate.weight", ".router.weight")):
         return ROUTER_GAIN
+    if name.endswith(_OUTPUTS) and getattr(module, "bias", None) is not None:
+        return OUTPUT_GAIN
     return STEP_GAIN if "x_proj" in name else GAIN
 
 

@@ -35,7 +35,10 @@ def _fields(value: Any, names: str) -> dict[str, Any]:
 # Value of a field, unless its default is None (see _FROM_NONE) or a bool.
 RULES: dict[str, Any] = {
     # sizes of the residual stream and of attention
-    **_fields(HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width"),
+    **_fields(
+        HIDDEN,
+        "hidden_size d_model embed_dim n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width",
+    ),
     **_fields(HIDDEN, "output_hidden_size backbone_hidden_size out_hidden_size projector_output_dim"),
     **_fields(HEADS, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads"),
     **_fields(HEADS, "encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads"),
@@ -115,6 +118,7 @@ RULES: dict[str, Any] = {
     "hidden_size_per_layer_input": 14,
     # periods of layer patterns
     **_fields(1, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
+    "n_layers_per_attn_res_block": 2,
     # caps, scales and multipliers that show on loud weights
     **_fields(4.0, "final_logit_softcapping logits_soft_cap output_logit_soft_cap"),
     **_fields(2.0, "attn_logit_softcapping"),
@@ -162,6 +166,7 @@ def _tiny(
     row = {**CONFIG_ROWS.get(config_class.model_type, {}), **parent_row}
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     full = _full_size(config_class)
+    overrides = {config_class.attribute_map.get(name, name): value for name, value in overrides.items()}
     depth = num_layers or next((overrides[name] for name in _DEPTHS if name in overrides), None)
 
     sub_configs = _sub_configs(config_class)
@@ -191,7 +196,9 @@ def _tiny(
             is_text = key == text
             values[key] = _tiny(sub_class, row.get(key, {}), num_layers if is_text else None, deeper if is_text else {})
 
-    values.update({name: value for name, value in row.items() if name not in sub_configs and name != "depth"})
+    for name, value in row.items():
+        if name not in sub_configs and name != "depth":
+            values[name] = value(depth) if callable(value) else value
     values.update(overrides)
     for name, value in lists.items():
         kinds = [value[i] for i in picked]

@@ -6,23 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ._exceptions import UNAVAILABLE
+from ._exceptions import MULTIMODAL, UNAVAILABLE
+from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
 from ._shrink import tiny_config
 from ._tokenizer import tiny_tokenizer
 
 
-def unavailable_model_types() -> dict[str, str]:
-    """The model types of transformers' causal-LM mapping that cannot be built tiny, each with the reason."""
-    return {t: reason for t, reason in UNAVAILABLE.items() if t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-
-
 def model_types() -> tuple[str, ...]:
     """The model types ``tiny_model`` builds: transformers' causal-LM mapping without ``unavailable_model_types()``."""
     return tuple(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in UNAVAILABLE)
+
+
+def unavailable_model_types() -> dict[str, str]:
+    """The model types of transformers' causal-LM mapping that ``tiny_model`` does not build, each with the reason."""
+    return {t: reason for t, reason in UNAVAILABLE.items() if t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+
+
+def multimodal_model_types() -> tuple[str, ...]:
+    """Model types with images in and text out that ``tiny_model`` builds besides ``model_types()``.
+
+    They are the classes of ``AutoModelForImageTextToText`` and run on text alone.
+    """
+    return MULTIMODAL
 
 
 def tiny_model(
@@ -41,9 +50,11 @@ def tiny_model(
     the global random state, which is left as it was.
 
     Args:
-        model_type: one of ``model_types()``.
+        model_type: one of ``model_types()`` or ``multimodal_model_types()``.
         seed: of the weights.
-        num_layers: depth of the stack; by default 4, or as many as it takes for every kind of layer to occur.
+        num_layers: depth of the stack; by default 4, or as many as it takes for every kind of layer to occur. A smaller
+            number keeps the first layers; where none of them has attention, the model runs with ``use_cache=False``
+            only.
         dtype: of the parameters.
         loud: redraw the weights so that activations and logits are of order one and every part shows in the logits;
             otherwise keep the model's own initialisation.
@@ -55,13 +66,16 @@ def tiny_model(
             says why.
     """
     if model_type in UNAVAILABLE:
-        raise KeyError(f"No tiny model of {model_type!r}: {UNAVAILABLE[model_type]}")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise KeyError(f"{model_type!r} is not a causal LM of the installed transformers; see model_types().")
+        raise KeyError(f"No tiny model of {model_type!r}: {UNAVAILABLE[model_type]}.")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MULTIMODAL:
+        raise KeyError(
+            f"{model_type!r} is not a causal LM of the installed transformers: "
+            "take one of model_types() or multimodal_model_types()."
+        )
     config = tiny_config(model_type, num_layers=num_layers, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = _auto_class(model_type).from_config(config, dtype=dtype)
     if loud:
         make_loud(model, seed)
     return model.eval()
@@ -70,14 +84,23 @@ def tiny_model(
 def tiny_checkpoint(model_type: str, folder: str | Path, **kwargs: Any) -> Path:
     """Save ``tiny_model(model_type, **kwargs)`` and its tokenizer to ``folder``, as ``from_pretrained`` reads them.
 
+    ``AutoTokenizer`` and ``AutoModelForCausalLM`` (``AutoModelForImageTextToText`` for ``multimodal_model_types()``)
+    load them back.
+
     Returns:
         The folder as a ``Path``; it is created where missing.
 
     Raises:
         KeyError: as ``tiny_model``.
+        ValueError: transformers cannot load what it saves for this type (``NOT_RELOADABLE``).
     """
+    if model_type in NOT_RELOADABLE:
+        raise ValueError(f"No checkpoint of {model_type!r}: {NOT_RELOADABLE[model_type]}.")
     folder = Path(folder)
-    model = tiny_model(model_type, **kwargs)
-    model.save_pretrained(folder)
+    tiny_model(model_type, **kwargs).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _auto_class(model_type: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    return AutoModelForImageTextToText if model_type in MULTIMODAL else AutoModelForCausalLM

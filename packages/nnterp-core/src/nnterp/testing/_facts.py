@@ -1,0 +1,69 @@
+"""What transformers 5.23 does and does not keep for some model types, each with the reason.
+
+The facts hold for the models of ``tiny_model`` and for real checkpoints alike, unless a reason speaks of sizes.
+"""
+
+from __future__ import annotations
+
+_NO_POSITION_IDS = "positions are counted from the start of the row, and forward takes no position_ids"
+_INDEXER = "its indexer picks keys without regard to the padding; exact for prompts up to index_topk tokens"
+_STATE = "the recurrent state runs through the padding"
+
+NOT_CAUSAL: dict[str, str] = {
+    "cpmant": "attends in both directions over the whole text",
+    "paligemma": "attends in both directions over the prompt",
+    "prophetnet": (
+        "the position bias of its predicting stream is reshaped across positions, so that a position's bias comes from "
+        "the states of other positions, later ones included"
+    ),
+    "xlnet": "attends in both directions unless a perm_mask is passed",
+}
+
+LEFT_PADDING_INEXACT: dict[str, str] = {
+    "axk2": _INDEXER,
+    "bart": _NO_POSITION_IDS,
+    "bigbird_pegasus": _NO_POSITION_IDS,
+    "blenderbot": _NO_POSITION_IDS,
+    "blenderbot-small": _NO_POSITION_IDS,
+    "blt": "byte patches are cut from the padded row",
+    "deepseek_v32": _INDEXER,
+    "deepseek_v4": "compressed blocks of keys are cut from the start of the padded row",
+    "dots3_note": _INDEXER,
+    "dots3_note_text": _INDEXER,
+    "glm_moe_dsa": _INDEXER,
+    "hy_v4": _INDEXER,
+    "llama4": "the attention temperature follows the index in the padded row, not position_ids",
+    "llama4_text": "the attention temperature follows the index in the padded row, not position_ids",
+    "marian": _NO_POSITION_IDS,
+    "mbart": _NO_POSITION_IDS,
+    "minimax_m3_vl_text": "blocks of keys are cut from the start of the padded row",
+    "mvp": _NO_POSITION_IDS,
+    "paligemma": "without token_type_ids its attention over the prompt leaves the attention_mask out",
+    "pegasus": _NO_POSITION_IDS,
+    "plbart": _NO_POSITION_IDS,
+    "prophetnet": _NO_POSITION_IDS,
+    "recurrent_gemma": _STATE,
+    "rwkv": _STATE,
+    "trocr": _NO_POSITION_IDS,
+    "whisper": _NO_POSITION_IDS,
+    "xlm": "its causal mask leaves the attention_mask out",
+    "xlstm": _STATE,
+}
+"""A left-padded row differs from the row alone, even with the attention mask and position_ids made from it."""
+
+POSITION_IDS_NEEDED: frozenset[str] = frozenset(
+    "bert bert-generation big_bird biogpt ctrl electra ernie git gpt-sw3 gpt2 gpt_bigcode gpt_neo hunyuan_v1_dense "
+    "hunyuan_v1_moe megatron-bert openai-gpt reformer rembert roc_bert xglm".split()
+)
+"""A left-padded row equals the row alone only with ``position_ids`` made from the attention mask."""
+
+POSITION_IDS_OFFSET: frozenset[str] = frozenset(
+    "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+)
+"""Positions start at ``padding_idx + 1`` and come from ``input_ids`` when none are passed: pass none."""
+
+NOT_RELOADABLE: dict[str, str] = {
+    "emu3": "AutoModelForCausalLM builds Emu3ForCausalLM, whose saved Emu3TextConfig it does not take back",
+    "mllama": "AutoModelForCausalLM builds MllamaForCausalLM, whose saved MllamaTextConfig it does not take back",
+}
+"""``from_pretrained`` of the same Auto class refuses what ``save_pretrained`` wrote."""
