@@ -30,15 +30,7 @@ FIRST_LAYER_WITHOUT_POSITIONS = {
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", params=ALL_TYPES)
+@pytest.fixture(scope="module", params=[pytest.param(t, marks=pytest.mark.xdist_group(t)) for t in ALL_TYPES])
 def model_type(request):
     """Every type in turn, all tests of a type together."""
     return request.param
@@ -88,7 +80,8 @@ def test_mapping_is_partitioned():
     assert len(TYPES) >= 180
     assert not set(testing.multimodal_model_types()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     for fact in (testing.NOT_CAUSAL, testing.LEFT_PADDING_INEXACT, testing.NOT_RELOADABLE):
-        assert set(fact) <= set(ALL_TYPES) and all(fact.values())
+        assert set(fact) <= set(ALL_TYPES)
+        assert all(fact.values())
 
 
 @pytest.mark.parametrize("model_type", sorted(testing.unavailable_model_types()))
@@ -150,7 +143,8 @@ def test_seeded(model_type, model):
     random.seed(456)
     states = torch.get_rng_state(), random.getstate()
     again = tiny_model(model_type, seed=0).state_dict()
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
     first = model.state_dict()
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -179,7 +173,9 @@ def test_checkpoint_round_trip(model_type, model, tokens, tmp_path):
     folder = tiny_checkpoint(model_type, tmp_path / "checkpoint")
     auto = AutoModelForImageTextToText if model_type in testing.multimodal_model_types() else AutoModelForCausalLM
     loaded, info = auto.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     assert type(loaded) is type(model)
     assert distance(logits(loaded.eval(), tokens), logits(model, tokens)) < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -200,13 +196,18 @@ def test_overrides_reach_the_text_part():
     model = tiny_model("llava", rms_norm_eps=0.25, image_token_id=9)
     assert model.config.text_config.rms_norm_eps == 0.25
     assert model.config.image_token_id == 9
+    vision = tiny_model("llava", vision_config={"hidden_size": 32}, text_config={"num_attention_heads": 2}).config
+    assert (vision.vision_config.hidden_size, vision.vision_config.num_hidden_layers) == (32, 4)
+    assert (vision.text_config.num_attention_heads, vision.text_config.hidden_size) == (2, 64)
+    assert tiny_model("gpt2", hidden_size=32).config.n_embd == 32
+    assert tiny_model("llava", attn_implementation="eager").config.vision_config._attn_implementation == "eager"
     assert tiny_model("llama", attn_implementation="eager").config._attn_implementation == "eager"
     layer_types = ["full_attention", "sliding_attention", "full_attention"]
     assert tiny_model("gemma2", layer_types=layer_types).config.layer_types == layer_types
 
 
 @pytest.mark.parametrize(
-    "model_type, field, neutral",
+    ("model_type", "field", "neutral"),
     [
         ("gemma2", "final_logit_softcapping", None),
         ("gemma2", "attn_logit_softcapping", None),
@@ -243,12 +244,15 @@ def test_tokenizer():
     text = "The Eiffel Tower is in café Ωmega, 東京 🙂\n\tdef f(x):  return x"
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
-    assert tokenizer.unk_token_id not in ids and min(ids) >= 8
+    assert tokenizer.unk_token_id not in ids
+    assert min(ids) >= 8
     assert len(tokenizer("The capital of France is").input_ids) < 8
     batch = tokenizer(["a", "a longer one"], padding=True, padding_side="left")
-    assert batch.input_ids[0][0] == tokenizer.pad_token_id and batch.attention_mask[0][0] == 0
+    assert batch.input_ids[0][0] == tokenizer.pad_token_id
+    assert batch.attention_mask[0][0] == 0
     tokenizer.padding_side = "left"
     assert tiny_tokenizer().padding_side == "right", "a caller's change leaked into the next tokenizer"
-    assert len(tiny_tokenizer(300)) == 300 and len(tiny_tokenizer(1000)) == 1000
+    assert len(tiny_tokenizer(300)) == 300
+    assert len(tiny_tokenizer(1000)) == 1000
     with pytest.raises(ValueError, match="at least"):
         tiny_tokenizer(100)

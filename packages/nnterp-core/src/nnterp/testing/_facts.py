@@ -1,23 +1,29 @@
 """What transformers 5.23 does and does not keep for some model types, each with the reason.
 
-The facts hold for the models of ``tiny_model`` and for real checkpoints alike, unless a reason speaks of sizes.
+The facts are measured on the models of ``tiny_model``, in the default (sdpa) attention implementation; unless a reason
+speaks of sizes they hold for real checkpoints alike.
 """
 
 from __future__ import annotations
 
 _NO_POSITION_IDS = "positions are counted from the start of the row, and forward takes no position_ids"
 _INDEXER = "its indexer picks keys without regard to the padding; exact for prompts up to index_topk tokens"
+_SDPA_MASK = (
+    "without token_type_ids, sdpa attends an unpadded batch in both directions, but a padded one (and eager attention "
+    "any batch) causally"
+)
 _STATE = "the recurrent state runs through the padding"
 
 NOT_CAUSAL: dict[str, str] = {
     "cpmant": "attends in both directions over the whole text",
-    "paligemma": "attends in both directions over the prompt",
+    "paligemma": _SDPA_MASK,
     "prophetnet": (
         "the position bias of its predicting stream is reshaped across positions, so that a position's bias comes from "
         "the states of other positions, later ones included"
     ),
     "xlnet": "attends in both directions unless a perm_mask is passed",
 }
+"""Changing a token changes the logits of earlier ones."""
 
 LEFT_PADDING_INEXACT: dict[str, str] = {
     "axk2": _INDEXER,
@@ -38,7 +44,7 @@ LEFT_PADDING_INEXACT: dict[str, str] = {
     "mbart": _NO_POSITION_IDS,
     "minimax_m3_vl_text": "blocks of keys are cut from the start of the padded row",
     "mvp": _NO_POSITION_IDS,
-    "paligemma": "without token_type_ids its attention over the prompt leaves the attention_mask out",
+    "paligemma": _SDPA_MASK,
     "pegasus": _NO_POSITION_IDS,
     "plbart": _NO_POSITION_IDS,
     "prophetnet": _NO_POSITION_IDS,
@@ -52,13 +58,33 @@ LEFT_PADDING_INEXACT: dict[str, str] = {
 """A left-padded row differs from the row alone, even with the attention mask and position_ids made from it."""
 
 POSITION_IDS_NEEDED: frozenset[str] = frozenset(
-    "bert bert-generation big_bird biogpt ctrl electra ernie git gpt-sw3 gpt2 gpt_bigcode gpt_neo hunyuan_v1_dense "
-    "hunyuan_v1_moe megatron-bert openai-gpt reformer rembert roc_bert xglm".split()
+    [
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "biogpt",
+        "ctrl",
+        "electra",
+        "ernie",
+        "git",
+        "gpt-sw3",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "megatron-bert",
+        "openai-gpt",
+        "reformer",
+        "rembert",
+        "roc_bert",
+        "xglm",
+    ]
 )
 """A left-padded row equals the row alone only with ``position_ids`` made from the attention mask."""
 
 POSITION_IDS_OFFSET: frozenset[str] = frozenset(
-    "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+    ["camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
 )
 """Positions start at ``padding_idx + 1`` and come from ``input_ids`` when none are passed: pass none."""
 

@@ -137,19 +137,47 @@ RULES: dict[str, Any] = {
 
 # Fields whose default None means "derived from other fields", set nevertheless.
 _FROM_NONE = frozenset(
-    "num_key_value_heads num_kv_heads head_dim q_lora_rank n_group topk_group n_inner n_routed_experts "
-    "num_experts_per_tok n_shared_experts".split()
+    [
+        "num_key_value_heads",
+        "num_kv_heads",
+        "head_dim",
+        "q_lora_rank",
+        "n_group",
+        "topk_group",
+        "n_inner",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_shared_experts",
+    ]
 )
 
 # Lists with one entry per layer, and names of the number of layers.
-_LAYER_LISTS = (
-    "layer_types mlp_layer_types no_rope_layers indexer_types layers_block_type attn_layers "
-    "activation_sparsity_pattern num_attention_heads_per_layer layer_rope_theta"
-).split()
-_DEPTHS = (
-    "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks num_decoder_layers "
-    "num_encoder_layers depth"
-).split()
+_LAYER_LISTS = [
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "indexer_types",
+    "layers_block_type",
+    "attn_layers",
+    "activation_sparsity_pattern",
+    "num_attention_heads_per_layer",
+    "layer_rope_theta",
+]
+_DEPTHS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_blocks",
+    "num_decoder_layers",
+    "num_encoder_layers",
+    "depth",
+]
+
+# Keywords that every configuration takes, to be given to the outermost one.
+_EVERYWHERE = frozenset({"attn_implementation", "experts_implementation", "dtype"})
 
 
 def tiny_config(model_type: str, *, num_layers: int | None = None, **overrides: Any) -> PreTrainedConfig:
@@ -171,9 +199,10 @@ def _tiny(
 
     sub_configs = _sub_configs(config_class)
     text = next((key for key in ("text_config", "decoder") if key in sub_configs), None)
-    deeper = {}
+    deeper = {key: overrides.pop(key) for key in sub_configs if isinstance(overrides.get(key), Mapping)}
     if text is not None and not any(name in defaults for name in _DEPTHS):
-        deeper = {key: overrides.pop(key) for key in list(overrides) if key not in defaults and key != "dtype"}
+        below = [name for name in overrides if name not in defaults and name not in _EVERYWHERE]
+        deeper[text] = {**deeper.get(text, {}), **{name: overrides.pop(name) for name in below}}
 
     values = {name: _ruled(name, default) for name, default in defaults.items() if _has_rule(name, default)}
     if "kv_lora_rank" in defaults:  # latent attention expands to one key and one value per query head
@@ -192,9 +221,9 @@ def _tiny(
     values.update({name: depth for name in _DEPTHS if name in defaults})
 
     for key, (sub_class, optional) in sub_configs.items():
-        if not (optional and key not in row):
-            is_text = key == text
-            values[key] = _tiny(sub_class, row.get(key, {}), num_layers if is_text else None, deeper if is_text else {})
+        if key not in overrides and not (optional and key not in row and key not in deeper):
+            sub_layers = num_layers if key == text else None
+            values[key] = _tiny(sub_class, row.get(key, {}), sub_layers, deeper.get(key, {}))
 
     for name, value in row.items():
         if name not in sub_configs and name != "depth":

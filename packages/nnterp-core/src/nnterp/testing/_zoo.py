@@ -58,8 +58,9 @@ def tiny_model(
         dtype: of the parameters.
         loud: redraw the weights so that activations and logits are of order one and every part shows in the logits;
             otherwise keep the model's own initialisation.
-        **config_overrides: fields of the configuration, set last. A field that only the text part of a composite
-            configuration has is set there. ``attn_implementation`` works as in ``from_pretrained``.
+        **config_overrides: fields of the configuration, set last and passed to its class as they are. A field that only
+            the text part of a composite configuration has is set there; ``vision_config={...}`` and the like set fields
+            of the other parts. ``attn_implementation`` works as in ``from_pretrained``.
 
     Raises:
         KeyError: ``model_type`` is not a causal LM of the installed transformers, or cannot be built; the message
