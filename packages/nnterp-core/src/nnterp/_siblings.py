@@ -29,4 +29,4 @@ class _MissingSibling:
 def explain_missing() -> None:
     """Make importing an absent sibling name the `pip install` that cures it."""
     if not any(finder is _MissingSibling for finder in sys.meta_path):
-        sys.meta_path.append(_MissingSibling)  # type: ignore[arg-type]
+        sys.meta_path.append(_MissingSibling)

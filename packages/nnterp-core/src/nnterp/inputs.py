@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -13,7 +13,7 @@ from nnterp.anatomy._sizes import text_config
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
-Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
+Prompt: TypeAlias = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -182,4 +182,4 @@ def _row(model: StandardizedTransformer, prompt: Any) -> Row:
     fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(prompt, return_offsets_mapping=True, **special) if fast else tokenizer(prompt, **special)
     offsets = tuple(tuple(span) for span in encoded["offset_mapping"]) if fast else None
-    return Row(tuple(encoded["input_ids"]), prompt, offsets)  # type: ignore[arg-type]
+    return Row(tuple(encoded["input_ids"]), prompt, offsets)

@@ -58,7 +58,7 @@ def require_eager(model: str | nn.Module, options: dict[str, Any]) -> None:
         )
     if isinstance(model, nn.Module):
         options.pop("attn_implementation", None)
-        model.set_attn_implementation("eager")  # type: ignore[operator]
+        model.set_attn_implementation("eager")
     else:
         options["attn_implementation"] = "eager"
 

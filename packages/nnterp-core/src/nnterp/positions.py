@@ -57,12 +57,12 @@ def resolve(model: StandardizedTransformer, row: Row, positions: Positions, labe
     if isinstance(positions, TextSelector):
         return _by_text(row, positions, label)
     if hasattr(positions, "__index__"):
-        index = positions.__index__()  # type: ignore[union-attr]
+        index = positions.__index__()
         if not -len(row) <= index < len(row):
             raise IndexError(f"{label} has {len(row)} tokens, so there is no position {index}. {describe(model, row)}")
         return (index % len(row),)
     found: list[int] = []
-    for position in positions:  # type: ignore[union-attr]
+    for position in positions:
         found.extend(resolve(model, row, position, label))
     return tuple(found)
 

@@ -25,7 +25,7 @@ def steer(
 ) -> None:
     """See `StandardizedTransformer.steer`. The stream is replaced, not edited: a value saved before keeps what it was."""
     require_running(model, "steer()")
-    wanted = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+    wanted: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
     value = get_value("layers_output")
     for layer in sorted({layer_index(i, model.num_layers, "steer(layers=...)") for i in wanted}):
         stream = read_value(model, value, layer)
