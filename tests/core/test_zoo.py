@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ SHALLOWEST = {
 # The only layer of a stack of one has no position information.
 FIRST_LAYER_WITHOUT_POSITIONS = {
     "flint",  # full attention without rotary embeddings, at the bottom
+}
+
+# Layers that a text alone does not reach.
+IDLE_WITHOUT_IMAGES = {
+    "mllama": {"model.layers": [1, 3]},  # cross-attention to image features
+}
+NOT_DIFFERENTIABLE = {
+    "reformer": "it refuses a backward pass in eval mode",
+    "rwkv": "it writes to a state in place",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -108,6 +118,26 @@ def test_logits(model_type, model, tokens):
     future = distance(logits(model, changed(tokens, -1))[:, :-1], base[:, :-1])
     assert (future > 1e-3) == (model_type in testing.NOT_CAUSAL)
     assert distance(logits(model, changed(tokens, 0))[:, -1], base[:, -1]) > 1e-2
+
+
+def test_every_layer_shows(model_type, model, tokens):
+    """In a stack that the logits depend on, they depend on each layer, and not by rounding errors."""
+    if model_type in NOT_DIFFERENTIABLE:
+        pytest.skip(NOT_DIFFERENTIABLE[model_type])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    out = model(input_ids=tokens).logits
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad((out * weights).sum(), list(parameters.values()), allow_unused=True)
+    stacks = {}
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if layer := re.match(r"(.*?)\.(\d+)\.", name):
+            size = 0.0 if gradient is None else gradient.abs().max().item()
+            sizes = stacks.setdefault(layer[1], {})
+            sizes[int(layer[2])] = max(size, sizes.get(int(layer[2]), 0.0))
+    used = {stack: sizes for stack, sizes in stacks.items() if max(sizes.values()) > 0}
+    assert used
+    idle = {stack: [i for i, size in sizes.items() if size < 0.1] for stack, sizes in used.items()}
+    assert {stack: layers for stack, layers in idle.items() if layers} == IDLE_WITHOUT_IMAGES.get(model_type, {})
 
 
 def test_positions(model_type, tokens):
