@@ -1,0 +1,230 @@
+"""Small labelled results: named tensors whose axes carry labels, with the way they were made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nnterp import plugins
+
+if TYPE_CHECKING:
+    import pandas
+
+    from nnterp import StandardizedTransformer
+    from nnterp.inputs import Row
+
+_KINDS: dict[str, type[Result]] = {}
+_DISTRIBUTIONS = ("nnterp-core", "nnterp-interventions", "nnsight", "transformers", "torch")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Named tensors on the CPU with labelled axes, and what made them.
+
+    Attributes:
+        tensors: By name; the first is what the result is about. Cells that do not exist (a position past the end of a
+            shorter prompt) are NaN, or -1 for integers.
+        axes: For each tensor the names of its axes.
+        labels: For each axis its labels, in order.
+        tokens: For each prompt the token at each label of the "positions" axis, None past the prompt's end.
+        vocabulary: Text of the token ids that occur in the tensors.
+        about: Model, versions, function and arguments.
+    """
+
+    figure: ClassVar[str] = ""
+
+    tensors: dict[str, torch.Tensor]
+    axes: dict[str, tuple[str, ...]]
+    labels: dict[str, tuple[Any, ...]]
+    tokens: tuple[tuple[str | None, ...], ...] = ()
+    vocabulary: dict[int, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __init_subclass__(cls) -> None:
+        _KINDS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            expected = [len(self.labels[axis]) for axis in self.axes[name]]
+            if list(tensor.shape) != expected:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}; its axes {self.axes[name]} have {expected} labels."
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor called `name`."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise KeyError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self.tensors)}.") from None
+
+    @property
+    def main(self) -> str:
+        """Name of the tensor the result is about."""
+        return next(iter(self.tensors))
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The tensor the result is about."""
+        return self.tensors[self.main]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{name} [{', '.join(f'{axis} {len(self.labels[axis])}' for axis in self.axes[name])}]"
+            for name in self.tensors
+        ]
+        return f"{type(self).__name__}({'; '.join(parts)}; {self.about.get('model', '')})"
+
+    def top(self, k: int = 10, tensor: str | None = None) -> list[dict[str, Any]]:
+        """The `k` cells of largest magnitude, largest first, as dicts from axis name to label and tensor name to value."""
+        name = tensor or self.main
+        flat = self[name].double().flatten()
+        strength = torch.where(flat.isnan(), -1.0, flat.abs())
+        order = strength.argsort(descending=True, stable=True)[: min(k, int((strength >= 0).sum()))]
+        return [self._cell(name, int(i)) for i in order]
+
+    def to_dataframe(self, tensor: str | None = None) -> pandas.DataFrame:
+        """One row per cell of a tensor (the first, if none is named), with a column per axis and per tensor on these axes.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        import pandas
+
+        name = tensor or self.main
+        beside = [other for other in self.tensors if set(self.axes[other]) <= set(self.axes[name])]
+        return pandas.DataFrame(list(self._rows(name, beside)))
+
+    def _rows(self, name: str, beside: list[str]) -> Iterator[dict[str, Any]]:
+        axes = self.axes[name]
+        for flat in range(self[name].numel()):
+            where = dict(zip(axes, _unravel(flat, self[name].shape), strict=True))
+            row = self._labels_at(where)
+            if "positions" in where and row.get("token") is None and self.tokens:
+                continue  # past the end of a shorter prompt
+            for other in beside:
+                row[other] = self.tensors[other][tuple(where[axis] for axis in self.axes[other])].item()
+                if other.endswith("_ids") and row[other] in self.vocabulary:
+                    row[other.removesuffix("_ids") + "_token"] = self.vocabulary[row[other]]
+            yield row
+
+    def _cell(self, name: str, flat: int) -> dict[str, Any]:
+        where = dict(zip(self.axes[name], _unravel(flat, self[name].shape), strict=True))
+        return {**self._labels_at(where), name: self[name].flatten()[flat].item()}
+
+    def _labels_at(self, where: Mapping[str, int]) -> dict[str, Any]:
+        row = {axis: self.labels[axis][i] for axis, i in where.items()}
+        if "positions" in where and self.tokens:
+            prompt = where.get("prompts", 0)
+            row["token"] = self.tokens[prompt][where["positions"]]
+        return row
+
+    def save(self, path: str | Path) -> None:
+        """Write `<path>.safetensors` and `<path>.json` (a suffix of `path` is dropped); folders are made."""
+        tensors, header = _paths(path)
+        tensors.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, tensors)
+        content = {
+            "kind": type(self).__name__,
+            "axes": {name: list(self.axes[name]) for name in self.tensors},
+            "labels": {axis: list(labels) for axis, labels in self.labels.items()},
+            "tokens": [list(row) for row in self.tokens],
+            "vocabulary": self.vocabulary,
+            "about": self.about,
+        }
+        header.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Result:
+        """Read a result written by `save`, as the class that wrote it.
+
+        Raises:
+            FileNotFoundError: One of the two files is missing.
+        """
+        tensors, header = _paths(path)
+        content = json.loads(header.read_text(encoding="utf-8"))
+        stored = load_file(tensors)
+        cls = _KINDS.get(content["kind"], Result)
+        return cls(
+            tensors={name: stored[name] for name in content["axes"]},
+            axes={name: tuple(axes) for name, axes in content["axes"].items()},
+            labels={axis: tuple(labels) for axis, labels in content["labels"].items()},
+            tokens=tuple(tuple(row) for row in content["tokens"]),
+            vocabulary={int(i): text for i, text in content["vocabulary"].items()},
+            about=content["about"],
+        )
+
+    def plot(self, **kwargs: Any) -> Any:
+        """The figure that nnterp-display draws of this kind of result, a `plotly.graph_objects.Figure`.
+
+        Raises:
+            ModuleNotFoundError: nnterp-display is not installed, or draws no such figure.
+        """
+        draw = plugins.load(plugins.FIGURES, self.figure)
+        if draw is None:
+            there = ", ".join(plugins.names(plugins.FIGURES)) or "none"
+            raise ModuleNotFoundError(
+                f"No installed package draws {self.figure!r} (figures there are: {there}); pip install nnterp-display"
+            )
+        return draw(self, **kwargs)
+
+
+def describe_run(model: StandardizedTransformer, function: str, **arguments: Any) -> dict[str, Any]:
+    """What goes into `Result.about`: JSON alone, so that it can be stored."""
+    return {
+        "model": model.repo_id or model.anatomy.model_class,
+        "revision": model.revision,
+        "versions": {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS},
+        "function": function,
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
+    }
+
+
+def prompt_labels(rows: list[Row], model: StandardizedTransformer) -> tuple[str, ...]:
+    """What prompts are called: their text, or their decoded ids."""
+    return tuple(row.text if row.text is not None else model.tokenizer.decode(list(row.ids)) for row in rows)
+
+
+def token_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
+    """Each token id decoded alone."""
+    return [model.tokenizer.decode([int(i)]) for i in ids]
+
+
+def vocabulary_of(model: StandardizedTransformer, ids: torch.Tensor) -> dict[int, str]:
+    """Texts of the token ids in a tensor, -1 left out."""
+    unique = [i for i in ids.unique().tolist() if i >= 0]
+    return dict(zip(unique, token_texts(model, unique), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.tolist() if value.numel() <= 64 else f"tensor {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, range, set)):
+        return [_plain(item) for item in value]
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        index.append(i)
+    return tuple(reversed(index))
+
+
+def _paths(path: str | Path) -> tuple[Path, Path]:
+    stem = Path(path)
+    if stem.suffix in (".safetensors", ".json"):
+        stem = stem.with_suffix("")
+    return stem.parent / f"{stem.name}.safetensors", stem.parent / f"{stem.name}.json"

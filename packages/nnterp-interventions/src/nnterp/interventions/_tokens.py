@@ -1,0 +1,70 @@
+"""Token ids named by the user: as ids, or as text that is one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+Token = int | str
+
+
+def token_id(model: StandardizedTransformer, token: Token) -> int:
+    """The id of one token.
+
+    Args:
+        model: Whose tokenizer reads it.
+        token: An id, or a text that is exactly one token (with the space before it, where it continues a sentence).
+
+    Raises:
+        ValueError: The text is no token or several, or there is no such id.
+    """
+    if not isinstance(token, str):
+        index = int(token)
+        size = model.vocab_size
+        if index < 0 or (size is not None and index >= size):
+            raise ValueError(f"There is no token {index}: ids go from 0 to {(size or 0) - 1}.")
+        return index
+    ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1:
+        return int(ids[0])
+    bare = model.tokenizer(token.lstrip(" "), add_special_tokens=False)["input_ids"]
+    if len(bare) == 1 and len(ids) == 2 and ids[1] == bare[0]:
+        return int(bare[0])  # SentencePiece writes the space before a word by itself, so here it stands alone
+    pieces = model.tokenizer.convert_ids_to_tokens(ids)
+    raise ValueError(
+        f"{token!r} is {len(ids)} tokens ({' '.join(map(repr, pieces))}), not one; give the id of the one you mean."
+    )
+
+
+def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, name: str) -> torch.Tensor:
+    """Token ids for each prompt, `[prompts, most]`, filled up with -1.
+
+    Args:
+        model: Whose tokenizer reads texts.
+        tokens: One token for all prompts, or a list with one entry per prompt: a token or a list of tokens.
+        prompts: How many prompts there are.
+        name: What errors call it.
+
+    Raises:
+        ValueError: The list has not one entry per prompt, an entry is empty, or a text is not one token.
+    """
+    if isinstance(tokens, torch.Tensor):
+        tokens = tokens.tolist()
+    if isinstance(tokens, (int, str)):
+        tokens = [tokens] * prompts
+    if not isinstance(tokens, Sequence) or len(tokens) != prompts:
+        count = len(tokens) if isinstance(tokens, Sequence) else type(tokens).__name__
+        raise ValueError(
+            f"{name} has {count} entries for {prompts} prompts; give one token, or a list with one entry per prompt."
+        )
+    lists = [[token_id(model, t) for t in ([entry] if isinstance(entry, (int, str)) else entry)] for entry in tokens]
+    empty = [i for i, entry in enumerate(lists) if not entry]
+    if empty:
+        raise ValueError(f"{name} of prompt {empty[0]} is empty; give at least one token.")
+    most = max(len(entry) for entry in lists)
+    return torch.tensor([entry + [-1] * (most - len(entry)) for entry in lists])
