@@ -43,7 +43,8 @@ class Batch:
         rows: The rows.
         input_ids: `[batch, seq]`, int64, on the CPU.
         attention_mask: `[batch, seq]`, 1 at tokens and 0 at padding.
-        starts: For each row, where its first token stands: 0, or the amount of padding on the left.
+        starts: For each row, where its first token stands in the residual stream: after padding on the left, and after
+            what the model itself puts in front (CPM-Ant's soft prompt).
     """
 
     indices: tuple[int, ...]
@@ -136,7 +137,7 @@ def pad(model: StandardizedTransformer, rows: Sequence[Row], indices: tuple[int,
         start = width - len(row) if left else 0
         ids[i, start : start + len(row)] = torch.tensor(row.ids)
         mask[i, start : start + len(row)] = 1
-        starts.append(start)
+        starts.append(start + model.readout.layout.extra)
     return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
 
 

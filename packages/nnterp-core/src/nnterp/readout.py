@@ -12,7 +12,7 @@ from torch import nn
 
 from nnterp.anatomy import Anatomy
 from nnterp.anatomy._sizes import text_config
-from nnterp.errors import Unavailable
+from nnterp.errors import ShapeError, Unavailable
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Config fields that act on the logits after the head, with what they do. Proven by the certificate, not believed.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,54 @@ def _number(config: Any, name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+@dataclass(frozen=True)
+class StreamLayout:
+    """Where batch and sequence stand in the tensors that layers hand on.
+
+    Nearly always `[batch, seq, hidden]`. Models that carry several streams have further axes: Gemma 3n stacks them in
+    front (`[streams, batch, seq, hidden]`), DeepSeek-V4 behind (`[batch, seq, streams, hidden]`).
+
+    Attributes:
+        dims: Number of axes.
+        batch: Index of the batch axis; the sequence axis follows it.
+        width: Size of the last axis.
+        extra: Positions in front of the tokens that the model adds by itself (CPM-Ant's soft prompt).
+    """
+
+    dims: int
+    batch: int
+    width: int
+    extra: int = 0
+
+    @classmethod
+    def of(cls, shape: torch.Size, batch: int, seq: int) -> StreamLayout | None:
+        """The layout of a stream recorded for an input of `[batch, seq]`; None if no axes are those of the input.
+
+        More positions than tokens are taken for a soft prompt, which the readout line then proves or refutes.
+        """
+        for axis in range(len(shape) - 2):
+            if tuple(shape[axis : axis + 2]) == (batch, seq):
+                return cls(len(shape), axis, shape[-1])
+        if len(shape) == 3 and shape[0] == batch and seq < shape[1] < 2 * seq:
+            return cls(3, 0, shape[-1], extra=shape[1] - seq)
+        return None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is `[batch, seq, hidden]`."""
+        return self.dims == 3 and self.batch == 0
+
+
 class Readout:
     """How one model's hidden states become logits; which way holds is decided by the certificate.
 
-    * "chain": `Chain`, three or four module calls.
-    * "replay": the model's own forward with every layer replaced by one that returns the hidden state. Exact for any
-      model whose code after the last layer depends on the hidden state alone, whatever that code is.
-    * None: neither could be proven; projecting is refused with `reason`.
+    Attributes:
+        way: "chain": see `Chain`, three or four module calls. "replay": the model's own forward with every layer
+            replaced by one that returns the hidden state; exact for any model whose code after the last layer depends on
+            the hidden state alone, whatever that code is. None: neither could be proven; projecting is refused.
+        reason: For None, why.
+        layout: Where batch and sequence stand in hidden states.
+        returns: For each layer, how many things it returns if that is not one tensor alone.
     """
 
     def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
@@ -83,9 +124,13 @@ class Readout:
         self.chain = Chain.declared(module.config)
         self.way: Literal["chain", "replay"] | None = "chain"
         self.reason = ""
+        self.layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
+        self.returns: tuple[int | None, ...] = (None,) * anatomy.num_layers
 
     def __str__(self) -> str:
-        return {"chain": str(self.chain), "replay": "the model's own code after its last layer", None: self.reason}[self.way]
+        return {"chain": str(self.chain), "replay": "the model's own code after its last layer", None: self.reason}[
+            self.way
+        ]
 
     def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states at the output of the last layer, `[..., hidden]` → `[..., vocab]`, in the model's dtype.
@@ -97,7 +142,9 @@ class Readout:
             return self.by_chain(module, hidden)
         if self.way == "replay":
             return self.by_replay(module, hidden)
-        raise Unavailable(f"{self.anatomy.model_class}: hidden states cannot be projected on the vocabulary: {self.reason}.")
+        raise Unavailable(
+            f"{self.anatomy.model_class}: hidden states cannot be projected on the vocabulary: {self.reason}."
+        )
 
     def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """See `Chain`."""
@@ -108,30 +155,37 @@ class Readout:
 
     def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The model's forward on the hidden state, its layers standing aside."""
-        shape = hidden.shape
-        rows = hidden.reshape(-1, *shape[-2:]) if hidden.dim() > 1 else hidden.reshape(1, 1, -1)
+        shape, layout = hidden.shape, self.layout
+        if layout.plain:
+            hidden = hidden.reshape(-1, *shape[-2:]) if hidden.dim() > 1 else hidden.reshape(1, 1, -1)
+        elif hidden.dim() != layout.dims:
+            raise ShapeError(
+                f"{self.anatomy.model_class} carries several streams, so its hidden states have {layout.dims} axes, as in "
+                f"layers_output; one of shape {list(shape)} cannot be read out."
+            )
+        rows, seq = hidden.shape[layout.batch : layout.batch + 2]
         embedding = module.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=embedding.device)
-        with _aside(module, self.anatomy, rows):
+        ids = torch.zeros((rows, seq), dtype=torch.long, device=embedding.device)
+        with self._layers_aside(module, hidden):
             logits = module(input_ids=ids, use_cache=False).logits
-        return logits.reshape(*shape[:-1], logits.shape[-1])
+        return logits.reshape(*shape[:-1], logits.shape[-1]) if layout.plain else logits
 
-
-@contextlib.contextmanager
-def _aside(module: nn.Module, anatomy: Anatomy, hidden: torch.Tensor) -> Iterator[None]:
-    """Every layer returns `hidden` instead of running."""
-    blocks = [module.get_submodule(block.path) for block in anatomy.blocks]
-    kept = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = lambda *args, **kwargs: hidden
-        yield
-    finally:
-        for block, forward in zip(blocks, kept, strict=True):
-            if forward is None:
-                del block.__dict__["forward"]
-            else:
-                block.__dict__["forward"] = forward
+    @contextlib.contextmanager
+    def _layers_aside(self, module: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+        """Every layer returns `hidden` instead of running."""
+        blocks = [module.get_submodule(block.path) for block in self.anatomy.blocks]
+        kept = [block.__dict__.get("forward") for block in blocks]
+        try:
+            for block, count in zip(blocks, self.returns, strict=True):
+                result = hidden if count is None else (hidden, *[None] * (count - 1))
+                block.__dict__["forward"] = lambda *args, _result=result, **kwargs: _result
+            yield
+        finally:
+            for block, forward in zip(blocks, kept, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = forward
 
 
 def project_on_vocab(model: StandardizedTransformer, hidden: torch.Tensor) -> torch.Tensor:

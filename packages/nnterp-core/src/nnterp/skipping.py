@@ -29,4 +29,5 @@ def skip_layers(model: StandardizedTransformer, start: int, end: int, skip_with:
         )
     stream = stream.to(device=entering.device, dtype=entering.dtype)
     for layer in range(first, last + 1):
-        model.envoy(model.anatomy.blocks[layer].path).skip(stream)
+        count = model.readout.returns[layer]
+        model.envoy(model.anatomy.blocks[layer].path).skip(stream if count is None else (stream, *[None] * (count - 1)))

@@ -113,6 +113,8 @@ class StandardizedTransformer(TransformersModel):
         self.readout = Readout(self._module, self.anatomy)
         self.residual_structures: tuple[ResidualStructure, ...] = ()
         self.padding_is_exact = True
+        self.repeated: frozenset[str] = frozenset()  # modules that run more than once in a forward pass
+        self.run_order: dict[str, int] = {}  # when each module begins in a forward pass
         sizes = self.anatomy.sizes
         self.num_layers: int = sizes.num_layers
         self.hidden_size: int | None = sizes.hidden_size
@@ -181,6 +183,11 @@ class StandardizedTransformer(TransformersModel):
     def _remoteable_class(self) -> type:
         # A remote worker serves the plain nnsight model; the names are this client's affair.
         return TransformersModel
+
+    def adopt(self, anatomy: Anatomy) -> None:
+        """Take another anatomy for this model's, as the certificate does when the order of modules corrects a name."""
+        self.anatomy = self.readout.anatomy = anatomy
+        bind_names(self, anatomy)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -338,8 +345,9 @@ class StandardizedTransformer(TransformersModel):
             ShapeError: The last axis is not the model's hidden size.
             Unavailable: It is not proven what this model does after its last layer.
         """
-        if self.hidden_size is not None and hidden_state.shape[-1] != self.hidden_size:
-            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be hidden_size = {self.hidden_size}.")
+        width = self.readout.layout.width
+        if width and hidden_state.shape[-1] != width:
+            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}.")
         return project_on_vocab(self, hidden_state)
 
     def get_topk_closest_tokens(self, hidden_state: torch.Tensor, k: int = 5) -> dict[str, float] | list[dict[str, float]]:

@@ -75,12 +75,16 @@ class _Finder:
         asked = self.user_path("layers_name", self.backbones())
         if asked is not None:
             if not _children(self.model.get_submodule(asked)):
-                raise AnatomyError(f"RenameConfig(layers_name={asked!r}) names a module without children, not a list of layers.")
+                raise AnatomyError(
+                    f"RenameConfig(layers_name={asked!r}) names a module without children, not a list of layers."
+                )
             return asked
         lists = list(self.block_lists())
         declared = self.declared("hidden_states")
         if declared:
-            found = [path for path in lists if any(isinstance(block, declared) for block in self.model.get_submodule(path))]
+            found = [
+                path for path in lists if any(isinstance(block, declared) for block in self.model.get_submodule(path))
+            ]
             lists = found or lists
         decoder = self.decoder_path()
         if decoder is not None:
@@ -177,7 +181,11 @@ class _Finder:
                 f"{type(self.model).__name__} has no layer modules: it keeps the parts of its layers in separate lists "
                 f"({', '.join(self.parallel_lists(layers))}), so no module carries a layer's input and output."
             )
-        if not any(b.mixer or b.self_attn for b in blocks) and not self.rename.ignore_attn and "self_attn" not in self.absent:
+        if (
+            not any(b.mixer or b.self_attn for b in blocks)
+            and not self.rename.ignore_attn
+            and "self_attn" not in self.absent
+        ):
             self.missing.append(("attn_name", f"the attention inside a layer ({layers}.0 holds {_listed(first)})"))
         if not any(b.mlp for b in blocks) and not self.rename.ignore_mlp and self.unexplained(blocks[0], first):
             self.missing.append(("mlp_name", f"the feed-forward inside a layer ({layers}.0 holds {_listed(first)})"))
@@ -191,7 +199,11 @@ class _Finder:
         """Lists beside `layers` that are as long as it: parts of layers kept apart (XLM)."""
         owner = layers.rpartition(".")[0]
         length = len(_children(self.model.get_submodule(layers)))
-        lists = [name for name, m in self.model.get_submodule(owner).named_children() if isinstance(m, nn.ModuleList) and len(m) == length]
+        lists = [
+            name
+            for name, m in self.model.get_submodule(owner).named_children()
+            if isinstance(m, nn.ModuleList) and len(m) == length
+        ]
         return lists if len(lists) > 1 else []
 
     def find_block(self, index: int, path: str, block: nn.Module) -> Layer:
@@ -233,7 +245,11 @@ class _Finder:
                     if module is not None:
                         return self.unwrap(f"{outer}.{name}", module)
         if classes is not None:
-            found = [name for name, child in block.named_children() if re.search(classes, self.bare(child)) and not _is_norm(child)]
+            found = [
+                name
+                for name, child in block.named_children()
+                if re.search(classes, self.bare(child)) and not _is_norm(child)
+            ]
             if len(found) == 1:
                 return self.unwrap(found[0], block.get_submodule(found[0]))
         return None
@@ -308,7 +324,9 @@ class _Finder:
         asked = self.rename.candidates("model_name")
         if asked and not any(_child(self.model, name) is not None for name in asked):
             raise AnatomyError(_no_match("model_name", asked, self.model, type(self.model).__name__))
-        return tuple(name for name in (*asked, "", *_names.BACKBONES) if name == "" or _child(self.model, name) is not None)
+        return tuple(
+            name for name in (*asked, "", *_names.BACKBONES) if name == "" or _child(self.model, name) is not None
+        )
 
     def user_path(self, field: str, owners: Iterable[str]) -> str | None:
         asked = self.rename.candidates(field)
@@ -386,7 +404,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_moe(module: nn.Module) -> bool:
-    named = re.search(r"MoE|Moe|MOE|Expert", re.sub(r"^.*?(?=[A-Z][a-z]*(?:MoE|Moe|MOE|Sparse))", "", type(module).__name__))
+    named = re.search(
+        r"MoE|Moe|MOE|Expert", re.sub(r"^.*?(?=[A-Z][a-z]*(?:MoE|Moe|MOE|Sparse))", "", type(module).__name__)
+    )
     return any(name in dict(_children(module)) for name in ("experts", "router", "gate_router")) or (
         named is not None and "experts" in " ".join(name for name, _ in module.named_parameters())
     )
@@ -421,4 +441,6 @@ def _no_match(field: str, asked: list[str], module: nn.Module, where: str) -> st
         around = module.get_submodule(matching.rpartition(".")[0])
     hint = f" Close to it: {', '.join(dict.fromkeys(close))}." if close else ""
     wanted = asked[0] if len(asked) == 1 else asked
-    return f"RenameConfig({field}={wanted!r}) matches nothing in {where}.{hint} What is there:\n{_tree(around, depth=2)}"
+    return (
+        f"RenameConfig({field}={wanted!r}) matches nothing in {where}.{hint} What is there:\n{_tree(around, depth=2)}"
+    )

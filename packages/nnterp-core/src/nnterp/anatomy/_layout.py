@@ -150,7 +150,11 @@ def _generic(path: str) -> str:
 
 
 def _signature(block: Layer) -> tuple:
-    return (_generic(block.path), block.description, *(_generic(str(p)) for p in (block.mixer, block.self_attn, block.mlp)))
+    return (
+        _generic(block.path),
+        block.description,
+        *(_generic(str(p)) for p in (block.mixer, block.self_attn, block.mlp)),
+    )
 
 
 def _alike(blocks: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]:

@@ -8,7 +8,14 @@ from typing import Any
 from nnterp.anatomy._rename import RenameConfig
 
 HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model", "model_dim", "dim", "embed_dim")
-NUM_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+NUM_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+)
 NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
 VOCAB_SIZE = ("vocab_size", "padded_vocab_size", "n_vocab")
 HEAD_DIM = ("head_dim", "attention_head_dim", "d_kv", "kv_channels")
@@ -55,12 +62,18 @@ def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
     kv_heads = _lookup(text, None, NUM_KV_HEADS)
     if kv_heads is None:
         # Falcon and GPT-BigCode say "one key-value head" with a flag instead of a number.
-        kv_heads = 1 if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False) else heads
+        kv_heads = (
+            1 if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False) else heads
+        )
     head_dim = _lookup(text, None, HEAD_DIM)
     if head_dim is None and hidden and heads and not _varies(text, HEAD_DIM):
         head_dim = hidden // heads
     intermediate = _lookup(text, None, INTERMEDIATE_SIZE)
-    if intermediate is None and hidden and getattr(text, "model_type", "") in ("gpt2", "gptj", "gpt_neo", "codegen", "bloom"):
+    if (
+        intermediate is None
+        and hidden
+        and getattr(text, "model_type", "") in ("gpt2", "gptj", "gpt_neo", "codegen", "bloom")
+    ):
         intermediate = 4 * hidden
     return Sizes(
         num_layers=num_layers,
@@ -99,6 +112,11 @@ def _lookup(config: Any, asked: str | list[str] | int | None, known: tuple[str, 
             continue
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value) and len(set(value)) == 1:
+        if (
+            isinstance(value, (list, tuple))
+            and value
+            and all(isinstance(v, int) for v in value)
+            and len(set(value)) == 1
+        ):
             return value[0]
     return None

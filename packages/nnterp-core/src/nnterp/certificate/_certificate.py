@@ -119,7 +119,8 @@ class Certificate:
         rows = [("", "claim", "error", "allowed", ""), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         body = (
-            f"  {r[0]:<{widths[0]}} {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip() for r in rows
+            f"  {r[0]:<{widths[0]}} {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip()
+            for r in rows
         )
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return "\n".join([head, *body, f"  {versions}; {self.seconds:.2f} s"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,16 @@ class Call:
     began: int = 0
     ended: int = 0
 
+    @property
+    def stream_in(self) -> torch.Tensor | None:
+        """The stream among what went in."""
+        return stream_in(self.args, self.kwargs)
+
+    @property
+    def stream_out(self) -> torch.Tensor | None:
+        """The stream among what came out."""
+        return stream_out(self.output)
+
 
 @dataclass
 class Recording:
@@ -33,15 +43,13 @@ class Recording:
         """The first call of a module, or None if it never ran."""
         return self.calls[path][0] if self.calls.get(path) else None
 
-    def input(self, path: str) -> torch.Tensor | None:
-        """The stream a module was given."""
-        call = self.call(path)
-        return None if call is None else stream_in(call.args, call.kwargs)
+    def last_call(self, path: str) -> Call | None:
+        """The last call of a module, or None if it never ran."""
+        return self.calls[path][-1] if self.calls.get(path) else None
 
-    def output(self, path: str) -> torch.Tensor | None:
-        """The stream a module returned."""
-        call = self.call(path)
-        return None if call is None else stream_out(call.output)
+    def within(self, path: str, outer: Call) -> Call | None:
+        """The first call of a module during another call, or None."""
+        return next((c for c in self.calls.get(path, ()) if outer.began < c.began < outer.ended), None)
 
 
 def stream_in(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -57,25 +65,13 @@ def stream_out(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
-def _copied(value: Any) -> Any:
-    """A copy of a tensor, because models edit in place; containers of a call are copied one level down."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_copied(item) for item in value)
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
-
-
-def record(model: nn.Module, inputs: Mapping[str, Any], paths: set[str], edits: Mapping[str, Callable] | None = None) -> Recording:
+def record(model: nn.Module, inputs: Mapping[str, Any], paths: set[str]) -> Recording:
     """Run the model once and keep the calls of the modules at `paths`.
 
     Args:
         model: The HuggingFace module.
         inputs: Keyword arguments of its forward.
         paths: Modules to watch.
-        edits: For a path, a function from (args, kwargs, output) to the output that replaces it.
     """
     recording = Recording()
     clock = 0
@@ -91,14 +87,12 @@ def record(model: nn.Module, inputs: Mapping[str, Any], paths: set[str], edits: 
             recording.calls.setdefault(path, []).append(call)
             open_calls.append(call)
 
-        def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             nonlocal clock
             clock += 1
             call = open_calls.pop()
             call.ended = clock
-            changed = edits[path](args, kwargs, output) if edits and path in edits else output
-            call.output = _copied(changed)
-            return None if changed is output else changed
+            call.output = _copied(output)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -111,6 +105,17 @@ def record(model: nn.Module, inputs: Mapping[str, Any], paths: set[str], edits: 
         for handle in handles:
             handle.remove()
     return recording
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a tensor, because models edit in place; containers of a call are copied one level down."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_copied(item) for item in value)
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
 
 
 @contextlib.contextmanager

@@ -1,20 +1,24 @@
 """How a layer combines its parts: which multiples of which module outputs are added to the residual stream.
 
 The structure is not assumed but solved for. With `x` entering a layer, `y` leaving it and `p_k` what its parts return,
-the coefficients of `y - x = sum_k c_k p_k` are found by least squares over all positions and channels; a fit to rounding
-error is proof, because there are a few unknowns and thousands of equations. Each part is tried as it leaves its module
-and as it leaves the norms that follow it, with one coefficient for all channels and with one for each.
+the coefficients of `y = s x + sum_k c_k p_k` are found by least squares over all positions and channels; a fit to
+rounding error is proof, because there are a few unknowns and hundreds of equations for them. Each part is tried as it
+leaves its module, as it leaves the norms and convolutions that follow it, and as the last projection inside it returns
+it; with one coefficient for all channels, and with one for each.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nnterp.anatomy import Layer
-from nnterp.certificate._recording import Recording
+from nnterp.anatomy import Layer, Part
+from nnterp.certificate._recording import Call, Recording
+
+Scale = float | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,15 @@ class Term:
     """One addend: the output of the module at `path`, times `scale` (one number, or one per channel)."""
 
     path: str
-    scale: float | torch.Tensor
+    scale: Scale
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one part adds to the residual stream: the sum of its terms."""
+    """What one part adds to the residual stream: the sum of its terms, and a constant per channel if there is one."""
 
     terms: tuple[Term, ...]
+    constant: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,28 @@ class ResidualStructure:
     """How one layer's parts make its output.
 
     Attributes:
-        kind: "sequential" (the MLP reads the stream after attention), "parallel" (both read the same stream),
-            "post-norm" (the stream itself is normalised after each addition), "single" (one part), or "unknown".
+        kind: "sequential" (the MLP reads the stream after attention), "parallel" (both read the same stream), "single"
+            (one part), "post-norm" (the stream is normalised after each addition, as in BERT), "normed stream" (what is
+            carried on is the normalised stream, as in MiniMax), or "unknown".
         mixer: What the sequence mixer adds; for layers with two mixers side by side, what both add.
         mlp: What the feed-forward adds.
+        other: What further modules of the layer add (per-layer embeddings of Gemma 3n and 4).
+        stream_scale: What the incoming stream is multiplied by: 1 for nearly every model.
         error: Relative error of the identity, the worst over positions.
         reason: For "unknown", why.
-        mid: For "sequential" and "post-norm": path of the module whose input ("sequential") or output ("post-norm") is
-            the stream between the two parts.
+        mid: Path of the module that holds the stream between the two parts, and `mid_side`, whether as its input or its
+            output; None where there is no such stream.
     """
 
     kind: str
     mixer: Contribution | None = None
     mlp: Contribution | None = None
+    other: Contribution | None = None
+    stream_scale: Scale = 1.0
     error: float | None = None
     reason: str = ""
     mid: str | None = None
+    mid_side: str = "input"
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -66,7 +77,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def solve_residual(layer: Layer, recording: Recording, inside: list[str], tolerance: float) -> ResidualStructure:
+def solve_residual(layer: Layer, recording: Recording, inside: Sequence[str], tolerance: float) -> ResidualStructure:
     """Find how one layer combines its parts.
 
     Args:
@@ -75,129 +86,183 @@ def solve_residual(layer: Layer, recording: Recording, inside: list[str], tolera
         inside: Paths of modules inside the layer whose outputs may be terms.
         tolerance: The largest relative error that counts as equal.
     """
-    x, y = recording.input(layer.path), recording.output(layer.path)
+    call = recording.call(layer.path)
+    if call is None:
+        return ResidualStructure("unknown", reason="the layer did not run")
+    x, y = call.stream_in, call.stream_out
     if x is None or y is None or x.shape != y.shape:
         return ResidualStructure("unknown", reason="the layer's output does not have the shape of its input")
-    streams = {p: t for p in inside if (t := recording.output(p)) is not None and t.shape == x.shape}
+    return _Solver(layer, recording, call, inside, x, y, tolerance).solve()
 
-    def chain(exit_path: str | None) -> list[str]:
-        """The part's own exit, and the modules its output passes alone on the way to the stream."""
-        if exit_path is None or exit_path not in streams:
-            return []
-        found, current = [exit_path], streams[exit_path]
-        for path in sorted(streams, key=lambda p: recording.calls[p][0].began):
-            given = recording.input(path)
-            if path not in found and given is not None and given.shape == current.shape and torch.equal(given, current):
-                found.append(path)
-                current = streams[path]
-        return found[::-1]
 
-    mixers = [part.exit for part in dict.fromkeys((layer.mixer, layer.self_attn)) if part is not None]
-    mlp = layer.mlp.exit if layer.mlp is not None else None
-    exits = [p for p in (*mixers, mlp) if p is not None]
-    options = [chain(p) for p in exits]
-    if any(not option for option in options):
-        silent = [p for p, option in zip(exits, options, strict=True) if not option]
-        return ResidualStructure("unknown", reason=f"{', '.join(silent)} returns no stream of the layer's shape")
-    if not exits:
-        return ResidualStructure("unknown", reason="the layer has no parts")
-    siblings = _siblings(streams, exits, recording)
-
-    best = float("inf")
-    for chosen in itertools.product(*options):
-        for extra in (*siblings, ()):
-            paths = [*chosen, *extra]
-            if len(set(paths)) < len(paths):
+class _Solver:
+    def __init__(
+        self,
+        layer: Layer,
+        recording: Recording,
+        call: Call,
+        inside: Sequence[str],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        tolerance: float,
+    ) -> None:
+        self.layer, self.x, self.y, self.tolerance = layer, x, y, tolerance
+        self.given: dict[str, torch.Tensor] = {}
+        self.made: dict[str, torch.Tensor] = {}
+        self.began: dict[str, int] = {}
+        for path in inside:
+            own = recording.within(path, call)
+            if own is None:
                 continue
-            scales, error = _fit(y - x, [streams[p] for p in paths], y)
-            best = min(best, error)
-            if scales is not None and error <= tolerance:
-                return _structure(layer, recording, x, paths, mixers, scales, error, tolerance)
-    post = _post_norm(layer, recording, streams, x, y, mixers, mlp, tolerance)
-    if post is not None:
-        return post
-    return ResidualStructure("unknown", error=best, reason="no multiples of its parts add up to what the layer adds")
+            self.began[path] = own.began
+            for table, stream in ((self.given, own.stream_in), (self.made, own.stream_out)):
+                if stream is not None and stream.numel() == x.numel() and stream.shape[-1] == x.shape[-1]:
+                    table[path] = stream.reshape(x.shape)  # some feed-forwards work on [batch * seq, hidden]
+        self.order = sorted(self.made, key=self.began.__getitem__)
+
+    def solve(self) -> ResidualStructure:
+        mixers = list(dict.fromkeys(p.exit for p in (self.layer.mixer, self.layer.self_attn) if p is not None))
+        mlp = self.layer.mlp.exit if self.layer.mlp is not None else None
+        exits = [*mixers, *([mlp] if mlp is not None else [])]
+        if not exits:
+            return ResidualStructure("unknown", reason="the layer has no parts of its own")
+        parts = {p.exit: p for p in (self.layer.mixer, self.layer.self_attn, self.layer.mlp) if p is not None}
+        options = [list(self.forms(parts[path])) for path in exits]
+        if silent := [path for path, forms in zip(exits, options, strict=True) if not forms]:
+            return ResidualStructure("unknown", reason=f"{', '.join(silent)} returns no stream of the layer's shape")
+        best = float("inf")
+        for per_channel in (False, True):
+            for chosen in itertools.product(*options):
+                for extra in ((), *self.extras(exits)):
+                    paths = [*chosen, *extra]
+                    if len(set(paths)) < len(paths):
+                        continue
+                    fit = _fit(self.y, [self.x, *(self.made[p] for p in paths)], per_channel)
+                    best = min(best, fit.error)
+                    if fit.error <= self.tolerance:
+                        return self.additive(paths, len(mixers), mlp is not None, fit)
+        staged = self.staged(mixers, mlp, options) if mixers and mlp is not None else None
+        if staged is not None:
+            return staged
+        return ResidualStructure(
+            "unknown", error=best, reason="no multiples of its parts add up to what the layer adds"
+        )
+
+    def forms(self, part: Part) -> Iterator[str]:
+        """The modules whose output may be what a part adds: after what follows it, itself, its last projection."""
+        if part.exit in self.made:
+            found, current = [part.exit], self.made[part.exit]
+            for path in self.order:
+                if (
+                    path not in found
+                    and self.began[path] > self.began[part.exit]
+                    and _same(self.given.get(path), current)
+                ):
+                    found.append(path)
+                    current = self.made[path]
+            yield from reversed(found)
+        inner = [p for p in self.order if p.startswith(f"{part.exit}.")]
+        if inner:
+            yield inner[-1]
+
+    def extras(self, exits: list[str]) -> list[tuple[str, ...]]:
+        """Modules of the layer that are in none of its parts and may add something of their own."""
+        depth = self.layer.path.count(".") + 1
+        return [
+            (p,)
+            for p in self.order
+            if p.count(".") == depth and not any(e == p or e.startswith(f"{p}.") for e in exits)
+        ]
+
+    def additive(self, paths: list[str], mixers: int, has_mlp: bool, fit: _Fit) -> ResidualStructure:
+        terms = [Term(path, scale) for path, scale in zip(paths, fit.scales[1:], strict=True)]
+        used = mixers + has_mlp
+        mixer = Contribution(tuple(terms[:mixers]), fit.constant) if mixers else None
+        mlp = Contribution(tuple(terms[mixers:used])) if has_mlp else None
+        other = Contribution(tuple(terms[used:])) if len(terms) > used else None
+        if mixer is None or mlp is None:
+            return ResidualStructure("single", mixer, mlp, other, fit.scales[0], fit.error)
+        after = max(self.began[t.path] for t in mixer.terms)
+        for path in sorted(self.given, key=self.began.__getitem__):
+            if self.began[path] > after:
+                mid = _fit(self.given[path], [self.x, *(self.made[t.path] for t in mixer.terms)], False)
+                if mid.error <= self.tolerance and all(s != 0 for s in mid.scales):
+                    return ResidualStructure("sequential", mixer, mlp, other, fit.scales[0], fit.error, mid=path)
+        return ResidualStructure("parallel", mixer, mlp, other, fit.scales[0], fit.error)
+
+    def staged(self, mixers: list[str], mlp: str, options: list[list[str]]) -> ResidualStructure | None:
+        """A norm stands between the additions: `mid = x' + mixer`, `y = mid' + mlp`, where a prime may be a norm."""
+        starts = [self.x, *(self.made[p] for p in self.order if _same(self.given.get(p), self.x))]
+        ends = [(self.y, "")] + [
+            (self.given[p], p) for p in self.order if p in self.given and _same(self.made[p], self.y)
+        ]
+        for mixed in itertools.product(*options[: len(mixers)]):
+            after = max(self.began[p] for p in mixed)
+            for path in self.order:
+                middle = self.given.get(path)
+                if middle is None or self.began[path] <= after:
+                    continue
+                first = _best([_fit(middle, [s, *(self.made[p] for p in mixed)], False) for s in starts])
+                if first.error > self.tolerance or first.scales[0] == 0:
+                    continue
+                bases = [(middle, "input"), (self.made[path], "output")]
+                for (base, side), form, (end, _) in itertools.product(bases, options[-1], ends):
+                    second = _fit(end, [base, self.made[form]], False)
+                    if second.error <= self.tolerance and second.scales[0] != 0:
+                        return ResidualStructure(
+                            "normed stream" if end is self.y else "post-norm",
+                            Contribution(
+                                tuple(Term(p, s) for p, s in zip(mixed, first.scales[1:], strict=True)), first.constant
+                            ),
+                            Contribution((Term(form, second.scales[1]),), second.constant),
+                            error=max(first.error, second.error),
+                            mid=path,
+                            mid_side=side,
+                        )
+        return None
 
 
-def _siblings(streams: dict[str, torch.Tensor], exits: list[str], recording: Recording) -> list[tuple[str, ...]]:
-    """Modules that read exactly what a known part reads (a shared expert beside a mixture of experts)."""
-    given = [recording.input(p) for p in exits]
-    twins = [
-        path
-        for path in streams
-        if path not in exits
-        and not any(path.startswith(f"{e}.") or e.startswith(f"{path}.") for e in exits)
-        and (own := recording.input(path)) is not None
-        and any(g is not None and g.shape == own.shape and torch.equal(own, g) for g in given)
-    ]
-    return [(twin,) for twin in twins]
+@dataclass(frozen=True)
+class _Fit:
+    error: float
+    scales: list[Scale]
+    constant: torch.Tensor | None = None
 
 
-def _fit(target: torch.Tensor, parts: list[torch.Tensor], scale_of: torch.Tensor):
-    """Coefficients with which `parts` add up to `target`: one per part, else one per part and channel."""
-    flat = torch.stack([p.double().reshape(-1) for p in parts], dim=1)
-    goal = target.double().reshape(-1, 1)
-    found = torch.linalg.lstsq(flat, goal).solution[:, 0]
-    # Rounding in the low bits of a fit must not be passed on: a coefficient that is 1 is 1.
-    found = torch.where((found - found.round()).abs() < 1e-3, found.round(), found)
-    sum_ = (flat @ found).reshape(target.shape)
-    error = relative_error((scale_of.double() - target.double()) + sum_, scale_of)
-    if error <= 1e-2:
-        return [float(c) for c in found], error
-    positions = target.reshape(-1, target.shape[-1])
-    if positions.shape[0] < 2 * len(parts):
-        return None, error
-    rows = torch.stack([p.double().reshape(-1, p.shape[-1]) for p in parts], dim=-1)  # [positions, channels, parts]
-    channels = torch.linalg.lstsq(rows.transpose(0, 1), positions.double().T.unsqueeze(-1)).solution  # [channels, parts, 1]
-    sum_ = torch.einsum("pck,ck->pc", rows, channels[..., 0]).reshape(target.shape)
-    error = relative_error((scale_of.double() - target.double()) + sum_, scale_of)
-    return [channels[:, k, 0] for k in range(len(parts))], error
+def _best(fits: list[_Fit]) -> _Fit:
+    return min(fits, key=lambda fit: fit.error)
 
 
-def _structure(layer, recording, x, paths, mixers, scales, error, tolerance) -> ResidualStructure:
-    terms = [Term(path, scale) for path, scale in zip(paths, scales, strict=True)]
-    mixer_terms = tuple(terms[: len(mixers)])
-    mlp_terms = tuple(terms[len(mixers) :])
-    mixer = Contribution(mixer_terms) if mixer_terms else None
-    mlp = Contribution(mlp_terms) if mlp_terms else None
-    if mixer is None or mlp is None:
-        return ResidualStructure("single", mixer, mlp, error)
-    mid = x.double()
-    for term in mixer_terms:
-        mid = mid + torch.as_tensor(term.scale, dtype=torch.float64, device=x.device) * recording.output(term.path).double()
-    own = f"{layer.path}."
-    for path in sorted(recording.calls, key=lambda p: recording.calls[p][0].began):
-        if path.startswith(own) and recording.calls[path][0].began > max(recording.calls[m][0].began for m in mixers):
-            given = recording.input(path)
-            if given is not None and given.shape == mid.shape and relative_error(given, mid) <= tolerance:
-                return ResidualStructure("sequential", mixer, mlp, error, mid=path)
-    return ResidualStructure("parallel", mixer, mlp, error)
+def _same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    return a is not None and a.shape == b.shape and torch.equal(a, b)
 
 
-def _post_norm(layer, recording, streams, x, y, mixers, mlp, tolerance) -> ResidualStructure | None:
-    """`mid = norm(x + mixer)`, `y = norm(mid + mlp)`: the original transformer, BERT, GPT-1."""
-    norms = [p for p in streams if p not in (*mixers, mlp)]
-    outer = [p for p in norms if torch.equal(streams[p], y)]
-    for last in outer:
-        summed = recording.input(last)
-        if summed is None or summed.shape != x.shape:
-            continue
-        for first in norms:
-            if first == last:
-                continue
-            mid, inner = streams[first], recording.input(first)
-            if inner is None or inner.shape != x.shape or not mixers or mlp is None:
-                continue
-            scales, error = _fit(inner - x, [streams[m] for m in mixers], inner)
-            if scales is None or error > tolerance:
-                continue
-            mlp_scales, mlp_error = _fit(summed - mid, [streams[mlp]], summed)
-            if mlp_scales is not None and mlp_error <= tolerance:
-                return ResidualStructure(
-                    "post-norm",
-                    Contribution(tuple(Term(m, s) for m, s in zip(mixers, scales, strict=True))),
-                    Contribution((Term(mlp, mlp_scales[0]),)),
-                    max(error, mlp_error),
-                    mid=first,
-                )
-    return None
+def _fit(target: torch.Tensor, parts: list[torch.Tensor], per_channel: bool) -> _Fit:
+    """Coefficients with which `parts` add up to `target`; the first part is the stream, whose coefficient is 1 if that fits.
+
+    With `per_channel`, every part has one coefficient for each channel, and there is a constant for each channel too.
+    """
+    width = target.shape[-1]
+    goal = target.double().reshape(-1, width)
+    columns = torch.stack([p.double().reshape(-1, width) for p in parts], dim=-1)  # [positions, channels, parts]
+    if not per_channel:
+        flat = columns.reshape(-1, len(parts))
+        found = torch.linalg.lstsq(flat, goal.reshape(-1, 1)).solution[:, 0]
+        # A coefficient that is 1 is 1: rounding in the low bits of a fit must not be passed on.
+        found = torch.where((found - found.round()).abs() < 1e-3, found.round(), found)
+        error = relative_error((columns @ found).reshape(target.shape), target)
+        return _Fit(error, [float(c) for c in found])
+    if goal.shape[0] < 2 * (len(parts) + 1):
+        return _Fit(float("inf"), [])
+    ones = torch.ones_like(columns[..., :1])
+    rows = torch.cat([columns, ones], dim=-1).transpose(0, 1)  # [channels, positions, parts + 1]
+    solved = torch.linalg.lstsq(rows, goal.T.unsqueeze(-1)).solution[..., 0]  # [channels, parts + 1]
+    error = relative_error(torch.einsum("cpk,ck->pc", rows, solved).reshape(target.shape), target)
+    scales: list[Scale] = []
+    for k in range(len(parts)):
+        column = solved[:, k]
+        one = bool((column - column.mean().round()).abs().max() < 1e-3)
+        scales.append(float(column.mean().round()) if one else column)
+    constant = solved[:, -1]
+    small = constant.abs().max() < 1e-3 * goal.abs().mean()
+    return _Fit(error, scales, None if small else constant)
