@@ -227,7 +227,7 @@ def test_overrides_reach_the_text_part():
     assert model.config.text_config.rms_norm_eps == 0.25
     assert model.config.image_token_id == 9
     vision = tiny_model("llava", vision_config={"hidden_size": 32}, text_config={"num_attention_heads": 2}).config
-    assert (vision.vision_config.hidden_size, vision.vision_config.num_hidden_layers) == (32, 4)
+    assert (vision.vision_config.hidden_size, vision.vision_config.num_hidden_layers) == (32, 3)
     assert (vision.text_config.num_attention_heads, vision.text_config.hidden_size) == (2, 64)
     assert tiny_model("gpt2", hidden_size=32).config.n_embd == 32
     assert tiny_model("llava", attn_implementation="eager").config.vision_config._attn_implementation == "eager"

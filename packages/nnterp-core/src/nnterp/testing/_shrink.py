@@ -26,6 +26,7 @@ EXPERTS = 6
 POSITIONS = 512
 WINDOW = 8
 MIN_LAYERS = 4
+TOWER_LAYERS = 3  # of an image or audio tower: fewer than the text has, so that the two are not mistaken
 
 
 def _fields(value: Any, names: str) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def _tiny(
         below = [name for name in overrides if name not in defaults and name not in _EVERYWHERE]
         deeper[text] = {**deeper.get(text, {}), **{name: overrides.pop(name) for name in below}}
 
-    values = {name: _ruled(name, default) for name, default in defaults.items() if _has_rule(name, default)}
+    values = {name: _ruled(name) for name, default in defaults.items() if _has_rule(name, default)}
     if "kv_lora_rank" in defaults:  # latent attention expands to one key and one value per query head
         values["num_key_value_heads"] = HEADS
     if full is not None and isinstance(getattr(full, "rope_parameters", None), dict):
@@ -222,7 +223,7 @@ def _tiny(
 
     for key, (sub_class, optional) in sub_configs.items():
         if key not in overrides and not (optional and key not in row and key not in deeper):
-            sub_layers = num_layers if key == text else None
+            sub_layers = TOWER_LAYERS if key.startswith(("vision", "audio")) else num_layers if key == text else None
             values[key] = _tiny(sub_class, row.get(key, {}), sub_layers, deeper.get(key, {}))
 
     for name, value in row.items():
@@ -256,12 +257,12 @@ def _sub_configs(config_class: type[PreTrainedConfig]) -> dict[str, tuple[type[P
 def _has_rule(name: str, default: Any) -> bool:
     if name.endswith(("_token_id", "_token_index")):
         return isinstance(default, (int, list)) or name in ("eos_token_id", "bos_token_id", "pad_token_id")
-    if name == "is_decoder":
+    if name == "is_decoder":  # the one bool
         return True
     return name in RULES and not isinstance(default, bool) and (default is not None or name in _FROM_NONE)
 
 
-def _ruled(name: str, default: Any) -> Any:
+def _ruled(name: str) -> Any:
     if name.endswith(("_token_id", "_token_index")):
         return RESERVED_TOKEN_IDS.get(name.rpartition("_token_")[0], RESERVED_TOKEN_IDS["other"])
     return RULES[name]
