@@ -139,11 +139,16 @@ class _Solver:
                         continue
                     fit = _fit(self.y, [self.x, *(self.made[p] for p in paths)], per_channel)
                     best = min(best, fit.error)
-                    if fit.error <= self.tolerance:
-                        return self.additive(paths, len(mixers), mlp is not None, fit)
+                    if fit.error <= self.tolerance and fit.whole:
+                        return self.additive(paths, len(mixers), mlp is not None, fit, per_channel)
         staged = self.staged(mixers, mlp, options) if mixers and mlp is not None else None
         if staged is not None:
             return staged
+        if len(mixers) > 1:  # Zamba's attention speaks to the layer's Mamba, which alone writes to the stream
+            for form in options[0]:
+                fit = _fit(self.y, [self.x, self.made[form]], False)
+                if fit.error <= self.tolerance and fit.whole:
+                    return ResidualStructure("single", Contribution((Term(form, fit.scales[1]),)), None, None, fit.scales[0], fit.error)
         return ResidualStructure(
             "unknown", error=best, reason="no multiples of its parts add up to what the layer adds"
         )
@@ -174,7 +179,7 @@ class _Solver:
             if p.count(".") == depth and not any(e == p or e.startswith(f"{p}.") for e in exits)
         ]
 
-    def additive(self, paths: list[str], mixers: int, has_mlp: bool, fit: _Fit) -> ResidualStructure:
+    def additive(self, paths: list[str], mixers: int, has_mlp: bool, fit: _Fit, per_channel: bool) -> ResidualStructure:
         terms = [Term(path, scale) for path, scale in zip(paths, fit.scales[1:], strict=True)]
         used = mixers + has_mlp
         mixer = Contribution(tuple(terms[:mixers]), fit.constant) if mixers else None
@@ -185,8 +190,8 @@ class _Solver:
         after = max(self.began[t.path] for t in mixer.terms)
         for path in sorted(self.given, key=self.began.__getitem__):
             if self.began[path] > after:
-                mid = _fit(self.given[path], [self.x, *(self.made[t.path] for t in mixer.terms)], False)
-                if mid.error <= self.tolerance and all(s != 0 for s in mid.scales):
+                mid = _fit(self.given[path], [self.x, *(self.made[t.path] for t in mixer.terms)], per_channel)
+                if mid.error <= self.tolerance and mid.whole:
                     return ResidualStructure("sequential", mixer, mlp, other, fit.scales[0], fit.error, mid=path)
         return ResidualStructure("parallel", mixer, mlp, other, fit.scales[0], fit.error)
 
@@ -203,12 +208,12 @@ class _Solver:
                 if middle is None or self.began[path] <= after:
                     continue
                 first = _best([_fit(middle, [s, *(self.made[p] for p in mixed)], False) for s in starts])
-                if first.error > self.tolerance or first.scales[0] == 0:
+                if first.error > self.tolerance or not first.whole:
                     continue
                 bases = [(middle, "input"), (self.made[path], "output")]
                 for (base, side), form, (end, _) in itertools.product(bases, options[-1], ends):
                     second = _fit(end, [base, self.made[form]], False)
-                    if second.error <= self.tolerance and second.scales[0] != 0:
+                    if second.error <= self.tolerance and second.whole:
                         return ResidualStructure(
                             "normed stream" if end is self.y else "post-norm",
                             Contribution(
@@ -227,6 +232,11 @@ class _Fit:
     error: float
     scales: list[Scale]
     constant: torch.Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part takes a share in the sum. A module that already holds the sum would take it all."""
+        return all(abs(s) > 1e-6 if isinstance(s, float) else bool(s.abs().max() > 1e-6) for s in self.scales)
 
 
 def _best(fits: list[_Fit]) -> _Fit:
@@ -249,9 +259,11 @@ def _fit(target: torch.Tensor, parts: list[torch.Tensor], per_channel: bool) -> 
         flat = columns.reshape(-1, len(parts))
         found = torch.linalg.lstsq(flat, goal.reshape(-1, 1)).solution[:, 0]
         # A coefficient that is 1 is 1: rounding in the low bits of a fit must not be passed on.
-        found = torch.where((found - found.round()).abs() < 1e-3, found.round(), found)
-        error = relative_error((columns @ found).reshape(target.shape), target)
-        return _Fit(error, [float(c) for c in found])
+        rounded = torch.where((found - found.round()).abs() < 1e-3, found.round(), found)
+        fits = [
+            _Fit(relative_error((columns @ c).reshape(target.shape), target), [float(value) for value in c]) for c in (rounded, found)
+        ]
+        return fits[0] if fits[0].error <= 2 * fits[1].error + 1e-7 else fits[1]
     if goal.shape[0] < 2 * (len(parts) + 1):
         return _Fit(float("inf"), [])
     ones = torch.ones_like(columns[..., :1])
