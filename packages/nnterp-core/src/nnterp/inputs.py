@@ -73,7 +73,7 @@ def encode(model: StandardizedTransformer, prompts: Prompt | Sequence[Prompt]) -
     Args:
         model: The model whose tokenizer reads them.
         prompts: A text, token ids (list or 1-d tensor), chat messages (a list of {"role", "content"} dicts, put through
-            the tokenizer's chat template), or a list of these; also a 2-d tensor or an encoding with `input_ids` and
+            the tokenizer's chat template; a last message of the assistant is gone on with), or a list of these; also a 2-d tensor or an encoding with `input_ids` and
             `attention_mask`, whose padding is taken off.
 
     Raises:
@@ -176,7 +176,10 @@ def _row(model: StandardizedTransformer, prompt: Any) -> Row:
     if _is_chat(prompt):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("Chat messages were given, but this model's tokenizer has no chat template.")
-        prompt = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        continues = prompt[-1]["role"] == "assistant"  # an answer that has begun goes on
+        prompt = tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+        )
         special = {"add_special_tokens": False}  # the template writes them itself
     if not isinstance(prompt, str):
         raise TypeError(f"A prompt is a text, token ids, a 1-d tensor or chat messages, not {type(prompt).__name__}: {prompt!r:.80}")

@@ -1,0 +1,87 @@
+"""Results on disk: numbers as safetensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from nnterp.prompts._results import PromptResults
+
+_NUMBERS, _REST = "scores.safetensors", "run.json"
+_VERSION = 1
+
+
+def save(results: PromptResults, folder: str | Path) -> None:
+    """See `PromptResults.save`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"log_probs": results.log_probs.contiguous(), "done": results.done}
+    if results.vocabulary_ranks is not None:
+        tensors["vocabulary_ranks"] = results.vocabulary_ranks
+    rest = {
+        "version": _VERSION,
+        "categories": results.categories,
+        "settings": results.settings,
+        "prompts": [
+            {"text": text, "fingerprint": fingerprint, "metadata": data}
+            for text, fingerprint, data in zip(results.texts, results.fingerprints, results.metadata, strict=True)
+        ],
+    }
+    _write(folder / _REST, json.dumps(rest, indent=1, ensure_ascii=False, default=_plain).encode())
+    _write(folder / _NUMBERS, save_tensors(tensors))
+
+
+def load(folder: str | Path) -> PromptResults:
+    """See `PromptResults.load`."""
+    folder = Path(folder)
+    if not exists(folder):
+        raise FileNotFoundError(f"{folder} holds no results: {_NUMBERS} and {_REST} were expected in it.")
+    rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
+    if rest.get("version") != _VERSION:
+        raise ValueError(
+            f"{folder / _REST} has version {rest.get('version')}; this nnterp-prompts reads version {_VERSION}."
+        )
+    tensors = load_tensors((folder / _NUMBERS).read_bytes())
+    prompts = rest["prompts"]
+    if tensors["log_probs"].shape[0] != len(prompts) or tensors["log_probs"].shape[-1] != len(rest["categories"]):
+        raise ValueError(
+            f"{folder}: {_NUMBERS} has scores of shape {list(tensors['log_probs'].shape)}, but {_REST} lists "
+            f"{len(prompts)} "
+            f"prompts and {len(rest['categories'])} categories; they are not of one run."
+        )
+    return PromptResults(
+        categories=tuple(rest["categories"]),
+        texts=[prompt["text"] for prompt in prompts],
+        metadata=[prompt["metadata"] for prompt in prompts],
+        settings=rest["settings"],
+        fingerprints=[prompt["fingerprint"] for prompt in prompts],
+        log_probs=tensors["log_probs"],
+        vocabulary_ranks=tensors.get("vocabulary_ranks"),
+        done=tensors["done"],
+    )
+
+
+def exists(folder: str | Path) -> bool:
+    """Whether a folder holds saved results."""
+    return (Path(folder) / _NUMBERS).is_file() and (Path(folder) / _REST).is_file()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of the file or what was there before."""
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Metadata that JSON does not know: NumPy numbers as numbers, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)

@@ -1,0 +1,71 @@
+"""Tables of whatever kind as a list of rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Table = Iterable[Mapping[str, Any]] | str | Path | Any
+
+
+def read_table(table: Table) -> list[dict[str, Any]]:
+    """A table's rows as dicts.
+
+    Args:
+        table: Dicts, a pandas DataFrame, or the path of a `.csv` (with a header), `.jsonl` or `.json` file (a list of
+            objects). Values of a CSV file are texts.
+
+    Raises:
+        ValueError: The table is empty, a row has too many or too few columns, or the file is of another kind.
+        TypeError: It is none of these.
+    """
+    if isinstance(table, (str, Path)):
+        rows = _from_file(Path(table))
+    elif hasattr(table, "to_dict") and hasattr(table, "columns"):
+        rows = table.to_dict(orient="records")
+    elif isinstance(table, Iterable) and not isinstance(table, Mapping):
+        rows = list(table)
+    else:
+        raise TypeError(
+            f"A table is a list of dicts, a DataFrame, or the path of a CSV or JSONL file, not {type(table).__name__}."
+        )
+    if not rows:
+        raise ValueError(f"The table {'' if not isinstance(table, (str, Path)) else f'{table} '}has no rows.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"Row {i} of the table is a {type(row).__name__}, not a dict: {row!r:.80}")
+    return [dict(row) for row in rows]
+
+
+def _from_file(path: Path) -> list[Any]:
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        return rows
+    if kind == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} holds a {type(rows).__name__}; a list of objects was expected.")
+        return rows
+    if kind == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="", restval=None)
+            rows = list(reader)
+        for i, row in enumerate(rows):
+            if "" in row or None in row.values():
+                raise ValueError(
+                    f"{path}: row {i} has {'more' if '' in row else 'fewer'} columns than the header: {row!r:.120}"
+                )
+        return rows
+    raise ValueError(
+        f"{path}: tables are read from .csv, .jsonl and .json files; pass rows as dicts or a DataFrame for others."
+    )

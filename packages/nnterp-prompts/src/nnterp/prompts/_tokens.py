@@ -1,0 +1,175 @@
+"""From words to the tokens a model would write them with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nnterp.prompts._errors import SharedTokenWarning, TokenizationError
+
+# Texts to put before a word, to see which tokens it has in the middle of a text. Tokenizers differ in what they glue to
+# a word or treat as unknown; the first anchor whose own tokens stay as they are decides.
+_ANCHORS = ("🍐", "(", ":", "\n", "1:", "=")
+_SPACES = " ▁Ġ"  # a space as it is, in SentencePiece's spelling and in byte-level BPE's
+
+
+def tokenizer_of(tokenizer_or_model: Any) -> Any:
+    """The tokenizer itself, or the model's.
+
+    Raises:
+        TypeError: It is neither a tokenizer nor a model with one.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(tokenizer_or_model, PreTrainedTokenizerBase):
+        return tokenizer_or_model
+    tokenizer = getattr(tokenizer_or_model, "tokenizer", None)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    raise TypeError(f"A tokenizer or a model with one was expected, not {type(tokenizer_or_model).__name__}.")
+
+
+def get_first_tokens(
+    words: str | Sequence[str], tokenizer_or_model: Any, use_hacky_implementation: bool = False
+) -> list[int]:
+    """The tokens a model can begin each word with: the first of "word" and the first of " word".
+
+    Each word is looked at in the middle of a text, because many tokenizers treat a text's first word specially. A word
+    that begins with whitespace itself is taken as it is written. A token that is nothing but a space is never returned:
+    where " word" begins with one, only "word" counts. Words that begin with the same token are reported by a
+    `SharedTokenWarning`.
+
+    Args:
+        words: A word or several.
+        tokenizer_or_model: A tokenizer, or a model with one.
+        use_hacky_implementation: Only the token of "word" directly after other text (a 1.x option; nothing needs it).
+
+    Returns:
+        Token ids without repetition, in the order of the words.
+
+    Raises:
+        TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
+    """
+    words = [words] if isinstance(words, str) else list(words)
+    found = first_tokens(words, tokenizer_of(tokenizer_or_model), bare_only=use_hacky_implementation)
+    report_sharing(found, tokenizer_of(tokenizer_or_model))
+    return list(dict.fromkeys(token for tokens in found.values() for token in tokens))
+
+
+def first_tokens(words: Iterable[str], tokenizer: Any, bare_only: bool = False) -> dict[str, list[int]]:
+    """For each word its first tokens; see `get_first_tokens`."""
+    words = list(dict.fromkeys(words))
+    for word in words:
+        if not isinstance(word, str):
+            raise TypeError(
+                f"A target is a text, not {word!r}. Give token ids as Prompt(prompt, target_tokens={{...}})."
+            )
+        if not word.strip(" "):
+            raise TokenizationError(f"The target {word!r} is empty or only spaces, so there is no token to track.")
+    alone = dict(zip(words, encode_texts(tokenizer, words), strict=True))
+    inside = continuations(tokenizer, [form for word in words for form in (word, " " + word)])
+    return {word: _of_word(tokenizer, word, alone[word], inside, bare_only) for word in words}
+
+
+def _of_word(tokenizer: Any, word: str, alone: list[int], inside: dict[str, list[int]], bare_only: bool) -> list[int]:
+    if bare_only or word[0].isspace():
+        forms = [inside.get(word)]
+    else:
+        spaced = inside.get(" " + word)
+        # Where a text's first word is written as after a space (a prefix space, or spaces that do not count), the word
+        # directly after other text has to be seen there; everywhere else a word alone is what it is inside.
+        special_first = bool(alone and spaced and alone[0] == spaced[0])
+        forms = [inside.get(word) if special_first else alone, spaced]
+    tokens = [form[0] for form in forms if form and not is_lone_space(tokenizer, form[0])]
+    if not tokens:
+        raise TokenizationError(
+            f"The target {word!r} has no first token to track: alone it is {_shown(tokenizer, alone)}, inside a text "
+            f"{', '.join(_shown(tokenizer, form or []) for form in forms)}."
+        )
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown in tokens and word.strip() != tokenizer.unk_token:
+        raise TokenizationError(
+            f"The target {word!r} begins with {tokenizer.unk_token!r}: the tokenizer does not know it, and the "
+            f"probability of "
+            f"the unknown token would be that of any unknown word."
+        )
+    return list(dict.fromkeys(tokens))
+
+
+def continuations(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
+    """The tokens of each text as it follows other text; texts that melt into it are left out."""
+    found: dict[str, list[int]] = {}
+    for anchor in _ANCHORS:
+        left = [text for text in dict.fromkeys(texts) if text not in found]
+        if not left:
+            break
+        (before, _), *after = _encode(tokenizer, [anchor, *(anchor + text for text in left)])
+        for text, (ids, ends) in zip(left, after, strict=True):
+            if not before or ids[: len(before)] != before or len(ids) == len(before):
+                continue
+            # An unknown token may have swallowed the beginning of the text together with the anchor.
+            apart = before[-1] != tokenizer.unk_token_id if ends is None else ends[len(before) - 1] <= len(anchor)
+            if apart:
+                found[text] = ids[len(before) :]
+    return found
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    return [ids for ids, _ in _encode(tokenizer, texts)]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int] | None]]:
+    """Token ids of each text and where in it each token ends; None for the latter where the tokenizer cannot tell."""
+    if not texts:
+        return []
+    if not getattr(tokenizer, "is_fast", False):
+        return [(list(ids), None) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        (list(ids), [end for _, end in offsets])
+        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+
+
+def is_lone_space(tokenizer: Any, token: int) -> bool:
+    """Whether a token is nothing but spaces."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    return name == "<0x20>" or (bool(name) and not name.strip(_SPACES))
+
+
+def shared_first_tokens(words: Iterable[str], tokenizer_or_model: Any) -> dict[int, list[str]]:
+    """The tokens that several of the words begin with, each with those words.
+
+    Raises:
+        TokenizationError: As `get_first_tokens`.
+    """
+    return _sharing(first_tokens(words, tokenizer_of(tokenizer_or_model)))
+
+
+def _sharing(found: dict[str, list[int]]) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for word, tokens in found.items():
+        for token in tokens:
+            owners.setdefault(token, []).append(word)
+    return {token: words for token, words in owners.items() if len(words) > 1}
+
+
+def report_sharing(found: dict[str, list[int]], tokenizer: Any, stacklevel: int = 3) -> None:
+    """Warn of words that begin with the same token."""
+    if shared := _sharing(found):
+        text = "; ".join(
+            f"{', '.join(map(repr, words))} by {token_name(tokenizer, token)}"
+            for token, words in list(shared.items())[:5]
+        )
+        warnings.warn(f"Words that begin with the same token: {text}.", SharedTokenWarning, stacklevel=stacklevel)
+
+
+def token_name(tokenizer: Any, token: int) -> str:
+    """A token for errors and reports: its name, quoted, and its id."""
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+
+
+def _shown(tokenizer: Any, ids: list[int]) -> str:
+    return " ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) if ids else "nothing"
