@@ -1,0 +1,56 @@
+"""Every Python block of the READMEs runs, says what the comments beside it promise, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
+PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
+
+
+def snippets(readme: Path) -> str:
+    """The file's Python blocks, in order, as one program."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", readme.read_text(encoding="utf-8"), flags=re.M | re.S))
+
+
+def name(readme: Path) -> str:
+    return readme.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_snippets_run(readme, tmp_path, capsys, monkeypatch):
+    program = snippets(readme)
+    assert program, f"{name(readme)} shows no code"
+    monkeypatch.chdir(tmp_path)  # nothing in the repository is found by accident, nothing is written into it
+    file = tmp_path / "readme_snippets.py"
+    file.write_text(program, encoding="utf-8")
+    runpy.run_path(str(file), run_name="readme")
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for promised in PROMISE.findall(program):
+        assert promised in printed
+        printed = printed[printed.index(promised) + 1 :]
+
+
+def test_the_main_readme_promises_something():
+    assert len(PROMISE.findall(snippets(ROOT / "README.md"))) >= 3
+
+
+@pytest.mark.parametrize(
+    "page", [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: name(page)
+)
+def test_links_inside_the_repository_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text))
+    missing = [t for t in targets if not re.match(r"[a-z]+:|#", t) and not (page.parent / t.partition("#")[0]).exists()]
+    assert missing == []
+
+
+def test_the_two_commands_stand_at_the_top():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:8]
+    assert "pip install uv && uv run nnterp demo" in lines
+    assert "uv run pytest -n auto" in lines
