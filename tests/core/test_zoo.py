@@ -89,7 +89,7 @@ def test_mapping_is_partitioned():
     assert set(TYPES) | set(unavailable) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert len(TYPES) >= 180
     assert not set(testing.multimodal_model_types()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    for fact in (testing.NOT_CAUSAL, testing.LEFT_PADDING_INEXACT, testing.NOT_RELOADABLE):
+    for fact in (testing.CACHE_INEXACT, testing.LEFT_PADDING_INEXACT, testing.NOT_CAUSAL, testing.NOT_RELOADABLE):
         assert set(fact) <= set(ALL_TYPES)
         assert all(fact.values())
 
@@ -165,6 +165,27 @@ def test_left_padding(model_type, model):
     else:
         assert (error(**positions) > 1e-3) == (model_type in testing.LEFT_PADDING_INEXACT)
         assert (error() > 1e-3) == (model_type in {*testing.LEFT_PADDING_INEXACT, *testing.POSITION_IDS_NEEDED})
+
+
+def test_cache(model_type, model):
+    """The declared facts about continuing from a cache hold in transformers, both ways."""
+    row = random_tokens(LENGTH + 3)
+    whole = logits(model, row)
+    with torch.no_grad():
+        try:
+            out = model(input_ids=row[:, :LENGTH], use_cache=True)
+            name = next(
+                (name for name in ("past_key_values", "cache_params", "state") if out.get(name) is not None), None
+            )
+            assert (name is None) == (model_type in testing.NO_CACHE)
+            errors = []
+            for i in range(LENGTH, LENGTH + 3) if name else ():
+                out = model(input_ids=row[:, i : i + 1], use_cache=True, **{name: out[name]})
+                errors.append(distance(out.logits[:, -1], whole[:, i]))
+        except (AttributeError, RuntimeError):
+            assert model_type in {"blt", "cpmant"}
+            return
+    assert (max(errors, default=0.0) > 1e-3) == (model_type in testing.CACHE_INEXACT)
 
 
 def test_seeded(model_type, model):

@@ -6,14 +6,24 @@
 torch.Size([1, 5, 509])
 """
 
-from ._facts import LEFT_PADDING_INEXACT, NOT_CAUSAL, NOT_RELOADABLE, POSITION_IDS_NEEDED, POSITION_IDS_OFFSET
+from ._facts import (
+    CACHE_INEXACT,
+    LEFT_PADDING_INEXACT,
+    NO_CACHE,
+    NOT_CAUSAL,
+    NOT_RELOADABLE,
+    POSITION_IDS_NEEDED,
+    POSITION_IDS_OFFSET,
+)
 from ._tokenizer import tiny_tokenizer
 from ._zoo import model_types, multimodal_model_types, tiny_checkpoint, tiny_model, unavailable_model_types
 
 __all__ = [
+    "CACHE_INEXACT",
     "LEFT_PADDING_INEXACT",
     "NOT_CAUSAL",
     "NOT_RELOADABLE",
+    "NO_CACHE",
     "POSITION_IDS_NEEDED",
     "POSITION_IDS_OFFSET",
     "model_types",

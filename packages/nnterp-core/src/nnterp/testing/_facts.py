@@ -88,6 +88,28 @@ POSITION_IDS_OFFSET: frozenset[str] = frozenset(
 )
 """Positions start at ``padding_idx + 1`` and come from ``input_ids`` when none are passed: pass none."""
 
+_STEPWISE_INDEXER = "keys picked step by step differ from those picked for a whole row; exact up to index_topk tokens"
+
+CACHE_INEXACT: dict[str, str] = {
+    "axk2": _STEPWISE_INDEXER,
+    "bamba": "positions start again at 0 unless position_ids are passed",
+    "blt": "its cache asks the configuration for num_hidden_layers, which it does not have",
+    "cpmant": "it wants the whole row again along with the cache",
+    "deepseek_v32": _STEPWISE_INDEXER,
+    "dots3_note": _STEPWISE_INDEXER,
+    "dots3_note_text": _STEPWISE_INDEXER,
+    "glm_moe_dsa": _STEPWISE_INDEXER,
+    "hy_v4": _STEPWISE_INDEXER,
+    "moshi": "its cache keeps the sliding window, which its forward over a whole row does not apply",
+    "paligemma": _SDPA_MASK,
+    "prophetnet": NOT_CAUSAL["prophetnet"],
+    "rwkv": "given one token a row, it mixes the rows of a batch; exact for one row",
+}
+"""Continuing from ``past_key_values`` (or ``state``) token by token differs from one forward over the whole row."""
+
+NO_CACHE: frozenset[str] = frozenset(["openai-gpt", "recurrent_gemma", "reformer", "xlm", "xlnet"])
+"""No ``past_key_values`` that take up a row where it stopped."""
+
 NOT_RELOADABLE: dict[str, str] = {
     "emu3": "AutoModelForCausalLM builds Emu3ForCausalLM, whose saved Emu3TextConfig it does not take back",
     "mllama": "AutoModelForCausalLM builds MllamaForCausalLM, whose saved MllamaTextConfig it does not take back",
