@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from nnterp.values._eager import make_eager
+
 
 def resolve_tokenizer(
     model: str | nn.Module,
@@ -58,7 +60,7 @@ def require_eager(model: str | nn.Module, options: dict[str, Any]) -> None:
         )
     if isinstance(model, nn.Module):
         options.pop("attn_implementation", None)
-        model.set_attn_implementation("eager")
+        make_eager(model)
     else:
         options["attn_implementation"] = "eager"
 

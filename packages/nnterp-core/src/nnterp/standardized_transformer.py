@@ -18,7 +18,19 @@ from nnterp.binding import bind_names, envoy_at
 from nnterp.certificate import Certificate, ResidualStructure, certify
 from nnterp.errors import InsideTraceError, ShapeError
 from nnterp.readout import Readout, project_on_vocab
-from nnterp.values import VALUES, LayerAccessor, ModuleListAccessor, read_value, write_value
+from nnterp.values import (
+    VALUES,
+    AttentionProbabilitiesAccessor,
+    LayerAccessor,
+    ModuleListAccessor,
+    Support,
+    Value,
+    canonical,
+    explain,
+    read_value,
+    support,
+    write_value,
+)
 from nnterp.values._accessors import require_running
 
 
@@ -65,8 +77,22 @@ class StandardizedTransformer(TransformersModel):
         layers_output: LayerAccessor
         attentions_input: LayerAccessor
         attentions_output: LayerAccessor
+        attention_queries: LayerAccessor
+        attention_keys: LayerAccessor
+        attention_values: LayerAccessor
+        attention_scores: LayerAccessor
+        attention_probabilities: AttentionProbabilitiesAccessor
+        attention_head_outputs: LayerAccessor
+        attention_head_contributions: LayerAccessor
+        attention_contributions: LayerAccessor
         mixers_input: LayerAccessor
         mixers_output: LayerAccessor
+        mixer_contributions: LayerAccessor
+        layers_mid: LayerAccessor
+        router_logits: LayerAccessor
+        router_choices: LayerAccessor
+        mlp_neurons: LayerAccessor
+        mlp_contributions: LayerAccessor
         mlps_input: LayerAccessor
         mlps_output: LayerAccessor
         ln_final_output: torch.Tensor
@@ -217,6 +243,43 @@ class StandardizedTransformer(TransformersModel):
     def attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with softmax attention over their own stream."""
         return self.anatomy.indices("self_attn")
+
+    # -- the table of values ----------------------------------------------------------------------------------------
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """The table of everything that can be read and written in a trace: name → row."""
+        return dict(VALUES)
+
+    def support(self) -> Support:
+        """Which values this model has on which layers, and why not on the others.
+
+        Runs the model on a short probe when it is called first (on fake tensors while the weights are not loaded).
+
+        Raises:
+            InsideTraceError: Called inside a trace of this model.
+        """
+        self.require_no_trace("support()")
+        return support(self)
+
+    def explain(self, name: str, layer: int | None = None) -> None:
+        """Print where a value is read in this model: native path, source lines, layout and rank.
+
+        Args:
+            name: A value of the table, or TransformerLens' name for it (`blocks.3.attn.hook_z`).
+            layer: The layer; 0 if None.
+
+        Raises:
+            ValueError: There is no such value.
+            Unavailable: This model, or this layer of it, does not have it.
+        """
+        value, named = canonical(name)
+        print(explain(self, value, layer if layer is not None else named))
+
+    @property
+    def attn_probs_available(self) -> bool:
+        """Whether `attention_probabilities` can be read: attention is computed eagerly, and some layer has them."""
+        return self.attention_probabilities.enabled and bool(self.attention_layers)
 
     # -- values that are not per layer -----------------------------------------------------------------------------
 
@@ -388,7 +451,9 @@ def _accessor(name: str) -> property:
     value = VALUES[name]
 
     def read(self: StandardizedTransformer) -> Any:
-        return LayerAccessor(self, value) if value.per_layer else read_value(self, value)
+        if not value.per_layer:
+            return read_value(self, value)
+        return (AttentionProbabilitiesAccessor if name == "attention_probabilities" else LayerAccessor)(self, value)
 
     def write(self: StandardizedTransformer, tensor: torch.Tensor) -> None:
         write_value(self, value, tensor)

@@ -1,6 +1,22 @@
 """Everything readable or writable in a forward pass: one row each, served by name."""
 
 from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, read_value, write_value
+from nnterp.values._aliases import canonical
+from nnterp.values._explain import Support, explain, support
+from nnterp.values._probabilities import AttentionProbabilitiesAccessor
 from nnterp.values._table import VALUES, Value, get_value
 
-__all__ = ["VALUES", "LayerAccessor", "ModuleListAccessor", "Value", "get_value", "read_value", "write_value"]
+__all__ = [
+    "VALUES",
+    "AttentionProbabilitiesAccessor",
+    "LayerAccessor",
+    "ModuleListAccessor",
+    "Support",
+    "Value",
+    "canonical",
+    "explain",
+    "get_value",
+    "read_value",
+    "support",
+    "write_value",
+]

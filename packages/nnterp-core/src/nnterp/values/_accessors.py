@@ -8,7 +8,8 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
-from nnterp.values._table import Site, Value
+from nnterp.values._places import Place, Sum
+from nnterp.values._table import Value
 
 if TYPE_CHECKING:
     from nnsight import Envoy
@@ -92,15 +93,20 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
         raise TypeError(f"{name}[{layer!r}]: a layer is an integer from {-num_layers} to {num_layers - 1}.")
     index = layer.__index__()
     if not -num_layers <= index < num_layers:
-        raise IndexError(f"{name}[{index}]: the model has {num_layers} layers, so indices go from {-num_layers} to {num_layers - 1}.")
+        raise IndexError(
+            f"{name}[{index}]: the model has {num_layers} layers, so indices go from {-num_layers} to {num_layers - 1}."
+        )
     return index % num_layers
 
 
 def read_value(model: StandardizedTransformer, value: Value, layer: int | None = None) -> torch.Tensor:
-    """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run."""
-    label, site = _locate(model, value, layer)
+    """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run.
+
+    A value that is a sum or a multiple of what modules return is a new tensor; it has to be assigned to have an effect.
+    """
+    label, place = _locate(model, value, layer)
     try:
-        return _tensor_of(model.envoy(site.path), site, label)
+        return place.read(model, label)
     except OutOfOrderError as error:
         _explain(error, label)
         raise
@@ -108,31 +114,38 @@ def read_value(model: StandardizedTransformer, value: Value, layer: int | None =
 
 def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tensor, layer: int | None = None) -> None:
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
-    label, site = _locate(model, value, layer)
-    envoy = model.envoy(site.path)
+    label, place = _locate(model, value, layer)
     try:
-        current = _tensor_of(envoy, site, label)
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{label} is a tensor of shape {list(current.shape)}; it cannot be set to a {type(tensor).__name__}.")
+        if isinstance(place, Sum):  # its first terms are passed when the last is reached: it reads and writes in one go
+            _require_tensor(tensor, label, "")
+            place.write(model, tensor, label)
+            return
+        current = place.read(model, label)
+        _require_tensor(tensor, label, f" of shape {list(current.shape)}")
         if tensor.shape != current.shape:
-            raise ShapeError(f"{label} has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it.")
+            raise ShapeError(
+                f"{label} has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
         if tensor is not current:
-            _replace(envoy, site, tensor.to(device=current.device, dtype=current.dtype))
+            place.write(model, tensor.to(device=current.device, dtype=current.dtype), label)
     except OutOfOrderError as error:
         _explain(error, label)
         raise
 
 
-def _locate(model: StandardizedTransformer, value: Value, layer: int | None) -> tuple[str, Site]:
-    label = value.name
+def _require_tensor(tensor: Any, label: str, shape: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
+
+
+def _locate(model: StandardizedTransformer, value: Value, layer: int | None) -> tuple[str, Place]:
+    label, index = value.name, None
     if value.per_layer:
         index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]
         label = f"{value.name}[{layer}]"
-        site = value.site(model.anatomy, index)
-    else:
-        site = value.site(model.anatomy)
+    place = value.place(model, index)
     require_running(model, label)
-    return label, site
+    return label, place
 
 
 def require_running(model: StandardizedTransformer, label: str) -> None:
@@ -142,52 +155,6 @@ def require_running(model: StandardizedTransformer, label: str) -> None:
             f"{label} exists only while the model runs: read it inside `with model.trace(prompt):` "
             f"(and `.save()` it to keep it after the block)."
         )
-
-
-def _tensor_of(envoy: Envoy, site: Site, label: str) -> torch.Tensor:
-    if site.side == "output":
-        return first_tensor(envoy.output, label)
-    args, kwargs = envoy.inputs
-    return args_tensor(args, kwargs, label)[1]
-
-
-def _replace(envoy: Envoy, site: Site, tensor: torch.Tensor) -> None:
-    if site.side == "output":
-        output = envoy.output
-        envoy.output = tensor if isinstance(output, torch.Tensor) else type_of(output)((tensor, *output[1:]))
-        return
-    args, kwargs = envoy.inputs
-    key, _ = args_tensor(args, kwargs, "")
-    if isinstance(key, int):
-        envoy.inputs = ((*args[:key], tensor, *args[key + 1 :]), kwargs)
-    else:
-        envoy.inputs = (args, {**kwargs, key: tensor})
-
-
-def type_of(output: Any) -> type:
-    """The container to rebuild a module's output in: list or tuple."""
-    return list if isinstance(output, list) else tuple
-
-
-def first_tensor(output: Any, label: str) -> torch.Tensor:
-    """The stream in what a module returned: the tensor itself, or the first entry of a tuple."""
-    if isinstance(output, torch.Tensor):
-        return output
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
-        return output[0]
-    raise TypeError(f"{label}: the module returned a {type(output).__name__} that does not begin with a tensor.")
-
-
-def args_tensor(args: tuple, kwargs: dict, label: str) -> tuple[int | str, torch.Tensor]:
-    """The stream among what a module was called with: the first floating tensor, by position, then by keyword."""
-    for i, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-            return i, arg
-    for key in ("hidden_states", *kwargs):
-        arg = kwargs.get(key)
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-            return key, arg
-    raise TypeError(f"{label}: the module was called without a floating point tensor.")
 
 
 def _explain(error: OutOfOrderError, label: str) -> None:

@@ -1,0 +1,34 @@
+"""TransformerLens' names for the rows of the table."""
+
+from __future__ import annotations
+
+import re
+
+from nnterp.values._table import VALUES, Value, get_value
+
+
+def canonical(name: str) -> tuple[Value, int | None]:
+    """The row a name stands for, and the layer if the name says one.
+
+    Args:
+        name: A name of the table (`layers_output`), one with its layer (`layers_output[3]`), or TransformerLens' name
+            (`blocks.3.hook_resid_post`, `ln_final.hook_normalized`).
+
+    Raises:
+        ValueError: No such value; lists the names there are.
+    """
+    indexed = re.fullmatch(r"(\w+)\[(-?\d+)\]", name)
+    if indexed is not None:
+        value = get_value(indexed[1])
+        if not value.per_layer:
+            raise ValueError(f"{value.name} is not per layer; {name!r} names a layer.")
+        return value, int(indexed[2])
+    if name in VALUES:
+        return VALUES[name], None
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    generic = f"blocks.{{}}.{block[2]}" if block else name
+    for value in VALUES.values():
+        if generic in value.aliases:
+            return value, int(block[1]) if block else None
+    known = ", ".join(alias for value in VALUES.values() for alias in value.aliases)
+    raise ValueError(f"There is no value called {name!r}. Values: {', '.join(VALUES)}. TransformerLens names: {known}.")

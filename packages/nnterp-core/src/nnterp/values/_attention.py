@@ -1,0 +1,536 @@
+"""Find attention's inside: heads, probabilities, scores, queries, keys and values, each recognised by its numbers.
+
+A probe is run with every operation of the attention modules watched, once as the model computes attention and once
+eagerly. The probabilities are what leaves the softmax and still holds its numbers when it meets the values; the values
+are what the probabilities are multiplied with to give what is observed after them; queries and keys are the two tensors
+whose product is observed among the scores. No name of a module, variable or operation decides anything, so a model
+written next year is found like GPT-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from nnterp.anatomy import Layer, Part
+from nnterp.values._operations import Operation, Operations, same, tensors
+from nnterp.values._places import Everywhere, Inside, Place, Site, View
+
+PROBE_ROWS = 2
+PROBE_LENGTH = 11  # a prime: no product of heads and widths is mistaken for it
+
+
+@dataclass
+class Attention:
+    """One layer's attention: where each of its values is served, and why those that are not are not.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key and value heads, where they were found.
+        out: Path of the projection that ends attention (W_O), if one does.
+        places: Value name → place.
+        reasons: Value name → why it has none.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    out: str | None = None
+    places: dict[str, Place] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def watched(root: nn.Module, part: Part) -> list[str]:
+    """The modules of an attention that have code of their own: neither torch's nor a norm."""
+    top = part.path or part.entry
+    paths = []
+    for name, module in root.get_submodule(top).named_modules():
+        leaf_norm = "norm" in type(module).__name__.lower() and not list(module.children())
+        if not leaf_norm and not type(module).__module__.startswith("torch."):
+            paths.append(f"{top}.{name}" if name else top)
+    return paths
+
+
+def find_attention(
+    layer: Layer,
+    paths: list[str],
+    current: Operations,
+    eager: Operations | None,
+    out: tuple[str, torch.Tensor] | None,
+    heads: int | None,
+    tolerance: float,
+) -> Attention:
+    """Find one layer's attention in what was recorded.
+
+    Args:
+        layer: The layer.
+        paths: The modules of its attention that were watched.
+        current: Their operations as the model computes attention.
+        eager: The same computed eagerly; None if the model cannot.
+        out: Path of the projection that ends attention and what it was given, if one does.
+        heads: The config's number of heads.
+        tolerance: The largest relative error that counts as equal.
+    """
+    return _Search(layer, paths, current, eager or current, out, heads, tolerance).attention()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a model keeps a tensor that nnterp shows with batch first, then positions, then heads."""
+
+    name: str
+    heads: int = 0
+
+    def show(self, x: torch.Tensor) -> torch.Tensor:
+        if self.name == "[batch, heads, seq, dim]":
+            return x.transpose(1, 2)
+        if self.name == "[batch, heads, dim, seq]":
+            return x.permute(0, 3, 1, 2)
+        if self.name == "[batch × heads, seq, dim]":
+            return x.view(-1, self.heads, *x.shape[1:]).transpose(1, 2)
+        if self.name == "[batch × heads, dim, seq]":
+            return x.view(-1, self.heads, *x.shape[1:]).permute(0, 3, 1, 2)
+        if self.name == "[batch, seq, heads × dim]":
+            return x.unflatten(-1, (self.heads, -1))
+        if self.name == "[batch × heads, query, key]":
+            return x.view(-1, self.heads, *x.shape[1:])
+        return x
+
+    def back(self, value: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
+        if self.name == "[batch, heads, seq, dim]":
+            return value.transpose(1, 2)
+        if self.name == "[batch, heads, dim, seq]":
+            return value.permute(0, 2, 3, 1)
+        if self.name == "[batch × heads, seq, dim]":
+            return value.transpose(1, 2).reshape(was.shape)
+        if self.name == "[batch × heads, dim, seq]":
+            return value.permute(0, 2, 3, 1).reshape(was.shape)
+        if self.name in ("[batch, seq, heads × dim]", "[batch × heads, query, key]"):
+            return value.reshape(was.shape)
+        return value
+
+    def over(self, place: Place) -> Place:
+        return place if self.name.startswith("[batch, seq, heads,") else View(place, self.name, self.show, self.back)
+
+
+def split_heads(place: Place, heads: int) -> Place:
+    """`[batch, seq, heads × dim]` shown as `[batch, seq, heads, dim]`."""
+    return _Layout("[batch, seq, heads × dim]", heads).over(place)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A tensor that was seen, and the place it was seen at."""
+
+    place: Inside
+    tensor: torch.Tensor
+    when: int
+    both: bool  # whether it is there however attention is computed
+
+
+class _Search:
+    def __init__(self, layer, paths, current, eager, out, heads, tolerance) -> None:
+        self.layer: Layer = layer
+        self.current: Operations = current
+        self.eager: Operations = eager
+        self.out: tuple[str, torch.Tensor] | None = out
+        self.tolerance: float = tolerance
+        self.found = Attention(heads=heads, out=out[0] if out else None)
+        self.operations = [o for p in paths for o in eager.of(p)]
+        self.operations.sort(key=lambda o: o.began)
+        self.known = {(o.path, o.labels): o for p in paths for o in current.of(p)}
+
+    def attention(self) -> Attention:
+        softmaxes = self.softmaxes()
+        if not softmaxes:
+            for name in (
+                "attention_probabilities",
+                "attention_scores",
+                "attention_queries",
+                "attention_keys",
+                "attention_values",
+            ):
+                self.found.reasons[name] = "no softmax over key positions runs in its attention"
+        else:
+            self.inside(softmaxes)
+        self.head_outputs()
+        return self.found
+
+    # -- the softmax ------------------------------------------------------------------------------------------------
+
+    def softmaxes(self) -> list[Operation]:
+        """The softmax over keys, and its twins where the same one is computed several times (DiffLlama)."""
+        found: list[Operation] = []
+        for operation in self.operations:
+            output = operation.output
+            if operation.function is None or operation.times > 1 or not isinstance(output, torch.Tensor):
+                continue
+            if "softmax" not in operation.called.lower() and "softmax" not in operation.labels[-1].lower():
+                source = getattr(operation.function, "__class__", None)
+                if source is None or "softmax" not in source.__name__.lower():
+                    continue
+            if not self.is_pattern(output):
+                continue
+            if any(operation.labels[: len(f.labels)] == f.labels and operation.path == f.path for f in found):
+                continue  # the softmax inside the softmax
+            if found and not same(output, found[0].output, self.tolerance):
+                continue
+            found.append(operation)
+        return found
+
+    def is_pattern(self, tensor: torch.Tensor) -> bool:
+        if not tensor.is_floating_point() or tensor.dim() not in (3, 4) or tensor.shape[-1] < tensor.shape[-2]:
+            return False
+        if tensor.dim() == 4:
+            return tensor.shape[0] == PROBE_ROWS and tensor.shape[2] >= PROBE_LENGTH
+        return tensor.shape[0] % PROBE_ROWS == 0 and tensor.shape[0] > PROBE_ROWS and tensor.shape[1] >= PROBE_LENGTH
+
+    def inside(self, softmaxes: list[Operation]) -> None:
+        softmax = softmaxes[0]
+        pattern = self.by_head(softmax.output)
+        self.found.heads = heads = pattern.shape[1]
+        places, last = [], softmax
+        probs = pattern
+        for one in softmaxes:
+            chosen = self.probabilities(one)
+            layout = (
+                _Layout("[batch × heads, query, key]", heads)
+                if chosen.output.dim() == 3
+                else _Layout("[batch, seq, heads, ...]")
+            )
+            places.append(layout.over(Inside(chosen.path, chosen.labels, "output")))
+            if one is softmax:
+                last, probs = chosen, self.by_head(chosen.output)
+        self.found.places["attention_probabilities"] = places[0] if len(places) == 1 else Everywhere(tuple(places))
+        if len(softmaxes) == 1:
+            self.scores(softmax, probs.shape[-1])
+        else:
+            self.found.reasons["attention_scores"] = f"the scores are computed {len(softmaxes)} times over"
+        self.values(softmax, last, probs)
+        self.queries_and_keys(softmax, probs)
+
+    def by_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.dim() == 4 else tensor.reshape(PROBE_ROWS, -1, *tensor.shape[1:])
+
+    def frame(self, softmax: Operation) -> list[Operation]:
+        """The operations of the function in which the softmax runs."""
+        return [
+            o
+            for o in self.operations
+            if o.path == softmax.path and o.labels[:-1] == softmax.labels[:-1] and o.times == 1
+        ]
+
+    def probabilities(self, softmax: Operation) -> Operation:
+        """The last operation that still holds the softmax's numbers (without the column of a sink)."""
+        chosen = softmax
+        whole = self.by_head(softmax.output)
+        options = [whole, whole[..., :-1]]
+        for operation in self.frame(softmax):
+            output = operation.output
+            if operation.began <= softmax.began or not isinstance(output, torch.Tensor) or not self.is_pattern(output):
+                continue
+            if output.shape[0] * (output.shape[1] if output.dim() == 4 else 1) != whole.shape[0] * whole.shape[1]:
+                continue
+            if any(same(self.by_head(output), option, self.tolerance) for option in options):
+                chosen = operation
+        return chosen
+
+    def scores(self, softmax: Operation, keys: int) -> None:
+        """What the softmax is given, without the column of a sink."""
+        given = next(((k, t) for k, t in tensors(softmax) if self.is_pattern(t)), None)
+        pattern = None if given is None else self.by_head(given[1])
+        heads = self.found.heads or 1
+        if given is not None and pattern is not None and pattern.shape[-1] == keys:
+            layout = (
+                _Layout("[batch × heads, query, key]", heads)
+                if given[1].dim() == 3
+                else _Layout("[batch, seq, heads, ...]")
+            )
+            self.found.places["attention_scores"] = layout.over(Inside(softmax.path, softmax.labels, "input", given[0]))
+            return
+        for operation in reversed(self.frame(softmax)):
+            output = operation.output
+            if operation.ended >= softmax.began or not isinstance(output, torch.Tensor) or not self.is_pattern(output):
+                continue
+            mine = self.by_head(output)
+            if (
+                mine.shape[-1] == keys
+                and mine.shape[1] == heads
+                and self.softmax_of(mine, self.by_head(softmax.output)[..., :keys])
+            ):
+                layout = (
+                    _Layout("[batch × heads, query, key]", heads)
+                    if output.dim() == 3
+                    else _Layout("[batch, seq, heads, ...]")
+                )
+                self.found.places["attention_scores"] = layout.over(Inside(operation.path, operation.labels, "output"))
+                return
+        self.found.reasons["attention_scores"] = (
+            "no operation holds what the softmax is given, as one tensor over the keys"
+        )
+
+    def softmax_of(self, scores: torch.Tensor, probs: torch.Tensor) -> bool:
+        """Whether normalising `scores` gives `probs` up to one factor per row (a sink takes a share of every row)."""
+        if scores.device.type == "meta":
+            return True
+        made = scores.double().softmax(-1)
+        share = probs.double().sum(-1, keepdim=True)
+        return same(made * share, probs.double(), max(self.tolerance, 1e-5))
+
+    # -- what enters ------------------------------------------------------------------------------------------------
+
+    def entering(self, softmax: Operation) -> Iterator[_Candidate]:
+        """Tensors seen before the softmax or just after it, best place first.
+
+        First what is handed to the function in which the softmax runs, which is the same function call however
+        attention is computed; then what matrix products are given; then what operations return, latest first.
+        """
+        for depth in range(1, len(softmax.labels)):
+            labels = softmax.labels[:depth]
+            for operation in self.operations:
+                if operation.path == softmax.path and operation.labels == labels:
+                    yield from self.arguments(operation)
+        frames = {softmax.labels[:depth] for depth in range(len(softmax.labels))}
+        near = [o for o in self.operations if o.path == softmax.path and o.labels[:-1] in frames and o.times == 1]
+        for operation in near:
+            if operation.function is not None and operation.called in _PRODUCTS:
+                yield from self.arguments(operation)
+        for operation in sorted(near, key=lambda o: -o.ended):
+            for key, tensor in returned(operation):
+                if tensor.is_floating_point() and tensor.dim() >= 3:
+                    yield _Candidate(
+                        Inside(operation.path, operation.labels, "output", key),
+                        tensor,
+                        operation.ended,
+                        self.returned_in_both(operation, key, tensor),
+                    )
+
+    def arguments(self, operation: Operation) -> Iterator[_Candidate]:
+        twin = self.known.get((operation.path, operation.labels))
+        theirs = dict(tensors(twin)) if twin is not None else {}
+        for key, tensor in tensors(operation):
+            if tensor.is_floating_point() and tensor.dim() >= 3:
+                place = Inside(operation.path, operation.labels, "input", key)
+                yield _Candidate(place, tensor, operation.began, self.alike(tensor, theirs.get(key)))
+
+    def returned_in_both(self, operation: Operation, key: int | None, tensor: torch.Tensor) -> bool:
+        twin = self.known.get((operation.path, operation.labels))
+        return twin is not None and self.alike(tensor, dict(returned(twin)).get(key))
+
+    def alike(self, mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
+        return theirs is not None and same(mine, theirs, max(self.tolerance * 100, 1e-3))
+
+    def layouts(self, tensor: torch.Tensor, keys: int) -> Iterator[tuple[_Layout, torch.Tensor]]:
+        """The ways in which a tensor can hold one vector per position and head."""
+        heads = self.found.heads or 1
+        if tensor.dim() == 4 and tensor.shape[0] == PROBE_ROWS:
+            for name, seq in (
+                ("[batch, heads, seq, dim]", 2),
+                ("[batch, seq, heads, dim]", 1),
+                ("[batch, heads, dim, seq]", 3),
+            ):
+                if tensor.shape[seq] == keys:
+                    layout = _Layout(name)
+                    shown = layout.show(tensor)
+                    if heads % shown.shape[2] == 0:
+                        yield layout, shown
+        if tensor.dim() == 3 and tensor.shape[0] == PROBE_ROWS * heads:
+            for name, seq in (("[batch × heads, seq, dim]", 1), ("[batch × heads, dim, seq]", 2)):
+                if tensor.shape[seq] == keys:
+                    layout = _Layout(name, heads)
+                    yield layout, layout.show(tensor)
+
+    def values(self, softmax: Operation, last: Operation, probs: torch.Tensor) -> None:
+        name, keys, heads = "attention_values", probs.shape[-1], probs.shape[1]
+        if probs.device.type == "meta":
+            self.by_position(softmax, 2, name, keys)
+            return
+        after = [o.output for o in self.operations if o.began > last.began and isinstance(o.output, torch.Tensor)]
+        if self.out is not None:
+            after.append(self.out[1])
+        best: tuple[_Candidate, _Layout, torch.Tensor] | None = None
+        for candidate in self.entering(softmax):
+            if best is not None and (best[0].both or not candidate.both):
+                continue
+            for layout, shown in self.layouts(candidate.tensor, keys):
+                made = torch.einsum("bhqk,bkhd->bqhd", probs.double(), self.repeated(shown, heads).double())
+                if any(self.is_product(made, observed) for observed in after):
+                    best = (candidate, layout, shown)
+                    break
+        if best is None:
+            self.found.reasons[name] = (
+                "no tensor was seen whose average under the probabilities is what attention goes on with"
+            )
+            return
+        candidate, layout, shown = best
+        self.found.kv_heads = shown.shape[2]
+        self.found.places[name] = layout.over(candidate.place)
+
+    def is_product(self, made: torch.Tensor, observed: torch.Tensor) -> bool:
+        if observed.numel() != made.numel():
+            return False
+        tolerance = max(self.tolerance * 10, 1e-4)
+        shapes = (made, made.transpose(1, 2))
+        return any(observed.shape == m.shape and same(m, observed.double(), tolerance) for m in shapes) or (
+            observed.dim() == 3
+            and any(
+                same(m, observed.double().reshape(m.shape), tolerance)
+                for m in (made.flatten(2)[:, :, :], made.transpose(1, 2).flatten(0, 1))
+                if m.shape == observed.shape
+            )
+        )
+
+    @staticmethod
+    def repeated(shown: torch.Tensor, heads: int) -> torch.Tensor:
+        return shown.repeat_interleave(heads // shown.shape[2], dim=2)
+
+    def by_position(self, softmax: Operation, index: int, name: str, keys: int) -> None:
+        """Without numbers: the arguments of the function in which the softmax runs, in the field's order."""
+        for depth in range(1, len(softmax.labels)):
+            call = next(
+                (o for o in self.operations if o.path == softmax.path and o.labels == softmax.labels[:depth]), None
+            )
+            if call is None:
+                continue
+            given = list(self.arguments(call))
+            streams = [
+                (c, lay)
+                for c in given
+                if (lay := next(self.layouts(c.tensor, c.tensor.shape[2] if c.tensor.dim() == 4 else 0), None))
+            ]
+            if len(streams) >= 3:
+                candidate, (layout, _) = streams[index]
+                self.found.places[name] = layout.over(candidate.place)
+                return
+        self.found.reasons[name] = (
+            "queries, keys and values can only be told apart with the weights: call model.dispatch() first"
+        )
+
+    def queries_and_keys(self, softmax: Operation, probs: torch.Tensor) -> None:
+        heads, keys = probs.shape[1], probs.shape[-1]
+        queries = probs.shape[2]
+        if probs.device.type == "meta":
+            self.by_position(softmax, 0, "attention_queries", keys)
+            self.by_position(softmax, 1, "attention_keys", keys)
+            return
+        scores = [
+            self.by_head(o.output).double()
+            for o in self.operations
+            if o.path == softmax.path
+            and o.ended < softmax.began
+            and isinstance(o.output, torch.Tensor)
+            and self.is_pattern(o.output)
+            and self.by_head(o.output).shape[1:] in ((heads, queries, keys), (heads, queries, keys + 1))
+        ]
+        scores = [s[..., :keys] for s in scores]
+        scores += [self.by_head(t).double()[..., :keys] for _, t in tensors(softmax) if self.is_pattern(t)]
+        options = list(self.entering(softmax))
+        best: tuple | None = None
+        for q in options:
+            for q_layout, q_shown in self.layouts(q.tensor, queries):
+                if q_shown.shape[2] != heads or q.when > softmax.began:
+                    continue
+                for k in options:
+                    if best is not None and (best[4] or not (q.both and k.both)):
+                        continue
+                    if k.when > softmax.began or k.place == q.place:
+                        continue
+                    for k_layout, k_shown in self.layouts(k.tensor, keys):
+                        if k_shown.shape[-1] != q_shown.shape[-1]:
+                            continue
+                        made = torch.einsum("bqhd,bkhd->bhqk", q_shown.double(), self.repeated(k_shown, heads).double())
+                        if any(self.explains(made, s) for s in scores):
+                            best = (q.place, q_layout, k.place, k_layout, q.both and k.both)
+                            break
+                if best is not None and best[4]:
+                    break
+            if best is not None and best[4]:
+                break
+        if best is None:
+            why = "no two tensors were seen whose product gives the scores, alone or with a bias by distance"
+            self.found.reasons["attention_queries"] = self.found.reasons["attention_keys"] = why
+            return
+        self.found.places["attention_queries"] = best[1].over(best[0])
+        self.found.places["attention_keys"] = best[3].over(best[2])
+
+    def explains(self, product: torch.Tensor, scores: torch.Tensor) -> bool:
+        """Whether scores are the products times one factor per head, and a bias linear in the distance (ALiBi)."""
+        if product.shape != scores.shape:
+            return False
+        rows, heads, queries, keys = product.shape
+        i = torch.arange(queries, device=product.device, dtype=product.dtype)[:, None].expand(queries, keys)
+        j = torch.arange(keys, device=product.device, dtype=product.dtype)[None, :].expand(queries, keys)
+        for head in range(heads):
+            y, x = scores[:, head], product[:, head]
+            seen = torch.isfinite(y) & (y > -1e4) & (j <= i + keys - queries)[None]
+            if seen.sum() < 8:
+                return False
+            columns = torch.stack(
+                [x[seen], torch.ones_like(x[seen]), i.expand_as(y)[seen], j.expand_as(y)[seen]], dim=1
+            )
+            fit = torch.linalg.lstsq(columns, y[seen][:, None]).solution
+            off = (columns @ fit - y[seen][:, None]).abs().max()
+            if fit[0].abs() * x[seen].std() < 1e-6 or off > max(self.tolerance * 10, 1e-4) * y[seen].abs().max().clamp(
+                min=1e-6
+            ):
+                return False
+        return True
+
+    # -- the heads ---------------------------------------------------------------------------------------------------
+
+    def head_outputs(self) -> None:
+        name, heads = "attention_head_outputs", self.found.heads
+        if self.out is None:
+            reason = "attention does not end in one projection (W_O) whose input holds the heads side by side"
+        elif not heads or self.out[1].shape[-1] % heads:
+            reason = (
+                f"the input of {self.out[0]} has width {self.out[1].shape[-1]}, which is no multiple of {heads} heads"
+            )
+        else:
+            self.found.places[name] = split_heads(Site(self.out[0], "input"), heads)
+            self.found.places["attention_head_contributions"] = self.found.places[name]
+            return
+        self.found.reasons[name] = self.found.reasons["attention_head_contributions"] = reason
+
+
+def returned(operation: Operation) -> Iterator[tuple[int | None, torch.Tensor]]:
+    """The tensors an operation returned: one, or the entries of a tuple."""
+    if isinstance(operation.output, torch.Tensor):
+        yield None, operation.output
+    elif isinstance(operation.output, (tuple, list)):
+        for i, item in enumerate(operation.output):
+            if isinstance(item, torch.Tensor):
+                yield i, item
+
+
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+
+
+def ends_in(
+    candidates: list[tuple[str, torch.Tensor, torch.Tensor]],
+    result: torch.Tensor,
+    given: list[torch.Tensor],
+    tolerance: float,
+) -> tuple[str, torch.Tensor] | None:
+    """The projection that ends a part, and what it was given.
+
+    It is the last linear module that ran, if what it returned is what the part returns, as it is or (BLOOM, whose parts
+    add the residual themselves) added to something the part was given.
+
+    Args:
+        candidates: (path, input, output) of the part's linear modules, in the order they ran.
+        result: What the part returns.
+        given: What it was called with.
+        tolerance: The largest relative error that counts as equal.
+    """
+    for path, entering, made in reversed(candidates):
+        if made.numel() != result.numel():
+            continue
+        made = made.reshape(result.shape)
+        if same(made, result, tolerance):
+            return path, entering
+        if any(same(made + residual, result, tolerance) for residual in given if residual.shape == made.shape):
+            return path, entering
+    return None

@@ -1,0 +1,132 @@
+"""Say in words where a value is served: native path, source lines, layout, and what is available on which layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nnterp.anatomy._layout import _ranges
+from nnterp.errors import Unavailable
+from nnterp.values._places import Everywhere, Inside, Item, Place, Site, Sum, View
+from nnterp.values._serve import Declared, ReadOnly, ThroughOut
+from nnterp.values._table import VALUES, Value
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which values of the table one model has.
+
+    Attributes:
+        layers: Value → the layers that have it; `()` for none, `(-1,)` for a value that is not per layer.
+        reasons: Value → for a layer (or -1) that does not have it, why.
+    """
+
+    model_class: str
+    layers: dict[str, tuple[int, ...]]
+    reasons: dict[str, dict[int, str]]
+
+    def __getitem__(self, value: str) -> tuple[int, ...]:
+        """The layers that have a value."""
+        return self.layers[value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def available(self, value: str, layer: int | None = None) -> bool:
+        """Whether a value is there, on one layer or on any."""
+        return bool(self.layers[value]) if layer is None else layer in self.layers[value]
+
+    def missing(self) -> dict[str, dict[int, str]]:
+        """Values that some layer lacks, with the reason per layer."""
+        return {name: reasons for name, reasons in self.reasons.items() if reasons}
+
+    def __str__(self) -> str:
+        rows = []
+        for name, layers in self.layers.items():
+            where = "–" if not layers else ("available" if layers == (-1,) else f"layers {_ranges(layers, at_most=6)}")
+            why = "; ".join(dict.fromkeys(self.reasons[name].values()))
+            rows.append((name, where, why))
+        width, second = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)
+        return "\n".join(
+            [f"Values of {self.model_class}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)]
+        )
+
+
+def support(model: StandardizedTransformer) -> Support:
+    """See `StandardizedTransformer.support`."""
+    layers: dict[str, tuple[int, ...]] = {}
+    reasons: dict[str, dict[int, str]] = {}
+    for name, value in VALUES.items():
+        have, why = [], {}
+        for layer in range(model.num_layers) if value.per_layer else [-1]:
+            try:
+                value.place(model, layer if value.per_layer else None)
+                have.append(layer)
+            except Unavailable as error:
+                why[layer] = getattr(error, "reason", str(error))
+        layers[name], reasons[name] = tuple(have), why
+    return Support(model.anatomy.model_class, layers, reasons)
+
+
+def explain(model: StandardizedTransformer, value: Value, layer: int | None) -> str:
+    """See `StandardizedTransformer.explain`."""
+    index = None if not value.per_layer else (layer or 0) % model.num_layers
+    place = value.place(model, index)
+    shape = value.shape
+    lines = [f"{value.name}{'' if index is None else f'[{index}]'}: {value.description}", f"  shape  {shape}"]
+    if value.note:
+        lines.append(f"  note   {value.note}")
+    lines.append(f"  rank   {value.rank:g} in the forward order of {'a layer' if value.per_layer else 'the model'}")
+    if value.aliases:
+        lines.append(f"  TransformerLens  {', '.join(a.format(index) for a in value.aliases)}")
+    lines.append(f"  read at  {place}")
+    source = source_of(model, place)
+    return "\n".join([*lines, source] if source else lines)
+
+
+def source_of(model: StandardizedTransformer, place: Place) -> str:
+    """The source lines at which a place is: the operation's own, or where its module is called from."""
+    if isinstance(place, (View, ReadOnly)):
+        return source_of(model, place.place)
+    if isinstance(place, ThroughOut):
+        return source_of(model, place.heads)
+    if isinstance(place, Everywhere):
+        return source_of(model, place.places[0])
+    if isinstance(place, Sum):
+        return "\n".join(_module_line(model, path) for path, _ in place.terms)
+    if isinstance(place, (Site, Item)):
+        return _module_line(model, place.path)
+    if isinstance(place, Declared):
+        return str(place.source)
+    if isinstance(place, Inside):
+        return _operation_lines(model, place)
+    return ""
+
+
+def _module_line(model: StandardizedTransformer, path: str) -> str:
+    module = model._module.get_submodule(path)
+    try:
+        file, line = inspect.getsourcefile(type(module)), inspect.getsourcelines(type(module))[1]
+    except (OSError, TypeError):
+        return f"  {path}: {type(module).__name__}"
+    return f"  {path}: {type(module).__name__}, {file}:{line}"
+
+
+def _operation_lines(model: StandardizedTransformer, place: Inside, around: int = 3) -> str:
+    """A window of the function in which the operation stands, its line marked."""
+    from nnterp.values._serve import findings
+
+    found = findings(model).texts.get((place.path, place.labels[:-1]))
+    if found is None:
+        return f"  {place}"
+    where, text, numbers, start = found
+    at = numbers[place.labels[-1]] - 1
+    lines = text.split("\n")
+    shown = range(max(0, at - around), min(len(lines), at + around + 1))
+    window = [f"  {'-->' if i == at else '   '} {start + i:5d}  {lines[i]}" for i in shown]
+    return "\n".join([f"  {where}", *window])

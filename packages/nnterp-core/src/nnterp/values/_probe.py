@@ -1,0 +1,324 @@
+"""Run the probe once per model and keep where everything inside its layers is served."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nnterp.anatomy import Layer, Part
+from nnterp.values._attention import PROBE_LENGTH, PROBE_ROWS, Attention, ends_in, find_attention, watched
+from nnterp.values._eager import eagerly, is_eager
+from nnterp.values._operations import Operations, record_operations, same
+from nnterp.values._places import Inside, Item, Place, Site
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+@dataclass
+class Findings:
+    """Where the inside of every layer is served.
+
+    Attributes:
+        attention: Per layer, None where there is none.
+        neurons: Per layer, the input of the projection that ends the feed-forward, or the reason why there is none.
+        mid: Per layer, the operation that holds the stream between mixer and feed-forward, or None.
+        routers: Per layer of experts, (router logits, chosen experts): places, or reasons.
+        ends: Modules inside a part that return what the part itself returns → the part's exit.
+        ticks, texts: See `Operations`.
+    """
+
+    attention: list[Attention | None] = field(default_factory=list)
+    neurons: list[Place | str] = field(default_factory=list)
+    mid: list[Place | None] = field(default_factory=list)
+    routers: list[tuple[Place | str, Place | str]] = field(default_factory=list)
+    ends: dict[str, str] = field(default_factory=dict)
+    ticks: dict[tuple[str, tuple[str, ...], str], int] = field(default_factory=dict)
+    texts: dict[tuple[str, tuple[str, ...]], tuple[str, str, dict[str, int], int]] = field(default_factory=dict)
+
+
+def find_inside(model: StandardizedTransformer) -> Findings:
+    """Look into every layer of a model.
+
+    Runs the plain module on a probe of two short rows, twice where attention is not computed eagerly; without weights
+    on fake tensors, where shapes alone decide. A trace that is running is not disturbed.
+    """
+    interleaver = model.interleaver
+    running, interleaver.interleaving = interleaver.interleaving, False
+    try:
+        with torch.no_grad(), _as_it_was(model._module), _fake(model._module) as device:
+            return _Probe(model, device).findings()
+    finally:
+        interleaver.interleaving = running
+
+
+class _Probe:
+    def __init__(self, model: StandardizedTransformer, device: torch.device) -> None:
+        self.model = model
+        self.module: nn.Module = model._module
+        self.blocks = model.anatomy.blocks
+        dtype = self.module.dtype
+        self.tolerance = max(1e-5, 8 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps)
+        vocab = model.vocab_size or 100
+        ids = torch.randint(
+            min(8, vocab - 1), min(vocab, 4096), (PROBE_ROWS, PROBE_LENGTH), generator=torch.Generator().manual_seed(3)
+        )
+        accepts = inspect.signature(self.module.forward).parameters
+        self.inputs: dict[str, Any] = {"input_ids": ids.to(device)}
+        if "use_cache" in accepts or any(p.kind is p.VAR_KEYWORD for p in accepts.values()):
+            self.inputs["use_cache"] = False
+
+    def findings(self) -> Findings:
+        attention_paths = {b.index: watched(self.module, b.self_attn) for b in self.blocks if b.self_attn is not None}
+        layer_paths = [b.path for b in self.blocks]
+        paths = [*dict.fromkeys([*layer_paths, *(p for ps in attention_paths.values() for p in ps)])]
+        edges = _Edges(self.module, self.blocks)
+        with edges:
+            current = record_operations(self.module, paths, self.run)
+        eager: Operations | None = current
+        if not is_eager(self.module) and attention_paths:
+            try:
+                with eagerly(self.module):
+                    eager = record_operations(self.module, paths, self.run)
+            except Exception:  # a model whose eager attention does not run has no probabilities to offer
+                eager = None
+        whole = eager or current
+        found = Findings(ticks=whole.ticks, texts={**current.texts, **whole.texts})
+        for block in self.blocks:
+            found.attention.append(self.attention(block, attention_paths.get(block.index), edges, current, eager))
+            found.neurons.append(self.neurons(block, edges))
+            found.mid.append(self.mid(block, edges, current))
+            found.routers.append(self.router(block, edges))
+            found.ends.update(self.ends(block, edges))
+        return found
+
+    def run(self) -> Any:
+        return self.module(**self.inputs)
+
+    def attention(
+        self, block: Layer, paths: list[str] | None, edges: _Edges, current: Operations, eager: Operations | None
+    ) -> Attention | None:
+        if paths is None or block.self_attn is None:
+            return None
+        result = edges.output(block.self_attn.exit)
+        out = (
+            None
+            if result is None
+            else ends_in(edges.linears(block.self_attn), result, edges.arguments(block.self_attn), self.tolerance)
+        )
+        return find_attention(block, paths, current, eager, out, self.model.num_heads, self.tolerance)
+
+    def neurons(self, block: Layer, edges: _Edges) -> Place | str:
+        if block.mlp is None:
+            return "the layer has no MLP"
+        if block.mixture_of_experts:
+            return "a mixture of experts has no one set of neurons: each expert runs on the tokens routed to it"
+        result = edges.output(block.mlp.exit)
+        found = (
+            None
+            if result is None
+            else ends_in(edges.linears(block.mlp), result, edges.arguments(block.mlp), self.tolerance)
+        )
+        if found is None:
+            return f"the feed-forward ({block.mlp}) does not end in one projection"
+        return Site(found[0], "input")
+
+    def mid(self, block: Layer, edges: _Edges, current: Operations) -> Place | None:
+        """The operation from which both the feed-forward and the residual path take the stream."""
+        structures = self.model.residual_structures
+        structure = structures[block.index] if block.index < len(structures) else None
+        if structure is None or structure.mid is None:
+            return None
+        stream = edges.output(structure.mid) if structure.kind == "post-norm" else edges.input(structure.mid)
+        if stream is None:
+            return None
+        for operation in sorted(current.of(block.path), key=lambda o: o.ended):
+            if (
+                operation.times == 1
+                and same(operation.output, stream, self.tolerance)
+                and not _is_input(operation.output, edges.input(block.path))
+            ):
+                return Inside(block.path, operation.labels)
+        return None
+
+    def ends(self, block: Layer, edges: _Edges) -> Iterator[tuple[str, str]]:
+        for part in (block.self_attn, block.mixer, block.mlp):
+            if part is None or (result := edges.output(part.exit)) is None:
+                continue
+            for path, made in edges.made.items():
+                if (
+                    path.startswith(f"{part.exit}.")
+                    and made.shape == result.shape
+                    and made.device.type != "meta"
+                    and torch.equal(made, result)
+                ):
+                    yield path, part.exit
+
+    def router(self, block: Layer, edges: _Edges) -> tuple[Place | str, Place | str]:
+        """What the module that transformers records as the router returns."""
+        if block.mlp is None or not block.mixture_of_experts:
+            why = "the layer has no mixture of experts"
+            return why, why
+        top = block.mlp.path or block.mlp.entry
+        logits: Place | str = "transformers records no router logits for this model"
+        chosen: Place | str = "its router does not return which experts it chose"
+        found = _router_module(self.module, top)
+        if found is None:
+            return logits, chosen
+        path, index = found
+        output = edges.raw.get(path)
+        if isinstance(output, torch.Tensor):
+            logits = Site(path, "output")
+        elif isinstance(output, (tuple, list)):
+            if index < len(output) and isinstance(output[index], torch.Tensor):
+                logits = Item(path, index)
+            whole = [
+                i
+                for i, o in enumerate(output)
+                if isinstance(o, torch.Tensor) and not o.is_floating_point() and o.dim() >= 2
+            ]
+            if whole:
+                chosen = Item(path, whole[-1])
+        return logits, chosen
+
+
+def _is_input(tensor: torch.Tensor, given: torch.Tensor | None) -> bool:
+    return (
+        given is not None
+        and tensor.device.type != "meta"
+        and tensor.shape == given.shape
+        and torch.equal(tensor, given)
+    )
+
+
+def _router_module(root: nn.Module, top: str) -> tuple[str, int] | None:
+    """(path, index of the logits in what it returns) of the router inside the module at `top`, as transformers records it."""
+    records = [
+        entry
+        for module in root.modules()
+        if isinstance(table := getattr(module, "_can_record_outputs", None), dict)
+        for entry in (table.get("router_logits") or (),)
+    ]
+    entries = [e for record in records for e in (record if isinstance(record, (list, tuple)) else [record])]
+    for entry in entries:
+        target, index, name = (
+            getattr(entry, "target_class", entry),
+            getattr(entry, "index", 0) or 0,
+            getattr(entry, "layer_name", None),
+        )
+        if not isinstance(target, type):
+            continue
+        for inner, module in root.get_submodule(top).named_modules():
+            path = f"{top}.{inner}" if inner else top
+            if isinstance(module, target) and (name is None or name in path):
+                return path, index
+    return None
+
+
+class _Edges:
+    """What goes into and comes out of the modules of every layer, kept while the probe runs."""
+
+    def __init__(self, root: nn.Module, blocks: tuple[Layer, ...]) -> None:
+        self.root, self.blocks = root, blocks
+        self.given: dict[str, torch.Tensor] = {}
+        self.made: dict[str, torch.Tensor] = {}
+        self.raw: dict[str, Any] = {}
+        self.all_given: dict[str, list[torch.Tensor]] = {}
+        self.order: list[str] = []
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for block in self.blocks:
+            for name, module in self.root.get_submodule(block.path).named_modules():
+                path = f"{block.path}.{name}" if name else block.path
+                self.handles.append(module.register_forward_pre_hook(self.before(path), with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self.after(path)))
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, path: str) -> Any:
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            streams = [
+                x.detach().clone()
+                for x in (*args, *kwargs.values())
+                if isinstance(x, torch.Tensor) and x.is_floating_point()
+            ]
+            if streams and path not in self.given:
+                self.given[path], self.all_given[path] = streams[0], streams
+
+        return hook
+
+    def after(self, path: str) -> Any:
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            if path not in self.raw:
+                self.raw[path] = output
+                self.order.append(path)
+                first = output[0] if isinstance(output, (tuple, list)) and output else output
+                if isinstance(first, torch.Tensor):
+                    self.made[path] = first.detach().clone()
+
+        return hook
+
+    def input(self, path: str) -> torch.Tensor | None:
+        return self.given.get(path)
+
+    def output(self, path: str) -> torch.Tensor | None:
+        return self.made.get(path)
+
+    def arguments(self, part: Part) -> list[torch.Tensor]:
+        """All floating tensors a part was called with."""
+        return self.all_given.get(part.path or part.entry, [])
+
+    def linears(self, part: Part) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(path, input, output) of the linear modules of a part, in the order in which they ended."""
+        found = []
+        for path in self.order:
+            inside = any(path == top or path.startswith(f"{top}.") for top in (part.path or part.entry, part.exit))
+            if inside and path in self.given and path in self.made and is_linear(self.root.get_submodule(path)):
+                found.append((path, self.given[path], self.made[path]))
+        return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one matrix: torch's Linear, GPT-2's Conv1D, or a quantised or adapted one."""
+    if isinstance(module, (nn.Embedding, nn.ModuleList)) or "norm" in type(module).__name__.lower():
+        return False
+    weight = getattr(module, "weight", None)
+    matrix = isinstance(weight, torch.Tensor) and weight.dim() == 2
+    return matrix or "Linear" in type(module).__name__
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """In eval mode and with the global random state unchanged."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextlib.contextmanager
+def _fake(module: nn.Module) -> Iterator[torch.device]:
+    """On fake tensors where weights are missing; gives the device that inputs belong on."""
+    parameter = next(module.parameters())
+    if not any(p.device.type == "meta" for p in module.parameters()):
+        embedding = module.get_input_embeddings()  # type: ignore[operator]
+        yield getattr(getattr(embedding, "weight", None), "device", parameter.device)
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield torch.device("meta")

@@ -1,0 +1,253 @@
+"""Where the rows that are no edge of a part are served: from what the probe found and from the proven residual structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from nnterp.anatomy._layout import _ranges
+from nnterp.errors import Unavailable
+from nnterp.values._eager import is_eager
+from nnterp.values._places import Place, Site, Sum
+
+if TYPE_CHECKING:
+    from nnterp.certificate import ResidualStructure
+    from nnterp.standardized_transformer import StandardizedTransformer
+    from nnterp.values._probe import Findings
+
+Serve = Callable[["StandardizedTransformer", int], Place]
+
+_EAGER_ONLY = ("attention_scores", "attention_probabilities")
+
+
+def findings(model: StandardizedTransformer) -> Findings:
+    """What the probe found in a model; it is run when it is first needed, and again once the weights are there."""
+    from nnterp.values._probe import find_inside
+
+    kept = model.__dict__.get("_findings")
+    if kept is None or kept[0] != model.dispatched:
+        kept = (model.dispatched, find_inside(model))
+        object.__setattr__(model, "_findings", kept)
+    return kept[1]
+
+
+def attention(name: str) -> Serve:
+    """A value inside attention."""
+
+    def serve(model: StandardizedTransformer, layer: int) -> Place:
+        model.anatomy.part("self_attn", layer)
+        if name in _EAGER_ONLY and not is_eager(model._module):
+            raise Unavailable(
+                f"{name} exist only where attention is computed eagerly, and this model was loaded with "
+                f"attn_implementation={model._module.config._attn_implementation!r}. Load it with "
+                f"StandardizedTransformer(..., enable_attention_probs=True)."
+            )
+        config = model.rename_config
+        if name == "attention_probabilities" and config is not None and config.attn_prob_source is not None:
+            return Declared(layer, config.attn_prob_source)
+        found = findings(model).attention
+        inside = found[layer]
+        assert inside is not None
+        if name in inside.places:
+            return inside.places[name]
+        have = tuple(i for i, a in enumerate(found) if a is not None and name in a.places)
+        raise _missing(model, layer, name, inside.reasons.get(name, "it was not found"), have)
+
+    return serve
+
+
+def head_contributions(model: StandardizedTransformer, layer: int) -> Place:
+    """Each head's output through W_O."""
+    place = attention("attention_head_contributions")(model, layer)
+    inside = findings(model).attention[layer]
+    assert inside is not None and inside.out is not None and inside.heads is not None
+    return ThroughOut(place, inside.out)
+
+
+def neurons(model: StandardizedTransformer, layer: int) -> Place:
+    """The input of the projection that ends the feed-forward."""
+    model.anatomy.part("mlp", layer)
+    found = findings(model).neurons
+    place = found[layer]
+    if isinstance(place, str):
+        raise _missing(
+            model, layer, "mlp_neurons", place, tuple(i for i, p in enumerate(found) if not isinstance(p, str))
+        )
+    return place
+
+
+def router(index: int) -> Serve:
+    """The router's logits (0) or choices (1)."""
+
+    def serve(model: StandardizedTransformer, layer: int) -> Place:
+        found = findings(model).routers
+        place = found[layer][index]
+        if isinstance(place, str):
+            have = tuple(i for i, p in enumerate(found) if not isinstance(p[index], str))
+            raise _missing(model, layer, ("router_logits", "router_choices")[index], place, have)
+        return place
+
+    return serve
+
+
+def contribution(role: str) -> Serve:
+    """What a part adds to the stream, from the residual structure that was proven."""
+
+    def serve(model: StandardizedTransformer, layer: int) -> Place:
+        part = model.anatomy.part(role, layer)
+        structure = residual(model, layer)
+        name = {"self_attn": "attention_contributions", "mixer": "mixer_contributions", "mlp": "mlp_contributions"}[
+            role
+        ]
+        added = structure.mlp if role == "mlp" else structure.mixer
+        if added is None:
+            reason = structure.reason or "it is not known what this layer adds to the stream"
+            have = tuple(
+                i for i, s in enumerate(model.residual_structures) if (s.mlp if role == "mlp" else s.mixer) is not None
+            )
+            raise _missing(model, layer, name, reason, have)
+        terms = added.terms
+        if role == "self_attn" and len(terms) > 1 and model.anatomy.blocks[layer].mixer != part:
+            own = tuple(t for t in terms if t.path == part.exit)
+            terms = own or terms
+        ends = findings(model).ends  # a module inside the part that returns the same: take the part's own exit
+        terms = tuple(type(t)(ends.get(t.path, t.path), t.scale) for t in terms)
+        if len(terms) == 1 and isinstance(terms[0].scale, float) and terms[0].scale == 1.0:
+            return Site(terms[0].path, "output")
+        return Sum(tuple((term.path, term.scale) for term in terms))
+
+    return serve
+
+
+def mid(model: StandardizedTransformer, layer: int) -> Place:
+    """The stream between the two parts of a layer."""
+    structure = residual(model, layer)
+    have = tuple(i for i, s in enumerate(model.residual_structures) if s.mid is not None)
+    if structure.mid is None:
+        reasons = {
+            "parallel": "its attention and its feed-forward read the same stream (a parallel block)",
+            "single": "it has one part only",
+        }
+        raise _missing(model, layer, "layers_mid", reasons.get(structure.kind, structure.reason), have)
+    place = findings(model).mid[layer]
+    if place is not None:
+        return place
+    if structure.kind == "post-norm":
+        return Site(structure.mid, "output")
+    return ReadOnly(
+        Site(structure.mid, "input"),
+        "no single operation of this layer makes the stream that both its feed-forward and its residual path read",
+    )
+
+
+def residual(model: StandardizedTransformer, layer: int) -> ResidualStructure:
+    """How one layer combines its parts.
+
+    Raises:
+        Unavailable: It is not proven: without weights, or with the check turned off.
+    """
+    if not model.residual_structures:
+        why = "the weights are not loaded: call model.dispatch()" if not model.dispatched else "call model.validate()"
+        raise Unavailable(f"What a layer adds to the residual stream is proven with its weights; {why}.")
+    return model.residual_structures[layer]
+
+
+def _missing(model: StandardizedTransformer, layer: int, name: str, reason: str, have: tuple[int, ...]) -> Unavailable:
+    where = f"layers {_ranges(have)} have it" if have else "no layer of this model has it"
+    block = model.anatomy.blocks[layer]
+    error = Unavailable(
+        f"Layer {layer} of {model.anatomy.model_class} ({block.path}: {block.description}) has no {name}: {reason}; {where}."
+    )
+    error.reason = reason  # type: ignore[attr-defined]
+    return error
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Attention probabilities where the user's `RenameConfig(attn_prob_source=...)` says they are."""
+
+    layer: int
+    source: Callable
+
+    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+        """The probabilities."""
+        return self.source(model.attentions[self.layer]).output
+
+    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Replace them."""
+        self.source(model.attentions[self.layer]).output = tensor
+
+    def __str__(self) -> str:
+        return f"RenameConfig(attn_prob_source={self.source!r})"
+
+
+@dataclass(frozen=True)
+class ReadOnly:
+    """A place that can be read and not written."""
+
+    place: Place
+    reason: str
+
+    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+        """The value."""
+        return self.place.read(model, label)
+
+    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Refused."""
+        raise Unavailable(f"{label} can be read but not written in {model.anatomy.model_class}: {self.reason}.")
+
+    def __str__(self) -> str:
+        return f"{self.place} (read only)"
+
+
+@dataclass(frozen=True)
+class ThroughOut:
+    """Each head's part of what W_O returns.
+
+    The projection is applied to one head at a time, the others at zero, less what it returns for zeros: right for any
+    module that is linear up to a bias, quantised or adapted ones included.
+    """
+
+    heads: Place
+    path: str
+
+    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+        """`[batch, seq, heads, hidden]`; a new tensor."""
+        z = self.heads.read(model, label)
+        return through(model._module.get_submodule(self.path), z, model)
+
+    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Make W_O return their sum and its bias."""
+        z = self.heads.read(model, label)
+        envoy = model.envoy(self.path)
+        bias = through(model._module.get_submodule(self.path), z, model, bias_only=True)
+        output = envoy.output
+        envoy.output = (tensor.sum(2) + bias).reshape(output.shape)
+
+    def __str__(self) -> str:
+        return f"each head of {self.heads}, through {self.path}"
+
+
+def through(out: nn.Module, z: torch.Tensor, model: StandardizedTransformer, bias_only: bool = False) -> torch.Tensor:
+    """Heads `[batch, seq, heads, head_dim]` through W_O, apart from the running forward pass."""
+    batch, seq, heads, width = z.shape
+    interleaver = model.interleaver
+    running, interleaver.interleaving = interleaver.interleaving, False
+    try:
+        bias = out(z.new_zeros(1, 1, heads * width))
+        if bias_only:
+            return bias
+        weight = getattr(out, "weight", None)
+        if type(out) is nn.Linear and isinstance(weight, torch.Tensor) and weight.shape[1] == heads * width:
+            return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
+        alone = z.new_zeros(heads, batch, seq, heads, width)
+        index = torch.arange(heads, device=z.device)
+        alone[index, :, :, index] = z.permute(2, 0, 1, 3)
+        made = out(alone.reshape(heads * batch, seq, heads * width)) - bias
+        return made.view(heads, batch, seq, -1).permute(1, 2, 0, 3)
+    finally:
+        interleaver.interleaving = running
