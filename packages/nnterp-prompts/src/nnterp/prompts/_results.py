@@ -29,6 +29,7 @@ class PromptResults(dict[str, torch.Tensor]):
         vocabulary_ranks: Rank of each category's most probable token in the whole vocabulary (1 is the top),
             `[prompts, categories]`, int64, 0 where not run; None where only the targets left the model.
         done: Which prompts were run, `[prompts]`.
+        pending: Of prompts that are read in several rows and not done, the answers to rows that were run.
         settings: What was asked: scoring, length normalisation, the function, the model.
         fingerprints: A digest of what each prompt asks.
     """
@@ -43,6 +44,7 @@ class PromptResults(dict[str, torch.Tensor]):
         log_probs: torch.Tensor | None = None,
         vocabulary_ranks: torch.Tensor | None = None,
         done: torch.Tensor | None = None,
+        pending: dict[int, dict[int, torch.Tensor]] | None = None,
     ) -> None:
         dict.__init__(self)
         self.categories = tuple(categories)
@@ -56,6 +58,7 @@ class PromptResults(dict[str, torch.Tensor]):
         )
         self.vocabulary_ranks = vocabulary_ranks
         self.done = torch.zeros(count, dtype=torch.bool) if done is None else done
+        self.pending = pending or {}
         self._fill()
 
     def _fill(self) -> None:

@@ -96,12 +96,16 @@ def run_prompts(
     if checkpoint is not None and _storage.exists(checkpoint):
         _resume(results, checkpoint)
 
-    todo = [i for i, done in enumerate(results.done.tolist()) if not done]
-    owners = [(i, j) for i in todo for j in range(len(plan.sheets[i].rows))]
+    owners = [
+        (i, j)
+        for i, sheet in enumerate(plan.sheets)
+        if not results.done[i]
+        for j in range(len(sheet.rows))
+        if j not in results.pending.get(i, {})
+    ]
     rows = [plan.sheets[i].rows[j] for i, j in owners]
     work = list(batches(model, rows, batch_size))
     saved = time.monotonic()
-    pending: dict[int, list[Any]] = {}
     bar = work if tqdm is None else tqdm(work, desc="Running prompts")
     finished = 0
     try:
@@ -113,10 +117,7 @@ def run_prompts(
                 answers = _answers_of(get_probs_func, model, batch, asked, plan.plain, remote, func_kwargs or {})
             for k, answer in zip(batch.indices, answers, strict=True):
                 i, j = owners[k]
-                slots = pending.setdefault(i, [None] * len(plan.sheets[i].rows))
-                slots[j] = answer
-                if all(slot is not None for slot in slots):
-                    _finish(results, plan, i, pending.pop(i), normalize_length)
+                _take(results, plan, i, j, answer, normalize_length)
             finished += 1
             if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
                 results.save(checkpoint)
@@ -210,11 +211,22 @@ def _check_shape(get_probs: Callable[..., Any], values: Any, rows: int, last: in
         )
 
 
-def _finish(results: PromptResults, plan: Plan, index: int, answers: list[Any], normalize_length: bool) -> None:
-    """Turn the answers to all questions about one prompt into its scores."""
-    logs = plan.sheets[index].combine([answer[0] for answer in answers], normalize_length)
-    ranks = answers[0][1] if results.scoring == "first_token" else None
-    results._record(index, logs, ranks)
+def _take(
+    results: PromptResults,
+    plan: Plan,
+    index: int,
+    row: int,
+    answer: tuple[torch.Tensor, torch.Tensor | None],
+    normalize_length: bool,
+) -> None:
+    """Keep the answers to one row; when a prompt's rows are all there, turn them into its scores."""
+    logs, ranks = answer
+    rows = results.pending.setdefault(index, {})
+    rows[row] = logs
+    if len(rows) == len(plan.sheets[index].rows):
+        scores = plan.sheets[index].combine([rows[j] for j in range(len(rows))], normalize_length)
+        results._record(index, scores, ranks if results.scoring == "first_token" else None)
+        del results.pending[index]
 
 
 def _settings(
@@ -266,8 +278,12 @@ def _resume(results: PromptResults, earlier: PromptResults | str | Path) -> None
             )
     for i in earlier.done.nonzero().flatten().tolist():
         if not results.done[i]:
+            results.pending.pop(i, None)
             ranks = None if earlier.vocabulary_ranks is None else earlier.vocabulary_ranks[i]
             results._record(i, earlier.log_probs[i], ranks)
+    for i, rows in earlier.pending.items():
+        if not results.done[i]:
+            results.pending[i] = {**results.pending.get(i, {}), **rows}
     results._fill()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -24,6 +25,8 @@ def save(results: PromptResults, folder: str | Path) -> None:
     tensors = {"log_probs": results.log_probs.contiguous(), "done": results.done}
     if results.vocabulary_ranks is not None:
         tensors["vocabulary_ranks"] = results.vocabulary_ranks
+    for i, rows in results.pending.items():
+        tensors |= {f"pending.{i}.{j}": answer.contiguous() for j, answer in rows.items()}
     rest = {
         "version": _VERSION,
         "categories": results.categories,
@@ -55,6 +58,11 @@ def load(folder: str | Path) -> PromptResults:
             f"{len(prompts)} "
             f"prompts and {len(rest['categories'])} categories; they are not of one run."
         )
+    pending: dict[int, dict[int, torch.Tensor]] = {}
+    for name in tensors:
+        if name.startswith("pending."):
+            _, i, j = name.split(".")
+            pending.setdefault(int(i), {})[int(j)] = tensors[name]
     return PromptResults(
         categories=tuple(rest["categories"]),
         texts=[prompt["text"] for prompt in prompts],
@@ -64,6 +72,7 @@ def load(folder: str | Path) -> PromptResults:
         log_probs=tensors["log_probs"],
         vocabulary_ranks=tensors.get("vocabulary_ranks"),
         done=tensors["done"],
+        pending=pending,
     )
 
 
