@@ -1,0 +1,39 @@
+"""Figures and tables of nnterp's results.
+
+Every figure is a `plotly.graph_objects.Figure` with its tokens shown exactly and escaped. Functions take plain tensors with
+labels, or the result objects of `nnterp.interventions`, whose `.plot()` calls them.
+"""
+
+from nnterp.display._attention import plot_attention
+from nnterp.display._certificate import plot_certificate
+from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
+from nnterp.display._lens import plot_lens
+from nnterp.display._patching import plot_patching
+from nnterp.display._patchscope import plot_patchscope
+from nnterp.display._save import ImageWriterMissing, save
+from nnterp.display._targets import plot_targets
+from nnterp.display._text import TokenNames, escape, visible
+from nnterp.display._theme import with_theme
+from nnterp.display._tokens import plot_tokens
+from nnterp.display._topk import plot_topk_tokens
+
+__all__ = [
+    "ImageWriterMissing",
+    "TokenNames",
+    "anatomy_to_df",
+    "certificate_to_df",
+    "escape",
+    "plot_attention",
+    "plot_certificate",
+    "plot_lens",
+    "plot_patching",
+    "plot_patchscope",
+    "plot_targets",
+    "plot_tokens",
+    "plot_topk_tokens",
+    "prompts_to_df",
+    "save",
+    "top_tokens_to_df",
+    "visible",
+    "with_theme",
+]

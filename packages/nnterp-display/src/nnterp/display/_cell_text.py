@@ -1,0 +1,47 @@
+"""Text in the cells of a heat map, each in black or white, whichever stands out more from its cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import get_colorscale, sample_colorscale, unlabel_rgb
+
+from nnterp.display._text import escape
+from nnterp.display._theme import MONO
+
+_STEPS = 256
+
+
+def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray:
+    """The better of black and white on each place of a colour scale (WCAG 2 relative luminance).
+
+    Args:
+        levels: Places from 0 to 1, any shape; NaN stands for an empty cell.
+        scale: Name of a plotly colour scale.
+        reverse: Whether the scale is drawn reversed.
+    """
+    colours = [unlabel_rgb(c) for c in sample_colorscale(get_colorscale(scale), list(np.linspace(0, 1, _STEPS)))]
+    rgb = np.array(colours) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    table = np.where((luminance + 0.05) ** 2 > 0.05 * 1.05, "#000000", "#ffffff")
+    places = np.clip(np.nan_to_num(np.asarray(levels, dtype=float)), 0, 1)
+    index = np.rint((1 - places if reverse else places) * (_STEPS - 1)).astype(int)
+    return table[index]
+
+
+def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *, mono: bool = True) -> go.Scatter:
+    """The texts, escaped here, at the centres of cells `[rows, columns]`; hovering goes through to the cells."""
+    spots = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
+    return go.Scatter(
+        x=[j for _, j in spots],
+        y=[i for i, _ in spots],
+        text=[escape(texts[i][j]) for i, j in spots],
+        mode="text",
+        textposition="middle center",
+        textfont={"size": size, "color": [colours[i, j] for i, j in spots], **({"family": MONO} if mono else {})},
+        hoverinfo="skip",
+        showlegend=False,
+    )

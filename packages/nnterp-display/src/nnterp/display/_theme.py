@@ -1,0 +1,112 @@
+"""One look for every figure: a light and a dark template, and colours that survive colour blindness."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import plotly.graph_objects as go
+import plotly.io as pio
+
+Theme = Literal["light", "dark"]
+
+SEQUENTIAL = "Cividis"  # Nuñez, Anderton and Renslow 2018: made for colour-vision deficiency, monotone in lightness
+DIVERGING = "RdBu"  # ColorBrewer, colour-blind safe; white at zero
+# Okabe and Ito 2008, the ones that stand out on white and on black first; their black is left out.
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+
+SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
+MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
+MONO_WIDTH = 0.62  # a column of the widest of these, over the font size
+
+_INKS = {
+    "light": {"paper": "#ffffff", "ink": "#1f2430", "soft": "#5c6370", "grid": "#e3e6ea", "panel": "#f4f6f8"},
+    "dark": {"paper": "#14171c", "ink": "#e8eaed", "soft": "#a8b0ba", "grid": "#333a44", "panel": "#1d222a"},
+}
+
+
+def _template(theme: Theme) -> go.layout.Template:
+    ink = _INKS[theme]
+    axis = {
+        "gridcolor": ink["grid"],
+        "zerolinecolor": ink["grid"],
+        "linecolor": ink["soft"],
+        "tickcolor": ink["soft"],
+        "title": {"font": {"size": 13, "color": ink["soft"]}, "standoff": 10},
+        "tickfont": {"size": 11, "color": ink["ink"]},
+        "automargin": True,
+    }
+    table = {
+        "header": {"fill": {"color": ink["panel"]}, "font": {"color": ink["ink"]}, "line": {"color": ink["grid"]}},
+        "cells": {"fill": {"color": ink["paper"]}, "font": {"color": ink["ink"]}, "line": {"color": ink["grid"]}},
+    }
+    return go.layout.Template(
+        layout={
+            "paper_bgcolor": ink["paper"],
+            "plot_bgcolor": ink["paper"],
+            "font": {"family": SANS, "size": 13, "color": ink["ink"]},
+            "title": {"font": {"size": 16, "color": ink["ink"]}, "x": 0, "xref": "paper", "xanchor": "left"},
+            "colorway": list(LINES),
+            "xaxis": axis,
+            "yaxis": axis,
+            "coloraxis": {"colorbar": _colorbar(ink)},
+            "hoverlabel": {
+                "font": {"family": MONO, "size": 13, "color": ink["ink"]},
+                "bgcolor": ink["panel"],
+                "bordercolor": ink["soft"],
+                "align": "left",
+                "namelength": -1,
+            },
+            "legend": {"bgcolor": "rgba(0,0,0,0)", "font": {"color": ink["ink"]}},
+            "annotationdefaults": {"font": {"color": ink["ink"]}, "showarrow": False},
+        },
+        data={"table": [go.Table(**table)], "heatmap": [go.Heatmap(colorbar=_colorbar(ink))]},
+    )
+
+
+def _colorbar(ink: dict[str, str]) -> dict:
+    return {
+        "outlinewidth": 0,
+        "ticks": "outside",
+        "tickcolor": ink["soft"],
+        "ticklen": 4,
+        "tickfont": {"color": ink["ink"], "size": 11},
+        "title": {"font": {"color": ink["soft"], "size": 13}, "side": "right"},
+    }
+
+
+TEMPLATES: dict[Theme, go.layout.Template] = {"light": _template("light"), "dark": _template("dark")}
+
+
+def current_theme() -> Theme:
+    """The theme new figures are made with: "dark" where plotly's default template is a dark one."""
+    return "dark" if "dark" in str(pio.templates.default or "") else "light"
+
+
+def with_theme(figure: go.Figure, theme: Theme) -> go.Figure:
+    """A copy of a figure of this package in the "light" or the "dark" theme.
+
+    Raises:
+        ValueError: There is no such theme.
+    """
+    if theme not in TEMPLATES:
+        raise ValueError(f"theme must be 'light' or 'dark', not {theme!r}.")
+    return go.Figure(figure).update_layout(template=TEMPLATES[theme])
+
+
+def new_figure(title: str | None, **layout: object) -> go.Figure:
+    """An empty figure in the current theme; `title` is plain text."""
+    from nnterp.display._text import escape_lines
+
+    figure = go.Figure(layout={"template": TEMPLATES[current_theme()], **layout})
+    if title:
+        figure.update_layout(title_text=escape_lines(title))
+    return figure
+
+
+def shown(figure: go.Figure, show: bool) -> go.Figure:
+    """The figure, after it has been shown if that was asked for."""
+    if show:
+        figure.show()
+    return figure

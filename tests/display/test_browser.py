@@ -1,0 +1,214 @@
+"""Every figure, saved as a page and opened in Chromium: drawn, silent, offline, with the right words under the mouse."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nnterp import display
+from nnterp.display._text import shorten
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<b>bold</b>",
+    "&lt;",
+    "&amp;lt;",
+    "$x^2$",
+    "%{x}",
+    "</script><script>window.pwned=1</script>",
+    "a\nb",
+    " two  spaces ",
+    "<a href='http://example.invalid/'>link</a>",
+    "<img src=http://example.invalid/x.png>",
+    "<br>",
+    "العربية",
+    "\u202eoverride",
+    "\x00",
+]
+
+
+class Words:
+    """A tokenizer whose tokens are any texts at all."""
+
+    def __init__(self, words):
+        self.words = list(words)
+
+    def convert_ids_to_tokens(self, token):
+        return self.words[token]
+
+
+def dense(layers, positions, vocab, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(layers, positions, vocab, generator=generator) * 2).softmax(-1)
+
+
+def causal(*shape, seed=0):
+    scores = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+    future = torch.triu(torch.ones(shape[-2:], dtype=torch.bool), 1)
+    return scores.masked_fill(future, float("-inf")).softmax(-1)
+
+
+def every_figure():
+    words = [*HOSTILE, "·", "plain"]
+    tokenizer, n = Words(words), len(words)
+    texts = words
+    lens = dense(6, n, n)
+    return {
+        "lens": display.plot_lens(lens, tokenizer, tokens=texts, title="<b>title</b> & $co$"),
+        "rank": display.plot_lens(lens, tokenizer, tokens=texts, color="rank"),
+        "entropy": display.plot_lens(lens, tokenizer, tokens=texts, color="entropy"),
+        "targets": display.plot_targets({word: torch.rand(9, 6) for word in words[:6]}, layers=["<i>0</i>", 1, 2, 3, 4, 5]),
+        "attention": display.plot_attention(causal(n, n), texts),
+        "heads": display.plot_attention(causal(5, n, n), texts, heads=["<b>0</b>", 1, 2, 3, 4]),
+        "wall": display.plot_attention(causal(3, 4, n, n), texts),
+        "tokens": display.plot_tokens(texts, torch.linspace(-1, 1, n), name="<b>loss</b> (nats)"),
+        "patching": display.plot_patching(torch.linspace(-1, 1, 6 * n).view(6, n), texts, score="<s>score</s>"),
+        "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=words[:3]),
+        "generated": display.plot_patchscope([words[:8], words[8:16]]),
+        "topk": display.plot_topk_tokens(lens.transpose(0, 1)[:4], tokenizer, show=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return every_figure()
+
+
+@pytest.mark.parametrize("name", sorted(every_figure()))
+def test_page_is_drawn_silent_offline_and_exact(name, figures, browser, tmp_path):
+    path = display.save(figures[name], tmp_path / f"{name}.html")
+    browser.open(path)
+    assert browser.errors() == []
+    assert browser.requests() == [path.resolve().as_uri()]
+    assert browser.js("return window.pwned") is None
+    assert browser.js("return document.querySelectorAll('.js-plotly-plot a[href*=example], .js-plotly-plot image[href*=example]').length") == 0
+    assert browser.js("return document.querySelectorAll('.js-plotly-plot text tspan[style*=bold], .js-plotly-plot text tspan[style*=italic]').length") == 0
+    assert len(browser.texts()) > 10
+    assert browser.js(CUT) == []
+    assert browser.js(OVERLAP) == []
+    for selector, words in SHOWN.get(name, {}).items():
+        drawn = browser.js(f"return [...document.querySelectorAll('.js-plotly-plot {selector}')].map(t => t.textContent)")
+        assert [text.strip("\u2068\u2069") for text in drawn] == words
+
+
+LABELS = [shorten(display.visible(word), 18) for word in [*HOSTILE, "·", "plain"]]
+FULL = [shorten(display.visible(word), 40) for word in [*HOSTILE, "·", "plain"]]
+# What has to be read in some of the figures, to the letter.
+SHOWN = {
+    "lens": {".xtick text": LABELS, ".gtitle": ["<b>title</b> & $co$"]},
+    "attention": {".xtick text": LABELS, ".ytick text": LABELS},
+    "patching": {".xtick text": LABELS, ".cbtitle text, .colorbar text[class*=title]": ["<s>score</s>"]},
+    "tokens": {".bartext": FULL},
+    "heads": {".annotation-text": ["head <b>0</b>", "head 1", "head 2", "head 3", "head 4"]},
+    "targets": {".legendtext": FULL[:6]},
+}
+
+
+# Texts that stick out of the figure, by more than the pixel that rounding makes.
+CUT = """
+    const plot = document.querySelector('.js-plotly-plot .svg-container').getBoundingClientRect();
+    return [...document.querySelectorAll('.js-plotly-plot text')].filter(t => {
+      const b = t.getBoundingClientRect();
+      return b.width && (b.left < plot.left - 1 || b.right > plot.right + 1 || b.top < plot.top - 1 || b.bottom > plot.bottom + 1);
+    }).map(t => t.textContent);
+"""
+# Pairs of texts that lie on each other, labels and cells alike.
+OVERLAP = """
+    const boxes = [...document.querySelectorAll('.js-plotly-plot text')]
+      .filter(t => t.textContent.trim() && !t.closest('.hoverlayer') && !t.closest('.modebar') && getComputedStyle(t).visibility !== 'hidden')
+      .map(t => [t.textContent, t.getBoundingClientRect()]).filter(([_, b]) => b.width > 0);
+    boxes.sort((p, q) => p[1].left - q[1].left);
+    const found = [];
+    for (let i = 0; i < boxes.length && found.length < 5; i++)
+      for (let j = i + 1; j < boxes.length && boxes[j][1].left < boxes[i][1].right - 1.5; j++) {
+        const [a, b] = [boxes[i][1], boxes[j][1]];
+        if (Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3) found.push([boxes[i][0], boxes[j][0]]);
+      }
+    return found;
+"""
+
+
+@pytest.mark.parametrize(("layers", "positions"), [(12, 20), (80, 60)])
+def test_large_grids_have_no_overlap_and_no_cut_label(layers, positions, browser, tmp_path):
+    from nnterp.testing import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    ids = (tokenizer("The capital of France is Paris, and the Eiffel Tower is in the city of Rome; " * 4)["input_ids"])[:positions]
+    lens = dense(layers, positions, 509)
+    drawn = {
+        "lens": display.plot_lens(lens, tokenizer, tokens=ids, title="Logit lens"),
+        "patching": display.plot_patching(torch.randn(layers, positions), ids, tokenizer, score="logit difference"),
+        "attention": display.plot_attention(causal(positions, positions), ids, tokenizer),
+        "heads": display.plot_attention(causal(12, positions, positions), ids, tokenizer),
+        "wall": display.plot_attention(causal(min(layers, 12), 6, positions, positions), ids, tokenizer),
+        "tokens": display.plot_tokens(ids, torch.randn(positions), tokenizer),
+        "targets": display.plot_targets({"target": torch.rand(40, layers), "other": torch.rand(40, layers)}),
+        "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:5], tokenizer, sources=["The capital of France is a city"] * 5),
+        "topk": display.plot_topk_tokens(lens.transpose(0, 1)[:5], tokenizer, show=False),
+    }
+    browser.open(display.save(drawn.pop("lens"), tmp_path / "lens.html"))
+    for name, figure in {"lens": None, **drawn}.items():
+        if figure is not None:
+            browser.draw(figure)
+        assert browser.errors() == [], name
+        assert browser.js(CUT) == [], name
+        assert browser.js(OVERLAP) == [], name
+
+
+def test_hover_on_the_lens_shows_token_and_probability(figures, browser, tmp_path):
+    words = [*HOSTILE, "·", "plain"]
+    lens = dense(6, len(words), len(words)).double().numpy()
+    browser.open(display.save(figures["lens"], tmp_path / "lens.html"))
+    for layer, position in ((0, 0), (3, 7), (5, 16)):
+        lines = browser.hover(position, layer).split("\n")
+        best = np.argsort(-lens[layer, position])[:5]
+        assert lines[0].strip("\u2068\u2069") == f"layer {layer}, position {position}  {display.visible(words[position])}"
+        for line, token in zip(lines[1:], best, strict=True):
+            shown = line.replace("\u2068", "").replace("\u2069", "")
+            assert display.visible(words[token])[:30] in shown
+            assert shown.endswith(f"{lens[layer, position, token]:.4f}")
+
+
+def test_hover_on_the_other_figures(figures, browser, tmp_path):
+    words = [*HOSTILE, "·", "plain"]
+    n = len(words)
+    browser.open(display.save(figures["attention"], tmp_path / "attention.html"))
+    assert browser.hover(1, 4) == f"query 4  $x^2$\nkey 1  <b>bold</b>\n{causal(n, n)[4, 1]:.4f}"
+    browser.open(display.save(figures["patching"], tmp_path / "patching.html"))
+    value = torch.linspace(-1, 1, 6 * n).view(6, n)[2, 5]
+    assert browser.hover(5, 2) == f"layer 2\nposition 5  %{{x}}\n<s>score</s> {value:.4f}"
+    browser.open(display.save(figures["wall"], tmp_path / "wall.html"))
+    spot = figures["wall"].layout.xaxis.tickvals, figures["wall"].layout.yaxis.tickvals
+    x, y = spot[0][2] - (n - 1) / 2 + 1, spot[1][1] - (n - 1) / 2 + 4
+    assert browser.hover(x, y) == f"layer 1, head 2\nquery 4  $x^2$\nkey 1  <b>bold</b>\n{causal(3, 4, n, n)[1, 2, 4, 1]:.4f}"
+    browser.open(display.save(figures["tokens"], tmp_path / "tokens.html"))
+    bar = figures["tokens"].data[0]
+    text = browser.hover(bar.base[1] + bar.x[1] / 2, bar.y[1])
+    assert text == f"position 1  <b>bold</b>\n<b>loss</b> (nats) {torch.linspace(-1, 1, n)[1]:.4f}"
+
+
+def test_page_follows_the_readers_theme(figures, browser, tmp_path):
+    path = display.save(figures["lens"], tmp_path / "lens.html")
+    papers = {}
+    for theme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.open(path)
+        papers[theme] = browser.js("return document.querySelector('.main-svg').style.background")
+        assert browser.errors() == []
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert papers == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 28)"}
+    fixed = display.save(figures["lens"], tmp_path / "fixed.html", theme="dark")
+    browser.open(fixed)
+    assert browser.js("return document.querySelector('.main-svg').style.background") == "rgb(20, 23, 28)"
+
+
+def test_hostile_texts_cannot_leave_the_script_they_are_stored_in(figures):
+    from nnterp.display._save import page
+
+    for figure in figures.values():
+        assert "window.pwned" not in page(figure).replace("\\u003c", "<") or "</script><script>window" not in page(figure)
+        assert json.loads(figure.to_json())
