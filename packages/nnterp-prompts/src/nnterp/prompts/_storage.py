@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -36,8 +37,10 @@ def save(results: PromptResults, folder: str | Path) -> None:
             for text, fingerprint, data in zip(results.texts, results.fingerprints, results.metadata, strict=True)
         ],
     }
-    _write(folder / _REST, json.dumps(rest, indent=1, ensure_ascii=False, default=_plain).encode())
-    _write(folder / _NUMBERS, save_tensors(tensors))
+    # What is in the JSON does not change while a run goes on, so a checkpoint cut short between the two files is whole.
+    told = json.dumps(rest, indent=1, ensure_ascii=False, default=_plain).encode()
+    _write(folder / _REST, told)
+    _write(folder / _NUMBERS, save_tensors(tensors, metadata={"run": hashlib.sha256(told).hexdigest()}))
 
 
 def load(folder: str | Path) -> PromptResults:
@@ -45,19 +48,16 @@ def load(folder: str | Path) -> PromptResults:
     folder = Path(folder)
     if not exists(folder):
         raise FileNotFoundError(f"{folder} holds no results: {_NUMBERS} and {_REST} were expected in it.")
-    rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
-    if rest.get("version") != _VERSION:
+    told, numbers = (folder / _REST).read_bytes(), (folder / _NUMBERS).read_bytes()
+    if _metadata(numbers).get("run") != hashlib.sha256(told).hexdigest():
+        raise ValueError(f"{folder}: {_NUMBERS} and {_REST} are not of one run, or one was changed by hand.")
+    rest = json.loads(told)
+    if rest["version"] != _VERSION:
         raise ValueError(
-            f"{folder / _REST} has version {rest.get('version')}; this nnterp-prompts reads version {_VERSION}."
+            f"{folder / _REST} has version {rest['version']}; this nnterp-prompts reads version {_VERSION}."
         )
-    tensors = load_tensors((folder / _NUMBERS).read_bytes())
+    tensors = load_tensors(numbers)
     prompts = rest["prompts"]
-    if tensors["log_probs"].shape[0] != len(prompts) or tensors["log_probs"].shape[-1] != len(rest["categories"]):
-        raise ValueError(
-            f"{folder}: {_NUMBERS} has scores of shape {list(tensors['log_probs'].shape)}, but {_REST} lists "
-            f"{len(prompts)} "
-            f"prompts and {len(rest['categories'])} categories; they are not of one run."
-        )
     pending: dict[int, dict[int, torch.Tensor]] = {}
     for name in tensors:
         if name.startswith("pending."):
@@ -74,6 +74,12 @@ def load(folder: str | Path) -> PromptResults:
         done=tensors["done"],
         pending=pending,
     )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: its header is JSON, after 8 bytes that say how long it is."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
 def exists(folder: str | Path) -> bool:
