@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnterp.anatomy import Layer, Part
 from nnterp.certificate._certificate import Certificate, Line
-from nnterp.certificate._recording import Call, Recording, evaluating, record, stream_out
+from nnterp.certificate._recording import Call, Recording, evaluating, record, static_experts, stream_out
 from nnterp.certificate._residual import relative_error, solve_residual
 from nnterp.certificate._writes import prove_writes
 from nnterp.readout import StreamLayout
@@ -114,9 +114,9 @@ class _Checks:
 
     def without_weights(self) -> None:
         """Shapes and order of the parts, from a forward pass on fake tensors."""
-        ids = torch.zeros((1, PROBE_LENGTH), dtype=torch.long, device="meta")
         try:
-            with evaluating(self.module), FakeTensorMode(allow_non_fake_inputs=True):
+            with evaluating(self.module), static_experts(self.module), FakeTensorMode(allow_non_fake_inputs=True):
+                ids = torch.zeros((1, PROBE_LENGTH), dtype=torch.long, device="meta")
                 recording = record(self.module, self.forward_kwargs(ids), self.watched())
                 self.final_norm_by_order(recording)
                 self.parts(recording)

@@ -130,3 +130,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def static_experts(model: nn.Module) -> Iterator[None]:
+    """Run mixtures of experts in the one implementation whose shapes do not depend on which experts are chosen."""
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    switch = getattr(model, "set_experts_implementation", None)
+    if before is None or switch is None:
+        yield
+        return
+    switch("batched_mm")
+    try:
+        yield
+    finally:
+        switch(before)
