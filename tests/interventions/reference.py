@@ -8,13 +8,13 @@ import torch
 
 from nnterp.values import get_value
 
-# At least thirty architectures of different build: sequential, parallel, post-norm, scaled, capped, mixtures of experts,
-# windows, shared caches, state spaces, hybrids, no final norm, tuple-returning layers.
-ARCHITECTURES = (
-    "gpt2 llama gemma gemma2 gemma3_text mistral mixtral qwen2 qwen3 qwen3_moe phi phi3 gpt_neox gptj gpt_neo opt bloom "
-    "falcon mpt codegen cohere cohere2 granite granitemoe olmo olmo2 stablelm starcoder2 mamba mamba2 jamba lfm2 "
-    "deepseek_v3 glm4 nemotron xglm gpt_bigcode smollm3 biogpt openai-gpt ministral bamba"
-).split()
+# Architectures of different build: sequential, parallel, post-norm, scaled, capped, mixtures of experts, windows,
+# latent attention, state spaces, hybrids, no final norm, layers that return tuples.
+ARCHITECTURES = """
+gpt2 llama gemma gemma2 gemma3_text mistral mixtral qwen2 qwen3 qwen3_moe phi phi3 gpt_neox gptj gpt_neo opt bloom
+falcon mpt codegen cohere cohere2 granite granitemoe olmo olmo2 stablelm starcoder2 mamba mamba2 jamba lfm2
+deepseek_v3 glm4 nemotron xglm gpt_bigcode smollm3 biogpt openai-gpt ministral bamba
+""".split()
 
 
 def stream(output):

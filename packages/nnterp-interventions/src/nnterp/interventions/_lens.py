@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,12 +56,12 @@ class Reduction:
     entropy: bool = False
 
     def __call__(self, logits: torch.Tensor, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of logits `[n, vocab]`, whose rows belong to `prompts` `[n]`, on the CPU, in float32."""
+        """Of float32 logits `[n, vocab]`, whose rows belong to `prompts` `[n]`."""
         found: dict[str, torch.Tensor] = {}
         if self.probs:
             found["probs"] = logits.softmax(-1)
         if self.top_k is None and self.targets is None and not self.entropy:
-            return {name: tensor.cpu() for name, tensor in found.items()}
+            return found
         logs = logits.log_softmax(-1)
         if self.top_k is not None:
             best, found["top_ids"] = logs.topk(self.top_k, dim=-1)
@@ -75,7 +75,7 @@ class Reduction:
                 found["target_ranks"] = ranks.masked_fill(ids < 0, -1)
         if self.entropy:
             found["entropy"] = -(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(-1)
-        return {name: tensor.cpu() for name, tensor in found.items()}
+        return found
 
 
 @torch.no_grad()
@@ -96,8 +96,8 @@ def logit_lens(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | LensResult:
     """Next-token probabilities of each prompt, read at the output of every layer.
 
-    The hidden state goes through what the model itself does after its last layer (`model.project_on_vocab`), so the last
-    layer's row is the model's own prediction. The forward pass stops after the last layer asked for. Prompts of
+    The hidden state goes through what the model itself does after its last layer (`model.project_on_vocab`), so the
+    last layer's row is the model's own prediction. The forward pass stops after the last layer asked for. Prompts of
     different lengths are read at their own last tokens. (nostalgebraist, "interpreting GPT: the logit lens", 2020.)
 
     Args:
@@ -116,9 +116,9 @@ def logit_lens(
         progress: Show a progress bar; with None, only if the work lasts.
 
     Returns:
-        `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN where
-        a shorter prompt has no such position). With `return_inv_logits` a pair of these. With any of `targets`, `top_k`,
-        `entropy`: a `LensResult`.
+        `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN
+        where a shorter prompt has no such position). With `return_inv_logits` a pair of these. With any of `targets`,
+        `top_k`, `entropy`: a `LensResult`.
 
     Raises:
         IndexError: There is no such layer or position.
@@ -128,7 +128,7 @@ def logit_lens(
     """
     model.require_no_trace("logit_lens()")
     rows = encode(model, prompts)
-    chosen = _layers(model, layers)
+    chosen = layers_of(model, layers)
     where = [resolve(model, row, -1 if positions is None else positions, f"prompt {i}") for i, row in enumerate(rows)]
     reduced = targets is not None or top_k is not None or entropy
     if ranks and targets is None:
@@ -243,7 +243,7 @@ def _run(
 def _read_out(
     model: StandardizedTransformer, hidden: torch.Tensor, owner: torch.Tensor, reduction: Reduction
 ) -> dict[str, torch.Tensor]:
-    """Reduced logits of hidden states `[spots, layers, hidden]`, as `[spots * layers, ...]`, a bounded number at a time."""
+    """Reduced logits of hidden states `[spots, layers, hidden]` as `[spots * layers, ...]`, some at a time."""
     flat = hidden.flatten(0, 1)
     prompts = owner.repeat_interleave(hidden.shape[1])
     size = max(1, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
@@ -252,8 +252,8 @@ def _read_out(
         some = flat[start : start + size]
         part = reduction(model.project_on_vocab(some).float(), prompts[start : start + size])
         if reduction.inverse:
-            part["inverse"] = model.project_on_vocab(-some).float().softmax(-1).cpu()
-        parts.append(part)
+            part["inverse"] = model.project_on_vocab(-some).float().softmax(-1)
+        parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -265,16 +265,16 @@ def require_stream(stream: torch.Tensor, shape: torch.Size) -> None:
     """
     if stream.dim() != 3 or stream.shape[:2] != shape:
         raise ShapeError(
-            f"The residual stream of this model has shape {list(stream.shape)}, not [batch, seq, hidden] = "
-            f"[{shape[0]}, {shape[1]}, ...]: it carries several streams, and none of them alone is a hidden state to read out."
+            f"The residual stream of this model has shape {list(stream.shape)}, not [batch, seq, hidden] with "
+            f"{list(shape)} tokens: it carries several streams, and none of them alone is a hidden state to read out."
         )
 
 
-def _layers(model: StandardizedTransformer, layers: int | Sequence[int] | None) -> list[int]:
+def layers_of(model: StandardizedTransformer, layers: int | Sequence[int] | None) -> list[int]:
     """Layers asked for as indices from 0."""
     if layers is None:
         return list(range(model.num_layers))
-    wanted = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+    wanted: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
     if not wanted:
         raise ValueError("layers is empty; give at least one layer, or None for all.")
     return [layer_index(layer, model.num_layers, "layers") for layer in wanted]

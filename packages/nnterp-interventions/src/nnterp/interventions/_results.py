@@ -83,7 +83,7 @@ class Result:
         return f"{type(self).__name__}({'; '.join(parts)}; {self.about.get('model', '')})"
 
     def top(self, k: int = 10, tensor: str | None = None) -> list[dict[str, Any]]:
-        """The `k` cells of largest magnitude, largest first, as dicts from axis name to label and tensor name to value."""
+        """The `k` cells of largest magnitude, largest first: axis name to label, tensor name to value."""
         name = tensor or self.main
         flat = self[name].double().flatten()
         strength = torch.where(flat.isnan(), -1.0, flat.abs())
@@ -91,7 +91,7 @@ class Result:
         return [self._cell(name, int(i)) for i in order]
 
     def to_dataframe(self, tensor: str | None = None) -> pandas.DataFrame:
-        """One row per cell of a tensor (the first, if none is named), with a column per axis and per tensor on these axes.
+        """One row per cell of a tensor (the first, if none is named); columns are its axes and the tensors on them.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -66,9 +67,8 @@ def in_batches(
             chosen = order[start : start + size]
             if not model.padding_is_exact:
                 chosen = [i for i in chosen if len(rows[i]) == width]
-            if not within_memory(
-                lambda chosen=chosen: step(pad(model, [rows[i] for i in chosen], tuple(chosen))), len(chosen)
-            ):
+            batch = pad(model, [rows[i] for i in chosen], tuple(chosen))
+            if not within_memory(partial(step, batch), len(chosen)):
                 limit = max(1, len(chosen) // 2)
                 continue
             start += len(chosen)

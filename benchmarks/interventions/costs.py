@@ -1,0 +1,118 @@
+"""What interventions cost, in forward passes of the plain HuggingFace model on the same input.
+
+    python benchmarks/interventions/costs.py [--rounds 7] [--threads 1]
+
+A GPT-2-small shape with random weights on the CPU. Everything runs in one process; plain model and intervention take
+turns, and the median over rounds of their ratio is printed, with the shortest and the longest beside it. Peers are
+measured beside it where they are installed.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nnterp import StandardizedTransformer
+from nnterp.interventions import TargetPrompt, TargetPromptBatch, logit_lens, patchscope_lens
+from nnterp.testing import tiny_tokenizer
+
+
+def ids(rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 500, (rows, length), generator=generator)
+
+
+def ratios(plain, work, rounds):
+    plain()
+    work()
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        plain()
+        middle = time.perf_counter()
+        work()
+        found.append((time.perf_counter() - middle) / (middle - start))
+    return found
+
+
+def lines(model, module):
+    """(what, unit, aim, plain forward, work, how many units the work is)."""
+
+    def forward(tokens):
+        def run():
+            with torch.no_grad():
+                module(input_ids=tokens)
+
+        return run
+
+    prompts = ids(8, 8)
+    yield "logit lens, 8 prompts × 8 tokens, 12 layers", "1.5 (1.25)", forward(prompts), lambda: logit_lens(model, prompts), 1
+    reduced = dict(targets=5, top_k=5)
+    yield "the same, reduced to targets and top 5", "", forward(prompts), lambda: logit_lens(model, prompts, **reduced), 1
+
+    target = TargetPrompt(model.tokenizer.decode(ids(1, 10, 1)[0]), -1)
+    length = len(model.tokenizer(target.prompt).input_ids)
+    targets = ids(8, length, 2)
+    yield (
+        f"patchscope lens, 8 sources × 12 layers, target of {length} tokens",
+        "2.0 (1.3)",
+        forward(targets),
+        lambda: patchscope_lens(model, prompts, target),
+        1,
+    )
+    many = TargetPromptBatch.from_prompts([model.tokenizer.decode(row) for row in ids(8, 10, 3)], -1)
+    yield (
+        "the same, a target prompt of its own for each source",
+        "",
+        forward(targets),
+        lambda: patchscope_lens(model, prompts, many),
+        1,
+    )
+    yield from patching_lines(model, forward)
+
+
+def patching_lines(model, forward):
+    try:
+        from nnterp.interventions import activation_patching, logit_difference
+    except ImportError:
+        return
+    for length in (16, 48):
+        clean, corrupted = ids(1, length, 4), ids(1, length, 5)
+        metric = logit_difference(7, 8)
+        cells = 12 * length
+        yield (
+            f"activation patching, layer × position, {length} tokens, {cells} cells; per cell",
+            "0.2 (0.1)" if length == 16 else "",
+            forward(corrupted),
+            lambda clean=clean, corrupted=corrupted: activation_patching(
+                model, clean, corrupted, metric, values="layers_output", progress=False
+            ),
+            cells,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="lines whose name contains this")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config()).eval()
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    print(f"{'':78} forwards   (min – max)   at most (aim)")
+    for name, aim, plain, work, units in lines(model, module):
+        if options.only not in name:
+            continue
+        found = [ratio / units for ratio in ratios(plain, work, options.rounds)]
+        spread = f"({min(found):.2f} – {max(found):.2f})"
+        print(f"{name:78} {statistics.median(found):8.3f}   {spread:13} {aim}", flush=True)
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

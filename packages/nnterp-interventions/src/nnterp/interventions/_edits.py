@@ -1,0 +1,191 @@
+"""What a cell of a sweep changes: edits of values, and how they are put into the rows of a running forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.errors import ShapeError
+from nnterp.values import Value, get_value, read_value, write_value
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+POSITION_AXES = ("seq", "query")
+UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One value of one layer, replaced at some positions, for some heads.
+
+    Attributes:
+        value: Name of a row of the table of values.
+        layer: Its layer; None for values that are not per layer.
+        positions: Over the row's own tokens, from 0.
+        new: What replaces it: a tensor with the value's axes without the batch, cut to these positions and heads (or
+            anything that broadcasts to that), or a function of the tensor that is there.
+        heads: Entries of the value's head (or neuron) axis; all if None.
+    """
+
+    value: str
+    layer: int | None
+    positions: tuple[int, ...]
+    new: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: a prompt, by its index, and the edits made to its forward pass."""
+
+    prompt: int
+    edits: tuple[Edit, ...]
+
+    @property
+    def first_position(self) -> int:
+        """The first position that may differ from the unedited run."""
+        return min(min(edit.positions) for edit in self.edits)
+
+    def first_layer(self, num_layers: int) -> int:
+        """The first layer whose run may differ from the unedited one."""
+        return min(first_layer(edit, num_layers) for edit in self.edits)
+
+
+def first_layer(edit: Edit, num_layers: int) -> int:
+    """The first layer that has to run for an edit to take effect; what a layer returns is edited after it."""
+    value = get_value(edit.value)
+    if edit.layer is None:
+        return 0 if value.rank == 0 else num_layers
+    return edit.layer + 1 if edit.value == "layers_output" else edit.layer
+
+
+def axes_of(value: Value) -> tuple[str, ...]:
+    """Names of a value's axes, the batch first."""
+    return tuple(axis.strip() for axis in value.shape.strip("[]").split(","))
+
+
+def axis_index(value: Value, names: Sequence[str]) -> int | None:
+    """Which axis of one row of a value (the batch left out) bears one of these names."""
+    return next((i for i, axis in enumerate(axes_of(value)[1:]) if axis in names), None)
+
+
+def positions_axis(name: str) -> int:
+    """Which axis of one row of a value runs over the positions.
+
+    Raises:
+        ValueError: None does.
+    """
+    value = get_value(name)
+    axis = axis_index(value, POSITION_AXES)
+    if axis is None:
+        raise ValueError(
+            f"{name} has the axes {value.shape} and none for positions, so it cannot be edited at positions."
+        )
+    return axis
+
+
+def units_axis(name: str) -> int:
+    """Which axis of one row of a value runs over heads or neurons.
+
+    Raises:
+        ValueError: None does; names values that have one.
+    """
+    value = get_value(name)
+    axis = axis_index(value, UNIT_AXES)
+    if axis is None:
+        raise ValueError(
+            f"{name} has the axes {value.shape} and none for heads or neurons; take a value that has one, such as "
+            f"attention_head_outputs or mlp_neurons."
+        )
+    return axis
+
+
+def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Value) -> torch.Tensor:
+    """A view of a value with one entry per row of a batch of `rows` prompts of `seq` tokens.
+
+    OPT's feed-forward has batch and positions in one axis.
+
+    Raises:
+        ShapeError: The axis of the rows cannot be told.
+    """
+    axes = len(axes_of(value))
+    if tensor.dim() < axes and tensor.shape[0] == rows * seq:
+        return tensor.unflatten(0, (rows, seq))
+    batch_first = tensor.shape[0] == rows
+    if batch_first and tensor.dim() > axes:  # several streams side by side, before or after batch and positions
+        batch_first = tensor.shape[1] == seq and tuple(tensor.shape[1:3]) != (rows, seq)
+    if tensor.dim() < axes or not batch_first:
+        raise ShapeError(
+            f"{value.name} has shape {list(tensor.shape)} in a batch of {rows} prompts of {seq} tokens, "
+            f"not {value.shape}: the axis of the prompts cannot be told."
+        )
+    return tensor
+
+
+def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
+    """Where an edit falls in one row whose positions begin at `offset`."""
+    value = get_value(edit.value)
+    where: list[Any] = [slice(None)] * (len(axes_of(value)) - 1)
+    at = positions_axis(edit.value)
+    positions = torch.tensor([p - offset for p in edit.positions], device=device)
+    if edit.heads is None:
+        where[at] = positions
+        return tuple(where)
+    units = units_axis(edit.value)
+    heads = torch.tensor(edit.heads, device=device)
+    where[at] = positions[:, None] if at < units else positions[None, :]
+    where[units] = heads[None, :] if at < units else heads[:, None]
+    return tuple(where)
+
+
+def apply_edits(
+    tensor: torch.Tensor, edits: Iterable[tuple[int, Edit]], size: tuple[int, int], offset: int
+) -> torch.Tensor:
+    """A copy of one value with each (row, edit) put in; `size` is the batch's number of rows and of positions.
+
+    Raises:
+        ShapeError: What an edit brings does not have the shape of what it replaces.
+    """
+    copy = tensor.clone()
+    value = None
+    for row, edit in edits:
+        value = value or get_value(edit.value)
+        view = rows_of(copy, *size, value)[row]
+        index = index_of(edit, offset, copy.device)
+        new = edit.new(view[index]) if callable(edit.new) else edit.new
+        try:
+            view[index] = new.to(device=copy.device, dtype=copy.dtype)
+        except (RuntimeError, IndexError) as error:
+            at = f"positions {list(edit.positions)}" + ("" if edit.heads is None else f", heads {list(edit.heads)}")
+            raise ShapeError(
+                f"{edit.value}[{edit.layer}] is {list(view.shape)} in one row ({value.shape} without the batch); "
+                f"a tensor of shape {list(new.shape)} does not fit at {at} ({error})."
+            ) from error
+    return copy
+
+
+def write_edits(
+    model: StandardizedTransformer,
+    name: str,
+    layer: int | None,
+    edits: list[tuple[int, Edit]],
+    size: tuple[int, int],
+    offset: int,
+) -> torch.Tensor:
+    """Put edits of one value into the running forward pass; returns what the value is now."""
+    value = get_value(name)
+    new = apply_edits(read_value(model, value, layer), edits, size, offset)
+    write_value(model, value, new, layer)
+    return new
+
+
+def forward_order(name: str, layer: int | None, num_layers: int) -> tuple[int, float]:
+    """Sorts values by the order in which a forward pass comes to them."""
+    value = get_value(name)
+    if layer is None:
+        return (-1 if value.rank == 0 else num_layers, value.rank)
+    return layer, value.rank

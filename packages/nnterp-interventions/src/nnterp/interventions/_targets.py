@@ -1,0 +1,165 @@
+"""Target prompts of patchscopes: a prompt, and the token whose hidden state is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class TargetPrompt:
+    """A prompt and the position to patch in it.
+
+    Attributes:
+        prompt: The text.
+        index_to_patch: Over the prompt's own tokens; negative counts from its last token.
+    """
+
+    prompt: str
+    index_to_patch: int
+
+
+@dataclass
+class TargetPromptBatch:
+    """One target prompt for each source.
+
+    Attributes:
+        prompts: The texts.
+        index_to_patch: The position to patch in each, `[prompts]`.
+    """
+
+    prompts: list[str]
+    index_to_patch: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.index_to_patch):
+            raise ValueError(f"{len(self.prompts)} target prompts and {len(self.index_to_patch)} positions to patch.")
+
+    @classmethod
+    def from_target_prompts(cls, prompts_: Sequence[TargetPrompt]) -> TargetPromptBatch:
+        """Of several target prompts."""
+        return cls([p.prompt for p in prompts_], torch.tensor([int(p.index_to_patch) for p in prompts_]))
+
+    @classmethod
+    def from_target_prompt(cls, prompt: TargetPrompt, batch_size: int) -> TargetPromptBatch:
+        """Of one target prompt, `batch_size` times."""
+        return cls.from_target_prompts([prompt] * batch_size)
+
+    @classmethod
+    def from_prompts(
+        cls, prompts: str | Sequence[str], index_to_patch: int | Sequence[int] | torch.Tensor
+    ) -> TargetPromptBatch:
+        """Of texts, and one position for all or one for each.
+
+        Raises:
+            ValueError: There is another number of positions than of prompts, or they are no integers.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(index_to_patch, int):
+            return cls(texts, torch.full((len(texts),), index_to_patch))
+        if isinstance(index_to_patch, (Sequence, torch.Tensor)) and not isinstance(index_to_patch, str):
+            return cls(texts, torch.as_tensor(index_to_patch))
+        raise ValueError(
+            f"index_to_patch is an int, a list of ints or a tensor, not a {type(index_to_patch).__name__}."
+        )
+
+    @staticmethod
+    def auto(target_prompt: Any, batch_size: int) -> TargetPromptBatch:
+        """Of a `TargetPrompt` (repeated), a list of them, or a batch as it is.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if isinstance(target_prompt, TargetPromptBatch):
+            return target_prompt
+        if isinstance(target_prompt, TargetPrompt):
+            return TargetPromptBatch.from_target_prompt(target_prompt, batch_size)
+        if isinstance(target_prompt, (list, tuple)) and all(isinstance(p, TargetPrompt) for p in target_prompt):
+            return TargetPromptBatch.from_target_prompts(target_prompt)
+        raise ValueError(
+            f"Target prompts are a TargetPrompt, a list of them or a TargetPromptBatch, not {target_prompt!r:.80}. "
+            f"Make one with TargetPrompt(text, index_to_patch)."
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> TargetPrompt:
+        return TargetPrompt(self.prompts[index], int(self.index_to_patch[index]))
+
+    def __iter__(self) -> Iterator[TargetPrompt]:
+        return (self[i] for i in range(len(self)))
+
+
+def repeat_prompt(
+    words: Sequence[str] | None = None,
+    rel: str = " ",
+    sep: str = "\n",
+    placeholder: str = "?",
+    index_to_patch: int = -1,
+) -> TargetPrompt:
+    """A prompt that repeats words, so that the model goes on to repeat what is patched into its last token.
+
+    (Ghandeharioun et al., "Patchscopes", 2024, section 4.1: the token identity prompt.)
+
+    Args:
+        words: The words that are repeated before; three unrelated ones if None.
+        rel: Between a word and its repetition.
+        sep: Between pairs.
+        placeholder: The token to patch.
+        index_to_patch: Its position.
+    """
+    words = ("king", "1135", "hello") if words is None else words
+    return TargetPrompt(sep.join([*(f"{word}{rel}{word}" for word in words), placeholder]), index_to_patch)
+
+
+def it_repeat_prompt(
+    tokenizer: Any,
+    words: Sequence[str] | None = None,
+    rel: str = " ",
+    sep: str = "\n",
+    placeholder: str = "?",
+    complete_prompt: bool = True,
+    add_user_instr: bool = True,
+    use_system_prompt: bool = True,
+) -> TargetPrompt:
+    """`repeat_prompt` in the chat template of an instruction-tuned model, the last token to be patched.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        words, rel, sep, placeholder: As in `repeat_prompt`.
+        complete_prompt: The assistant's turn begins with the list, so that the placeholder is the last token.
+            Otherwise the turn is empty and its last token is what the template puts there.
+        add_user_instr: The task is explained in a first exchange, and the list is a turn of its own.
+        use_system_prompt: Begin with a system message (some templates have none).
+
+    Raises:
+        ValueError: The tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("This tokenizer has no chat template; use repeat_prompt, which needs none.")
+    text = repeat_prompt(words, rel, sep, placeholder).prompt
+    task = (
+        "Continue each text that you are given by the one word that comes next. Reply with that word and nothing else."
+    )
+    chat: list[dict[str, str]] = []
+    if add_user_instr:
+        if use_system_prompt:
+            chat.append({"role": "system", "content": "You are a careful assistant."})
+        chat += [{"role": "user", "content": task}, {"role": "assistant", "content": "Understood."}]
+        chat.append({"role": "user", "content": text})
+    elif use_system_prompt:
+        chat += [{"role": "system", "content": task}, {"role": "user", "content": text}]
+    else:
+        chat.append({"role": "user", "content": f"{task}\n\n{text}"})
+    if complete_prompt:
+        chat.append({"role": "assistant", "content": text})
+    how = {"continue_final_message": True} if complete_prompt else {"add_generation_prompt": True}
+    whole = tokenizer.apply_chat_template(chat, tokenize=False, **how)
+    start = tokenizer.bos_token
+    if start and whole.startswith(start) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        whole = whole.removeprefix(start)  # the tokenizer puts it there again
+    return TargetPrompt(whole, -1)

@@ -1,0 +1,210 @@
+"""The sweep engine against one plain forward pass with torch hooks per cell, on every architecture that loads."""
+
+import pytest
+import torch
+from nnsight.intervention.interleaver import OutOfOrderError
+
+from nnterp.errors import RenamingError, ShapeError
+from nnterp.inputs import encode
+from nnterp.interventions._edits import Cell, Edit
+from nnterp.interventions._shortcuts import Shortcuts, prove
+from nnterp.interventions._sweep import sweep
+from nnterp.interventions._tiles import plan
+from nnterp.testing import model_types
+from nnterp.values import get_value
+
+from .reference import logits_with
+
+# Shorter and longer than the windows of tiny models, two of one length.
+PROMPTS = [[11, 42, 57, 93, 130, 200, 31], [60, 77, 101, 15, 180, 222, 9], list(range(40, 53)), [33, 70]]
+
+# Models in which these edits mean nothing, which must be said.
+REFUSED = {
+    "gemma3n_text": (ShapeError, "the axis of the prompts cannot be told"),  # four streams before the batch
+    "mllama": (OutOfOrderError, "never computes it"),  # layers of cross-attention that do not run without an image
+}
+
+
+def bend(tensor):
+    """Another direction of the same size, whatever the shape."""
+    return tensor.roll(1, -1) * 1.5
+
+
+def whole(logits, cells):
+    return {"logits": logits}
+
+
+def hook(positions):
+    def function(tensor):
+        flat = tensor.dim() == 2  # OPT's feed-forward
+        tensor = tensor.clone()
+        view = tensor if flat else tensor[0]
+        for position in positions:
+            view[position] = bend(view[position])
+        return tensor
+
+    return function
+
+
+def available(model, name, layer):
+    try:
+        get_value(name).site(model.anatomy, layer)
+    except RenamingError:
+        return False
+    return True
+
+
+def some_cells(model):
+    """Edits of several kinds at several depths and positions, some with two places, each in half of the prompts."""
+    last = model.num_layers - 1
+    wanted = [
+        [("layers_output", 0, (1,))],
+        [("layers_output", last, (-1,))],
+        [("layers_output", last - 1, (0,))],
+        [("mixers_output", 1, (-1,)), ("mlps_output", last, (0, -1))],
+        [("layers_input", last // 2 + 1, (-2,))],
+    ]
+    cells = []
+    for prompt, ids in enumerate(PROMPTS):
+        for kind, edits in enumerate(wanted):
+            if (kind + prompt // 2) % 2:
+                continue
+            own = [(n, layer, tuple(p % len(ids) for p in at)) for n, layer, at in edits if available(model, n, layer)]
+            if own:
+                cells.append((prompt, own))
+    return cells
+
+
+def slow(model, prompt, edits, position=-1):
+    return logits_with(model, PROMPTS[prompt], [(n, layer, hook(at)) for n, layer, at in edits])[position]
+
+
+def close(found, expected):
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_equals_one_forward_per_cell(tiny, model_type):
+    try:
+        model = tiny(model_type)
+    except RenamingError as error:
+        pytest.skip(f"refused at load: {str(error)[:80]}")
+    specs = some_cells(model)
+    cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
+    rows = encode(model, PROMPTS)
+    if model_type in REFUSED:
+        with pytest.raises(REFUSED[model_type][0], match=REFUSED[model_type][1]):
+            sweep(model, rows, cells, whole, batch_size=7)
+        return
+    found = sweep(model, rows, cells, whole, batch_size=7)["logits"]
+    for (prompt, edits), own in zip(specs, found, strict=True):
+        close(own, slow(model, prompt, edits))
+
+
+def test_shortcuts_are_taken_where_they_should_be(tiny):
+    for model_type in (
+        "gpt2",
+        "llama",
+        "gemma2",
+        "qwen3",
+        "bloom",
+        "mistral",
+        "opt",
+        "mixtral",
+        "deepseek_v3",
+        "falcon",
+    ):
+        taken = prove(tiny(model_type))
+        assert (taken.prefix, taken.skip, taken.readout) == (True, True, True), (model_type, taken.reasons)
+    assert prove(tiny("gemma2")).window == 8
+    assert not prove(tiny("gemma2")).within(8).prefix
+    for model_type in ("mamba", "jamba", "lfm2", "qwen3_next"):
+        taken = prove(tiny(model_type))
+        assert (taken.prefix, taken.skip) == (False, False)
+        assert taken.reasons
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("readout", [False, True])
+def test_every_combination_of_shortcuts_is_exact(tiny, prefix, skip, readout):
+    model = tiny("llama")
+    specs = some_cells(model)
+    cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
+    found = sweep(model, encode(model, PROMPTS), cells, whole, shortcuts=Shortcuts(prefix, skip, readout))["logits"]
+    for (prompt, edits), own in zip(specs, found, strict=True):
+        close(own, slow(model, prompt, edits))
+
+
+def test_a_shortcut_that_is_wrong_is_not_taken(tiny):
+    """A forward pass whose layers do not forget what came before must fail the probe."""
+    from nnterp import StandardizedTransformer
+    from nnterp.testing import tiny_model, tiny_tokenizer
+
+    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    kept = {}
+    first, third = model._module.model.layers[0], model._module.model.layers[2]
+    first.register_forward_pre_hook(lambda m, args: kept.__setitem__("embeddings", args[0]))
+    third.register_forward_hook(lambda m, args, out: out + kept["embeddings"][:, -out.shape[1] :].mean())
+    taken = prove(model)
+    assert not taken.skip
+    assert any("off by" in reason for reason in taken.reasons), taken.reasons
+
+
+def test_reading_other_positions(tiny):
+    model = tiny("llama")
+    rows = encode(model, PROMPTS[:2])
+    cells = [Cell(p, (Edit("layers_output", layer, (2,), bend),)) for p in range(2) for layer in range(4)]
+    found = sweep(model, rows, cells, whole, read_at=[4, 2])["logits"]
+    for cell, own in zip(cells, found, strict=True):
+        edit = cell.edits[0]
+        close(own, slow(model, cell.prompt, [(edit.value, edit.layer, edit.positions)], [4, 2][cell.prompt]))
+
+
+def test_an_edit_after_what_is_read_changes_nothing(tiny):
+    model = tiny("llama")
+    cells = [Cell(0, (Edit("layers_output", 1, (5,), bend),))]
+    found = sweep(model, encode(model, PROMPTS[:1]), cells, whole, read_at=[3])["logits"]
+    close(found[0], logits_with(model, PROMPTS[0])[3])
+
+
+def test_memory_running_out_halves_the_batch(tiny):
+    model = tiny("llama")
+    prove(model)
+    specs = some_cells(model)
+    cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
+    rows = encode(model, PROMPTS)
+    expected = sweep(model, rows, cells, whole)["logits"]
+    sizes = []
+
+    def short_of_memory(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model._module.register_forward_pre_hook(short_of_memory, with_kwargs=True)
+    try:
+        found = sweep(model, rows, cells, whole, shortcuts=Shortcuts())["logits"]
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert max(sizes) > 2
+    assert sizes[-1] <= 2
+
+
+def test_an_edit_of_the_wrong_shape_says_both_shapes(tiny):
+    model = tiny("llama")
+    cells = [Cell(0, (Edit("layers_output", 1, (2,), torch.zeros(3)),))]
+    with pytest.raises(ShapeError, match=r"layers_output\[1\].*shape \[3\]"):
+        sweep(model, encode(model, PROMPTS[:1]), cells, whole)
+
+
+def test_plan_covers_every_cell_once_and_keeps_its_bounds():
+    begins = [(p, layer) for p in range(16) for layer in range(1, 13)]
+    tiles = plan(begins, 16, 12, most_rows=20, most_tokens=64)
+    assert sorted(i for tile in tiles for i in tile.cells) == list(range(len(begins)))
+    for tile in tiles:
+        assert len(tile.cells) <= 20
+        assert len(tile.cells) * (16 - tile.position) <= 64 or len(tile.cells) == 1
+        assert all(begins[i][0] >= tile.position and begins[i][1] >= tile.layer for i in tile.cells)
+    assert plan([], 16, 12, 4, 64) == []
