@@ -37,3 +37,7 @@ class InsideTraceError(RuntimeError):
 
 class ShapeError(ValueError):
     """A tensor written into the model does not have the shape of what it replaces."""
+
+
+class PaddingError(ValueError):
+    """Inputs of different lengths were given to a model that is not exact under padding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ import torch
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from nnterp import loading, skipping, steering
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.binding import bind_names, envoy_at
 from nnterp.certificate import Certificate, ResidualStructure, certify
-from nnterp.errors import InsideTraceError, ShapeError
+from nnterp.errors import InsideTraceError, PaddingError, ShapeError
 from nnterp.readout import Readout, project_on_vocab
 from nnterp.values import (
     VALUES,
@@ -138,7 +140,8 @@ class StandardizedTransformer(TransformersModel):
         bind_names(self, self.anatomy)
         self.readout = Readout(self._module, self.anatomy)
         self.residual_structures: tuple[ResidualStructure, ...] = ()
-        self.padding_is_exact = True
+        self.padding_is_exact = True  # whether a row of a padded batch equals the row alone
+        self.positions_from_mask = True  # whether such a batch must be told its positions
         self.repeated: frozenset[str] = frozenset()  # modules that run more than once in a forward pass
         self.run_order: dict[str, int] = {}  # when each module begins in a forward pass
         sizes = self.anatomy.sizes
@@ -205,6 +208,20 @@ class StandardizedTransformer(TransformersModel):
         if not kwargs.get("remote") and kwargs.get("backend") is None:
             self.dispatch()
         return TransformersModel.trace(self, *inputs, **kwargs)
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        args, kwargs = TransformersModel._batch(self, invokes, fn)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all()):
+            if not self.padding_is_exact:
+                raise PaddingError(
+                    f"These inputs have different lengths, and {self.anatomy.model_class} does not give a padded row the "
+                    f"numbers it gives the row alone (see the certificate's line on padding). Run them one at a time, or "
+                    f"use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths together."
+                )
+            if not self.positions_from_mask:
+                kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
+        return args, kwargs
 
     def _remoteable_class(self) -> type:
         # A remote worker serves the plain nnsight model; the names are this client's affair.
@@ -438,6 +455,15 @@ class StandardizedTransformer(TransformersModel):
         """Token ids `[k]` and their probabilities `[k]` as token → probability."""
         names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
         return dict(zip(names, probs.tolist(), strict=True))
+
+    # -- how it shows itself ---------------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        verdict = self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
+        return f"{self.anatomy._repr_html_()}<p>{html.escape(verdict)}</p>"
+
+    def __rich__(self) -> Any:
+        return self.anatomy.__rich__()
 
     @property
     def add_prefix_false_tokenizer(self) -> Any:

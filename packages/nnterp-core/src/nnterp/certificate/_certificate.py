@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nnterp.errors import CertificateError
+from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Status = Literal["passed", "failed", "skipped"]
 _MARK = {"passed": "✓", "failed": "✗", "skipped": "–"}
+_COLOUR = {"passed": GOOD, "failed": BAD, "skipped": SOFT}
+_HEADER = ("", "claim", "error", "allowed", "")
 
 
 @dataclass(frozen=True)
@@ -111,16 +117,27 @@ class Certificate:
             for line in self.lines
         ]
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """What was certified, and whether it holds, in one line."""
         verdict = "all lines hold" if self.ok else f"{len(self.failures)} lines FAIL"
         if self.ok and not self.complete:
             verdict = "holds as far as it can be checked without weights"
-        head = f"Certificate of {self.model or self.model_class} ({self.model_class}, {self.dtype} on {self.device}): {verdict}"
-        rows = [("", "claim", "error", "allowed", ""), *self.rows()]
+        name = self.model or self.model_class
+        return f"Certificate of {name} ({self.model_class}, {self.dtype} on {self.device}): {verdict}"
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         body = (
             f"  {r[0]:<{widths[0]}} {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip()
             for r in rows
         )
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return "\n".join([head, *body, f"  {versions}; {self.seconds:.2f} s"])
+        return "\n".join([self.verdict, *body, f"  {versions}; {self.seconds:.2f} s"])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
+
+    def __rich__(self) -> Table:
+        return rich_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])

@@ -56,8 +56,12 @@ class Site:
             envoy.output = tensor if isinstance(output, torch.Tensor) else type_of(output)((tensor, *output[1:]))
             return
         args, kwargs = envoy.inputs
-        key, _ = args_tensor(args, kwargs, label)
-        envoy.inputs = replaced(args, kwargs, key, tensor)
+        _, current = args_tensor(args, kwargs, label)
+        # Some attentions are handed the stream as query, key and value at once: all of them are it.
+        envoy.inputs = (
+            tuple(tensor if arg is current else arg for arg in args),
+            {name: tensor if arg is current else arg for name, arg in kwargs.items()},
+        )
 
     def __str__(self) -> str:
         return f"{self.path}.{self.side}"
