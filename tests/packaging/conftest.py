@@ -33,9 +33,12 @@ def clean_environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, bytecode: Path | None = None) -> str:
     """Output of a command; a failed one fails the test with all it printed."""
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean_environment(), text=True, capture_output=True)
+    environment = clean_environment()
+    if bytecode is not None:
+        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -65,6 +68,10 @@ class Environment:
     folder: Path
 
     @property
+    def bytecode(self) -> Path:
+        return self.folder.parent / "bytecode"
+
+    @property
     def programs(self) -> Path:
         return self.folder / ("Scripts" if os.name == "nt" else "bin")
 
@@ -76,7 +83,7 @@ class Environment:
 
     def nnterp(self, *arguments: str) -> str:
         """Output of the `nnterp` command."""
-        return run(self.programs / "nnterp", *arguments, cwd=self.folder)
+        return run(self.programs / "nnterp", *arguments, cwd=self.folder, bytecode=self.bytecode)
 
     def python(self, code: str) -> str:
         """Output of a program, run from a file in an empty folder."""
@@ -84,12 +91,14 @@ class Environment:
         folder.mkdir(exist_ok=True)
         program = folder.parent / "program.py"
         program.write_text(textwrap.dedent(code))
-        return run(self.programs / "python", program, cwd=folder)
+        return run(self.programs / "python", program, cwd=folder, bytecode=self.bytecode)
 
 
 @pytest.fixture
-def environment(uv, tmp_path) -> Environment:
+def environment(uv, tmp_path_factory) -> Environment:
     """A fresh virtual environment of this interpreter."""
-    folder = tmp_path / "venv"
-    run(uv, "venv", "--quiet", "--no-project", "--python", sys.executable, folder)
+    folder = (
+        tmp_path_factory.getbasetemp() / "environment" / "venv"
+    )  # one place, so that bytecode compiled once serves all
+    run(uv, "venv", "--quiet", "--no-project", "--clear", "--python", sys.executable, folder)
     return Environment(uv, folder)
