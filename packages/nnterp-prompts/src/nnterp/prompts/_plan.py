@@ -111,7 +111,7 @@ def make_plan(
     """
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     categories = _categories(prompts)
-    rows = encode(model, [prompt.prompt for prompt in prompts])  # type: ignore[misc]
+    rows = encode(model, [prompt.prompt for prompt in prompts])
     if scoring == "first_token":
         sheets = [
             _first_token_sheet(model, i, prompt, row, categories)

@@ -50,7 +50,8 @@ def inquiries(batch: Batch, questions: Sequence[Sequence[Question]]) -> list[Inq
         filled = torch.tensor([[*ids, *[ids[0]] * (most - len(ids))] for ids in tokens])
         extra = torch.arange(most) >= torch.tensor([[len(ids)] for ids in tokens])
         made.append(Inquiry(rows, columns, torch.tensor(place), filled, extra))
-        places.clear(), place.clear(), tokens.clear()
+        for filled_up in (places, place, tokens):
+            filled_up.clear()
 
     for row, asked in enumerate(questions):
         for question in asked:
@@ -180,7 +181,7 @@ def next_token_probs(
             found = ask(model, batch, asked, remote)[0].exp().view(len(batch), -1)
         for i, part in zip(batch.indices, found, strict=True):
             parts[i] = part
-    return torch.stack(parts)  # type: ignore[arg-type]
+    return torch.stack(parts)
 
 
 next_token_probs.reduces_targets = True  # type: ignore[attr-defined]

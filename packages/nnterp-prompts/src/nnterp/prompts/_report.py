@@ -106,11 +106,13 @@ def tokenization_report(
         ValueError: There are no prompts.
     """
     tokenizer = tokenizer_of(tokenizer_or_model)
-    given = list(prompts)
+    given: list[Prompt | PromptPair] = list(prompts)
     if not given:
         raise ValueError("No prompts were given: pass at least one Prompt or PromptPair.")
     pairs = isinstance(given[0], PromptPair)
-    flat: list[Prompt] = [each for pair in given for each in pair] if pairs else given  # type: ignore[misc, assignment, union-attr]
+    flat: list[Prompt] = []
+    for each in given:
+        flat += [each.clean, each.corrupted] if isinstance(each, PromptPair) else [each]
     reports = tuple(_report(tokenizer, prompt) for prompt in flat)
     unequal = None
     if pairs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,7 @@ def run_prompts(
     try:
         for batch in bar:
             asked = [plan.sheets[i].questions[j] for i, j in (owners[k] for k in batch.indices)]
+            answers: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
             if get_probs_func is None:
                 answers = _own_answers(model, batch, asked, remote)
             else:

@@ -53,9 +53,7 @@ def load(folder: str | Path) -> PromptResults:
         raise ValueError(f"{folder}: {_NUMBERS} and {_REST} are not of one run, or one was changed by hand.")
     rest = json.loads(told)
     if rest["version"] != _VERSION:
-        raise ValueError(
-            f"{folder / _REST} has version {rest['version']}; this nnterp-prompts reads version {_VERSION}."
-        )
+        raise ValueError(f"{folder / _REST} has version {rest['version']}; this package reads version {_VERSION}.")
     tensors = load_tensors(numbers)
     prompts = rest["prompts"]
     pending: dict[int, dict[int, torch.Tensor]] = {}

@@ -137,7 +137,7 @@ def pairs_from_table(
     return [PromptPair(clean, bad) for clean, bad in zip(made, made, strict=True)]
 
 
-def _make(filled: list[tuple[Text, dict[str, list[str]], Row]], tokenizer: Any, distinct: bool) -> list[Prompt]:
+def _make(filled: Sequence[tuple[Text, dict[str, list[str]], Row]], tokenizer: Any, distinct: bool) -> list[Prompt]:
     """The prompts; each word is tokenized once."""
     tokens = first_tokens((word for _, answers, _ in filled for group in answers.values() for word in group), tokenizer)
     prompts, colliding, example = [], 0, ""
