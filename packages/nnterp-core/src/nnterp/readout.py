@@ -164,7 +164,7 @@ class Readout:
                 f"layers_output; one of shape {list(shape)} cannot be read out."
             )
         rows, seq = hidden.shape[layout.batch : layout.batch + 2]
-        embedding = module.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        embedding = module.get_input_embeddings().weight
         ids = torch.zeros((rows, seq), dtype=torch.long, device=embedding.device)
         with self._layers_aside(module, hidden):
             logits = module(input_ids=ids, use_cache=False).logits

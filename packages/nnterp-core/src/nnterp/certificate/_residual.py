@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from nnterp.anatomy import Layer, Part
 from nnterp.certificate._recording import Call, Recording
 
-Scale = float | torch.Tensor
+Scale: TypeAlias = float | torch.Tensor
 
 
 @dataclass(frozen=True)

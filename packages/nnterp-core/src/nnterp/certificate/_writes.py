@@ -37,8 +37,8 @@ def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> No
                 tensor = read_value(model, value, layer)
                 write_value(model, value, disturbed(tensor, row, batch.shape[0]), layer)
             written = model.logits.save()
-    except Exception as error:
-        checks.say(WRITES, False, detail=f"{type(error).__name__}: {str(error)[:200]}")
+    except Exception as problem:
+        checks.say(WRITES, False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")
         return
     silent = [
         _label(name, layer) for row, name, layer in edits if not relative_error(written[row], written[-1]) > GUARD
@@ -62,7 +62,7 @@ def _label(name: str, layer: int | None) -> str:
 
 def _targets(checks: _Checks, recording: Recording) -> list[tuple[str, int | None]]:
     """(value, layer) of everything that is a module's input or output, in the order in which the model computes it."""
-    found: list[tuple[int, int, str, int | None]] = []
+    found: list[tuple[int, float, str, int | None]] = []
     running = [block.index for block in checks.ran(recording)]
     for value in VALUES.values():
         for layer in running if value.per_layer else [None]:

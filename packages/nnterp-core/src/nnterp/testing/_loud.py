@@ -8,6 +8,7 @@ initialisation put there: zeros are offsets, ones are scales, noise is a map, an
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,8 +56,9 @@ def make_loud(model: nn.Module, seed: int) -> None:
     """Redraw the parameters of ``model`` in place; buffers and the global random state stay as they are."""
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
-    head_weight = getattr(head, "weight", None)
+    head_weight: Any = getattr(head, "weight", None)
     embedding = model.get_input_embeddings()
+    assert embedding is not None
     width = embedding.weight.shape[-1]
     # What is added to tied embeddings (positions, segments) has their size.
     beside_std = LOGIT_STD / math.sqrt(width) if embedding.weight is head_weight else 1.0

@@ -211,9 +211,9 @@ def _tiny(
     if full is not None and isinstance(getattr(full, "rope_parameters", None), dict):
         values["rope_parameters"] = tiny_rope(full.rope_parameters)
 
-    lists = {name: getattr(full, name, None) for name in _LAYER_LISTS if name in defaults}
-    lists.update({name: value for name, value in {**row, **overrides}.items() if name in _LAYER_LISTS})
-    lists = {name: value for name, value in lists.items() if isinstance(value, (list, tuple)) and len(value)}
+    stated = {name: getattr(full, name, None) for name in _LAYER_LISTS if name in defaults}
+    stated.update({name: value for name, value in {**row, **overrides}.items() if name in _LAYER_LISTS})
+    lists = {name: value for name, value in stated.items() if isinstance(value, (list, tuple)) and len(value)}
     if depth is None:
         depth = next((len(overrides[name]) for name in _LAYER_LISTS if overrides.get(name)), None)
     picked = cover(lists)

@@ -124,9 +124,9 @@ class Inside:
         """Replace it."""
         operation = self.operation(model)
         if self.side == "output":
-            if self.key is not None:
+            if isinstance(self.key, int):
                 output = list(operation.output)
-                output[self.key] = tensor  # type: ignore[call-overload]
+                output[self.key] = tensor
                 operation.output = tuple(output)
             else:
                 operation.output = tensor
