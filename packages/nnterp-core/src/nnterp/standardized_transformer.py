@@ -29,6 +29,7 @@ from nnterp.values import (
     Value,
     canonical,
     explain,
+    prepare,
     read_value,
     support,
     write_value,
@@ -70,6 +71,7 @@ class StandardizedTransformer(TransformersModel):
     """
 
     if TYPE_CHECKING:
+        output: Any
         embed_tokens: Envoy
         layers: Envoy
         ln_final: Envoy
@@ -179,6 +181,7 @@ class StandardizedTransformer(TransformersModel):
         """
         self.require_no_trace("validate()")
         self._certificate = certify(self)
+        prepare(self)
         return self._certificate
 
     @property

@@ -3,6 +3,7 @@
 from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, read_value, write_value
 from nnterp.values._aliases import canonical
 from nnterp.values._explain import Support, explain, support
+from nnterp.values._mid import prepare
 from nnterp.values._probabilities import AttentionProbabilitiesAccessor
 from nnterp.values._table import VALUES, Value, get_value
 
@@ -16,6 +17,7 @@ __all__ = [
     "canonical",
     "explain",
     "get_value",
+    "prepare",
     "read_value",
     "support",
     "write_value",

@@ -30,14 +30,18 @@ class Attention:
     Attributes:
         heads: Query heads.
         kv_heads: Key and value heads, where they were found.
+        value_dim: Width of one head's values, where they were found.
         out: Path of the projection that ends attention (W_O), if one does.
+        exact: Whether the input of W_O is the probabilities times the values, which proves its heads.
         places: Value name → place.
         reasons: Value name → why it has none.
     """
 
     heads: int | None = None
     kv_heads: int | None = None
+    value_dim: int | None = None
     out: str | None = None
+    exact: bool = False
     places: dict[str, Place] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -209,6 +213,12 @@ class _Search:
         else:
             self.found.reasons["attention_scores"] = f"the scores are computed {len(softmaxes)} times over"
         self.values(softmax, last, probs)
+        if len(softmaxes) > 1 and "attention_values" in self.found.places:
+            del self.found.places["attention_values"]
+            self.found.reasons["attention_values"] = (
+                f"the values are averaged in {len(softmaxes)} parts, by as many calls"
+            )
+            self.found.value_dim = (self.found.value_dim or 0) * len(softmaxes)
         self.queries_and_keys(softmax, probs)
 
     def by_head(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -365,7 +375,9 @@ class _Search:
             )
             return
         candidate, layout, shown = best
-        self.found.kv_heads = shown.shape[2]
+        made = torch.einsum("bhqk,bkhd->bqhd", probs.double(), self.repeated(shown, heads).double()).flatten(2)
+        self.found.exact = self.out is not None and same(made, self.out[1].double(), max(self.tolerance * 10, 1e-4))
+        self.found.kv_heads, self.found.value_dim = shown.shape[2], shown.shape[3]
         self.found.places[name] = layout.over(candidate.place)
 
     def is_product(self, made: torch.Tensor, observed: torch.Tensor) -> bool:
@@ -459,7 +471,7 @@ class _Search:
         """Whether scores are the products times one factor per head, and a bias linear in the distance (ALiBi)."""
         if product.shape != scores.shape:
             return False
-        rows, heads, queries, keys = product.shape
+        _, heads, queries, keys = product.shape
         i = torch.arange(queries, device=product.device, dtype=product.dtype)[:, None].expand(queries, keys)
         j = torch.arange(keys, device=product.device, dtype=product.dtype)[None, :].expand(queries, keys)
         for head in range(heads):
@@ -503,6 +515,43 @@ def returned(operation: Operation) -> Iterator[tuple[int | None, torch.Tensor]]:
         for i, item in enumerate(operation.output):
             if isinstance(item, torch.Tensor):
                 yield i, item
+
+
+def without_first_head(output: torch.Tensor) -> torch.Tensor:
+    """Probabilities with those of head 0 at zero; `[rows, heads, query, key]` or with rows and heads in one axis."""
+    output = output.clone()
+    if output.dim() == 4:
+        output[:, 0] = 0
+    else:
+        output[:: output.shape[0] // PROBE_ROWS] = 0
+    return output
+
+
+def heads_of(before: torch.Tensor, after: torch.Tensor, heads: int, width_of_head: int | None) -> int | None:
+    """Into how many blocks W_O's input divides, one per head, told by what head 0 alone moves.
+
+    Pairs of heads may share a block (DiffLlama subtracts one from the other), and a norm over all heads may rescale the
+    other blocks together (BitNet). None if the heads are mixed before W_O.
+
+    Args:
+        before: W_O's input, `[rows, seq, width]`.
+        after: The same with the probabilities of head 0 at zero.
+        heads: Heads of the probabilities.
+        width_of_head: What a head hands to W_O is this wide, where it is known.
+    """
+    width = before.shape[-1]
+    for count in (heads, heads // 2):
+        if count < 2 or width % count:
+            continue
+        own = width // count
+        if width_of_head is not None and own != width_of_head:
+            continue
+        moved = (after - before)[..., :own].abs().max()
+        x, y = before[..., own:].double(), after[..., own:].double()
+        factor = (x * y).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        if moved > 1e-4 * before.abs().max() and same(y, x * factor, 1e-4):
+            return count
+    return None
 
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")

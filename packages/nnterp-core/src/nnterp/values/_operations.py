@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,7 @@ def record_operations(
     paths: list[str],
     run: Callable[[], Any],
     drill: Callable[[Any], bool] | None = None,
+    edits: Mapping[tuple[str, tuple[str, ...]], Callable[[Any], Any]] | None = None,
 ) -> Operations:
     """Run a forward pass with every operation in the forwards of the modules at `paths` watched.
 
@@ -86,6 +87,7 @@ def record_operations(
         paths: The modules. One whose forward has no Python source is passed over.
         run: Runs the forward pass.
         drill: Whether to look into a function that is called; by default into those of modelling files.
+        edits: (path, labels) of an operation → what to replace its output by, given its output.
     """
     found = Operations()
     seen: dict[tuple[str, tuple[str, ...]], Operation] = {}
@@ -114,6 +116,8 @@ def record_operations(
                     run_, compiled = instrument(function, bracket(path, labels))
                     text(path, labels, function, compiled)
             output = run_(*args, **kwargs)
+            if edits and (path, labels) in edits:
+                output = edits[path, labels](output)
             ended = tick(path, labels, "output")
             earlier = seen.get((path, labels))
             if earlier is not None:

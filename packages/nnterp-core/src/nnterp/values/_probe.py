@@ -12,10 +12,20 @@ import torch
 from torch import nn
 
 from nnterp.anatomy import Layer, Part
-from nnterp.values._attention import PROBE_LENGTH, PROBE_ROWS, Attention, ends_in, find_attention, watched
+from nnterp.values._attention import (
+    PROBE_LENGTH,
+    PROBE_ROWS,
+    Attention,
+    ends_in,
+    find_attention,
+    heads_of,
+    split_heads,
+    watched,
+    without_first_head,
+)
 from nnterp.values._eager import eagerly, is_eager
-from nnterp.values._operations import Operations, record_operations, same
-from nnterp.values._places import Inside, Item, Place, Site
+from nnterp.values._operations import Operations, record_operations
+from nnterp.values._places import Everywhere, Inside, Item, Place, Site, View
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -28,7 +38,6 @@ class Findings:
     Attributes:
         attention: Per layer, None where there is none.
         neurons: Per layer, the input of the projection that ends the feed-forward, or the reason why there is none.
-        mid: Per layer, the operation that holds the stream between mixer and feed-forward, or None.
         routers: Per layer of experts, (router logits, chosen experts): places, or reasons.
         ends: Modules inside a part that return what the part itself returns → the part's exit.
         ticks, texts: See `Operations`.
@@ -36,7 +45,6 @@ class Findings:
 
     attention: list[Attention | None] = field(default_factory=list)
     neurons: list[Place | str] = field(default_factory=list)
-    mid: list[Place | None] = field(default_factory=list)
     routers: list[tuple[Place | str, Place | str]] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
     ticks: dict[tuple[str, tuple[str, ...], str], int] = field(default_factory=dict)
@@ -49,21 +57,29 @@ def find_inside(model: StandardizedTransformer) -> Findings:
     Runs the plain module on a probe of two short rows, twice where attention is not computed eagerly; without weights
     on fake tensors, where shapes alone decide. A trace that is running is not disturbed.
     """
+    with probing(model) as device:
+        return Probe(model, device).findings()
+
+
+@contextlib.contextmanager
+def probing(model: StandardizedTransformer) -> Iterator[torch.device]:
+    """Run the plain module, without gradients, dropout or a trace that is running; gives the device inputs belong on."""
     interleaver = model.interleaver
     running, interleaver.interleaving = interleaver.interleaving, False
     try:
         with torch.no_grad(), _as_it_was(model._module), _fake(model._module) as device:
-            return _Probe(model, device).findings()
+            yield device
     finally:
         interleaver.interleaving = running
 
 
-class _Probe:
+class Probe:
     def __init__(self, model: StandardizedTransformer, device: torch.device) -> None:
         self.model = model
         self.module: nn.Module = model._module
         self.blocks = model.anatomy.blocks
         dtype = self.module.dtype
+        self.on_meta = device.type == "meta"
         self.tolerance = max(1e-5, 8 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps)
         vocab = model.vocab_size or 100
         ids = torch.randint(
@@ -78,8 +94,7 @@ class _Probe:
         attention_paths = {b.index: watched(self.module, b.self_attn) for b in self.blocks if b.self_attn is not None}
         layer_paths = [b.path for b in self.blocks]
         paths = [*dict.fromkeys([*layer_paths, *(p for ps in attention_paths.values() for p in ps)])]
-        edges = _Edges(self.module, self.blocks)
-        with edges:
+        with (edges := self.edges()):
             current = record_operations(self.module, paths, self.run)
         eager: Operations | None = current
         if not is_eager(self.module) and attention_paths:
@@ -93,12 +108,18 @@ class _Probe:
         for block in self.blocks:
             found.attention.append(self.attention(block, attention_paths.get(block.index), edges, current, eager))
             found.neurons.append(self.neurons(block, edges))
-            found.mid.append(self.mid(block, edges, current))
             found.routers.append(self.router(block, edges))
             found.ends.update(self.ends(block, edges))
+        if eager is not None and found.attention:
+            self.prove_heads(found.attention)
         return found
 
+    def edges(self) -> _Edges:
+        """What enters and leaves the layers' modules, while the block runs."""
+        return _Edges(self.module, self.blocks)
+
     def run(self) -> Any:
+        """One forward pass of the plain module."""
         return self.module(**self.inputs)
 
     def attention(
@@ -114,6 +135,49 @@ class _Probe:
         )
         return find_attention(block, paths, current, eager, out, self.model.num_heads, self.tolerance)
 
+    def prove_heads(self, attention: list[Attention | None]) -> None:
+        """Where W_O's input is not simply probabilities times values, find its heads by what one of them moves."""
+        proven: dict[tuple, int | None] = {}
+        for inside in attention:
+            if inside is None or inside.exact or inside.out is None or "attention_head_outputs" not in inside.places:
+                continue
+            operations = _operations_of(inside.places.get("attention_probabilities"))
+            heads = inside.heads or 0
+            if not operations or heads < 2 or self.on_meta:
+                continue
+            kind = (
+                *(o.labels for o in operations),
+                *(_generic(o.path) for o in operations),
+                _generic(inside.out),
+                heads,
+            )
+            if kind not in proven:
+                edits = {(o.path, o.labels): without_first_head for o in operations}
+                paths = list(dict.fromkeys(o.path for o in operations))
+                before, after = self.edges(), self.edges()
+                with eagerly(self.module):
+                    with before:
+                        self.run()
+                    with after:
+                        record_operations(self.module, paths, self.run, edits=edits)
+                shape = (PROBE_ROWS, -1, before.given[inside.out].shape[-1])
+                proven[kind] = heads_of(
+                    before.given[inside.out].reshape(shape),
+                    after.given[inside.out].reshape(shape),
+                    heads,
+                    inside.value_dim,
+                )
+            count = proven[kind]
+            names = ("attention_head_outputs", "attention_head_contributions")
+            for name in names:
+                if count is None:
+                    del inside.places[name]
+                    inside.reasons[name] = (
+                        f"the heads are mixed before the projection that ends attention ({inside.out})"
+                    )
+                elif count != heads:
+                    inside.places[name] = split_heads(Site(inside.out, "input"), count)
+
     def neurons(self, block: Layer, edges: _Edges) -> Place | str:
         if block.mlp is None:
             return "the layer has no MLP"
@@ -128,24 +192,6 @@ class _Probe:
         if found is None:
             return f"the feed-forward ({block.mlp}) does not end in one projection"
         return Site(found[0], "input")
-
-    def mid(self, block: Layer, edges: _Edges, current: Operations) -> Place | None:
-        """The operation from which both the feed-forward and the residual path take the stream."""
-        structures = self.model.residual_structures
-        structure = structures[block.index] if block.index < len(structures) else None
-        if structure is None or structure.mid is None:
-            return None
-        stream = edges.output(structure.mid) if structure.kind == "post-norm" else edges.input(structure.mid)
-        if stream is None:
-            return None
-        for operation in sorted(current.of(block.path), key=lambda o: o.ended):
-            if (
-                operation.times == 1
-                and same(operation.output, stream, self.tolerance)
-                and not _is_input(operation.output, edges.input(block.path))
-            ):
-                return Inside(block.path, operation.labels)
-        return None
 
     def ends(self, block: Layer, edges: _Edges) -> Iterator[tuple[str, str]]:
         for part in (block.self_attn, block.mixer, block.mlp):
@@ -198,7 +244,7 @@ def _is_input(tensor: torch.Tensor, given: torch.Tensor | None) -> bool:
 
 
 def _router_module(root: nn.Module, top: str) -> tuple[str, int] | None:
-    """(path, index of the logits in what it returns) of the router inside the module at `top`, as transformers records it."""
+    """(path, index of the logits in its output) of the router in the module at `top`, as transformers records it."""
     records = [
         entry
         for module in root.modules()
@@ -221,6 +267,19 @@ def _router_module(root: nn.Module, top: str) -> tuple[str, int] | None:
     return None
 
 
+def _operations_of(place: Place | None) -> list[Inside]:
+    """The operations a place consists of."""
+    if isinstance(place, Everywhere):
+        return [o for p in place.places for o in _operations_of(p)]
+    if isinstance(place, View):
+        return _operations_of(place.place)
+    return [place] if isinstance(place, Inside) else []
+
+
+def _generic(path: str) -> str:
+    return ".".join("*" if piece.isdigit() else piece for piece in path.split("."))
+
+
 class _Edges:
     """What goes into and comes out of the modules of every layer, kept while the probe runs."""
 
@@ -233,12 +292,13 @@ class _Edges:
         self.order: list[str] = []
         self.handles: list[Any] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Edges:
         for block in self.blocks:
             for name, module in self.root.get_submodule(block.path).named_modules():
                 path = f"{block.path}.{name}" if name else block.path
                 self.handles.append(module.register_forward_pre_hook(self.before(path), with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self.after(path)))
+        return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self.handles:
@@ -293,7 +353,7 @@ def is_linear(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     matrix = isinstance(weight, torch.Tensor) and weight.dim() == 2
-    return matrix or "Linear" in type(module).__name__
+    return matrix or ("Linear" in type(module).__name__ and not list(module.children()))
 
 
 @contextlib.contextmanager

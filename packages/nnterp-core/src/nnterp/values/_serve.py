@@ -133,7 +133,8 @@ def mid(model: StandardizedTransformer, layer: int) -> Place:
             "single": "it has one part only",
         }
         raise _missing(model, layer, "layers_mid", reasons.get(structure.kind, structure.reason), have)
-    place = findings(model).mid[layer]
+    prepared = model.__dict__.get("_mid") or [None] * model.num_layers
+    place = prepared[layer]
     if place is not None:
         return place
     if structure.kind == "post-norm":

@@ -1,0 +1,90 @@
+"""What `collect` gives back: plain tensors by value, by layer, or by TransformerLens name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from nnterp.inputs import Row
+from nnterp.values import canonical
+
+
+@dataclass(frozen=True)
+class Collected(Mapping[str, torch.Tensor]):
+    """Values of many prompts.
+
+    `collected["layers_output"]` is `[layers, prompts, ...]`, prompts in the order they were given; a value that is not
+    per layer is `[prompts, ...]`. `collected["layers_output", 3]`, `collected["layers_output[3]"]` and
+    `collected["blocks.3.hook_resid_post"]` are the same tensor of one layer, `[prompts, ...]`.
+
+    After the prompts comes one axis for the positions, unless one position was asked for. Where prompts have different
+    numbers of positions, the axis is as long as the longest, a prompt's own come first, the rest is zero, and `mask`
+    says which are which. Attention patterns are `[layers, prompts, heads, positions, keys]`: keys are counted over the
+    prompt's own tokens as well, zero beyond them.
+
+    Attributes:
+        layers: Value → the layers in its first axis; empty for a value that is not per layer.
+        positions: For each prompt, the positions that were read, counted over its own tokens.
+        mask: `[prompts, positions]`, True where there is a position; None if every prompt has as many, or if reduced.
+        rows: The prompts as token ids.
+        generated: For a generation, the new token ids, `[prompts, tokens]`; `positions` are then those that predicted
+            them.
+        done: Which prompts are filled in; all, unless the run was cut short (see `collect`).
+    """
+
+    tensors: dict[str, torch.Tensor | dict[int, torch.Tensor]]
+    layers: dict[str, tuple[int, ...]]
+    positions: tuple[tuple[int, ...], ...]
+    mask: torch.Tensor | None
+    rows: tuple[Row, ...] = field(repr=False)
+    generated: torch.Tensor | None = None
+    done: set[int] = field(default_factory=set, repr=False)
+    num_layers: int = 0
+
+    def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
+        """A value's tensor; see the class.
+
+        Raises:
+            KeyError: The value, or the layer of it, was not collected.
+            ValueError: The layers of this value differ in shape, so there is no one tensor: ask for one layer.
+        """
+        name, layer = key if isinstance(key, tuple) else (key, None)
+        try:
+            value, named = canonical(name)
+        except ValueError as error:
+            raise KeyError(str(error)) from None
+        layer = named if layer is None else layer
+        if value.name not in self.tensors:
+            raise KeyError(f"{value.name} was not collected; there are: {', '.join(self.tensors)}.")
+        tensor = self.tensors[value.name]
+        if layer is None:
+            if isinstance(tensor, dict):
+                raise ValueError(
+                    f"The layers of {value.name} differ in shape ({self.shapes(value.name)}), so they make no one tensor; "
+                    f"ask for one: collected[{value.name!r}, {self.layers[value.name][0]}]."
+                )
+            return tensor
+        have = self.layers[value.name]
+        index = layer + self.num_layers if layer < 0 else layer
+        if index not in have:
+            raise KeyError(f"Layer {layer} of {value.name} was not collected; there are: {', '.join(map(str, have))}.")
+        return tensor[index] if isinstance(tensor, dict) else tensor[have.index(index)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def shapes(self, name: str) -> str:
+        """The shape of a value, or those of its layers where they differ."""
+        tensor = self.tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            return str(list(tensor.shape))
+        return ", ".join(dict.fromkeys(str(list(t.shape)) for t in tensor.values()))
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {self.shapes(name)}" for name in self.tensors]
+        return "\n".join([f"Collected({len(self.rows)} prompts)", *lines])

@@ -1,0 +1,112 @@
+"""What to read, and in which order the model passes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nnterp.errors import Unavailable
+from nnterp.values import Value, canonical
+from nnterp.values._accessors import layer_index
+from nnterp.values._order import Combine, reads, when
+from nnterp.values._places import Place
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+@dataclass(frozen=True)
+class Target:
+    """One value at one layer: the reads it is made of, by their place in the plan, and how they are put together."""
+
+    value: Value
+    layer: int | None
+    parts: tuple[int, ...]
+    combine: Combine
+
+    @property
+    def label(self) -> str:
+        """How errors call it."""
+        return self.value.name if self.layer is None else f"{self.value.name}[{self.layer}]"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Reads in forward order, and the targets that are complete after each.
+
+    Attributes:
+        reads: The places to read, in the order the model passes them.
+        targets: What they make.
+        after: For each read, the targets that it completes.
+        layers: Value → its layers, in the order asked for.
+    """
+
+    reads: tuple[Place, ...]
+    targets: tuple[Target, ...]
+    after: tuple[tuple[int, ...], ...]
+    layers: dict[str, tuple[int, ...]]
+
+
+def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layers: int | Iterable[int] | None) -> Plan:
+    """Look up where everything asked for is served and put it in forward order.
+
+    Raises:
+        ValueError: There is no such value, or nothing was asked for.
+        IndexError: There is no such layer.
+        Unavailable: A layer that was asked for does not have the value.
+    """
+    wanted = [values] if isinstance(values, str) else list(values)
+    if not wanted:
+        raise ValueError("No values were asked for; see model.values for what there is.")
+    asked: dict[str, list[int]] = {}
+    rows: dict[str, Value] = {}
+    for name in wanted:
+        value, named = canonical(name)
+        rows[value.name] = value
+        mine = asked.setdefault(value.name, [])
+        if not value.per_layer:
+            continue
+        chosen = (
+            [layer_index(named, model.num_layers, value.name)] if named is not None else _layers(model, value, layers)
+        )
+        mine.extend(layer for layer in chosen if layer not in mine)
+
+    places: dict[Place, float] = {}
+    made: list[tuple[Value, int | None, list[Place], Combine]] = []
+    for name, mine in asked.items():
+        value = rows[name]
+        for layer in mine if value.per_layer else [None]:
+            parts, combine = reads(model, value.place(model, layer))
+            for part in parts:
+                if part not in places:
+                    places[part] = when(model, part)
+            made.append((value, layer, parts, combine))
+    order = sorted(places, key=places.__getitem__)
+    index = {place: i for i, place in enumerate(order)}
+    targets = tuple(Target(v, i, tuple(index[p] for p in parts), combine) for v, i, parts, combine in made)
+    after: list[list[int]] = [[] for _ in order]
+    for i, target in enumerate(targets):
+        after[max(target.parts)].append(i)
+    return Plan(
+        tuple(order), targets, tuple(tuple(a) for a in after), {name: tuple(mine) for name, mine in asked.items()}
+    )
+
+
+def _layers(model: StandardizedTransformer, value: Value, layers: int | Iterable[int] | None) -> list[int]:
+    """The layers asked for; by default all that have the value."""
+    if layers is not None:
+        given = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+        if not given:
+            raise ValueError("layers is empty; leave it out for all layers.")
+        return [layer_index(layer, model.num_layers, value.name) for layer in given]
+    found, reason = [], None
+    for layer in range(model.num_layers):
+        try:
+            value.place(model, layer)
+            found.append(layer)
+        except Unavailable as error:
+            reason = error
+    if not found and reason is not None:
+        raise reason
+    return found

@@ -1,0 +1,83 @@
+"""Pick positions of each row out of a batch's tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of the rows of one batch.
+
+    Attributes:
+        index: `[rows, positions]`, where they stand in the batch; a short row repeats its first.
+        mask: `[rows, positions]`, False at the repeats.
+        whole: Whether they are all of every row and nothing else is in the batch.
+        single: Whether the axis of positions is dropped.
+        shape: `(rows, seq)` of the batch.
+        starts, lengths: Where each row's first token stands, and how many it has.
+    """
+
+    index: torch.Tensor
+    mask: torch.Tensor
+    whole: bool
+    single: bool
+    shape: tuple[int, ...]
+    starts: torch.Tensor
+    lengths: torch.Tensor
+
+
+def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> torch.Tensor:
+    """The positions of each row, `[rows, positions, ...]` (or without the axis); a copy, zero where a row has none.
+
+    Raises:
+        ValueError: The tensor does not have one entry per row and position.
+    """
+    rows, seq = picked.shape
+    if shape.endswith("query, key]"):
+        return _pattern(tensor, picked, label)
+    if tensor.shape[0] == rows * seq and (rows > 1 or tensor.dim() < 3):  # batch and positions in one axis
+        tensor = tensor.view(rows, seq, *tensor.shape[1:])
+    if tensor.shape[0] != rows or tensor.dim() < 2 or tensor.shape[1] != seq:
+        raise ValueError(
+            f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens, so it has no entry per position; "
+            f"read it in a trace instead."
+        )
+    if picked.whole:
+        return tensor[:, 0].clone() if picked.single else tensor.clone()
+    index = picked.index.to(tensor.device)
+    row = torch.arange(rows, device=tensor.device)
+    if picked.single:
+        return tensor[row, index[:, 0]]
+    taken = tensor[row[:, None], index]
+    return _zeroed(taken, picked.mask, 1)
+
+
+def _pattern(tensor: torch.Tensor, picked: Selection, label: str) -> torch.Tensor:
+    """`[rows, heads, query, key]` → the queries picked, the keys counted over the row's own tokens."""
+    rows, seq = picked.shape
+    if tensor.dim() != 4 or tensor.shape[0] != rows or tensor.shape[2] != seq or tensor.shape[3] != seq:
+        raise ValueError(
+            f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens: its queries or keys are not the "
+            f"prompt's tokens. Read it in a trace instead."
+        )
+    device = tensor.device
+    row = torch.arange(rows, device=device)
+    taken = tensor[row[:, None], :, picked.index.to(device)].transpose(1, 2)  # [rows, heads, positions, keys]
+    width = int(picked.lengths.max())
+    keys = (picked.starts[:, None] + torch.arange(width)[None]).clamp(max=seq - 1).to(device)
+    taken = taken.gather(3, keys[:, None, None, :].expand(*taken.shape[:3], width))
+    real = (torch.arange(width)[None] < picked.lengths[:, None]).to(device)
+    taken = taken.masked_fill(~real[:, None, None, :], 0)
+    taken = _zeroed(taken, picked.mask, 2)
+    return taken[:, :, 0] if picked.single else taken
+
+
+def _zeroed(tensor: torch.Tensor, mask: torch.Tensor, axis: int) -> torch.Tensor:
+    if bool(mask.all()):
+        return tensor
+    shape = [mask.shape[0], *([1] * (tensor.dim() - 1))]
+    shape[axis] = mask.shape[1]
+    return tensor.masked_fill(~mask.to(tensor.device).view(shape), 0)

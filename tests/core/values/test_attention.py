@@ -1,0 +1,128 @@
+"""Attention's inside on every architecture: equal to HuggingFace's own, and causal when written."""
+
+import pytest
+import torch
+from values_reference import LENGTH, arguments, attentions, hooked, ids, wrapped
+
+from nnterp.errors import Unavailable
+from nnterp.testing import NOT_CAUSAL, model_types
+from nnterp.values import VALUES
+from nnterp.values._serve import findings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NO_RESIDUAL_STREAM = {"blt", "hrm_text", "xlm"}  # models whose layers nnterp refuses to name
+NO_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm", "longcat_flash"}
+TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM | NO_ATTENTION]
+
+# What no place serves, with the reason in words of the model's own code.
+UNSERVED = {
+    "diffllama": {"attention_values"},  # averaged in two halves, by two calls of the attention function
+    "reformer": {"attention_probabilities", "attention_queries", "attention_keys", "attention_values", "attention_head_outputs"},
+    "prophetnet": {"attention_values", "attention_head_outputs"},
+    "deepseek_v4": {"attention_head_outputs"},  # groups of heads pass a low rank before the last projection
+    "jetmoe": {"attention_head_outputs"},  # each token's heads are chosen and projected by experts
+    "xlnet": {"attention_queries", "attention_keys", "attention_values", "attention_head_outputs"},
+}
+# HuggingFace returns other tensors, or none, as this model's attentions.
+NOT_RETURNED = set()
+# A norm over all heads stands between them and W_O.
+NORMED_ACROSS_HEADS = {"bitnet"}
+
+
+def have(model, name):
+    layers = []
+    for layer in model.attention_layers:
+        try:
+            VALUES[name].place(model, layer)
+            layers.append(layer)
+        except Unavailable:
+            continue
+    return layers
+
+
+def read(model, name, layer, tokens):
+    with torch.no_grad(), model.trace(tokens, use_cache=False):
+        value = getattr(model, name)[layer].clone().save()
+    return value
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_value_is_served(model_type):
+    model = wrapped(model_type)
+    for name in ("attention_probabilities", "attention_queries", "attention_keys", "attention_values", "attention_head_outputs"):
+        if name in UNSERVED.get(model_type, ()):
+            assert not have(model, name)
+        else:
+            assert have(model, name) == list(model.attention_layers), name
+
+
+@pytest.mark.parametrize("model_type", [t for t in TYPES if t != "reformer"])
+def test_probabilities_equal_huggingface(model_type):
+    model, tokens = wrapped(model_type), ids()
+    own = attentions(model._module, tokens)
+    layers = have(model, "attention_probabilities")
+    with torch.no_grad(), model.trace(tokens, use_cache=False):
+        probs = [model.attention_probabilities[i].clone() for i in layers]
+        probs.save()
+    for p in probs:
+        assert (p >= 0).all() and (p.double().sum(-1) < 1 + 1e-5).all()
+    if own is None or model_type in NOT_RETURNED:
+        return
+    assert len(own) >= len(probs)
+    for layer, p in zip(layers, probs, strict=True):
+        index = layers.index(layer) if len(own) == len(layers) else layer
+        theirs = own[index]
+        theirs = theirs.reshape(p.shape) if theirs.dim() == 3 else theirs
+        if model_type == "cpmant":  # HuggingFace cuts off the prompt of trained positions that it puts in front
+            p = p[..., -LENGTH:, -LENGTH:]
+        torch.testing.assert_close(p, theirs[..., : p.shape[-1]], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", [t for t in TYPES if "attention_head_outputs" not in UNSERVED.get(t, ())])
+def test_head_outputs_are_probabilities_times_values(model_type):
+    """z, from a plain hook on W_O, is what the probabilities make of the values, up to a gate on the heads."""
+    model, tokens = wrapped(model_type), ids()
+    module = model._module
+    layer = have(model, "attention_head_outputs")[-1]
+    out = findings(model).attention[layer].out
+    with hooked(module, z=(out, "input")) as plain, torch.no_grad():
+        module(**arguments(module, tokens))
+    z = read(model, "attention_head_outputs", layer, tokens)
+    assert torch.equal(z.flatten(2), plain["z"].reshape(z.shape).flatten(2))
+
+    with torch.no_grad(), model.trace(tokens, use_cache=False):
+        first = model.attention_probabilities[layer]
+        model.attention_probabilities[layer] = torch.cat([torch.zeros_like(first[:, :1]), first[:, 1:]], dim=1)
+        changed = model.attention_head_outputs[layer].clone().save()
+    assert (changed - z)[:, :, 0].abs().max() > 1e-4
+    others, were = changed[:, :, 1:].double(), z[:, :, 1:].double()
+    if model_type in NORMED_ACROSS_HEADS:  # the other heads are rescaled together, and keep their directions
+        others = others / others.flatten(2).norm(dim=-1)[..., None, None]
+        were = were / were.flatten(2).norm(dim=-1)[..., None, None]
+    assert (others - were).abs().max() < 1e-5, "writing one head's probabilities moved another head's output"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("name", ["attention_queries", "attention_keys", "attention_values", "attention_head_outputs"])
+def test_writes_are_causal(model_type, name):
+    """Written under the model's own attention (sdpa where it has it): changes its position, and no earlier one."""
+    if name in UNSERVED.get(model_type, ()):
+        pytest.skip("not served")
+    model, tokens = wrapped(model_type, eager=False), ids()
+    layer, position = have(model, name)[0], 6
+    with torch.no_grad(), model.trace(tokens, use_cache=False):
+        new = getattr(model, name)[layer].clone().save()
+        new[:, position] = new[:, position].roll(1, -1) * 1.5
+        getattr(model, name)[layer] = new
+        changed = model.attentions_output[layer].clone().save()
+    plain = read(model, "attentions_output", layer, tokens)
+    assert new.shape[0] == 2
+    assert new.shape[1] >= LENGTH
+    moved = (changed - plain).abs()
+    moved = moved.reshape(2, -1, moved.shape[-1]).amax(dim=(0, 2))
+    assert moved[position:].max() > 1e-5
+    if model_type not in NOT_CAUSAL and new.shape[1] == LENGTH:
+        assert moved[:position].max() < 1e-5
+    if name in ("attention_queries", "attention_head_outputs") and new.shape[1] == LENGTH:
+        assert moved[position + 1 :].max() < 1e-5
