@@ -137,6 +137,21 @@ def test_files_of_different_runs_do_not_mix(flat, model, prompts, tmp_path, name
         PromptResults.load(tmp_path / "a")
 
 
+def test_plot(flat, layered):
+    figure = layered.plot(band=None)
+    assert [line.name for line in figure.data] == list(TARGETS)
+    for line in figure.data:
+        assert torch.allclose(torch.tensor(line.y).float(), layered[line.name].mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match="no axis of layers"):
+        flat.plot()
+
+
+def test_plot_without_a_display_package(layered, monkeypatch):
+    monkeypatch.setattr("nnterp.plugins.load", lambda group, name: None)
+    with pytest.raises(ImportError, match="nnterp-display"):
+        layered.plot()
+
+
 def test_it_says_what_it_is(flat, layered, model):
     assert repr(flat).startswith("<PromptResults: 4 of 4 prompts; mean probability 'target': ")
     assert f"{model.num_layers} layers" in repr(layered)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from nnterp import plugins
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -185,6 +187,26 @@ class PromptResults(dict[str, torch.Tensor]):
                         [i, self.texts[i], name, layer, score, *beside] for layer, score in enumerate(scores.tolist())
                     )
         return pd.DataFrame(rows, columns=[*names, *extra])
+
+    def plot(self, **options: Any) -> Any:
+        """Each category over layers, with a band over prompts: the figure `targets` of an installed display package.
+
+        Args:
+            **options: Of the figure, see `nnterp.display.plot_targets`.
+
+        Raises:
+            ValueError: There are no layers.
+            ImportError: No installed package draws it.
+        """
+        if self.num_layers is None:
+            raise ValueError(
+                "There is no axis of layers to plot over: run_prompts(..., get_probs_func=logit_lens) has one."
+            )
+        draw = plugins.load(plugins.FIGURES, "targets")
+        if draw is None:
+            raise ImportError("plot() needs a package that draws figures: pip install nnterp-display")
+        unit = "log-probability" if self.scoring == "sequence" else "probability"
+        return draw({name: self[name][self.done] for name in self.categories}, **{"unit": unit, **options})
 
     def _index(self, target: str) -> int:
         if target not in self.categories:
