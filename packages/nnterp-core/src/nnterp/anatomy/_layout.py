@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from nnterp.anatomy._sizes import Sizes
 from nnterp.errors import Unavailable
+from nnterp.rendering import html_table, rich_table
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 KINDS = ("attention", "cross_attention", "linear_attention", "state_space", "convolution", "recurrent", "none")
 
@@ -129,16 +134,31 @@ class Anatomy:
                 if part is not None and part.path is not None and (role != "mixer" or part != block.self_attn):
                     yield f"layers.{block.index}.{role}", part.path
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """(standard name, native path) of the model's parts, like layers together, as printed."""
         rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
         for indices, block in _alike(self.blocks):
             rows.append((f"layers[{_ranges(indices, at_most=4)}]", f"{_generic(block.path)}  ({block.description})"))
             for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
                 if part is not None and not (role == "mixer" and part == block.self_attn):
                     rows.append((f"  .{role}", _generic(str(part))))
+        return rows
+
+    @property
+    def heading(self) -> str:
+        """The model's class, type and sizes, in one line."""
+        return f"{self.model_class} ({self.model_type}): {self.sizes}"
+
+    def __str__(self) -> str:
+        rows = self.rows()
         width = max(len(left) for left, _ in rows)
-        head = f"{self.model_class} ({self.model_type}): {self.sizes}"
-        return "\n".join([head, *(f"  {left:<{width}}  {right}" for left, right in rows)])
+        return "\n".join([self.heading, *(f"  {left:<{width}}  {right}" for left, right in rows)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.heading, ("name", "in this model"), self.rows())
+
+    def __rich__(self) -> Group:
+        return rich_table(self.heading, ("name", "in this model"), self.rows())
 
 
 _ROLES = ("embed_tokens", "layers", "ln_final", "lm_head")

@@ -11,7 +11,7 @@ from nnterp.errors import CertificateError
 from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 Status = Literal["passed", "failed", "skipped"]
 _MARK = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -139,5 +139,5 @@ class Certificate:
     def _repr_html_(self) -> str:
         return html_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         return rich_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])

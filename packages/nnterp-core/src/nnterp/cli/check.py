@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from nnterp.certificate import Certificate
@@ -14,9 +15,15 @@ help = "prove that nnterp names a model's parts rightly, and print the certifica
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp check`."""
-    parser.add_argument("model", help="a hub id, a folder, or a model type of transformers (checked on a tiny random model of it)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint")
-    parser.add_argument("--no-weights", action="store_true", help="check only what can be checked without loading the weights")
+    parser.add_argument(
+        "model", help="a hub id, a folder, or a model type of transformers (checked on a tiny random model of it)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
+    )
+    parser.add_argument(
+        "--no-weights", action="store_true", help="check only what can be checked without loading the weights"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the certificate to FILE")
 
 
@@ -37,8 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_(certificate: Certificate) -> None:
-    """Print a certificate."""
-    print(certificate)
+    """Print a certificate: as a table fitted to a terminal, as plain text anywhere else."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(certificate)
+    else:
+        print(certificate)
 
 
 def _certificate(arguments: argparse.Namespace) -> Certificate:

@@ -1,7 +1,7 @@
 """Figures and tables of nnterp's results.
 
-Every figure is a `plotly.graph_objects.Figure` with its tokens shown exactly and escaped. Functions take plain tensors with
-labels, or the result objects of `nnterp.interventions`, whose `.plot()` calls them.
+Every figure is a `plotly.graph_objects.Figure` with its tokens shown exactly and escaped. Functions take plain tensors
+with labels, or the result objects of `nnterp.interventions`, whose `.plot()` calls them.
 """
 
 from nnterp.display._attention import plot_attention
@@ -12,10 +12,11 @@ from nnterp.display._patching import plot_patching
 from nnterp.display._patchscope import plot_patchscope
 from nnterp.display._save import ImageWriterMissing, save
 from nnterp.display._targets import plot_targets
-from nnterp.display._text import TokenNames, escape, visible
+from nnterp.display._text import escape
 from nnterp.display._theme import with_theme
 from nnterp.display._tokens import plot_tokens
 from nnterp.display._topk import plot_topk_tokens
+from nnterp.token_text import TokenNames, visible
 
 __all__ = [
     "ImageWriterMissing",

@@ -1,8 +1,8 @@
 """From labelled result objects to what the figures draw.
 
 A result is any object with `tensors` (by name), `axes` (names of each tensor's axes) and `labels` (of each axis), and
-optionally `tokens` (per prompt, the text at each label of "positions", None past its end), `vocabulary` (id → text) and
-`about` (a dict with the model's name): what the functions of `nnterp.interventions` return. No other package is imported.
+optionally `tokens` (per prompt, the text at each label of "positions", None past its end), `vocabulary` (id → text)
+and `about` (a dict with the model's name): what `nnterp.interventions` returns. No other package is imported.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnterp.display._arrays import as_array
-from nnterp.display._text import TokenNames, visible
+from nnterp.token_text import TokenNames, visible
 
 if TYPE_CHECKING:
-    from nnterp.display._lens import LensCells
+    from nnterp.display._lens import Colour, LensCells
 
 
 def is_numbers(given: Any) -> bool:
@@ -32,7 +32,8 @@ def require_result(given: Any, figure: str) -> Any:
     """
     if not all(hasattr(given, name) for name in ("tensors", "axes", "labels")):
         raise TypeError(
-            f"{figure}() draws tensors, or results with `tensors`, `axes` and `labels`; it was given a {type(given).__name__}."
+            f"{figure}() draws tensors, or results with `tensors`, `axes` and `labels`; "
+            f"it was given a {type(given).__name__}."
         )
     return given
 
@@ -74,7 +75,7 @@ def pick(
 
 
 def tokens_at(result: Any, prompt: int) -> list[str] | None:
-    """The token texts of one prompt at the labels of the "positions" axis, "" past its end; None if they are not known."""
+    """The texts of one prompt at the labels of the "positions" axis, "" past its end; None if they are not known."""
     rows = getattr(result, "tokens", ()) or ()
     if not rows:
         return None
@@ -97,7 +98,7 @@ def title_of(result: Any, what: str) -> str:
 
 
 def lens_cells(
-    result: Any, tokenizer: Any, *, prompt: int, colour: str, top_k: int, target: int | None, layers: Any
+    result: Any, tokenizer: Any, *, prompt: int, colour: Colour, top_k: int, target: int | None, layers: Any
 ) -> tuple[LensCells, str]:
     """The cells of a lens result with `top_probs` and `top_ids`, and a title."""
     from nnterp.display._lens import LABELS, LensCells
@@ -105,7 +106,8 @@ def lens_cells(
     require_result(result, "plot_lens")
     if "top_ids" not in result.tensors:
         raise ValueError(
-            f"This result has no top tokens to put in the cells; it has {', '.join(result.tensors)}. Make it with top_k=5."
+            f"This result has no top tokens to put in the cells; it has {', '.join(result.tensors)}. "
+            f"Make it with top_k=5."
         )
     prompts = list(result.labels["prompts"])
     if not -len(prompts) <= prompt < len(prompts):
@@ -152,7 +154,7 @@ def lens_cells(
     unit = "position (input token)" if by_position else "prompt"
     return LensCells(texts, probabilities, values, label, colour, rows, positions, inputs, chosen, unit), title_of(
         result, what
-    )  # type: ignore[arg-type]
+    )
 
 
 def target_curves(result: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -170,7 +172,7 @@ def target_curves(result: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         array = _last_of_each(array, axes)
         axes.remove("positions")
     kind = next((axis for axis in ("categories", "targets") if axis in axes), None)
-    order = [axis for axis in (kind, "prompts", "layers") if axis in axes]
+    order = [axis for axis in (kind, "prompts", "layers") if axis is not None and axis in axes]
     if sorted(order) != sorted(axes):
         raise ValueError(f"{name} has axes {', '.join(axes)}; curves are drawn of categories, prompts and layers.")
     array = np.transpose(array, [axes.index(axis) for axis in order])

@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 from nnterp.display import _adapt
 from nnterp.display._arrays import as_array
 from nnterp.display._grid import Cells, check_same, fit, label_pixels, token_ticks
-from nnterp.display._text import as_names, escape, shorten
+from nnterp.display._text import as_names, escape
 from nnterp.display._theme import SEQUENTIAL, new_figure, shown
+from nnterp.token_text import shorten
 
 MOST_CELLS = 300_000
 
@@ -31,8 +32,9 @@ def plot_attention(
     """Attention probabilities: query position down, key position across.
 
     Args:
-        pattern: `[query, key]` for one head with its tokens on both axes, `[heads, query, key]` for a wall of one layer's
-            heads, `[layers, heads, query, key]` for a wall of layers × heads; or a result object that holds such a tensor.
+        pattern: `[query, key]` for one head with its tokens on both axes, `[heads, query, key]` for a wall of one
+            layer's heads, `[layers, heads, query, key]` for a wall of layers × heads; or a result object that holds
+            such a tensor.
         tokens: The tokens of the keys, as ids or texts (the queries are the last of them, where there are fewer).
         tokenizer: Names tokens that are given as ids.
         layers, heads: Labels; 0, 1, … if None.

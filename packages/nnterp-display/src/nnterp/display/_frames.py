@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 
 from nnterp.display._arrays import as_array, check_probabilities
-from nnterp.display._text import TokenNames
+from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
     from nnterp import Anatomy, Certificate
 
 
 def prompts_to_df(prompts: Iterable[Any], tokenizer: Any = None) -> pd.DataFrame:
-    """Prompts with their targets, one column per prompt: its text, `<target>_string`, and with a tokenizer `<target>_tokens`.
+    """Prompts with their targets, a column each: the text, `<target>_string`, and with a tokenizer `<target>_tokens`.
 
     Args:
         prompts: `nnterp.prompts.Prompt` objects (anything with `prompt`, `target_strings` and `target_tokens`).
@@ -58,7 +58,7 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
             "layer": i,
             "rank": j + 1,
             "id": int(ids[p, i, j]),
-            "token": names(ids[p, i, j]),
+            "token": names(int(ids[p, i, j])),
             "probability": probs[p, i, ids[p, i, j]],
         }
         for p, i, j in np.ndindex(*ids.shape)

@@ -1,4 +1,4 @@
-"""Cells of equal size: how large a heat map has to be for its texts and labels to be read, and how its axes are labelled."""
+"""Cells of equal size: how large a heat map has to be to be read, and how its axes are labelled."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from nnterp.display._text import escape, shorten, width
+from nnterp.display._text import escape
 from nnterp.display._theme import MONO, MONO_WIDTH
+from nnterp.token_text import shorten, width
 
 LABEL_COLUMNS = 18  # longer axis labels are cut; hovering shows all of them
 _PADDING = 6
@@ -99,7 +100,7 @@ def fit(
     top: int = 64,
     least: int = 420,
 ) -> go.Figure:
-    """Size a figure around a plot area of these pixels; a plot area narrower than `least` in all gets room on the right."""
+    """Size a figure around a plot area of these pixels; a figure narrower than `least` gets room on the right."""
     total = max(left + width + right, least)
     figure.update_layout(
         width=total,

@@ -13,8 +13,9 @@ from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, check_probabilities, number
 from nnterp.display._cell_text import cell_text, inks
 from nnterp.display._grid import Cells, check_same, fit, label_pixels, number_ticks, token_ticks
-from nnterp.display._text import TokenNames, as_names, escape, shorten, width
+from nnterp.display._text import as_names, escape
 from nnterp.display._theme import SEQUENTIAL, new_figure, shown
+from nnterp.token_text import TokenNames, shorten, width
 
 Colour = Literal["probability", "rank", "entropy"]
 
@@ -69,7 +70,7 @@ def plot_lens(
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
-    """Layer × position: the most probable next token in each cell, the `top_k` on hover (logit lens, nostalgebraist 2020).
+    """Layer × position: the most probable next token in each cell, the `top_k` on hover (nostalgebraist 2020).
 
     Args:
         lens: Probabilities of the next token, `[layers, positions, vocab]` (`[layers, vocab]` for one position), or the
@@ -78,10 +79,10 @@ def plot_lens(
         tokens: The input tokens of the columns, as ids or texts; their positions if None.
         layers: Labels of the rows; 0, 1, … if None.
         prompt: Which prompt of a result with several.
-        color: "probability" of the top token, "rank" of the token the last layer says, or "entropy" of the distribution in
-            nats. Bright is certain in all three.
-        target: A token id, or one per position, that "probability" and "rank" are about instead; of a result, one of its
-            targets ("rank" takes the first, if none is named).
+        color: "probability" of the top token, "rank" of the token the last layer says, or "entropy" of the distribution
+            in nats. Bright is certain in all three.
+        target: A token id, or one per position, that "probability" and "rank" are about instead; of a result, one of
+            its targets ("rank" takes the first, if none is named).
         top_k: How many tokens hovering shows.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
@@ -93,8 +94,16 @@ def plot_lens(
         ValueError: `lens` are no probabilities, or labels do not fit their axis.
     """
     if not _adapt.is_numbers(lens):
+        if target is not None and not hasattr(target, "__index__"):
+            raise ValueError("Of a result, target is one token id: each prompt has its own list of targets.")
         cells, own_title = _adapt.lens_cells(
-            lens, tokenizer, prompt=prompt, colour=color, top_k=top_k, target=target, layers=layers
+            lens,
+            tokenizer,
+            prompt=prompt,
+            colour=color,
+            top_k=top_k,
+            target=target,  # type: ignore[arg-type]
+            layers=layers,
         )
         title = own_title if title is None else title
     else:

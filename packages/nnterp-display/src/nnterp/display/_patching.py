@@ -12,8 +12,9 @@ from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, number
 from nnterp.display._cell_text import cell_text, inks
 from nnterp.display._grid import Cells, check_same, fit, label_pixels, number_ticks, token_ticks
-from nnterp.display._text import as_names, escape, shorten
+from nnterp.display._text import as_names, escape
 from nnterp.display._theme import DIVERGING, MONO, new_figure, shown
+from nnterp.token_text import shorten
 
 _NUMBERS_UP_TO = 24
 
@@ -41,7 +42,8 @@ def plot_patching(
         score: What the score is, with its unit ("normalised logit difference").
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
-        **choose: For a result object with more axes than two, which label to draw, by the axis' name (`values="layers_output"`).
+        **choose: For a result object with more axes than two, which label to draw, by the axis' name
+            (`values="layers_output"`).
 
     Returns:
         The figure, coloured from −m to m around zero, with the numbers in the cells up to 24 × 24 of them.
@@ -79,7 +81,8 @@ def plot_patching(
             z=cells,
             hovertext=[
                 [
-                    f"layer {escape(row_names[i])}<br>{unit} {_place(tokens, j, names[j])}<br>{escape(score)} {number(cells[i, j])}"
+                    f"layer {escape(row_names[i])}<br>{unit} {_place(tokens, j, names[j])}"
+                    f"<br>{escape(score)} {number(cells[i, j])}"
                     for j in range(count)
                 ]
                 for i in range(rows)

@@ -14,8 +14,9 @@ from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, check_probabilities
 from nnterp.display._cell_text import inks
 from nnterp.display._grid import check_same, table_row
-from nnterp.display._text import TokenNames, escape, shorten, visible, width
+from nnterp.display._text import escape
 from nnterp.display._theme import MONO, MONO_WIDTH, SEQUENTIAL, new_figure, shown
+from nnterp.token_text import TokenNames, shorten, visible, width
 
 _FONT = 12
 _NAME = 24
@@ -32,11 +33,11 @@ def plot_patchscope(
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
-    """A table with a row per layer and a column per source: what the target prompt said next (Ghandeharioun et al. 2024).
+    """A table of layers by sources: what the target prompt said next (Ghandeharioun et al. 2024).
 
     Args:
-        readings: Probabilities `[sources, layers, vocab]` (`[layers, vocab]` for one source) as `patchscope_lens` returns,
-            texts by source and layer (`readings[source][layer]`) as generated, or a result object.
+        readings: Probabilities `[sources, layers, vocab]` (`[layers, vocab]` for one source) as `patchscope_lens`
+            returns, texts by source and layer (`readings[source][layer]`) as generated, or a result object.
         tokenizer: Names the tokens; without one, ids are shown.
         sources: Labels of the columns; 0, 1, … if None.
         layers: Labels of the rows; 0, 1, … if None.

@@ -28,7 +28,7 @@ def save(
 
     * `.html`: one self-contained page with plotly.js in it, which opens offline and asks nothing of a network. It
       follows the reader's light or dark setting unless `theme` fixes it.
-    * `.png`, `.svg`, `.pdf`, `.jpg`, `.webp`: an image, through plotly's own writer (kaleido, with a Chrome or Chromium).
+    * `.png`, `.svg`, `.pdf`, `.jpg`, `.webp`: an image, through plotly's own writer (kaleido and a Chrome).
 
     Directories are made. The file is complete or not there: a failed write leaves what was there before.
 

@@ -11,8 +11,9 @@ import plotly.graph_objects as go
 from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, number
 from nnterp.display._grid import check_same
-from nnterp.display._text import escape, shorten, visible, width
+from nnterp.display._text import escape
 from nnterp.display._theme import DASHES, LINES, SYMBOLS, new_figure, shown
+from nnterp.token_text import shorten, visible, width
 
 Band = Literal["quartiles", "sd", "ci95"]
 _BANDS = {
@@ -34,8 +35,8 @@ def plot_targets(
     """One line per target category over layers, with a band over prompts.
 
     Args:
-        targets: Category → `[prompts, layers]` (or `[layers]` for one prompt), as `run_prompts(..., get_probs_func=logit_lens)`
-            returns, or the result object of such a run.
+        targets: Category → `[prompts, layers]` (or `[layers]` for one prompt), as
+            `run_prompts(..., get_probs_func=logit_lens)` returns, or the result object of such a run.
         layers: Labels of the layers; 0, 1, … if None.
         band: "quartiles" (line at the median, band from the first to the third quartile), "sd" (mean ± one standard
             deviation), "ci95" (mean ± 1.96 standard errors), or None for the mean alone. NaN is left out.

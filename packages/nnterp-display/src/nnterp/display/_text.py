@@ -1,56 +1,12 @@
-"""Tokens as their exact text: nothing invisible, nothing ambiguous, nothing that a renderer takes for markup."""
+"""Texts for plotly, which takes a subset of HTML, entities and LaTeX in every label for markup."""
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
-_MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
-_RESERVED = frozenset({*_MARKS.values(), "⟨", "⟩", "◌"})
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def visible(text: str) -> str:
-    """A text with everything in it visible, so that tokens that differ in white space or hidden characters look different.
-
-    A space is shown as `·`, a newline as `↵`, a tab as `⇥`; other white space, control and
-    format characters (zero-width, right-to-left overrides) and the marks just named, where the text itself holds them,
-    as their code point `⟨U+00A0⟩`; a combining mark with nothing to combine with stands on `◌`.
-
-    Args:
-        text: Any text, lone surrogates included.
-
-    Returns:
-        The text to show, `⟨empty⟩` for an empty one. It is not escaped yet, see `escape`.
-    """
-    if not text:
-        return "⟨empty⟩"
-    pieces: list[str] = []
-    for i, char in enumerate(text):
-        if char in _MARKS:
-            pieces.append(_MARKS[char])
-        elif char in _RESERVED or unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}:
-            pieces.append(f"⟨U+{ord(char):04X}⟩")
-        elif unicodedata.combining(char) and (i == 0 or text[i - 1].isspace()):
-            pieces.append(f"◌{char}")
-        else:
-            pieces.append(char)
-    return "".join(pieces)
-
-
-def visible_bytes(raw: bytes) -> str:
-    """Bytes as `visible` text, each byte that is no part of a UTF-8 character as `⟨E2⟩`."""
-    if not raw:
-        return visible("")
-    pieces: list[str] = []
-    for char in re.findall(
-        r"[\udc80-\udcff]|[^\udc80-\udcff]+", raw.decode("utf-8", errors="surrogateescape"), re.DOTALL
-    ):
-        pieces.append(f"⟨{ord(char) - 0xDC00:02X}⟩" if "\udc80" <= char[0] <= "\udcff" else visible(char))
-    return "".join(pieces)
+from nnterp.token_text import TokenNames, visible
 
 
 def escape(text: str) -> str:
@@ -69,97 +25,9 @@ def escape_lines(text: str) -> str:
     return "<br>".join(escape(line) for line in text.split("\n"))
 
 
-def width(text: str) -> int:
-    """Columns of a text in a monospaced font: 2 for wide characters (CJK, emoji), 0 for combining marks."""
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in {"W", "F"} else 1
-        for char in text
-    )
-
-
-def shorten(text: str, columns: int) -> str:
-    """A text cut to at most `columns`, the cut shown as `…`."""
-    if width(text) <= columns:
-        return text
-    kept, used = [], 1
-    for char in text:
-        used += width(char)
-        if used > columns:
-            break
-        kept.append(char)
-    return "".join(kept) + "…"
-
-
-class TokenNames:
-    """Token ids as visible text, for one tokenizer.
-
-    Args:
-        tokenizer: A transformers tokenizer of any kind, or None to show ids.
-    """
-
-    def __init__(self, tokenizer: Any = None) -> None:
-        self.tokenizer = tokenizer
-        if tokenizer is None:
-            return
-        self.byte_of = _byte_decoder(tokenizer)
-        self.verbatim = _added_tokens(tokenizer)
-
-    def __call__(self, token: int) -> str:
-        """The visible text of one id; an id the tokenizer has no token for is shown as `⟨id 50300⟩`."""
-        token = int(token)
-        if self.tokenizer is None:
-            return f"⟨id {token}⟩"
-        if token in self.verbatim:
-            return visible(self.verbatim[token])
-        try:
-            piece = self.tokenizer.convert_ids_to_tokens(token)
-        except (IndexError, KeyError, ValueError, OverflowError):
-            piece = None
-        if piece is None:
-            return f"⟨id {token}⟩"
-        if isinstance(piece, bytes):
-            return visible_bytes(piece)
-        if self.byte_of is not None and all(char in self.byte_of for char in piece):
-            return visible_bytes(bytes(self.byte_of[char] for char in piece))
-        if match := _BYTE_PIECE.fullmatch(piece):
-            return visible_bytes(bytes([int(match[1], 16)]))
-        return visible(piece.replace("▁", " "))
-
-    def many(self, tokens: Iterable[int]) -> list[str]:
-        """The visible text of several ids."""
-        return [self(token) for token in tokens]
-
-
 def as_names(tokens: Sequence[Any] | Any, tokenizer: Any = None) -> list[str]:
     """Labels for tokens given as ids (list or 1-d tensor, with the tokenizer) or as plain texts."""
     if hasattr(tokens, "tolist"):
         tokens = tokens.tolist()
     names = TokenNames(tokenizer)
     return [visible(token) if isinstance(token, str) else names(token) for token in tokens]
-
-
-@lru_cache(maxsize=1)
-def _gpt2_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as (Radford et al. 2019, released code): printable ones as themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in printable)
-    alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
-    return alphabet
-
-
-def _byte_decoder(tokenizer: Any) -> dict[str, int] | None:
-    """Character → byte for byte-level tokenizers, None for the others."""
-    own = getattr(tokenizer, "byte_decoder", None)
-    if isinstance(own, dict) and own:
-        return own
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and "ByteLevel" in repr(getattr(backend, "decoder", None)):
-        return _gpt2_alphabet()
-    return None
-
-
-def _added_tokens(tokenizer: Any) -> dict[int, str]:
-    """Special and added tokens, whose text is stored as it is."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    return {int(token): getattr(content, "content", str(content)) for token, content in added.items()}

@@ -11,8 +11,9 @@ from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, number
 from nnterp.display._cell_text import inks
 from nnterp.display._grid import check_same
-from nnterp.display._text import as_names, escape, escape_lines, shorten, width
+from nnterp.display._text import as_names, escape, escape_lines
 from nnterp.display._theme import DIVERGING, MONO, MONO_WIDTH, SEQUENTIAL, new_figure, shown
+from nnterp.token_text import shorten, width
 
 _FONT = 14
 _LINE = 30

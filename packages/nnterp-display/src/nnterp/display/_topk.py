@@ -14,8 +14,9 @@ from nnterp.display._arrays import as_array, check_probabilities, number
 from nnterp.display._cell_text import cell_text, inks
 from nnterp.display._grid import number_ticks
 from nnterp.display._save import save
-from nnterp.display._text import TokenNames, escape, escape_lines, shorten
+from nnterp.display._text import escape, escape_lines
 from nnterp.display._theme import MONO_WIDTH, SEQUENTIAL, TEMPLATES, current_theme, shown
+from nnterp.token_text import TokenNames, shorten
 
 _PANELS_ACROSS = 3
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 110, 72, 64

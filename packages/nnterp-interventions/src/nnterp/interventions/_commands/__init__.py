@@ -1,0 +1,1 @@
+"""The subcommands `nnterp lens` and `nnterp demo`."""

@@ -1,0 +1,70 @@
+"""The model that a command is given, and what is said while it loads."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nnterp import StandardizedTransformer
+
+TOY = "toy"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code` and `--device`."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
+    )
+    parser.add_argument("--device", help="where to load the weights, e.g. cpu or cuda (default: wherever they fit)")
+
+
+def load_model(arguments: argparse.Namespace) -> StandardizedTransformer:
+    """The model of a hub id or a folder, or "toy", with its weights."""
+    from nnterp import StandardizedTransformer, toy_checkpoint
+
+    placed = {"device_map": arguments.device} if arguments.device else {}
+    source = toy_checkpoint() if arguments.model == TOY else arguments.model
+    model = StandardizedTransformer(source, trust_remote_code=arguments.trust_remote_code, **placed)
+    model.dispatch()
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and warnings of the libraries underneath, which would break into a table."""
+    import transformers
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before[0])
+        if before[1]:
+            logging.enable_progress_bar()
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar that is gone when the work is done, and nothing where there is no terminal."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,108 @@
+"""Tables of tokens and probabilities for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nnterp.token_text import TokenNames, shorten
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from rich.text import Text
+
+ACCENT = "#0072B2"
+STRONG = "#009E73"
+WIDEST_TOKEN = 22
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def bar(probability: float, columns: int = 20) -> Text:
+    """A probability as a horizontal bar, to an eighth of a character."""
+    from rich.text import Text
+
+    eighths = round(min(max(probability, 0.0), 1.0) * columns * 8)
+    full, part = divmod(eighths, 8)
+    drawn = "█" * full + (_EIGHTHS[part] if part else "")
+    return Text(drawn.ljust(columns), style=STRONG if probability >= 0.5 else ACCENT)
+
+
+def percent(probability: float) -> str:
+    """A probability in percent: `0.3 %`, `<0.1 %`."""
+    if 0 < probability < 0.0005:
+        return "<0.1 %"
+    return f"{100 * probability:.1f} %"
+
+
+def some_rows(count: int, most: int = 24) -> list[int]:
+    """Which of many rows to print: all, or `most` of them evenly, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def layer_table(
+    layers: Sequence[int],
+    ids: torch.Tensor,
+    probabilities: torch.Tensor,
+    names: TokenNames,
+    *,
+    first: str,
+    last_first: bool = True,
+) -> Table:
+    """One row per layer: its first token with a bar, and the ones after it.
+
+    Args:
+        layers: Labels of the rows.
+        ids: `[layers, k]`, most probable first.
+        probabilities: `[layers, k]`.
+        names: Names the tokens.
+        first: What the first token is called in the header.
+        last_first: Whether the last layer comes on top, as in the figures.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", justify="right", style="dim")
+    table.add_column(first, no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    if ids.shape[1] > 1:
+        table.add_column("then", style="dim", no_wrap=True, overflow="ellipsis")
+    rows = some_rows(len(layers))
+    for i in reversed(rows) if last_first else rows:
+        texts = [shorten(name, WIDEST_TOKEN) for name in names.many(ids[i].tolist())]
+        values = probabilities[i].tolist()
+        after = "  ".join(f"{text} {percent(value)}" for text, value in zip(texts[1:], values[1:], strict=True))
+        cells = [
+            Text(str(layers[i])),
+            Text(texts[0], style="bold" if values[0] >= 0.5 else ""),
+            bar(values[0]),
+            Text(percent(values[0])),
+        ]
+        table.add_row(*cells, *([Text(after)] if ids.shape[1] > 1 else []))
+    return table
+
+
+def side_by_side(columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: TokenNames) -> Table:
+    """Several distributions beside each other: heading → token ids `[k]` and probabilities `[k]`."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in columns:
+        table.add_column(Text(heading), no_wrap=True)
+        table.add_column("", no_wrap=True)
+        table.add_column("", justify="right", no_wrap=True, style="dim")
+    rows = min(len(ids) for ids, _ in columns.values())
+    for i in range(rows):
+        cells: list[Text] = []
+        for ids, probabilities in columns.values():
+            value = float(probabilities[i])
+            cells += [Text(shorten(names(int(ids[i])), WIDEST_TOKEN)), bar(value, 12), Text(percent(value))]
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,225 @@
+"""`nnterp demo`: a minute with a real model, and everything nnterp does to it in passing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nnterp import plugins
+from nnterp.errors import RenamingError
+from nnterp.interventions._commands import lens
+from nnterp.interventions._commands._models import TOY, add_model_arguments, load_model, progress_bar, quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nnterp import StandardizedTransformer
+    from nnterp.interventions import LensResult, PatchscopeResult
+
+help = "load a small model that comes with nnterp and show what can be done with it"
+
+PROMPT = "The capital of France is"
+SOURCE = "The capital of France"
+STEERED = "The weather today is"
+PLEASANT = [
+    "I love the weather. The weather today is",
+    "What a wonderful day. The weather here is",
+    "I am happy. I think the weather is",
+    "The sun is bright and warm. The weather this morning is",
+]
+UNPLEASANT = [
+    "I hate the weather. The weather today is",
+    "What a terrible day. The weather here is",
+    "I am sad. I think the weather is",
+    "The rain is cold and grey. The weather this morning is",
+]
+FACTOR = 2.0
+_STEPS = 5
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nnterp demo`."""
+    parser.add_argument(
+        "--model",
+        default=TOY,
+        help="a hub id or a folder (default: the toy model that comes with nnterp)",
+    )
+    parser.add_argument("--prompt", default=PROMPT, help=f"the text that the layers go on with (default: {PROMPT!r})")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="where to write the figure (default: a file in a new temporary folder)",
+    )
+    add_model_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The next token of `STEERED`, as it is and with a direction added: each `[2, k]` token ids and probabilities.
+
+    Attributes:
+        layer: Where the direction was read and added.
+        plain, pleasant, unpleasant: Ids and probabilities, most probable first.
+    """
+
+    layer: int
+    plain: tuple[torch.Tensor, torch.Tensor]
+    pleasant: tuple[torch.Tensor, torch.Tensor]
+    unpleasant: tuple[torch.Tensor, torch.Tensor]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show everything; 0, or 1 with the reason on the error output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    drawn = plugins.load(plugins.FIGURES, "lens") is not None
+    if arguments.html is not None and not drawn:
+        print(f"nnterp demo: {lens.INSTALL}", file=sys.stderr)
+        return 1
+    try:
+        with quiet(), progress_bar(console) as progress:
+            task = progress.add_task("Loading the model and proving its names", total=_STEPS)
+            model = load_model(arguments)
+            progress.update(task, advance=1, description="Reading every layer")
+            read = lens.read_lens(model, arguments.prompt, 4)
+            progress.update(task, advance=1, description="Steering")
+            steering = steer_weather(model)
+            progress.update(task, advance=1, description="Patching a hidden state into another prompt")
+            readings = read_source(model)
+            progress.update(task, advance=1, description="Drawing")
+            path = None
+            if drawn:
+                path = lens.write_lens(
+                    model, read, arguments.html or Path(tempfile.mkdtemp(prefix="nnterp-")) / "lens.html"
+                )
+            progress.update(task, advance=1)
+    except (RenamingError, OSError, ValueError) as error:
+        print(f"nnterp demo: {error}", file=sys.stderr)
+        return 1
+    show(console, model, read, steering, readings, path)
+    return 0
+
+
+@torch.no_grad()
+def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
+    """Add the mean difference of pleasant and unpleasant weather at a middle layer, both ways (Rimsky et al. 2024)."""
+    layer = model.num_layers // 2
+
+    def last_state(prompt: str) -> torch.Tensor:
+        with model.trace(prompt):
+            state = model.layers_output[layer][0, -1].save()
+        return state
+
+    pleasant, unpleasant = (torch.stack([last_state(text) for text in texts]) for texts in (PLEASANT, UNPLEASANT))
+    direction = pleasant.mean(0) - unpleasant.mean(0)
+    found = []
+    for factor in (0.0, FACTOR, -FACTOR):
+        with model.trace(STEERED):
+            model.steer(layer, direction, factor)
+            probabilities = model.next_token_probs[0].float().cpu().save()
+        values, ids = probabilities.topk(k)
+        found.append((ids, values))
+    return Steering(layer, *found)
+
+
+def read_source(model: StandardizedTransformer) -> PatchscopeResult:
+    """What `SOURCE`'s last hidden state says inside a prompt that repeats words (Ghandeharioun et al. 2024)."""
+    from nnterp.interventions import patchscope_table
+
+    return patchscope_table(model, [SOURCE], top_k=3, progress=False)
+
+
+def show(
+    console: Console,
+    model: StandardizedTransformer,
+    read: LensResult,
+    steering: Steering,
+    readings: PatchscopeResult,
+    path: Path | None,
+) -> None:
+    """Print the whole of it."""
+    from rich.text import Text
+
+    from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
+    from nnterp.token_text import TokenNames, visible
+
+    names = TokenNames(model.tokenizer)
+
+    def heading(number: int, what: str, code: str) -> None:
+        console.print()
+        console.rule(Text(f"{number}. {what}", style="bold"), align="left", style="dim")
+        console.print(Text(code, style="cyan"), soft_wrap=True)
+
+    prompt = str(read.labels["prompts"][0])
+    console.print()
+    console.print(Text("nnterp", style="bold #009E73"), "one interface to the inside of any causal language model")
+
+    heading(1, "One set of names", "model = StandardizedTransformer(...); model.anatomy")
+    console.print(model)
+
+    heading(2, "What each layer would say next", f"logit_lens(model, {prompt!r})")
+    layers = list(read.labels["layers"])
+    ids, probabilities = read["top_ids"][0, :, -1], read["top_probs"][0, :, -1]
+    console.print(layer_table(layers, ids, probabilities, names, first="next token"))
+    final = int(ids[-1, 0])
+    since = len(layers) - 1
+    while since and int(ids[since - 1, 0]) == final:
+        since -= 1
+    console.print(
+        Text(f"{names(final)} leads from layer {layers[since]} on and ends at {percent(float(probabilities[-1, 0]))}.")
+    )
+
+    heading(3, "Steering", f"model.steer({steering.layer}, direction, factor=±{FACTOR:g})")
+    about = (
+        f"After {STEERED!r}, with the mean difference between pleasant and unpleasant weather added to the residual "
+        f"stream leaving layer {steering.layer}."
+    )
+    console.print(Text(about, style="dim"))
+    console.print(
+        side_by_side(
+            {"as it is": steering.plain, "more pleasant": steering.pleasant, "less pleasant": steering.unpleasant},
+            names,
+        )
+    )
+
+    word = SOURCE.split()[-1]
+    heading(4, "Patchscope", f"patchscope_lens(model, {SOURCE!r}, repeat_prompt())")
+    about = f"The hidden state of {word!r}, put into a prompt that repeats words, after each layer."
+    console.print(Text(about, style="dim"))
+    best, shares = readings["top_ids"][0], readings["top_probs"][0]
+    hits = [i for i, token in enumerate(best[:, 0].tolist()) if names(token).strip("·") == visible(word)]
+    at = list(readings.labels["layers"])
+    console.print(layer_table(at, best, shares, names, first="reads"))
+    where = ", ".join(str(at[i]) for i in hits)
+    verdict = f"layer{'s' if len(hits) > 1 else ''} {where}" if hits else "none of this model's layers"
+    console.print(Text(f"{word!r} is read out of {verdict}."))
+
+    heading(5, "Proven, not hoped", "model.validate()")
+    certificate = model.certificate
+    if certificate is not None:
+        held = sum(line.status == "passed" for line in certificate.lines)
+        console.print(
+            Text("✓ " if certificate.ok else "✗ ", style="#009e73" if certificate.ok else "#d55e00")
+            + Text(
+                f"{certificate.verdict}: {held} of {len(certificate.lines)} checked in {certificate.seconds:.1f} s",
+                style="none",
+            ),
+            soft_wrap=True,
+        )
+    console.print()
+    if path is None:
+        console.print(Text(f"{lens.INSTALL}, and this command writes one of every layer and position.", style="dim"))
+    else:
+        console.print(
+            Text("Every layer at every position, in a page that opens offline: ").append(str(path), style="bold"),
+            soft_wrap=True,
+        )
+    console.print()

@@ -1,0 +1,90 @@
+"""`nnterp lens MODEL PROMPT`: what every layer would say next."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnterp import plugins
+from nnterp.errors import RenamingError
+from nnterp.interventions._commands._models import add_model_arguments, load_model, progress_bar, quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nnterp import StandardizedTransformer
+    from nnterp.interventions import LensResult
+
+WRITERS = "nnterp.writers"
+INSTALL = "Figures need nnterp-display: pip install nnterp-display"
+
+help = "print what every layer of a model would say next after a prompt (logit lens)"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nnterp lens`."""
+    parser.add_argument("model", help="a hub id, a folder, or 'toy', the model that comes with nnterp")
+    parser.add_argument("prompt", help="the text")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the figure of all layers and positions")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to keep of each layer (default: 5)")
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table and write the figure; 0, or 1 with the reason on the error output."""
+    from rich.console import Console
+
+    if arguments.html is not None and plugins.load(plugins.FIGURES, "lens") is None:
+        print(f"nnterp lens: {INSTALL}", file=sys.stderr)
+        return 1
+    console = Console(highlight=False)
+    try:
+        with quiet(), progress_bar(console) as progress:
+            task = progress.add_task(f"Loading {arguments.model}", total=None)
+            model = load_model(arguments)
+            progress.update(task, description="Reading every layer")
+            result = read_lens(model, arguments.prompt, arguments.top_k)
+            written = None if arguments.html is None else write_lens(model, result, arguments.html)
+    except (RenamingError, OSError, ValueError) as error:
+        print(f"nnterp lens: {error}", file=sys.stderr)
+        return 1
+    print_lens(console, model, result)
+    if written is not None:
+        console.print(f"Every layer at every position: {written}", markup=False, soft_wrap=True)
+    return 0
+
+
+def read_lens(model: StandardizedTransformer, prompt: str, top_k: int) -> LensResult:
+    """The lens at all layers and positions of one prompt."""
+    from nnterp.interventions import logit_lens_table
+
+    return logit_lens_table(model, [prompt], top_k=top_k, progress=False)
+
+
+def print_lens(console: Console, model: StandardizedTransformer, result: LensResult) -> None:
+    """The last position's table."""
+    from nnterp.interventions._commands._tables import layer_table
+    from nnterp.token_text import TokenNames
+
+    table = layer_table(
+        list(result.labels["layers"]),
+        result["top_ids"][0, :, -1],
+        result["top_probs"][0, :, -1],
+        TokenNames(model.tokenizer),
+        first="next token",
+    )
+    console.print(table)
+
+
+def write_lens(model: StandardizedTransformer, result: LensResult, path: Path) -> Path:
+    """Draw the lens and write it.
+
+    Raises:
+        ValueError: nnterp-display is not installed, or cannot write such a file.
+    """
+    draw, save = plugins.load(plugins.FIGURES, "lens"), plugins.load(WRITERS, "figure")
+    if draw is None or save is None:
+        raise ValueError(INSTALL)
+    return save(draw(result, model.tokenizer), path)
