@@ -79,19 +79,24 @@ class Browser:
         """Move the mouse over a point given in axis coordinates, and return what the label says, a line each."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        spot = """
+        spot = (
+            """
             const plot = document.querySelector('.js-plotly-plot'), layout = plot._fullLayout;
             const box = plot.querySelector('.nsewdrag[data-subplot="%s"]').getBoundingClientRect();
             const [xa, ya] = [layout[arguments[2]], layout[arguments[3]]];
             return [box.left + xa.c2p(arguments[0]), box.top + ya.c2p(arguments[1])];
-        """ % subplot  # noqa: UP031
+        """
+            % subplot
+        )  # noqa: UP031
         xname, yname = subplot.split("y")
         axes = (xname.replace("x", "xaxis"), f"yaxis{yname}")
         _, top = self.js(spot, x, y, *axes)
         self.js("window.scrollBy(0, arguments[0])", top - 500)
         left, top = self.js(spot, x, y, *axes)
         self._move(1, 1)
-        WebDriverWait(self.driver, 10, 0.05).until(lambda _: not self.js("return document.querySelector('g.hovertext')"))
+        WebDriverWait(self.driver, 10, 0.05).until(
+            lambda _: not self.js("return document.querySelector('g.hovertext')")
+        )
         for step in (-3, 0):  # plotly answers to movement
             self._move(left + step, top + step)
         WebDriverWait(self.driver, 10, 0.05).until(lambda _: self.js("return !!document.querySelector('g.hovertext')"))
@@ -114,7 +119,9 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def _driver(tmp_path_factory):
-    binary = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    binary = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
     service = shutil.which("chromedriver")
     if binary is None or service is None:
         pytest.skip("no Chromium with its driver on this machine (Debian: apt-get install chromium chromium-driver)")

@@ -60,7 +60,9 @@ def every_figure():
         "lens": display.plot_lens(lens, tokenizer, tokens=texts, title="<b>title</b> & $co$"),
         "rank": display.plot_lens(lens, tokenizer, tokens=texts, color="rank"),
         "entropy": display.plot_lens(lens, tokenizer, tokens=texts, color="entropy"),
-        "targets": display.plot_targets({word: torch.rand(9, 6) for word in words[:6]}, layers=["<i>0</i>", 1, 2, 3, 4, 5]),
+        "targets": display.plot_targets(
+            {word: torch.rand(9, 6) for word in words[:6]}, layers=["<i>0</i>", 1, 2, 3, 4, 5]
+        ),
         "attention": display.plot_attention(causal(n, n), texts),
         "heads": display.plot_attention(causal(5, n, n), texts, heads=["<b>0</b>", 1, 2, 3, 4]),
         "wall": display.plot_attention(causal(3, 4, n, n), texts),
@@ -84,13 +86,25 @@ def test_page_is_drawn_silent_offline_and_exact(name, figures, browser, tmp_path
     assert browser.errors() == []
     assert browser.requests() == [path.resolve().as_uri()]
     assert browser.js("return window.pwned") is None
-    assert browser.js("return document.querySelectorAll('.js-plotly-plot a[href*=example], .js-plotly-plot image[href*=example]').length") == 0
-    assert browser.js("return document.querySelectorAll('.js-plotly-plot text tspan[style*=bold], .js-plotly-plot text tspan[style*=italic]').length") == 0
+    assert (
+        browser.js(
+            "return document.querySelectorAll('.js-plotly-plot a[href*=example], .js-plotly-plot image[href*=example]').length"
+        )
+        == 0
+    )
+    assert (
+        browser.js(
+            "return document.querySelectorAll('.js-plotly-plot text tspan[style*=bold], .js-plotly-plot text tspan[style*=italic]').length"
+        )
+        == 0
+    )
     assert len(browser.texts()) > 10
     assert browser.js(CUT) == []
     assert browser.js(OVERLAP) == []
     for selector, words in SHOWN.get(name, {}).items():
-        drawn = browser.js(f"return [...document.querySelectorAll('.js-plotly-plot {selector}')].map(t => t.textContent)")
+        drawn = browser.js(
+            f"return [...document.querySelectorAll('.js-plotly-plot {selector}')].map(t => t.textContent)"
+        )
         assert [text.strip("\u2068\u2069") for text in drawn] == words
 
 
@@ -136,7 +150,9 @@ def test_large_grids_have_no_overlap_and_no_cut_label(layers, positions, browser
     from nnterp.testing import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    ids = (tokenizer("The capital of France is Paris, and the Eiffel Tower is in the city of Rome; " * 4)["input_ids"])[:positions]
+    ids = (tokenizer("The capital of France is Paris, and the Eiffel Tower is in the city of Rome; " * 4)["input_ids"])[
+        :positions
+    ]
     lens = dense(layers, positions, 509)
     drawn = {
         "lens": display.plot_lens(lens, tokenizer, tokens=ids, title="Logit lens"),
@@ -146,7 +162,9 @@ def test_large_grids_have_no_overlap_and_no_cut_label(layers, positions, browser
         "wall": display.plot_attention(causal(min(layers, 12), 6, positions, positions), ids, tokenizer),
         "tokens": display.plot_tokens(ids, torch.randn(positions), tokenizer),
         "targets": display.plot_targets({"target": torch.rand(40, layers), "other": torch.rand(40, layers)}),
-        "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:5], tokenizer, sources=["The capital of France is a city"] * 5),
+        "patchscope": display.plot_patchscope(
+            lens.transpose(0, 1)[:5], tokenizer, sources=["The capital of France is a city"] * 5
+        ),
         "topk": display.plot_topk_tokens(lens.transpose(0, 1)[:5], tokenizer, show=False),
     }
     browser.open(display.save(drawn.pop("lens"), tmp_path / "lens.html"))
@@ -165,7 +183,9 @@ def test_hover_on_the_lens_shows_token_and_probability(figures, browser, tmp_pat
     for layer, position in ((0, 0), (3, 7), (5, 16)):
         lines = browser.hover(position, layer).split("\n")
         best = np.argsort(-lens[layer, position])[:5]
-        assert lines[0].strip("\u2068\u2069") == f"layer {layer}, position {position}  {display.visible(words[position])}"
+        assert (
+            lines[0].strip("\u2068\u2069") == f"layer {layer}, position {position}  {display.visible(words[position])}"
+        )
         for line, token in zip(lines[1:], best, strict=True):
             shown = line.replace("\u2068", "").replace("\u2069", "")
             assert display.visible(words[token])[:30] in shown
@@ -183,7 +203,10 @@ def test_hover_on_the_other_figures(figures, browser, tmp_path):
     browser.open(display.save(figures["wall"], tmp_path / "wall.html"))
     spot = figures["wall"].layout.xaxis.tickvals, figures["wall"].layout.yaxis.tickvals
     x, y = spot[0][2] - (n - 1) / 2 + 1, spot[1][1] - (n - 1) / 2 + 4
-    assert browser.hover(x, y) == f"layer 1, head 2\nquery 4  $x^2$\nkey 1  <b>bold</b>\n{causal(3, 4, n, n)[1, 2, 4, 1]:.4f}"
+    assert (
+        browser.hover(x, y)
+        == f"layer 1, head 2\nquery 4  $x^2$\nkey 1  <b>bold</b>\n{causal(3, 4, n, n)[1, 2, 4, 1]:.4f}"
+    )
     browser.open(display.save(figures["tokens"], tmp_path / "tokens.html"))
     bar = figures["tokens"].data[0]
     text = browser.hover(bar.base[1] + bar.x[1] / 2, bar.y[1])
@@ -210,5 +233,7 @@ def test_hostile_texts_cannot_leave_the_script_they_are_stored_in(figures):
     from nnterp.display._save import page
 
     for figure in figures.values():
-        assert "window.pwned" not in page(figure).replace("\\u003c", "<") or "</script><script>window" not in page(figure)
+        assert "window.pwned" not in page(figure).replace("\\u003c", "<") or "</script><script>window" not in page(
+            figure
+        )
         assert json.loads(figure.to_json())

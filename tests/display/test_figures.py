@@ -1,0 +1,254 @@
+"""What the figures hold, against slow loops; and what they refuse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nnterp import display
+from nnterp.testing import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def lens():
+    return (torch.randn(5, 7, 509, generator=torch.Generator().manual_seed(0)) * 3).softmax(-1)
+
+
+def test_lens_probability(lens, tokenizer):
+    heat, text = display.plot_lens(lens, tokenizer).data
+    names = display.TokenNames(tokenizer)
+    for i in range(5):
+        for j in range(7):
+            assert heat.z[i][j] == pytest.approx(lens[i, j].max().item(), rel=1e-6)
+            lines = heat.hovertext[i][j].split("<br>")
+            order = lens[i, j].argsort(descending=True)[:5].tolist()
+            assert [display.escape(names(token)) in line for token, line in zip(order, lines[1:], strict=True)] == [
+                True
+            ] * 5
+    assert len(text.text) == 35
+
+
+def test_lens_rank_and_entropy_and_target(lens):
+    rank = display.plot_lens(lens, color="rank").data[0]
+    entropy = display.plot_lens(lens, color="entropy").data[0]
+    ids = list(range(100, 107))
+    target = display.plot_lens(lens, target=ids).data[0]
+    target_rank = display.plot_lens(lens, target=ids, color="rank").data[0]
+    for i in range(5):
+        for j in range(7):
+            row, last = lens[i, j], lens[-1, j].argmax()
+            assert 10 ** rank.z[i][j] == pytest.approx(1 + (row > row[last]).sum().item())
+            assert 10 ** target_rank.z[i][j] == pytest.approx(1 + (row > row[ids[j]]).sum().item())
+            assert entropy.z[i][j] == pytest.approx(-(row * row.log()).sum().item(), rel=1e-4)
+            assert target.z[i][j] == pytest.approx(row[ids[j]].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (torch.randn(3, 4, 9), {}, "must be probabilities"),
+        (torch.full((3, 4, 9), 0.5), {}, r"sums to 4\.5"),
+        (torch.full((3,), 0.1), {}, "must have 2 or 3 axes"),
+        (torch.zeros(0, 4, 9), {}, "is empty"),
+        (torch.full((3, 4, 9), 0.1), {"tokens": ["a"]}, "tokens has 1 entries, but the position axis of lens has 4"),
+        (torch.full((3, 4, 9), 0.1), {"layers": [0]}, "layers has 1 entries"),
+        (torch.full((3, 4, 9), 0.1), {"color": "red"}, "color must be"),
+        (torch.full((3, 4, 9), 0.1), {"target": 9}, "not in the vocabulary of 9"),
+        (torch.full((3, 4, 9), 0.1), {"target": [1, 2]}, "target has 2 entries"),
+    ],
+)
+def test_lens_refuses(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        display.plot_lens(given, **options)
+
+
+def test_lens_refuses_what_is_no_result():
+    with pytest.raises(TypeError, match="it was given a SimpleNamespace"):
+        display.plot_lens(SimpleNamespace(a=1))
+
+
+def test_half_precision_and_one_position():
+    figure = display.plot_lens(torch.full((3, 8), 0.125, dtype=torch.bfloat16))
+    assert np.allclose(figure.data[0].z, 0.125)
+
+
+def test_target_bands():
+    values = torch.rand(41, 6, generator=torch.Generator().manual_seed(1))
+    values[3, 2] = float("nan")
+    figure = display.plot_targets({"right": values, "wrong": values / 2})
+    band, line = figure.data[0], figure.data[1]
+    for j in range(6):
+        column = sorted(v for v in values[:, j].tolist() if v == v)
+        quarter = np.quantile(column, [0.25, 0.5, 0.75])
+        assert line.y[j] == pytest.approx(quarter[1])
+        assert (band.y[-1 - j], band.y[j]) == (pytest.approx(quarter[0]), pytest.approx(quarter[2]))
+    assert "median" in figure.layout.annotations[0].text
+    mean = display.plot_targets({"right": values}, band="ci95").data
+    column = [v for v in values[:, 2].tolist() if v == v]
+    assert mean[1].y[2] == pytest.approx(np.mean(column))
+    assert mean[0].y[2] == pytest.approx(np.mean(column) + 1.96 * np.std(column, ddof=1) / len(column) ** 0.5)
+    assert len(display.plot_targets({"one": values[0]}).data) == 1
+    assert len(display.plot_targets({"right": values}, band=None).data) == 1
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        ({}, {}, "no targets"),
+        ({"a": torch.rand(3, 4), "b": torch.rand(3, 5)}, {}, "same number of layers"),
+        ({"a": torch.rand(3, 4)}, {"band": "wide"}, "band must be"),
+        ({"a": torch.rand(3, 4)}, {"layers": [1]}, "layers has 1"),
+        ({"a": torch.rand(3, 4, 5)}, {}, "must have 1 or 2 axes"),
+    ],
+)
+def test_targets_refuse(targets, options, message):
+    with pytest.raises(ValueError, match=message):
+        display.plot_targets(targets, **options)
+
+
+def test_attention_blanks_the_future_and_nothing_else():
+    probs = torch.rand(6, 6).tril()
+    probs = probs / probs.sum(-1, keepdim=True)
+    z = np.array(display.plot_attention(probs).data[0].z, dtype=float)
+    assert np.isnan(z[np.triu_indices(6, 1)]).all()
+    assert np.allclose(z[np.tril_indices(6)], probs.numpy()[np.tril_indices(6)])
+    both = torch.full((6, 6), 1 / 6)
+    assert not np.isnan(np.array(display.plot_attention(both).data[0].z, dtype=float)).any()
+
+
+def test_wall_shows_each_head_in_its_tile():
+    probs = torch.rand(3, 4, 5, 5).softmax(-1)
+    figure = display.plot_attention(probs, layers=[2, 5, 7])
+    z, hover = np.array(figure.data[0].z, dtype=float), figure.data[0].hovertext
+    for layer, name in enumerate(("2", "5", "7")):
+        for head in range(4):
+            for query in range(5):
+                for key in range(5):
+                    there = (
+                        [
+                            (i, j)
+                            for i in range(z.shape[0])
+                            for j in range(z.shape[1])
+                            if hover[i][j] == f"layer {name}, head {head}<br>query {query}  {query}<br>key {key}  {key}"
+                        ]
+                        if (query, key) == (4, 1)
+                        else []
+                    )
+                    for i, j in there:
+                        assert z[i, j] == pytest.approx(probs[layer, head, query, key].item())
+                    if (query, key) == (4, 1):
+                        assert len(there) == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (torch.randn(4, 4), "after the softmax"),
+        (torch.ones(4, 4), "sum to 4"),
+        (torch.full((5, 4), 0.1), "5 queries but only 4 keys"),
+        (torch.full((40, 32, 20, 20), 0.01), "Choose layers, heads or positions"),
+    ],
+)
+def test_attention_refuses(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        display.plot_attention(pattern)
+
+
+def test_tokens_flow_and_colours():
+    figure = display.plot_tokens(
+        ["The", " sky", "\n", " is", " blue"], torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), columns=20
+    )
+    bar = figure.data[0]
+    assert list(bar.text) == ["The", "·sky", "↵", "·is", "·blue"]
+    assert list(bar.y) == [0, 0, 0, 1, 1]
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 4)
+    signed = display.plot_tokens(["a", "b"], torch.tensor([-1.0, 3.0])).layout.coloraxis
+    assert (signed.cmin, signed.cmax) == (-3, 3)
+    with pytest.raises(ValueError, match="tokens has 2 entries, but values has 3"):
+        display.plot_tokens(["a", "b"], torch.rand(3))
+
+
+def test_patching_is_centred_on_zero():
+    scores = torch.tensor([[0.5, -0.25], [float("nan"), 0.0]])
+    heat = display.plot_patching(scores, ["a", "b"]).data[0]
+    assert (heat.zmin, heat.zmax) == (-0.5, 0.5)
+    with pytest.raises(TypeError, match="no argument 'value'"):
+        display.plot_patching(scores, value="x")
+    with pytest.raises(ValueError, match="must have 2 axes"):
+        display.plot_patching(torch.rand(3))
+
+
+def test_patchscope_cells(tokenizer, lens):
+    table = display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=["a", "b", "c"], top_k=2).data[0]
+    names = display.TokenNames(tokenizer)
+    for source in range(3):
+        for layer in range(5):
+            best = lens[layer, source].topk(2)
+            lines = table.cells.values[1 + source][layer].split("<br>")
+            for line, token, value in zip(lines, best.indices.tolist(), best.values.tolist(), strict=True):
+                assert line.startswith(display.escape(names(token)))
+                assert line.endswith(f"{value:.2f}")
+    with pytest.raises(ValueError, match="one reading per layer"):
+        display.plot_patchscope([["a", "b"], ["c"]])
+
+
+def test_topk_tokens_as_in_one_x(tokenizer, tmp_path, lens):
+    probs = lens.transpose(0, 1)[:4]
+    figure = display.plot_topk_tokens(
+        probs, tokenizer, k=3, title="Top", file=str(tmp_path / "a" / "f.html"), show=False
+    )
+    assert (tmp_path / "a" / "f.html").exists()
+    assert figure.layout.title.text == "Top"
+    heats = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert len(heats) == 4
+    for prompt, heat in enumerate(heats):
+        assert np.allclose(heat.z, probs[prompt].topk(3).values)
+    ids = display.plot_topk_tokens(probs[0], tokenizer, k=3, use_token_ids=True, show=False)
+    assert list(ids.data[1].text)[:3] == [str(i) for i in probs[0, 0].topk(3).indices.tolist()]
+    assert len(display.plot_topk_tokens(probs[0, 0], tokenizer, show=False).data) == 2
+    many = display.plot_topk_tokens(probs[:1].expand(40, -1, -1), tokenizer, show=False)
+    assert len([trace for trace in many.data if trace.type == "heatmap"]) == 40
+    with pytest.raises(ValueError, match="k goes from 1 to 509"):
+        display.plot_topk_tokens(probs, tokenizer, k=510, show=False)
+    with pytest.raises(ValueError, match="must be probabilities"):
+        display.plot_topk_tokens(torch.randn(2, 9), tokenizer, show=False)
+
+
+def test_frames(tokenizer, lens, tiny):
+    frame = display.top_tokens_to_df(lens.transpose(0, 1), tokenizer, k=2)
+    assert list(frame.columns) == ["prompt", "layer", "rank", "id", "token", "probability"]
+    row = frame[(frame.prompt == 3) & (frame.layer == 2) & (frame["rank"] == 1)].iloc[0]
+    assert (row.id, row.probability) == (lens[2, 3].argmax().item(), pytest.approx(lens[2, 3].max().item()))
+    prompts = [
+        SimpleNamespace(
+            prompt="A",
+            target_strings={"target": "x", "other": ["y", "z"]},
+            target_tokens={"target": [5], "other": [6, 7]},
+        ),
+        SimpleNamespace(prompt="B", target_strings=None, target_tokens={"target": [8]}),
+    ]
+    frame = display.prompts_to_df(prompts, tokenizer)
+    assert frame[0]["other_string"] == ["y", "z"]
+    assert frame[0]["other_tokens"] == tokenizer.convert_ids_to_tokens([6, 7])
+    assert list(display.prompts_to_df(prompts).index) == ["prompt", "target_string", "other_string"]
+    model = tiny("llama")
+    frame = display.certificate_to_df(model.certificate)
+    assert list(frame.claim) == [line.name for line in model.certificate.lines]
+    assert dict(display.anatomy_to_df(model.anatomy).values)["ln_final"] == "model.norm"
+
+
+def test_certificate_figure(tiny):
+    certificate = tiny("llama").certificate
+    table = display.plot_certificate(certificate).data[0]
+    assert [claim.replace("<br>", " ") for claim in table.cells.values[1]] == [
+        display.escape(line.name) for line in certificate.lines
+    ]
+    assert list(table.cells.values[2]) == [row[2] for row in certificate.rows()]
