@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from nnterp import loading, skipping, steering
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.binding import bind_names, envoy_at
 from nnterp.certificate import Certificate, ResidualStructure, certify
+from nnterp.collection import Collected, collect
 from nnterp.errors import InsideTraceError, PaddingError, ShapeError
+from nnterp.gradients import Gradients, gradients
 from nnterp.readout import Readout, project_on_vocab
 from nnterp.values import (
     VALUES,
@@ -296,6 +299,98 @@ class StandardizedTransformer(TransformersModel):
         value, named = canonical(name)
         print(explain(self, value, layer if layer is not None else named))
 
+    def collect(
+        self,
+        prompts: Any,
+        values: str | Iterable[str],
+        layers: int | Iterable[int] | None = None,
+        positions: Any = None,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        reduce: Any = None,
+        progress: bool = True,
+        max_new_tokens: int | None = None,
+        **generation: Any,
+    ) -> Collected:
+        """Read values of many prompts: plain tensors, in one pass that stops after the last layer needed.
+
+        The result does not depend on the batch size or the padding side, memory grows by the result alone, and values
+        may be asked for in any order.
+
+        Args:
+            prompts: Texts, token ids, tensors, chat messages, or a list of these; see `nnterp.inputs.encode`.
+            values: Names of the table (`"layers_output"`), with a layer (`"mlp_neurons[3]"`) or TransformerLens'
+                (`"blocks.3.hook_resid_post"`); one or several.
+            layers: The layers, for values that name none; by default all that have the value.
+            positions: Over each prompt's own tokens: an index (−1 is the last token whichever side is padded), a slice,
+                a selector (`nnterp.positions.at("Paris")`, `last_of("Eiffel Tower")`), a list of these, or one list per
+                prompt; all if None. One index, or `last_of`, has no axis in the result.
+            batch_size: Prompts that share a forward pass.
+            device: Where the result is kept.
+            dtype: Its dtype; the model's if None.
+            reduce: "mean" or "sum" over all prompts and positions (accumulated in double precision, returned in float32
+                unless `dtype` says otherwise), or a function applied, on the model's device, to what is selected of a
+                value, `[rows, (positions,) ...]`, which keeps the first axis.
+            progress: Show a progress bar when there is more than one batch.
+            max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
+                `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
+            **generation: Settings of the generation, as in `generate`.
+
+        Returns:
+            A mapping from value to tensor, `[layers, prompts, (positions,) ...]`; see `nnterp.collection.Collected`.
+
+        Raises:
+            ValueError: There is no such value, or a position's text is not in a prompt.
+            IndexError: There is no such layer, or a prompt has no such position; names the prompt and its length.
+            Unavailable: A layer that was asked for does not have the value.
+            InsideTraceError: Called inside a trace of this model.
+
+            An error in a later batch carries what is finished as `error.collected`.
+        """
+        return collect(
+            self,
+            prompts,
+            values,
+            layers,
+            positions,
+            batch_size,
+            device,
+            dtype,
+            reduce,
+            progress,
+            max_new_tokens,
+            **generation,
+        )
+
+    def gradients(
+        self,
+        prompts: Any,
+        metric: Callable[[torch.Tensor], torch.Tensor],
+        values: str | Iterable[str],
+        layers: int | Iterable[int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Gradients:
+        """Gradients of a scalar of the logits with respect to values, in any order.
+
+        Args:
+            prompts: As in `collect`; they share one batch, padded on the tokenizer's side.
+            metric: From the logits `[prompts, seq, vocab]` to one number, by differentiable operations.
+            values, layers: As in `collect`.
+            device: Where the result is kept.
+
+        Returns:
+            Gradients and values by the same names as in `collect`, `[layers, prompts, seq, ...]` each; see
+            `nnterp.gradients.Gradients`.
+
+        Raises:
+            RuntimeError: Called under `no_grad` or `inference_mode`.
+            ValueError: The metric is no differentiable number, or the weights are frozen before a value.
+            Unavailable: A layer that was asked for does not have the value.
+            InsideTraceError: Called inside a trace of this model.
+        """
+        return gradients(self, prompts, metric, values, layers, device)
+
     @property
     def attn_probs_available(self) -> bool:
         """Whether `attention_probabilities` can be read: attention is computed eagerly, and some layer has them."""
@@ -313,7 +408,9 @@ class StandardizedTransformer(TransformersModel):
     def logits(self, tensor: torch.Tensor) -> None:
         current = self.logits
         if tensor.shape != current.shape:
-            raise ShapeError(f"logits has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it.")
+            raise ShapeError(
+                f"logits has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
         output = self.output
         self.output = dataclasses.replace(output, logits=tensor) if dataclasses.is_dataclass(output) else output
 
@@ -406,7 +503,9 @@ class StandardizedTransformer(TransformersModel):
         """
         if positions is not None:
             if token_positions is not None:
-                raise ValueError("Both `positions` (deprecated) and `token_positions` were given; give token_positions.")
+                raise ValueError(
+                    "Both `positions` (deprecated) and `token_positions` were given; give token_positions."
+                )
             warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
         steering.steer(self, layers, steering_vector, factor, token_positions, batch_index)
@@ -430,10 +529,14 @@ class StandardizedTransformer(TransformersModel):
         """
         width = self.readout.layout.width
         if width and hidden_state.shape[-1] != width:
-            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}.")
+            raise ShapeError(
+                f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}."
+            )
         return project_on_vocab(self, hidden_state)
 
-    def get_topk_closest_tokens(self, hidden_state: torch.Tensor, k: int = 5) -> dict[str, float] | list[dict[str, float]]:
+    def get_topk_closest_tokens(
+        self, hidden_state: torch.Tensor, k: int = 5
+    ) -> dict[str, float] | list[dict[str, float]]:
         """The `k` most probable tokens of hidden states read out as if they left the last layer.
 
         Args:

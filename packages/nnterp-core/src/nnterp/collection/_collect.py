@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from tqdm.auto import tqdm
 
 from nnterp.collection._collected import Collected
 from nnterp.collection._plan import Plan, make_plan
@@ -51,21 +52,18 @@ def collect(
     plan = make_plan(model, values, layers)
     chosen, single = positions_of(model, rows, positions)
     result = _Result(plan, rows, chosen, single, device, dtype, reduce)
-    for batch in watched(model, rows, batch_size, progress, result):
-        picked = result.pick(batch)
-        inputs = {**batch.encoding, **no_cache(model)}
-        with torch.no_grad(), model.trace(inputs) as tracer:
-            seen: dict[int, torch.Tensor] = {}
-            taken: dict[int, torch.Tensor] = {}
-            taken.save()
-            for i, place in enumerate(plan.reads):
-                seen[i] = place.read(model, str(place))
-                for t in plan.after[i]:
-                    target = plan.targets[t]
-                    tensor = target.combine([seen[p] for p in target.parts])
-                    taken[t] = result.reduced(select(tensor, picked, target.label, target.value.shape))
-            tracer.stop()
-        result.put(batch, taken)
+    with tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar:
+        for batch in batches(model, rows, batch_size):
+            try:
+                result.put(batch, _one_batch(model, plan, result, batch))
+            except BaseException as error:
+                if result.done:
+                    error.collected = result.collected(model)  # type: ignore[attr-defined]
+                    error.add_note(
+                        f"{len(result.done)} of {len(rows)} prompts are finished: see error.collected and its `done`."
+                    )
+                raise
+            bar.update(len(batch))
     return result.collected(model)
 
 
@@ -102,20 +100,24 @@ def positions_of(
     return chosen, single
 
 
-def watched(
-    model: StandardizedTransformer, rows: list[Row], batch_size: int, progress: bool, result: _Result
-) -> Iterable[Batch]:
-    """The batches, under a progress bar; an error on the way carries what is finished as `error.collected`."""
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size)
-    with bar:
-        for batch in batches(model, rows, batch_size):
-            try:
-                yield batch
-            except GeneratorExit:
-                raise
-            bar.update(len(batch))
+def _one_batch(model: StandardizedTransformer, plan: Plan, result: _Result, batch: Batch) -> dict[int, torch.Tensor]:
+    """One forward pass as far as it is needed: what each target is made into."""
+    picked = result.pick(batch)
+    inputs = {**batch.encoding, **no_cache(model)}
+    with torch.no_grad(), model.trace(inputs) as tracer:
+        seen: dict[int, torch.Tensor] = {}
+        taken: dict[int, torch.Tensor] = {}
+        taken.save()
+        for i, place in enumerate(plan.reads):
+            seen[i] = place.read(model, str(place))
+            for t in plan.after[i]:
+                target = plan.targets[t]
+                tensor = target.combine([seen[p] for p in target.parts])
+                taken[t] = result.reduced(select(tensor, picked, target.label, target.value.shape))
+            for p in plan.last_use[i]:
+                del seen[p]
+        tracer.stop()
+    return taken
 
 
 class _Result:

@@ -39,12 +39,14 @@ class Plan:
         reads: The places to read, in the order the model passes them.
         targets: What they make.
         after: For each read, the targets that it completes.
+        last_use: For each read, the reads that nothing needs any more after it.
         layers: Value → its layers, in the order asked for.
     """
 
     reads: tuple[Place, ...]
     targets: tuple[Target, ...]
     after: tuple[tuple[int, ...], ...]
+    last_use: tuple[tuple[int, ...], ...]
     layers: dict[str, tuple[int, ...]]
 
 
@@ -88,9 +90,10 @@ def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layer
     after: list[list[int]] = [[] for _ in order]
     for i, target in enumerate(targets):
         after[max(target.parts)].append(i)
-    return Plan(
-        tuple(order), targets, tuple(tuple(a) for a in after), {name: tuple(mine) for name, mine in asked.items()}
-    )
+    needed = {p: max(max(t.parts) for t in targets if p in t.parts) for p in range(len(order))}
+    last_use = tuple(tuple(p for p, at in needed.items() if at == i) for i in range(len(order)))
+    chosen = {name: tuple(mine) for name, mine in asked.items()}
+    return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, chosen)
 
 
 def _layers(model: StandardizedTransformer, value: Value, layers: int | Iterable[int] | None) -> list[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nnterp.errors import Unavailable
 from nnterp.values._places import Everywhere, Inside, Item, Place, Site, Sum, View, added, scaled
 from nnterp.values._serve import Declared, ReadOnly, ThroughOut, findings, through
 
@@ -52,3 +53,37 @@ def when(model: StandardizedTransformer, place: Place) -> float:
         part = model.anatomy.part("self_attn", place.layer)
         return ticks[part.entry, (), "output"] - 0.5
     raise TypeError(f"{type(place).__name__} is made of other places; ask for those.")
+
+
+def gradient_reads(model: StandardizedTransformer, place: Place, label: str) -> tuple[list[Place], Combine]:
+    """The tensors whose gradients make the gradient with respect to a value, and how.
+
+    A view takes the gradient of what it is a view of; a value computed several times over, the sum; a multiple that is
+    added to the stream, the gradient of what is multiplied, divided by the factor; a head's contribution, the gradient
+    of what the contributions are summed into.
+
+    Raises:
+        Unavailable: The value is passed on in two places, of which only one is served.
+    """
+    if isinstance(place, View):
+        inner, combine = gradient_reads(model, place.place, label)
+        return inner, lambda given: place.show(combine(given))
+    if isinstance(place, Everywhere):
+        pieces = [gradient_reads(model, p, label) for p in place.places]
+        return [p[0][0] for p in pieces], lambda given: added([f([g]) for g, (_, f) in zip(given, pieces, strict=True)])
+    if isinstance(place, ThroughOut):
+        _, combine = reads(model, place.heads)
+        inside = findings(model).attention
+        heads = next(a.heads for a in inside if a is not None and a.out == place.path)
+        assert heads is not None
+        return [Site(place.path, "output")], lambda given: given[0].unsqueeze(2).expand(-1, -1, heads, -1)
+    if isinstance(place, Sum):
+        path, factor = place.terms[-1]
+        return [
+            Site(path, "output")
+        ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
+    if isinstance(place, ReadOnly):
+        raise Unavailable(
+            f"There is no gradient with respect to {label} in {model.anatomy.model_class}: {place.reason}."
+        )
+    return [place], lambda given: given[0]

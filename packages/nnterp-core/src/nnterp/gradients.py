@@ -1,0 +1,149 @@
+"""Gradients of a scalar with respect to values of the table, as plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.collection._collect import no_cache
+from nnterp.collection._plan import make_plan
+from nnterp.inputs import Batch, encode, pad
+from nnterp.values import canonical
+from nnterp.values._order import gradient_reads, when
+
+if TYPE_CHECKING:
+    from nnterp.standardized_transformer import StandardizedTransformer
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Values, and the gradients of a metric with respect to them.
+
+    `gradients["layers_output"]` is `[layers, prompts, seq, ...]`, `gradients["layers_output", 3]` and
+    `gradients["blocks.3.hook_resid_post"]` one layer of it; `gradients.values` holds the values under the same names.
+    Prompts of different lengths are padded on the tokenizer's side; `batch` says where each row's tokens stand.
+
+    Attributes:
+        metric: The metric's value.
+        logits: `[prompts, seq, vocab]`, as the metric was given them.
+        batch: The prompts as one padded batch.
+        layers: Value → the layers in its first axis.
+    """
+
+    metric: torch.Tensor
+    logits: torch.Tensor
+    batch: Batch
+    layers: dict[str, tuple[int, ...]]
+    _values: dict[tuple[str, int | None], torch.Tensor]
+    _gradients: dict[tuple[str, int | None], torch.Tensor]
+
+    def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
+        """The gradient with respect to a value, or to one layer of it.
+
+        Raises:
+            KeyError: It was not asked for.
+            ValueError: The layers of this value differ in shape: ask for one.
+        """
+        return self._pick(self._gradients, key)
+
+    def value(self, key: str | tuple[str, int]) -> torch.Tensor:
+        """The value itself, under the same names."""
+        return self._pick(self._values, key)
+
+    def __iter__(self) -> Any:
+        return iter(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    def _pick(self, table: dict[tuple[str, int | None], torch.Tensor], key: str | tuple[str, int]) -> torch.Tensor:
+        name, layer = key if isinstance(key, tuple) else (key, None)
+        try:
+            value, named = canonical(name)
+        except ValueError as error:
+            raise KeyError(str(error)) from None
+        layer = named if layer is None else layer
+        if value.name not in self.layers:
+            raise KeyError(f"{value.name} was not asked for; there are: {', '.join(self.layers)}.")
+        have = self.layers[value.name]
+        if not value.per_layer:
+            return table[value.name, None]
+        if layer is not None:
+            index = layer if layer >= 0 or layer in have else layer + 1 + max(have)
+            if (value.name, index) not in table:
+                raise KeyError(
+                    f"Layer {layer} of {value.name} was not asked for; there are: {', '.join(map(str, have))}."
+                )
+            return table[value.name, index]
+        shapes = {tuple(table[value.name, i].shape) for i in have}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The layers of {value.name} differ in shape; ask for one: gradients[{value.name!r}, {have[0]}]."
+            )
+        return torch.stack([table[value.name, i] for i in have])
+
+
+def gradients(
+    model: StandardizedTransformer,
+    prompts: Any,
+    metric: Callable[[torch.Tensor], torch.Tensor],
+    values: str | Iterable[str],
+    layers: int | Iterable[int] | None = None,
+    device: str | torch.device = "cpu",
+) -> Gradients:
+    """See `StandardizedTransformer.gradients`."""
+    model.require_no_trace("gradients()")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "gradients() was called under torch.no_grad() or inference_mode, where nothing has a gradient. Call it outside."
+        )
+    model.dispatch()
+    plan = make_plan(model, values, layers)
+    rows = encode(model, prompts)
+    if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            f"{model.anatomy.model_class} is not exact under padding, so prompts of different lengths cannot share a batch. "
+            f"Take the gradients of one length at a time."
+        )
+    batch = pad(model, rows)
+    sources = [gradient_reads(model, t.value.place(model, t.layer), t.label) for t in plan.targets]
+    order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
+    with model.trace({**batch.encoding, **no_cache(model)}):
+        seen: dict[int, torch.Tensor] = {}
+        seen.save()
+        for i, place in enumerate(order):
+            tensor = place.read(model, str(place))
+            if i == 0 and not tensor.requires_grad and tensor.is_floating_point():
+                tensor.requires_grad_(True)  # frozen weights: the graph begins here
+            seen[i] = tensor
+        logits = model.logits.save()
+    by_place = {place: seen[i] for i, place in enumerate(order)}
+    score = metric(logits)
+    if not isinstance(score, torch.Tensor) or score.numel() != 1:
+        got = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+        raise ValueError(f"The metric must make one number of the logits {list(logits.shape)}; it made {got}.")
+    if not score.requires_grad:
+        raise ValueError(
+            "The metric does not depend on any of the values through differentiable operations: it was detached, computed "
+            "under no_grad, or made of integers (argmax, comparisons)."
+        )
+    wanted = list(dict.fromkeys(place for places, _ in sources for place in places))
+    frozen = [place for place in wanted if not by_place[place].requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{frozen[0]} does not require a gradient: its dtype is {by_place[frozen[0]].dtype}, or the weights before it are "
+            f"frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
+        )
+    made = torch.autograd.grad(score.reshape(()), [by_place[p] for p in wanted], allow_unused=True)
+    slopes = {p: torch.zeros_like(by_place[p]) if g is None else g for p, g in zip(wanted, made, strict=True)}
+    values_: dict[tuple[str, int | None], torch.Tensor] = {}
+    gradients_: dict[tuple[str, int | None], torch.Tensor] = {}
+    with torch.no_grad():
+        for target, (places, pull) in zip(plan.targets, sources, strict=True):
+            key = (target.value.name, target.layer)
+            values_[key] = target.combine([by_place[plan.reads[p]].detach() for p in target.parts]).to(device)
+            gradients_[key] = pull([slopes[p] for p in places]).to(device)
+    return Gradients(score.detach().to(device), logits.detach().to(device), batch, plan.layers, values_, gradients_)
