@@ -218,6 +218,8 @@ class _Finder:
         kind, self_attn = "none", None
         if attention is not None:
             kind = self.kind(block.get_submodule(attention.path or attention.entry))
+            if kind == "none":  # a class name that says nothing: the module's own name, or the user, says attention
+                kind = "attention"
             if mixer is None:
                 mixer = attention
             if kind == "attention":

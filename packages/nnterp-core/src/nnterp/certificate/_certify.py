@@ -331,11 +331,9 @@ class _Checks:
                 continue
             made = self.own_positions(made) if made.shape[1] != state.shape[1] else made
             if block is blocks[-1]:  # HuggingFace returns the last one normalised, or not, by model
+                several = made.dim() > 3
                 made = min(self.ends(recording, made), key=lambda c: relative_error(c, state))
-                if (
-                    relative_error(made, state) > self.tolerance
-                    and recording.call(blocks[-1].path).stream_out.dim() > 3
-                ):  # type: ignore[union-attr]
+                if several and relative_error(made, state) > self.tolerance:
                     continue  # several streams are merged after the last layer; the readout line covers it
             pairs.append((block.path, made, state))
         self.close(HIDDEN, pairs, _REMEDY_LAYERS)
@@ -502,6 +500,7 @@ class _Checks:
             inside = [p for p in recording.calls if p.startswith(f"{block.path}.")]
             structures.append(solve_residual(block, recording, inside, self.tolerance))
         self.model.residual_structures = tuple(structures)
+        self.named_parts_read_the_stream(recording)
         idle = {b.index for b in self.anatomy.blocks} - {b.index for b in self.ran(recording)}
         unknown = [(i, s) for i, s in enumerate(structures) if s.kind == "unknown" and i not in idle]
         if not unknown:
@@ -515,6 +514,30 @@ class _Checks:
         if named or not self.holds_more(recording, self.anatomy.blocks[index]):
             self.say(IDENTITY, False, first.error, detail, _REMEDY_PARTS)
         self.skip(IDENTITY, f"{detail}; contributions are unavailable there")
+
+    def named_parts_read_the_stream(self, recording: Recording) -> None:
+        """A part the user named must be given the stream, as it is or normalised: the last projection of an MLP returns
+        what the MLP returns, but what it is given is something else."""
+        config = self.model.rename_config
+        roles = [role for role, name in (("self_attn", "attn_name"), ("mlp", "mlp_name")) if config and getattr(config, name)]
+        norms = [p for p in recording.calls if "norm" in type(self.module.get_submodule(p)).__name__.lower()]
+        wrong = []
+        for block, structure in zip(self.anatomy.blocks, self.model.residual_structures, strict=True):
+            layer = recording.call(block.path)
+            for role in roles if layer is not None else ():
+                part = getattr(block, role)
+                call = None if part is None else recording.within(part.entry, layer)
+                if call is None or call.stream_in is None:
+                    continue
+                sources = [layer.stream_in]
+                if structure.mid is not None and (mid := recording.within(structure.mid, layer)) is not None:
+                    sources.append(mid.stream_in if structure.mid_side == "input" else mid.stream_out)
+                sources += [own.stream_out for p in norms if (own := recording.within(p, layer)) is not None]
+                given = call.stream_in.flatten()
+                if not any(s is not None and s.numel() == given.numel() and torch.equal(s.flatten(), given) for s in sources):
+                    wrong.append(f"{part.entry} is not given the residual stream, nor a norm of it")
+        if wrong:
+            self.say(IDENTITY, False, detail="; ".join(wrong[:2]), remedy=_REMEDY_PARTS)
 
     def holds_more(self, recording: Recording, block: Layer) -> bool:
         """Whether a layer holds more than parts and norms, or carries several streams: then no simple sum is expected."""
@@ -614,7 +637,7 @@ class _Checks:
 
     def probe_ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
         """Random token ids that are no special tokens, the same on every machine."""
-        embedding = self.module.get_input_embeddings()  # type: ignore[operator]
+        embedding = self.module.get_input_embeddings()
         vocab = min(embedding.weight.shape[0], self.anatomy.sizes.vocab_size or embedding.weight.shape[0])
         special = {int(i) for i in getattr(self.model.tokenizer, "all_special_ids", ()) if i is not None}
         config = self.module.config

@@ -1,0 +1,99 @@
+"""Every causal language model that transformers has: proven, or refused with the reason."""
+
+import pytest
+import torch
+
+from nnterp import StandardizedTransformer
+from nnterp.certificate._certify import HIDDEN, IDENTITY, PADDING, READOUT
+from nnterp.errors import RenamingError
+from nnterp.testing import LEFT_PADDING_INEXACT, model_types, multimodal_model_types, tiny_model, tiny_tokenizer
+
+REFUSED = {
+    "blt": "3 stacks of layers",
+    "hrm_text": "2 stacks of layers",
+    "prophetnet": "no axes of it are batch and sequence",
+    "reformer": "reversible residuals",
+    "xlm": "parts of its layers in separate lists",
+    "xlnet": "no axes of it are batch and sequence",
+}
+
+# Layers that combine their parts otherwise than by adding multiples of them to one stream.
+NO_SUM = {
+    "deepseek_v4": "hyper-connections",
+    "gemma3n_text": "alternating updates of several streams",
+    "hy_v4": "hyper-connections",
+    "inkling2_text": "attention over earlier streams",
+    "longcat_flash": "two attentions and three feed-forwards in a layer",
+    "qwen4_exp": "hyper-connections",
+    "qwen4_exp_text": "hyper-connections",
+    "xmod": "language adapters",
+}
+
+# Models that mix the streams of all layers before the head.
+NO_READOUT = {"inkling2_text"}
+
+LINES = 9
+
+
+@pytest.mark.parametrize("model_type", [*model_types(), *multimodal_model_types()])
+def test_certificate_holds_or_the_model_is_refused(model_type):
+    module = tiny_model(model_type)
+    if model_type in REFUSED:
+        with pytest.raises(RenamingError, match=REFUSED[model_type]):
+            StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+        return
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    certificate = model.certificate
+    assert certificate.ok
+    assert certificate.complete
+    assert len(certificate.lines) == LINES
+    skipped = {line.name for line in certificate.lines if line.status == "skipped"}
+    expected = set()
+    if model_type in NO_SUM:
+        expected.add(IDENTITY)
+    if model_type in NO_READOUT:
+        expected.add(READOUT)
+    assert skipped - {PADDING, HIDDEN} == expected
+    assert certificate[HIDDEN].status == "passed"
+    assert model.padding_is_exact == (PADDING not in skipped)
+    if model_type not in LEFT_PADDING_INEXACT:
+        assert model.padding_is_exact
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "qwen3_next", "jamba", "bert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_certificate_holds_in_half_precision(model_type, dtype):
+    model = StandardizedTransformer(tiny_model(model_type, dtype=dtype), tokenizer=tiny_tokenizer())
+    assert model.certificate.ok
+    assert model.certificate.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_certificate_prints_saves_and_loads(tmp_path, tiny):
+    certificate = tiny("llama").certificate
+    certificate.save(tmp_path / "certificate.json")
+    assert type(certificate).load(tmp_path / "certificate.json") == certificate
+    text = str(certificate)
+    for line in certificate.lines:
+        assert line.name in text
+    assert certificate.versions["transformers"] in text
+    assert certificate["project_on_vocab"].error <= certificate["project_on_vocab"].tolerance
+
+
+def test_certificate_sees_a_broken_model(tiny):
+    """A model whose norm is replaced behind nnterp's back no longer proves."""
+    module = tiny_model("llama", seed=3)
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    assert model.validate().ok
+    head = module.lm_head
+    module.lm_head.register_forward_hook(lambda m, a, out: out.flip(-1) if m is head else out)
+    assert model.validate().ok  # the head itself changed: still the model's own head
+    module.register_forward_hook(lambda m, a, out: type(out)(**{**out, "logits": out.logits.flip(-1)}))
+    assert not model.validate().ok
+
+
+def test_training_mode_is_given_back():
+    module = tiny_model("gpt2", seed=5).train()
+    module.transformer.h[0].attn.eval()
+    before = [m.training for m in module.modules()]
+    StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    assert [m.training for m in module.modules()] == before
