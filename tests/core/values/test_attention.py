@@ -18,7 +18,13 @@ TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM | NO_ATTENTION]
 # What no place serves, with the reason in words of the model's own code.
 UNSERVED = {
     "diffllama": {"attention_values"},  # averaged in two halves, by two calls of the attention function
-    "reformer": {"attention_probabilities", "attention_queries", "attention_keys", "attention_values", "attention_head_outputs"},
+    "reformer": {
+        "attention_probabilities",
+        "attention_queries",
+        "attention_keys",
+        "attention_values",
+        "attention_head_outputs",
+    },
     "prophetnet": {"attention_values", "attention_head_outputs"},
     "deepseek_v4": {"attention_head_outputs"},  # groups of heads pass a low rank before the last projection
     "jetmoe": {"attention_head_outputs"},  # each token's heads are chosen and projected by experts
@@ -50,7 +56,13 @@ def read(model, name, layer, tokens):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_value_is_served(model_type):
     model = wrapped(model_type)
-    for name in ("attention_probabilities", "attention_queries", "attention_keys", "attention_values", "attention_head_outputs"):
+    for name in (
+        "attention_probabilities",
+        "attention_queries",
+        "attention_keys",
+        "attention_values",
+        "attention_head_outputs",
+    ):
         if name in UNSERVED.get(model_type, ()):
             assert not have(model, name)
         else:

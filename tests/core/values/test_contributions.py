@@ -1,0 +1,140 @@
+"""Contributions, the stream between sublayers, neurons and heads through W_O: identities and writes on every type."""
+
+import pytest
+import torch
+from values_reference import ids, wrapped
+
+from nnterp.errors import Unavailable
+from nnterp.testing import model_types
+from nnterp.values import VALUES
+from nnterp.values._serve import findings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NO_RESIDUAL_STREAM = {"blt", "hrm_text", "xlm"}
+TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM]
+
+
+def served(model, name, layer):
+    try:
+        VALUES[name].place(model, layer)
+    except Unavailable:
+        return False
+    return True
+
+
+def off(actual, expected):
+    """Relative error at the worst position."""
+    actual, expected = actual.double(), expected.double()
+    norm = expected.norm(dim=-1)
+    return ((actual - expected).norm(dim=-1) / norm.clamp(min=1e-3 * norm.max())).max().item()
+
+
+def read(model, name, layer, tokens):
+    with torch.no_grad(), model.trace(tokens, use_cache=False):
+        value = getattr(model, name)[layer].clone().save()
+    return value
+
+
+def shaped(tensor, like):
+    return tensor.reshape(like.shape) if tensor.numel() == like.numel() else tensor
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_input_plus_contributions_is_output(model_type):
+    model, tokens = wrapped(model_type, eager=False, check=True), ids()
+    assert model.residual_structures
+    for layer, structure in enumerate(model.residual_structures):
+        if structure.kind == "unknown":
+            assert structure.reason
+            continue
+        names = [n for n in ("mixer_contributions", "mlp_contributions") if served(model, n, layer)]
+        x, y = (read(model, n, layer, tokens) for n in ("layers_input", "layers_output"))
+        parts = [shaped(read(model, n, layer, tokens), x) for n in names]
+        if structure.kind != "post-norm":
+            made = x.double() + sum(p.double() for p in parts)
+            assert off(made, y) < max(16 * torch.finfo(y.dtype).eps, 1e-5), structure.kind
+        if structure.mid is not None:
+            mid = read(model, "layers_mid", layer, tokens)
+            if structure.kind == "sequential":
+                assert off(mid, x.double() + parts[0].double()) < 1e-5
+                assert off(mid.double() + parts[1].double(), y) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_written_contributions_are_what_is_added(model_type):
+    """Writing a contribution makes it what was written, and nothing else about the layer changes."""
+    model, tokens = wrapped(model_type, eager=False, check=True), ids()
+    for layer in {0, model.num_layers - 1}:
+        structure = model.residual_structures[layer]
+        if structure.kind not in ("sequential", "parallel", "single") or not served(model, "mlp_contributions", layer):
+            continue
+        plain = read(model, "layers_output", layer, tokens)
+        now = read(model, "mlp_contributions", layer, tokens)
+        new = now * 0.5 + 0.1
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            model.mlp_contributions[layer] = new
+            changed = model.layers_output[layer].clone().save()
+        expected = plain.double() + shaped((new - now).double(), plain)
+        assert off(changed, expected) < 2e-5
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_written_mid_moves_both_paths(model_type):
+    """The stream between the sublayers reaches the layer's output directly and through the feed-forward."""
+    model, tokens = wrapped(model_type, eager=False, check=True), ids()
+    layers = [
+        i for i, s in enumerate(model.residual_structures) if s.kind == "sequential" and served(model, "layers_mid", i)
+    ]
+    for layer in layers[:1]:
+        step = torch.randn(model.hidden_size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            mid = (model.layers_mid[layer] + step).save()
+            model.layers_mid[layer] = mid
+            contribution = model.mlp_contributions[layer].clone().save()
+            after = model.layers_output[layer].clone().save()
+        assert off(after, mid.double() + shaped(contribution.double(), mid)) < 2e-5
+        before = read(model, "mlp_contributions", layer, tokens)
+        assert (contribution - before).abs().max() > 1e-4, "the feed-forward did not see the write"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_neurons(model_type):
+    """The neurons through the down projection are the feed-forward's output, and zeroing them leaves its bias."""
+    model, tokens = wrapped(model_type, eager=False), ids()
+    layers = [i for i, p in enumerate(findings(model).neurons) if not isinstance(p, str)]
+    for layer in layers[:1]:
+        place = findings(model).neurons[layer]
+        down = model._module.get_submodule(place.path)
+        neurons = read(model, "mlp_neurons", layer, tokens)
+        with torch.no_grad():
+            made = down(neurons)
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            model.mlp_neurons[layer] = torch.zeros_like(neurons)
+            silent = model.mlps_output[layer].clone().save()
+        plain = read(model, "mlps_output", layer, tokens)
+        with torch.no_grad():
+            moved = made - down(torch.zeros_like(neurons))
+        # BLOOM's feed-forward adds the residual itself: the difference is the same.
+        assert off((plain - silent).reshape(moved.shape), moved) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_heads_through_out_sum_to_the_output(model_type):
+    model, tokens = wrapped(model_type, eager=False), ids()
+    layers = [i for i in model.attention_layers if served(model, "attention_head_contributions", i)]
+    for layer in layers[-1:]:
+        out = model._module.get_submodule(findings(model).attention[layer].out)
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            contributions = model.attention_head_contributions[layer].save()
+            z = model.attention_head_outputs[layer].save()
+        with torch.no_grad():
+            expected = out(z.flatten(2))
+            bias = out(torch.zeros_like(z.flatten(2)))
+        assert contributions.shape == (*z.shape[:3], expected.shape[-1])
+        assert off(contributions.sum(2) + bias, expected) < 1e-5
+        half = contributions * 0.5
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            model.attention_head_contributions[layer] = half
+            written = model.envoy(findings(model).attention[layer].out).output.clone().save()
+        assert off(written.reshape(expected.shape), half.sum(2) + bias) < 1e-5
