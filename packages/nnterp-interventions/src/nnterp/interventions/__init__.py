@@ -1,6 +1,8 @@
 """Interventions on any HuggingFace causal language model: lenses, patchscopes, patching, steering and ablation."""
 
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
+from nnterp.interventions._metrics import Metric, kl_divergence, logit_difference, target_probability
+from nnterp.interventions._patching import PatchingResult, activation_patching
 from nnterp.interventions._patchscope import (
     PatchscopeResult,
     patch_object_attn_lens,
@@ -14,11 +16,16 @@ from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_re
 
 __all__ = [
     "LensResult",
+    "Metric",
+    "PatchingResult",
     "PatchscopeResult",
     "Result",
     "TargetPrompt",
     "TargetPromptBatch",
+    "activation_patching",
     "it_repeat_prompt",
+    "kl_divergence",
+    "logit_difference",
     "logit_lens",
     "logit_lens_table",
     "patch_object_attn_lens",
@@ -27,4 +34,5 @@ __all__ = [
     "patchscope_table",
     "repeat_prompt",
     "steer",
+    "target_probability",
 ]

@@ -13,7 +13,7 @@ from nnterp.errors import ShapeError
 from nnterp.inputs import Batch, Row, encode
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
 from nnterp.interventions._running import BatchSize, forward_flags, in_batches
-from nnterp.interventions._tokens import ids_per_prompt
+from nnterp.interventions._tokens import groups_per_prompt
 from nnterp.positions import Positions, resolve
 from nnterp.values import get_value, read_value
 from nnterp.values._accessors import layer_index
@@ -32,7 +32,7 @@ class LensResult(Result):
     `targets` are places in each prompt's own list of targets, whose ids are in `target_ids`.
     """
 
-    figure: ClassVar[str] = "logit_lens"
+    figure: ClassVar[str] = "lens"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Reduction:
         probs: All probabilities.
         inverse: Also those of the negated hidden state.
         top_k: The most probable tokens.
-        targets: `[prompts, most]` token ids, -1 for none.
-        ranks: How many tokens are more probable than each target.
+        targets: `[prompts, targets, members]` token ids, -1 for none; members of one target count together.
+        ranks: How many tokens are more probable than each target (than its most probable member).
         entropy: Of the next-token distribution, in nats.
     """
 
@@ -64,15 +64,17 @@ class Reduction:
             return found
         logs = logits.log_softmax(-1)
         if self.top_k is not None:
-            best, found["top_ids"] = logs.topk(self.top_k, dim=-1)
-            found["top_probs"] = best.exp()
+            top, found["top_ids"] = logs.topk(self.top_k, dim=-1)
+            found["top_probs"] = top.exp()
         if self.targets is not None:
             ids = self.targets.to(logits.device)[prompts.to(logits.device)]
-            own = logs.gather(-1, ids.clamp(min=0))
-            found["target_probs"] = own.exp().masked_fill(ids < 0, float("nan"))
+            own = logs.gather(-1, ids.clamp(min=0).flatten(1)).view(ids.shape).masked_fill(ids < 0, -torch.inf)
+            absent = (ids < 0).all(-1)
+            found["target_probs"] = own.exp().sum(-1).masked_fill(absent, float("nan"))
             if self.ranks:
-                ranks = torch.stack([(logs > own[:, k : k + 1]).sum(-1) for k in range(ids.shape[1])], dim=-1)
-                found["target_ranks"] = ranks.masked_fill(ids < 0, -1)
+                best = own.amax(-1)
+                ranks = [(logs > best[:, k : k + 1]).sum(-1) for k in range(best.shape[1])]
+                found["target_ranks"] = torch.stack(ranks, dim=-1).masked_fill(absent, -1)
         if self.entropy:
             found["entropy"] = -(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(-1)
         return found
@@ -107,8 +109,9 @@ def logit_lens(
         return_inv_logits: Also return the probabilities read from the negated hidden state.
         layers: The layer or layers; all if None.
         positions: Where to read, over each prompt's own tokens; the last token if None.
-        targets: Token ids (or texts of one token): one for all prompts, or a list with a token or a list of tokens for
-            each prompt. Their probabilities are returned, and the vocabulary never leaves the model.
+        targets: Token ids (or texts of one token): one for all prompts, or a list with a token or a list of targets for
+            each prompt, a target being a token or a list of tokens whose probabilities are added up. Their
+            probabilities are returned, and the vocabulary never leaves the model.
         top_k: Return the most probable tokens instead of the vocabulary.
         ranks: Also return the ranks of the targets, 0 for the most probable token.
         entropy: Return the entropy of the distribution, in nats.
@@ -117,8 +120,8 @@ def logit_lens(
 
     Returns:
         `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN
-        where a shorter prompt has no such position). With `return_inv_logits` a pair of these. With any of `targets`,
-        `top_k`, `entropy`: a `LensResult`.
+        where a shorter prompt has no such position). With `return_inv_logits` a pair of these. With `targets` alone the
+        same with an axis of targets for the vocabulary; with `top_k`, `ranks` or `entropy` a `LensResult`.
 
     Raises:
         IndexError: There is no such layer or position.
@@ -135,15 +138,20 @@ def logit_lens(
         raise ValueError("ranks=True asks for the ranks of targets, but no targets were given.")
     if top_k is not None and (top_k < 1 or top_k > (model.vocab_size or top_k)):
         raise ValueError(f"top_k goes from 1 to {model.vocab_size}, the size of the vocabulary, not {top_k}.")
-    ids = None if targets is None else ids_per_prompt(model, targets, len(rows), "targets")
+    ids = None if targets is None else groups_per_prompt(model, targets, len(rows), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
     tensors = _run(model, rows, chosen, where, reduction, remote, batch_size, progress)
     if positions is None:
         tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
+    if reduced and top_k is None and not ranks and not entropy:
+        return tensors["target_probs"]
     if not reduced:
         return (tensors["probs"], tensors["inverse"]) if return_inv_logits else tensors["probs"]
     about = describe_run(model, "logit_lens", layers=chosen, positions=positions, targets=targets, top_k=top_k)
     return _result(model, rows, chosen, None if positions is None else where, tensors, ids, about)
+
+
+logit_lens.reduces_targets = True  # it can be asked for targets, see nnterp.prompts
 
 
 def logit_lens_table(
@@ -308,8 +316,11 @@ def _result(
         labels["top"] = tuple(range(kept["top_probs"].shape[-1]))
     if target_ids is not None:
         labels["targets"] = tuple(range(target_ids.shape[1]))
-        kept["target_ids"] = target_ids
-        axes["target_ids"] = ("prompts", "targets")
+        single = target_ids.shape[2] == 1
+        kept["target_ids"] = target_ids[..., 0] if single else target_ids
+        axes["target_ids"] = ("prompts", "targets") if single else ("prompts", "targets", "members")
+        if not single:
+            labels["members"] = tuple(range(target_ids.shape[2]))
     seen = [kept[name].flatten() for name in ("top_ids", "target_ids") if name in kept]
     vocabulary = vocabulary_of(model, torch.cat(seen)) if seen else {}
     return LensResult(kept, axes, labels, tokens, vocabulary, about)

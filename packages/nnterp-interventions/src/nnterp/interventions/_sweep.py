@@ -43,6 +43,7 @@ from nnterp.values import get_value, read_value
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
+READOUT_NUMBERS = 1 << 24  # logits that are held at a time
 Reduce = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
 
 
@@ -125,6 +126,8 @@ class _Run:
         self.most_rows = AUTO_ROWS if batch_size == "auto" else batch_size
         self.most_tokens = AUTO_TOKENS if batch_size == "auto" else 1 << 60
         self.results: dict[str, torch.Tensor] = {}
+        self.waiting: list[tuple[list[int], torch.Tensor]] = []  # cells and their last hidden states, not yet read out
+        self.most_readouts = max(16, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
         self.layers = model.num_layers
 
     def everything(self, shown: Any) -> None:
@@ -145,6 +148,7 @@ class _Run:
                     self.most_rows = max(1, len(chosen) // 2)
                     continue
                 prompts = prompts[size:]
+        self.read_out()
 
     def group(self, prompts: list[int], indices: list[int], length: int, shown: Any) -> bool:
         """The cells of some prompts of one length; False if memory does not suffice for their unedited runs."""
@@ -213,13 +217,15 @@ class _Run:
                 entering = apply_edits(entering, skipped, size, offset)
         if start == self.layers and not groups and not self.reads and self.shortcuts.readout:
             assert entering is not None
-            made = self.reduce(self.project(entering, at).float(), list(tile.cells))
+            self.wait(list(tile.cells), _at(entering, at, size[1], "layers_output"))
         else:
             ids = base.ids[which, offset:]
             flags = continued(model, base.cache, which, offset) if offset else forward_flags(model)
             reads, reduce, layers, cells = self.reads, self.reduce, self.layers, list(tile.cells)
-            by_hidden, order = self.reads_hidden(groups), list(groups)
-            steps = _interleaved(order, reads, layers)
+            by_hidden = self.reads_hidden(groups)
+            steps = forward_order(model, [*groups, *reads])
+            project = by_hidden and self.remote  # otherwise many tiles are read out at once, outside of the trace
+            made: dict[str, torch.Tensor] = {}
             with model.trace({"input_ids": ids}, remote=self.remote, **flags) as tracer:
                 if entering is not None:
                     model.skip_layers(0, start - 1, skip_with=entering)
@@ -240,23 +246,53 @@ class _Run:
                 elif by_hidden:
                     if start < layers and ("layers_output", layers - 1) not in groups:
                         hidden = read_value(model, get_value("layers_output"), layers - 1)
-                    made = nnsight.save(_on_cpu(reduce(self.project(hidden, at).float(), cells)))
+                    last = _at(hidden, at, size[1], "layers_output").save()
+                    if project:
+                        made = nnsight.save(_on_cpu(reduce(model.project_on_vocab(last).float(), cells)))
                     tracer.stop()
                 else:
                     made = nnsight.save(_on_cpu(reduce(_at(model.logits, at, size[1], "logits").float(), cells)))
+            if by_hidden and not reads and not project:
+                self.wait(cells, last)
+            else:
+                self.keep(cells, made)
+
+    def wait(self, cells: list[int], hidden: torch.Tensor) -> None:
+        """Hidden states `[cells, hidden]` are read out together with those of other tiles: the head is large."""
+        self.waiting.append((cells, hidden.clone()))
+        if sum(len(own) for own, _ in self.waiting) >= self.most_readouts:
+            self.read_out()
+
+    def read_out(self) -> None:
+        """Make logits of the hidden states that wait, and of these what is asked for."""
+        if not self.waiting:
+            return
+        cells = [i for own, _ in self.waiting for i in own]
+        hidden = torch.cat([states.to(self.waiting[-1][1].device) for _, states in self.waiting])
+        self.waiting = []
+        start = 0
+        while start < len(cells):
+            some = slice(start, start + self.most_readouts)
+            if not within_memory(partial(self.read_some, cells[some], hidden[some]), len(cells[some])):
+                self.most_readouts = max(1, len(cells[some]) // 2)
+                continue
+            start += len(cells[some])
+
+    def read_some(self, cells: list[int], hidden: torch.Tensor) -> None:
+        """Logits of some cells' last hidden states."""
+        self.keep(cells, self.reduce(self.model.project_on_vocab(hidden).float(), cells))
+
+    def keep(self, cells: list[int], made: dict[str, torch.Tensor]) -> None:
+        """Put what was made of some cells in its place."""
         for name, tensor in made.items():
             if name not in self.results:
                 self.results[name] = torch.empty((len(self.cells), *tensor.shape[1:]), dtype=tensor.dtype)
-            self.results[name][list(tile.cells)] = tensor.cpu()
+            self.results[name][cells] = tensor.cpu()
 
     def reads_hidden(self, groups: dict[tuple[str, int | None], Any]) -> bool:
         """Whether logits can be made of the last layer's output at the positions that are read."""
         after = any(layer is None and get_value(name).rank > 0 for name, layer in groups)
         return self.shortcuts.readout and not after
-
-    def project(self, hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Logits of the last layer's output at one position of each row."""
-        return self.model.project_on_vocab(_at(hidden, at, hidden.shape[1], "layers_output"))
 
     def edits_of(self, tile: Tile) -> dict[tuple[str, int | None], list[tuple[int, Edit]]]:
         """Edits with their rows, by value and layer."""
@@ -265,13 +301,6 @@ class _Run:
             for edit in self.cells[i].edits:
                 groups.setdefault((edit.value, edit.layer), []).append((row, edit))
         return groups
-
-
-def _interleaved(
-    order: list[tuple[str, int | None]], reads: tuple[tuple[str, int], ...], layers: int
-) -> list[tuple[str, int | None]]:
-    """Edited and read values in forward order, each once."""
-    return sorted(dict.fromkeys([*order, *reads]), key=lambda key: forward_order(key[0], key[1], layers))
 
 
 def _at(tensor: torch.Tensor, at: torch.Tensor, seq: int, name: str) -> torch.Tensor:

@@ -41,12 +41,13 @@ def token_id(model: StandardizedTransformer, token: Token) -> int:
     )
 
 
-def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, name: str) -> torch.Tensor:
-    """Token ids for each prompt, `[prompts, most]`, filled up with -1.
+def groups_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, name: str) -> torch.Tensor:
+    """Groups of token ids for each prompt, `[prompts, groups, members]`, filled up with -1.
 
     Args:
         model: Whose tokenizer reads texts.
-        tokens: One token for all prompts, or a list with one entry per prompt: a token or a list of tokens.
+        tokens: One token for all prompts, or a list with one entry per prompt: a token, or a list in which each entry
+            is a token or a list of tokens that count together.
         prompts: How many prompts there are.
         name: What errors call it.
 
@@ -58,13 +59,34 @@ def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, na
     if isinstance(tokens, (int, str)):
         tokens = [tokens] * prompts
     if not isinstance(tokens, Sequence) or len(tokens) != prompts:
-        count = len(tokens) if isinstance(tokens, Sequence) else type(tokens).__name__
+        count = f"{len(tokens)} entries" if isinstance(tokens, Sequence) else f"the type {type(tokens).__name__}"
         raise ValueError(
-            f"{name} has {count} entries for {prompts} prompts; give one token, or a list with one entry per prompt."
+            f"{name} has {count} for {prompts} prompts; give one token, or a list with one entry per prompt."
         )
-    lists = [[token_id(model, t) for t in ([entry] if isinstance(entry, (int, str)) else entry)] for entry in tokens]
-    empty = [i for i, entry in enumerate(lists) if not entry]
-    if empty:
-        raise ValueError(f"{name} of prompt {empty[0]} is empty; give at least one token.")
-    most = max(len(entry) for entry in lists)
-    return torch.tensor([entry + [-1] * (most - len(entry)) for entry in lists])
+    lists = [[[token_id(model, t) for t in _listed(group)] for group in _listed(entry)] for entry in tokens]
+    for i, entry in enumerate(lists):
+        if not entry or not all(entry):
+            raise ValueError(f"{name} of prompt {i} is empty; give at least one token.")
+    groups = max(len(entry) for entry in lists)
+    members = max(len(group) for entry in lists for group in entry)
+    ids = torch.full((prompts, groups, members), -1)
+    for i, entry in enumerate(lists):
+        for k, group in enumerate(entry):
+            ids[i, k, : len(group)] = torch.tensor(group)
+    return ids
+
+
+def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, name: str) -> torch.Tensor:
+    """Token ids for each prompt, `[prompts, most]`, filled up with -1; one token, or one entry per prompt.
+
+    Raises:
+        ValueError: As `groups_per_prompt`; also where tokens are grouped.
+    """
+    ids = groups_per_prompt(model, tokens, prompts, name)
+    if ids.shape[2] != 1:
+        raise ValueError(f"{name} groups tokens; give a token or a list of tokens for each prompt.")
+    return ids[:, :, 0]
+
+
+def _listed(entry: Any) -> Sequence[Any]:
+    return [entry] if isinstance(entry, (int, str)) else entry

@@ -1,0 +1,137 @@
+"""Numbers made of next-token logits: what an intervention is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.interventions._tokens import ids_per_prompt
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+    from nnterp.interventions._edits import Cell
+
+Bound = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of next-token logits that may depend on the prompt; made by the functions of this module.
+
+    Attributes:
+        name: What results call it.
+        bind: From the model, the number of prompts and the logits of their reference runs `[prompts, vocab]` to a
+            function of logits `[n, vocab]` and the index of the prompt they belong to, which returns `[n]`.
+    """
+
+    name: str
+    bind: Callable[[StandardizedTransformer, int, torch.Tensor], Bound]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def logit_difference(correct: Any, wrong: Any) -> Metric:
+    """Logit of the correct token less that of the wrong one (Wang et al., 2022); of several tokens the mean.
+
+    Args:
+        correct, wrong: A token id or a text that is one token, or a list with one entry (or list of entries) for each
+            prompt.
+    """
+
+    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
+        good = ids_per_prompt(model, correct, prompts, "logit_difference(correct=...)")
+        bad = ids_per_prompt(model, wrong, prompts, "logit_difference(wrong=...)")
+        return lambda logits, prompt: _mean_at(logits, good[prompt]) - _mean_at(logits, bad[prompt])
+
+    return Metric("logit_difference", bind)
+
+
+def target_probability(target: Any) -> Metric:
+    """Probability of a token; of several tokens the sum.
+
+    Args:
+        target: A token id or a text that is one token, or a list with one entry (or list of entries) for each prompt.
+    """
+
+    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
+        ids = ids_per_prompt(model, target, prompts, "target_probability(target=...)")
+        return lambda logits, prompt: logits.softmax(-1)[:, _real(ids[prompt], logits)].sum(-1)
+
+    return Metric("target_probability", bind)
+
+
+def kl_divergence() -> Metric:
+    """KL(reference ‖ run) of the next-token distributions, in nats; the reference is the clean, unedited run."""
+
+    def bind(_: StandardizedTransformer, __: int, reference: torch.Tensor) -> Bound:
+        logs = reference.log_softmax(-1)
+
+        def divergence(logits: torch.Tensor, prompt: int) -> torch.Tensor:
+            own = logs[prompt].to(logits.device)
+            return torch.nn.functional.kl_div(logits.log_softmax(-1), own, reduction="none", log_target=True).sum(-1)
+
+        return divergence
+
+    return Metric("kl_divergence", bind)
+
+
+def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, reference: torch.Tensor) -> Bound:
+    """A metric, or any callable on logits `[n, vocab]`, as a function of logits and prompt that checks what it returns.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(metric, Metric):
+        bound = metric.bind(model, prompts, reference)
+    elif callable(metric):
+
+        def bound(logits: torch.Tensor, _: int) -> torch.Tensor:
+            return metric(logits)
+    else:
+        raise TypeError(
+            f"A metric is made by logit_difference, target_probability or kl_divergence, or is a function of logits "
+            f"[n, vocab]; not a {type(metric).__name__}."
+        )
+
+    def checked(logits: torch.Tensor, prompt: int) -> torch.Tensor:
+        made = bound(logits, prompt)
+        if not isinstance(made, torch.Tensor) or made.shape != logits.shape[:1]:
+            got = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+            raise ValueError(
+                f"The metric was given logits {list(logits.shape)} (runs, vocabulary) and returned {got}; it must "
+                f"return one number for each run, a tensor of shape [{logits.shape[0]}]."
+            )
+        return made.float()
+
+    return checked
+
+
+def metric_name(metric: Any) -> str:
+    """What results call a metric."""
+    return metric.name if isinstance(metric, Metric) else getattr(metric, "__name__", "metric")
+
+
+def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.Tensor:
+    """A metric of logits whose rows belong to several prompts, `[n]`."""
+    made = torch.empty(len(prompts), device=logits.device)
+    for prompt in dict.fromkeys(prompts):
+        rows = [i for i, own in enumerate(prompts) if own == prompt]
+        made[rows] = bound(logits[rows], prompt).to(made)
+    return made
+
+
+def scored(bound: Bound, cells: Sequence[Cell]) -> Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]:
+    """What a sweep does with the logits of its cells: the metric of each."""
+    return lambda logits, indices: {"scores": by_prompt(bound, logits, [cells[i].prompt for i in indices])}
+
+
+def _mean_at(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return logits[:, _real(ids, logits)].mean(-1)
+
+
+def _real(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return ids[ids >= 0].to(logits.device)
