@@ -1,6 +1,67 @@
-"""The 1.x address of what is in `nnterp.anatomy` and `nnterp.errors`."""
+"""The 1.x spellings of naming: `RenameConfig`, `AttnProbFunction`, `RenamingError` and sizes read from a config."""
+
+from __future__ import annotations
+
+from typing import Any
 
 from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict
+from nnterp.anatomy._sizes import read_sizes
+from nnterp.anatomy._sizes import text_config as _text_config
 from nnterp.errors import RenamingError
+from nnterp.values import LayerAccessor
 
-__all__ = ["AttnProbFunction", "RenameConfig", "RenamingError", "get_rename_dict"]
+__all__ = [
+    "AttnProbFunction",
+    "LayerAccessor",
+    "RenameConfig",
+    "RenamingError",
+    "get_hidden_size",
+    "get_num_attention_heads",
+    "get_rename_dict",
+    "get_vocab_size",
+    "text_config",
+]
+
+
+def text_config(model: Any) -> Any:
+    """The config of the text decoder of a (possibly multimodal) model."""
+    return _text_config(model.config)
+
+
+def get_num_attention_heads(
+    model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None
+) -> int | None:
+    """Query heads of an attention layer, as the config states them.
+
+    Raises:
+        ValueError: It does not, and `raise_error` is set.
+    """
+    return _size(model, "num_heads", "attn_head_config_key", raise_error, rename_config)
+
+
+def get_hidden_size(model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None) -> int | None:
+    """Width of the residual stream, as the config states it.
+
+    Raises:
+        ValueError: It does not, and `raise_error` is set.
+    """
+    return _size(model, "hidden_size", "hidden_size_config_key", raise_error, rename_config)
+
+
+def get_vocab_size(model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None) -> int | None:
+    """Size of the vocabulary, as the config states it.
+
+    Raises:
+        ValueError: It does not, and `raise_error` is set.
+    """
+    return _size(model, "vocab_size", "vocab_size_config_key", raise_error, rename_config)
+
+
+def _size(model: Any, name: str, field: str, raise_error: bool, rename_config: RenameConfig | None) -> int | None:
+    found = getattr(read_sizes(model.config, 0, rename_config or RenameConfig()), name)
+    if found is None and raise_error:
+        raise ValueError(
+            f"The config of {type(model).__name__} does not state {name}; name its field, or give the number, with "
+            f"RenameConfig({field}=...)."
+        )
+    return found

@@ -1,0 +1,294 @@
+"""The functions of nnterp 1.x: getters for the parts of a model, and activations of the last token.
+
+They take a `StandardizedTransformer`, whose proven names they use, or any nnsight model on which `layers`, `self_attn`,
+`mlp`, `ln_final` and `lm_head` exist (`TransformersModel(..., rename=get_rename_dict())`). New code is shorter with
+`model.layers_output[i]`, `model.project_on_vocab(h)` and `model.collect(prompts, values)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nnterp.module_accessor import ModuleAccessor
+from nnterp.standardized_transformer import StandardizedTransformer
+
+__all__ = [
+    "GetModuleOutput",
+    "ModuleAccessor",
+    "collect_last_token_activations_session",
+    "collect_token_activations_batched",
+    "compute_next_token_probs",
+    "get_attention",
+    "get_attention_output",
+    "get_embed_tokens",
+    "get_layer",
+    "get_layer_input",
+    "get_layer_output",
+    "get_layers",
+    "get_logits",
+    "get_mlp",
+    "get_mlp_output",
+    "get_next_token_probs",
+    "get_num_layers",
+    "get_token_activations",
+    "get_unembed",
+    "get_unembed_norm",
+    "project_on_vocab",
+    "set_layer_output",
+]
+
+GetModuleOutput = Callable[[Any, int], torch.Tensor]
+
+
+def get_embed_tokens(model: Any) -> Any:
+    """The token embedding."""
+    return model.embed_tokens
+
+
+def get_layers(model: Any) -> Any:
+    """The list of layers."""
+    return model.layers if hasattr(model, "layers") else model.model.layers
+
+
+def get_num_layers(nn_model: Any) -> int:
+    """How many layers there are."""
+    return len(get_layers(nn_model))
+
+
+def get_layer(nn_model: Any, layer: int) -> Any:
+    """One layer."""
+    return get_layers(nn_model)[layer]
+
+
+def get_layer_input(nn_model: Any, layer: int) -> torch.Tensor:
+    """The residual stream entering a layer, `[batch, seq, hidden]`; inside a trace."""
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.layers_input[layer]
+    return get_layer(nn_model, layer).input
+
+
+def get_layer_output(nn_model: Any, layer: int) -> torch.Tensor:
+    """The residual stream leaving a layer, `[batch, seq, hidden]`; inside a trace."""
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.layers_output[layer]
+    return _first(get_layer(nn_model, layer).output)
+
+
+def get_attention(nn_model: Any, layer: int) -> Any:
+    """The attention module of a layer."""
+    return (
+        nn_model.attentions[layer]
+        if isinstance(nn_model, StandardizedTransformer)
+        else get_layer(nn_model, layer).self_attn
+    )
+
+
+def get_attention_output(nn_model: Any, layer: int) -> torch.Tensor:
+    """What the attention of a layer returns, `[batch, seq, hidden]`; inside a trace."""
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.attentions_output[layer]
+    return _first(get_attention(nn_model, layer).output)
+
+
+def get_mlp(nn_model: Any, layer: int) -> Any:
+    """The feed-forward module of a layer."""
+    return nn_model.mlps[layer] if isinstance(nn_model, StandardizedTransformer) else get_layer(nn_model, layer).mlp
+
+
+def get_mlp_output(nn_model: Any, layer: int) -> torch.Tensor:
+    """What the feed-forward of a layer returns, `[batch, seq, hidden]`; inside a trace."""
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.mlps_output[layer]
+    return _first(get_mlp(nn_model, layer).output)
+
+
+def get_logits(nn_model: Any) -> torch.Tensor:
+    """The logits, `[batch, seq, vocab]`; inside a trace."""
+    return nn_model.output.logits
+
+
+def get_unembed_norm(nn_model: Any) -> Any:
+    """The norm after the last layer."""
+    return nn_model.ln_final if hasattr(nn_model, "ln_final") else nn_model.model.norm
+
+
+def get_unembed(nn_model: Any) -> Any:
+    """The unembedding."""
+    return nn_model.lm_head
+
+
+def project_on_vocab(nn_model: Any, h: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states, `[..., hidden]` → `[..., vocab]`.
+
+    For a `StandardizedTransformer` exactly what the model does after its last layer, final softcap and scales included.
+    """
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.project_on_vocab(h)
+    return get_unembed(nn_model)(get_unembed_norm(nn_model)(h))
+
+
+def get_next_token_probs(nn_model: Any) -> torch.Tensor:
+    """Probabilities after the last position of each row, `[batch, vocab]`; inside a trace."""
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.next_token_probs
+    return get_logits(nn_model)[:, -1].softmax(-1)
+
+
+def set_layer_output(nn_model: Any, layer: int, tensor: torch.Tensor) -> None:
+    """Replace the residual stream leaving a layer; inside a trace."""
+    if isinstance(nn_model, StandardizedTransformer):
+        nn_model.layers_output[layer] = tensor
+        return
+    module = get_layer(nn_model, layer)
+    output = module.output
+    module.output = tensor if isinstance(output, torch.Tensor) else (tensor, *output[1:])
+
+
+def get_token_activations(
+    nn_model: Any,
+    prompts: Any = None,
+    layers: Sequence[int] | None = None,
+    get_activations: GetModuleOutput | None = None,
+    remote: bool = False,
+    idx: int | None = None,
+    tracer: Any = None,
+) -> torch.Tensor:
+    """One token's activations of every prompt at every layer, in one forward pass.
+
+    Args:
+        nn_model: The model.
+        prompts: The prompts; None inside a trace that is already running.
+        layers: The layers, in forward order; all if None.
+        get_activations: (model, layer) → activations `[batch, seq, ...]`; the layer's output if None.
+        remote: Run on the remote service.
+        idx: The token, counted over the padded batch; the last if None.
+        tracer: The running trace, if there is one: the result then belongs to it and has to be saved.
+
+    Returns:
+        `[layers, prompts, hidden]` on the CPU, in the model's dtype; inside a running trace on the model's device.
+
+    Raises:
+        ValueError: Neither prompts nor a tracer were given, or `idx` counts from the padded side.
+    """
+    if tracer is None and prompts is None:
+        raise ValueError("prompts must be given when there is no tracer.")
+    get = get_activations or get_layer_output
+    position = _checked(nn_model, idx)
+    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    if tracer is not None:
+        found = [get(nn_model, layer)[:, position] for layer in chosen]
+        return torch.stack([a.to(found[0].device) for a in found])
+    with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
+        found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
+        activations = torch.stack(found).save()
+        running.stop()
+    return activations
+
+
+def collect_last_token_activations_session(
+    nn_model: Any,
+    prompts: Sequence[Any],
+    batch_size: int,
+    layers: Sequence[int] | None = None,
+    get_activations: GetModuleOutput | None = None,
+    remote: bool = False,
+    idx: int | None = None,
+) -> torch.Tensor:
+    """`get_token_activations` in batches, all of them one nnsight session: one request when remote.
+
+    Returns:
+        `[layers, prompts, hidden]` on the CPU, in the model's dtype.
+
+    Raises:
+        ValueError: `idx` counts from the padded side.
+    """
+    get = get_activations or get_layer_output
+    position = _checked(nn_model, idx)
+    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    with torch.no_grad(), nn_model.session(remote=remote):
+        pieces = []
+        for batch in batches:
+            with nn_model.trace(batch) as running:
+                found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
+                piece = torch.stack(found).save()
+                running.stop()
+            pieces.append(piece)
+        activations = torch.cat(pieces, dim=1).save()
+    return activations
+
+
+def collect_token_activations_batched(
+    nn_model: Any,
+    prompts: Sequence[Any],
+    batch_size: int,
+    layers: Sequence[int] | None = None,
+    get_activations: GetModuleOutput | None = None,
+    remote: bool = False,
+    idx: int | None = None,
+    tqdm: Callable | None = None,
+    use_session: bool = True,
+) -> torch.Tensor:
+    """`get_token_activations` in batches.
+
+    For the outputs of a `StandardizedTransformer`'s layers at the last token (or the first, on right-padded prompts)
+    this is `model.collect`, which batches prompts of like length together.
+
+    Args:
+        nn_model, prompts, layers, get_activations, remote, idx: As in `get_token_activations`.
+        batch_size: Prompts that share a forward pass.
+        tqdm: A progress bar to put around the batches.
+        use_session: When remote, send all batches as one session.
+
+    Returns:
+        `[layers, prompts, hidden]` on the CPU, in the model's dtype.
+
+    Raises:
+        ValueError: `idx` counts from the padded side.
+    """
+    if use_session and remote:
+        return collect_last_token_activations_session(
+            nn_model, prompts, batch_size, layers, get_activations, remote, idx
+        )
+    position = _checked(nn_model, idx)
+    plain = get_activations is None or get_activations is get_layer_output
+    if isinstance(nn_model, StandardizedTransformer) and plain and not remote and tqdm is None and position == -1:
+        found = nn_model.collect(
+            list(prompts), "layers_output", layers, positions=position, batch_size=batch_size, progress=False
+        )
+        return found["layers_output"]
+    starts: Any = range(0, len(prompts), batch_size)
+    pieces = [
+        get_token_activations(nn_model, prompts[i : i + batch_size], layers, get_activations, remote, idx)
+        for i in (starts if tqdm is None else tqdm(starts))
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
+    """Probabilities of the token after each prompt, `[prompts, vocab]` on the CPU, in the logits' dtype."""
+    with torch.no_grad(), nn_model.trace(prompt, remote=remote):
+        probs = get_next_token_probs(nn_model).cpu().save()
+    return probs
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _checked(nn_model: Any, idx: int | None) -> int:
+    """The position, which must be counted from the side that is not padded."""
+    position = -1 if idx is None else idx
+    side = getattr(nn_model.tokenizer, "padding_side", "left")
+    if position < 0 and side != "left":
+        raise ValueError(
+            f"A negative idx counts from the end of the batch, which is padding when padding_side is {side!r}."
+        )
+    if position > 0 and side != "right":
+        raise ValueError(
+            f"A positive idx counts from the start of the batch, which is padding when padding_side is {side!r}."
+        )
+    return position
