@@ -41,7 +41,7 @@ def require_result(given: Any, figure: str) -> Any:
 def pick(
     result: Any, name: str, choose: Mapping[str, Any], *keep: str
 ) -> tuple[np.ndarray, tuple[str, ...], dict[str, int]]:
-    """One tensor of a result, its axes in the order of `keep`, every other axis chosen or of length one.
+    """One tensor of a result, its axes in the order of `keep`, every other axis chosen, averaged or of length one.
 
     Returns:
         The numbers, the axes left, and for each axis that was taken away the index it was taken at.
@@ -57,6 +57,10 @@ def pick(
     taken: dict[str, int] = {}
     for axis in [axis for axis in axes if axis in choose or axis not in keep]:
         labels = list(result.labels[axis])
+        if choose.get(axis) == "mean" and "mean" not in labels:
+            array = np.nanmean(array, axis=axes.index(axis))
+            axes = tuple(other for other in axes if other != axis)
+            continue
         if axis in choose:
             if choose[axis] not in labels:
                 raise ValueError(f"{axis}={choose[axis]!r} is not among the {axis} of this result: {_listed(labels)}.")
@@ -201,7 +205,7 @@ def sweep(result: Any, choose: Mapping[str, Any]) -> tuple[np.ndarray, dict[str,
     labels = list(result.labels[across])
     column_axis = across.removesuffix("s")
     if across == "positions":
-        texts = tokens_at(result, taken.get("prompts", 0))
+        texts = tokens_at(result, taken["prompts"]) if "prompts" in taken else None
         column_axis = "position (token)" if texts else "position"
         labels = texts or labels
     fixed = ", ".join(
@@ -209,6 +213,8 @@ def sweep(result: Any, choose: Mapping[str, Any]) -> tuple[np.ndarray, dict[str,
         for axis, i in taken.items()
         if len(result.labels[axis]) > 1
     )
+    averaged = [axis for axis, label in choose.items() if label == "mean" and axis not in taken]
+    fixed = ", ".join(filter(None, [fixed, *(f"mean over {axis}" for axis in averaged)]))
     score = _score_name(result, name)
     title = title_of(result, f"Patching{f' ({fixed})' if fixed else ''}")
     return array, {

@@ -43,7 +43,7 @@ def plot_patching(
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
         **choose: For a result object with more axes than two, which label to draw, by the axis' name
-            (`values="layers_output"`).
+            (`values="layers_output"`), or "mean" to average over it (`prompts="mean"`).
 
     Returns:
         The figure, coloured from −m to m around zero, with the numbers in the cells up to 24 × 24 of them.

@@ -1,0 +1,98 @@
+"""`nnterp lens` and `nnterp demo`, as a user runs them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from nnterp import plugins
+from nnterp.cli import main
+from nnterp.testing import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(tiny_checkpoint("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def test_lens_prints_what_the_model_says(checkpoint, capsys, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert (
+        main(["lens", checkpoint, "The capital of [bold]France[/bold] is", "--html", str(tmp_path / "a" / "lens.html")])
+        == 0
+    )
+    out = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = tokenizer("The capital of [bold]France[/bold] is", return_tensors="pt")
+    with torch.no_grad():
+        probability, token = model(**ids).logits[0, -1].softmax(-1).max(-1)
+    from nnterp.token_text import TokenNames
+
+    rows = [line for line in out.splitlines() if re.match(r"\s+\d+ ", line)]
+    assert len(rows) == model.config.num_hidden_layers
+    assert TokenNames(tokenizer)(token) in rows[0]
+    assert f"{100 * probability:.1f} %" in rows[0]
+    assert "plotly.js" in (tmp_path / "a" / "lens.html").read_text()
+
+
+def test_lens_refuses_in_one_line(checkpoint, capsys, tmp_path):
+    assert main(["lens", checkpoint, "The", "--html", str(tmp_path / "lens.docx")]) == 1
+    assert "its suffix must be one of .html" in capsys.readouterr().err
+    assert main(["lens", str(tmp_path / "nothing"), "The"]) == 1
+    assert capsys.readouterr().err.startswith("nnterp lens: ")
+
+
+@pytest.mark.parametrize("command", [["lens", "x", "The", "--html", "f.html"], ["demo", "--html", "f.html"]])
+def test_figure_without_display_says_what_to_install(command, capsys, monkeypatch):
+    monkeypatch.setattr(plugins, "load", _without_figures(plugins.load))
+    assert main(command) == 1
+    assert "pip install nnterp-display" in capsys.readouterr().err
+
+
+def _without_figures(load):
+    return lambda group, name: None if group in (plugins.FIGURES, "nnterp.writers") else load(group, name)
+
+
+def test_demo_on_any_model(checkpoint, capsys, tmp_path):
+    path = tmp_path / "demo.html"
+    assert main(["demo", "--model", checkpoint, "--html", str(path)]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "model.layers.*.self_attn",
+        "logit_lens(",
+        "model.steer(",
+        "patchscope_lens(",
+        "all lines hold",
+        str(path),
+    ):
+        assert part in out
+    assert path.exists()
+
+
+def test_demo_without_display_still_works(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(plugins, "load", _without_figures(plugins.load))
+    assert main(["demo", "--model", checkpoint]) == 0
+    assert "pip install nnterp-display" in capsys.readouterr().out
+
+
+def test_demo_shows_what_the_toy_model_knows(capsys, tmp_path):
+    assert main(["demo", "--html", str(tmp_path / "demo.html")]) == 0
+    out = capsys.readouterr().out
+    lens, steering, patchscope = (re.search(f"{n}\\. .*?(?=\n{n + 1}\\. )", out, re.DOTALL)[0] for n in (2, 3, 4))
+    assert re.search(r"·Paris leads from layer [1-9]\d* on and ends at \d\d\.\d %", lens)
+    rows = [line for line in steering.splitlines() if " %" in line]
+    columns = [re.findall(r"(·?\w+)\s+[█▏▎▍▌▋▊▉]*\s+<?[\d.]+ %", row) for row in rows]
+    pleasant, unpleasant = ({row[i] for row in columns} for i in (1, 2))
+    assert pleasant & {"·perfect", "·wonderful", "·great", "·lovely", "·beautiful"}
+    assert unpleasant & {"·bleak", "·gloomy", "·dreadful", "·terrible", "·nasty", "·horrible"}
+    assert not pleasant & unpleasant
+    assert "'France' is read out of layer" in patchscope

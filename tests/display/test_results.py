@@ -1,0 +1,134 @@
+"""Figures of the results that the sibling packages really return, against the numbers in them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nnterp import display, plugins
+from nnterp.interventions import activation_patching, logit_lens, logit_lens_table, patchscope_lens, patchscope_table
+
+PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from nnterp import StandardizedTransformer
+    from nnterp.testing import tiny_model, tiny_tokenizer
+
+    return StandardizedTransformer(tiny_model("gemma2"), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def lens(model):
+    return logit_lens_table(model, PROMPTS, top_k=4, targets=[["ris", 40], ["ris", 41]], progress=False)
+
+
+def test_every_figure_is_registered():
+    expected = {"lens", "targets", "attention", "tokens", "patching", "patchscope", "certificate"}
+    assert set(plugins.names(plugins.FIGURES)) >= expected
+    for name in expected:
+        assert callable(plugins.load(plugins.FIGURES, name))
+    assert plugins.load("nnterp.writers", "figure") is display.save
+
+
+@pytest.mark.parametrize("prompt", [0, 1, -1])
+def test_lens_result_is_the_lens(model, lens, prompt):
+    heat = lens.plot(tokenizer=model.tokenizer, prompt=prompt).data[0]
+    text = PROMPTS[prompt]
+    full = logit_lens(model, text, positions=slice(None), progress=False)[0]
+    names = display.TokenNames(model.tokenizer)
+    assert np.array(heat.z).shape == full.shape[:2]
+    for i in range(full.shape[0]):
+        for j in range(full.shape[1]):
+            best = full[i, j].argmax()
+            assert heat.z[i][j] == pytest.approx(full[i, j, best].item(), rel=1e-4)
+            assert f"1. {display.escape(names(best))} " in heat.hovertext[i][j]
+
+
+def test_lens_result_by_rank_entropy_and_target(model, lens):
+    full = logit_lens(model, PROMPTS[0], positions=slice(None), progress=False)[0]
+    ids = lens["target_ids"][0].tolist()
+    rank = 10 ** np.array(lens.plot(color="rank").data[0].z)
+    assert np.allclose(rank, 1 + (full > full[..., ids[0], None]).sum(-1).numpy())
+    entropy = np.array(lens.plot(color="entropy").data[0].z)
+    assert np.allclose(entropy, -(full * full.log()).sum(-1).numpy(), rtol=1e-4)
+    target = np.array(lens.plot(target=40).data[0].z)
+    assert np.allclose(target, full[..., 40].numpy(), rtol=1e-4)
+    with pytest.raises(ValueError, match="Token 77 is not among the targets of prompt 0"):
+        lens.plot(target=77)
+    with pytest.raises(IndexError, match="there is no prompt 2"):
+        lens.plot(prompt=2)
+    with pytest.raises(ValueError, match="has no target_ranks"):
+        logit_lens_table(model, PROMPTS[0], progress=False).plot(color="rank")
+
+
+def test_lens_result_without_positions_has_a_column_per_prompt(model):
+    result = logit_lens(model, PROMPTS, top_k=2, progress=False)
+    heat = result.plot().data[0]
+    full = logit_lens(model, PROMPTS, progress=False)
+    assert np.allclose(heat.z, full.max(-1).values.T)
+
+
+def test_target_curves_of_a_lens(model, lens):
+    figure = display.plot_targets(lens, band=None)
+    full = [logit_lens(model, text, progress=False)[0] for text in PROMPTS]
+    ids = lens["target_ids"]
+    for place, line in enumerate(figure.data):
+        mean = torch.stack([full[p][:, ids[p, place]] for p in range(2)]).mean(0)
+        assert np.allclose(line.y, mean, rtol=1e-4)
+
+
+def test_run_prompts_draws(model):
+    from nnterp.prompts import Prompt, run_prompts
+
+    prompts = [Prompt(text, {"target": [40, 41], "other": [50]}) for text in PROMPTS]
+    results = run_prompts(model, prompts, get_probs_func=logit_lens, tqdm=None)
+    figure = display.plot_targets(results, band=None)
+    assert np.allclose(figure.data[0].y, results["target"].mean(0))
+    assert np.allclose(figure.data[1].y, results["other"].mean(0))
+
+
+def test_patchscope_result_is_the_patchscope(model):
+    result = patchscope_table(model, PROMPTS, top_k=2, progress=False)
+    table = result.plot(tokenizer=model.tokenizer).data[0]
+    full = patchscope_lens(model, PROMPTS, progress=False)
+    names = display.TokenNames(model.tokenizer)
+    for source in range(2):
+        for layer in range(full.shape[1]):
+            best = full[source, layer].argmax().item()
+            first = table.cells.values[1 + source][layer].split("<br>")[0]
+            assert first.startswith(display.escape(names(best)))
+            assert first.endswith(f"{full[source, layer, best]:.2f}")
+
+
+def test_patching_result_by_position_and_by_head(model):
+    clean, corrupted = "The capital of France is", "The capital of Italy is"
+    from nnterp.interventions import target_probability
+
+    while len(model.tokenizer(clean)["input_ids"]) != len(model.tokenizer(corrupted)["input_ids"]):
+        clean, corrupted = "The capital of Paris is", "The capital of Tokyo is"
+    metric = target_probability(40)
+    result = activation_patching(model, clean, corrupted, metric, progress=False)
+    heat = result.plot().data[0]
+    assert np.allclose(heat.z, result["scores"][0], equal_nan=True)
+    assert "position 0  The" in heat.hovertext[0][0]
+    both = activation_patching(
+        model, [clean] * 2, [corrupted] * 2, metric, values=["layers_output", "mlp_contributions"], progress=False
+    )
+    with pytest.raises(ValueError, match=r"2 prompts: choose one with prompts=..."):
+        both.plot(values="mlp_contributions")
+    chosen = both.plot(values="mlp_contributions", prompts="mean")
+    assert np.allclose(chosen.data[0].z, both["scores"][:, 1].nanmean(0))
+    assert "mean over prompts" in chosen.layout.title.text
+    with pytest.raises(ValueError, match="is not among the values"):
+        both.plot(values="nothing", prompts="mean")
+    with pytest.raises(ValueError, match="has no axis 'banana'"):
+        both.plot(banana=1)
+    heads = activation_patching(
+        model, clean, corrupted, metric, values="attention_head_outputs", heads="all", progress=False
+    )
+    figure = heads.plot()
+    assert np.allclose(figure.data[0].z, heads["scores"][0])
+    assert figure.layout.xaxis.title.text == "head"
