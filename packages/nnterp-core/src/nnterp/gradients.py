@@ -113,7 +113,7 @@ def gradients(
     order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
     with model.trace({**batch.encoding, **no_cache(model)}):
         seen: dict[int, torch.Tensor] = {}
-        seen.save()
+        seen.save()  # type: ignore[attr-defined]  # every object has it in a trace
         for i, place in enumerate(order):
             tensor = place.read(model, str(place))
             if i == 0 and not tensor.requires_grad and tensor.is_floating_point():

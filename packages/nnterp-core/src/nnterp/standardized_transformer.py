@@ -411,8 +411,10 @@ class StandardizedTransformer(TransformersModel):
             raise ShapeError(
                 f"logits has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
             )
-        output = self.output
-        self.output = dataclasses.replace(output, logits=tensor) if dataclasses.is_dataclass(output) else output
+        output: Any = self.output
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            output = dataclasses.replace(output, logits=tensor)
+        self.output = output
 
     @property
     def next_token_probs(self) -> torch.Tensor:

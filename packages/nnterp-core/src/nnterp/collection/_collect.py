@@ -107,7 +107,7 @@ def _one_batch(model: StandardizedTransformer, plan: Plan, result: _Result, batc
     with torch.no_grad(), model.trace(inputs) as tracer:
         seen: dict[int, torch.Tensor] = {}
         taken: dict[int, torch.Tensor] = {}
-        taken.save()
+        taken.save()  # type: ignore[attr-defined]  # every object has it in a trace
         for i, place in enumerate(plan.reads):
             seen[i] = place.read(model, str(place))
             for t in plan.after[i]:

@@ -57,7 +57,7 @@ def over_generation(
                 with model.generate(max_new_tokens=max_new_tokens, **generation) as tracer:
                     with tracer.invoke(batch.encoding):
                         steps: list[dict[int, torch.Tensor]] = []
-                        steps.save()
+                        steps.save()  # type: ignore[attr-defined]  # every object has it in a trace
                         for _ in tracer.iter[:max_new_tokens]:
                             seen: dict[int, torch.Tensor] = {}
                             taken: dict[int, torch.Tensor] = {}

@@ -92,14 +92,14 @@ def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layer
         after[max(target.parts)].append(i)
     needed = {p: max(max(t.parts) for t in targets if p in t.parts) for p in range(len(order))}
     last_use = tuple(tuple(p for p, at in needed.items() if at == i) for i in range(len(order)))
-    chosen = {name: tuple(mine) for name, mine in asked.items()}
-    return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, chosen)
+    layers_of = {name: tuple(mine) for name, mine in asked.items()}
+    return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, layers_of)
 
 
 def _layers(model: StandardizedTransformer, value: Value, layers: int | Iterable[int] | None) -> list[int]:
     """The layers asked for; by default all that have the value."""
     if layers is not None:
-        given = [layers] if hasattr(layers, "__index__") else list(layers)  # type: ignore[arg-type]
+        given: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
         if not given:
             raise ValueError("layers is empty; leave it out for all layers.")
         return [layer_index(layer, model.num_layers, value.name) for layer in given]

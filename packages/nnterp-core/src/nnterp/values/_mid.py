@@ -41,6 +41,7 @@ def prepare(model: StandardizedTransformer) -> None:
                 model._module, [block.path for block, _ in wanted], probe.run, drill=lambda function: False
             )
     for block, structure in wanted:
+        assert structure.mid is not None
         stream = edges.output(structure.mid) if structure.kind == "post-norm" else edges.input(structure.mid)
         entered = edges.input(block.path)
         for operation in sorted(operations.of(block.path), key=lambda o: o.ended):
