@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def lens(model):
-    return logit_lens_table(model, PROMPTS, top_k=4, targets=[["ris", 40], ["ris", 41]], progress=False)
+    return logit_lens_table(model, PROMPTS, top_k=4, targets=[[42, 40], [42, 41]], progress=False)
 
 
 def test_every_figure_is_registered():
@@ -104,11 +104,10 @@ def test_patchscope_result_is_the_patchscope(model):
 
 
 def test_patching_result_by_position_and_by_head(model):
-    clean, corrupted = "The capital of France is", "The capital of Italy is"
     from nnterp.interventions import target_probability
 
-    while len(model.tokenizer(clean)["input_ids"]) != len(model.tokenizer(corrupted)["input_ids"]):
-        clean, corrupted = "The capital of Paris is", "The capital of Tokyo is"
+    clean = model.tokenizer("The capital of France is")["input_ids"]
+    corrupted = [*clean[:3], clean[3] + 1, *clean[4:]]
     metric = target_probability(40)
     result = activation_patching(model, clean, corrupted, metric, progress=False)
     heat = result.plot().data[0]
