@@ -79,7 +79,7 @@ def patching_lines(model, forward):
         from nnterp.interventions import activation_patching, logit_difference
     except ImportError:
         return
-    for length in (16, 48):
+    for length in (16, 32):
         clean, corrupted = ids(1, length, 4), ids(1, length, 5)
         metric = logit_difference(7, 8)
         cells = 12 * length
