@@ -110,7 +110,11 @@ def mutations(module: nn.Module, right: StandardizedTransformer) -> Iterator[Mut
     ids = torch.arange(5, 17)[None]
     with evaluating(module):
         recording = record(module, {"input_ids": ids, "use_cache": False}, paths)
-    inner = [name for name, child in module.get_submodule(block.path).named_modules() if name and not isinstance(child, nn.ModuleList)]
+    inner = [
+        name
+        for name, child in module.get_submodule(block.path).named_modules()
+        if name and not isinstance(child, nn.ModuleList)
+    ]
     relative = {
         role: part.path.removeprefix(f"{block.path}.")
         for role, part in (("attn", block.self_attn), ("mlp", block.mlp))
@@ -123,14 +127,25 @@ def mutations(module: nn.Module, right: StandardizedTransformer) -> Iterator[Mut
             path = f"{block.path}.{name}"
             if part is not None and not same_ends(recording, path, part.entry, part.exit):
                 yield Mutation(f"{role} = {name}", RenameConfig(**{f"{role}_name": name}))
-    norms = [path for path in sorted(paths) if "norm" in type(module.get_submodule(path)).__name__.lower() and not _has_children(module, path)]
+    norms = [
+        path
+        for path in sorted(paths)
+        if "norm" in type(module.get_submodule(path)).__name__.lower() and not _has_children(module, path)
+    ]
     for path in norms:
-        if path != anatomy.ln_final and (path == "decoy_norm" or path.startswith((anatomy.blocks[0].path, anatomy.blocks[-1].path))):
+        if path != anatomy.ln_final and (
+            path == "decoy_norm" or path.startswith((anatomy.blocks[0].path, anatomy.blocks[-1].path))
+        ):
             yield Mutation(f"final norm = {path}", RenameConfig(ln_final_name=path))
     width = module.get_output_embeddings().weight.shape
     for path in ("decoy_head", anatomy.embed_tokens, *(f"{block.path}.{name}" for name in inner)):
         weight = getattr(module.get_submodule(path), "weight", None) if path else None
-        if path and path != anatomy.lm_head and isinstance(weight, torch.Tensor) and (weight.shape == width or weight.dim() == 2):
+        if (
+            path
+            and path != anatomy.lm_head
+            and isinstance(weight, torch.Tensor)
+            and (weight.shape == width or weight.dim() == 2)
+        ):
             yield Mutation(f"head = {path}", RenameConfig(lm_head_name=path))
     for name in ("decoy_shifted", "decoy_short", "decoy_reversed", "decoy_copied", "decoy_single"):
         yield Mutation(f"layers = {name}", RenameConfig(layers_name=name))
@@ -158,9 +173,16 @@ def main() -> int:
     caught = missed = alarms = 0
     for model_type in sys.argv[1:] or ARCHITECTURES:
         outcome = run(model_type)
-        caught, missed, alarms = caught + len(outcome.caught), missed + len(outcome.missed), alarms + len(outcome.false_alarms)
+        caught, missed, alarms = (
+            caught + len(outcome.caught),
+            missed + len(outcome.missed),
+            alarms + len(outcome.false_alarms),
+        )
         tried = len(outcome.caught) + len(outcome.missed)
-        print(f"{model_type:16} caught {len(outcome.caught):3} of {tried:3}, false alarms {len(outcome.false_alarms)}", flush=True)
+        print(
+            f"{model_type:16} caught {len(outcome.caught):3} of {tried:3}, false alarms {len(outcome.false_alarms)}",
+            flush=True,
+        )
         for line in (*outcome.missed, *outcome.false_alarms):
             print(f"    {line}")
     print(f"caught {caught} of {caught + missed} wrong maps, {alarms} false alarms")

@@ -75,7 +75,10 @@ def test_final_norm_is_found_by_the_order_in_which_modules_run():
 
 def test_remote_code_folder(tmp_path):
     module = odd_model()
-    module.config.auto_map = {"AutoConfig": "odd_modeling.OddConfig", "AutoModelForCausalLM": "odd_modeling.OddForCausalLM"}
+    module.config.auto_map = {
+        "AutoConfig": "odd_modeling.OddConfig",
+        "AutoModelForCausalLM": "odd_modeling.OddForCausalLM",
+    }
     module.config.architectures = ["OddForCausalLM"]
     module.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -105,7 +108,9 @@ def test_remote_code_folder(tmp_path):
 )
 def test_a_name_that_matches_nothing_shows_what_is_close(field, name, shown):
     with pytest.raises(RenamingError) as caught:
-        StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=RenameConfig(**{field: name}))
+        StandardizedTransformer(
+            tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=RenameConfig(**{field: name})
+        )
     assert f"RenameConfig({field}={name!r}) matches nothing" in str(caught.value)
     assert shown in str(caught.value)
 
@@ -118,7 +123,9 @@ def test_names_may_be_lists_and_dotted_paths():
 
 def test_ignored_parts_are_unavailable_with_the_reason():
     config = RenameConfig(ignore_mlp=True)
-    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=config, check_renaming=False)
+    model = StandardizedTransformer(
+        tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=config, check_renaming=False
+    )
     with pytest.raises(Unavailable, match="ignore_mlp"), model.trace("Hello"):
         model.mlps_output[0].save()
 
@@ -145,7 +152,10 @@ def test_heterogeneous_stack_says_what_each_layer_is(tiny):
 
 
 def test_every_kind_of_mixer_is_told_apart(tiny):
-    found = {t: {b.kind for b in tiny(t).anatomy.blocks} for t in ("qwen3_next", "lfm2", "rwkv", "mamba", "falcon_h1", "mllama")}
+    found = {
+        t: {b.kind for b in tiny(t).anatomy.blocks}
+        for t in ("qwen3_next", "lfm2", "rwkv", "mamba", "falcon_h1", "mllama")
+    }
     assert found["qwen3_next"] == {"linear_attention", "attention"}
     assert found["lfm2"] == {"convolution", "attention"}
     assert found["rwkv"] == {"recurrent"}
@@ -170,7 +180,14 @@ def test_feed_forward_without_a_module_still_has_values(tiny):
 
 def test_anatomy_prints_standard_beside_native_names():
     text = str(find_anatomy(tiny_model("gpt2")))
-    for name in ("embed_tokens", "transformer.wte", "transformer.h.*.attn", "transformer.ln_f", "lm_head", "hidden_size 64"):
+    for name in (
+        "embed_tokens",
+        "transformer.wte",
+        "transformer.h.*.attn",
+        "transformer.ln_f",
+        "lm_head",
+        "hidden_size 64",
+    ):
         assert name in text
 
 
@@ -212,7 +229,9 @@ def test_wrong_names_fail_the_certificate_and_check_renaming_skips_it():
     wrong = RenameConfig(attn_name="mlp", mlp_name="self_attn")
     with pytest.raises(CertificateError, match="position"):
         StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=wrong)
-    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=wrong, check_renaming=False)
+    model = StandardizedTransformer(
+        tiny_model("llama"), tokenizer=tiny_tokenizer(), rename_config=wrong, check_renaming=False
+    )
     assert model.certificate is None
     assert not model.validate().ok
 

@@ -111,12 +111,24 @@ def native(plain, name, layer):
     """The plain model's module and side for a value, written down by hand."""
     if plain.config.model_type == "gpt2":
         top, block = plain.transformer, plain.transformer.h[layer]
-        modules = {"token_embeddings": top.wte, "ln_final_output": top.ln_f, "attentions": block.attn, "mlps": block.mlp}
+        modules = {
+            "token_embeddings": top.wte,
+            "ln_final_output": top.ln_f,
+            "attentions": block.attn,
+            "mlps": block.mlp,
+        }
     else:
         top, block = plain.model, plain.model.layers[layer]
-        modules = {"token_embeddings": top.embed_tokens, "ln_final_output": top.norm, "attentions": block.self_attn, "mlps": block.mlp}
+        modules = {
+            "token_embeddings": top.embed_tokens,
+            "ln_final_output": top.norm,
+            "attentions": block.self_attn,
+            "mlps": block.mlp,
+        }
     modules["layers"] = block
-    return modules[name] if name in modules else modules[name.split("_")[0]], "input" if name.endswith("_input") else "output"
+    return modules[name] if name in modules else modules[name.split("_")[0]], "input" if name.endswith(
+        "_input"
+    ) else "output"
 
 
 @pytest.mark.parametrize("name", ACCESSORS)
@@ -149,7 +161,9 @@ def test_writes_do_what_a_torch_hook_does(model, plain, name, layer):
                 getattr(model, name)[layer] = getattr(model, name)[layer] + noise
             written = model.logits.save()
         with model.trace(PROMPT):
-            value = getattr(model, name) if name in ("token_embeddings", "ln_final_output") else getattr(model, name)[layer]
+            value = (
+                getattr(model, name) if name in ("token_embeddings", "ln_final_output") else getattr(model, name)[layer]
+            )
             value += noise
             in_place = model.logits.save()
     torch.testing.assert_close(written, expected, rtol=0, atol=0)
@@ -180,7 +194,9 @@ def test_left_padded_batch_gives_single_run_probabilities(model, prompts):
 
 
 def test_right_padding_refuses_next_token_probs():
-    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), tokenizer_kwargs={"padding_side": "right"})
+    model = StandardizedTransformer(
+        tiny_model("llama"), tokenizer=tiny_tokenizer(), tokenizer_kwargs={"padding_side": "right"}
+    )
     assert model.tokenizer.padding_side == "right"
     with pytest.raises(ValueError, match="pads on the right"), model.trace([PROMPT, SHORT]):
         model.next_token_probs.save()
@@ -228,7 +244,12 @@ def test_wrong_shape_is_refused_with_both_shapes(model):
 
 
 def test_outside_a_trace_says_so(model):
-    for read in (lambda: model.layers_output[0], lambda: model.logits, lambda: model.token_embeddings, lambda: model.input_ids):
+    for read in (
+        lambda: model.layers_output[0],
+        lambda: model.logits,
+        lambda: model.token_embeddings,
+        lambda: model.input_ids,
+    ):
         with pytest.raises(OutsideTraceError, match=r"model\.trace"):
             read()
     with pytest.raises(OutsideTraceError):
@@ -335,7 +356,9 @@ def test_project_on_vocab_in_a_trace_leaves_the_trace_alone(model):
         model.project_on_vocab(torch.zeros(1, 63))
 
 
-@pytest.mark.parametrize(("model_type", "chain"), [("gemma2", Chain(1.0, 4.0)), ("cohere", Chain(0.75)), ("granite", None)])
+@pytest.mark.parametrize(
+    ("model_type", "chain"), [("gemma2", Chain(1.0, 4.0)), ("cohere", Chain(0.75)), ("granite", None)]
+)
 def test_project_on_vocab_includes_softcaps_and_scales(tiny, model_type, chain):
     model = tiny(model_type)
     if chain is not None:

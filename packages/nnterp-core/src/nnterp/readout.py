@@ -116,7 +116,8 @@ class Readout:
             the hidden state alone, whatever that code is. None: neither could be proven; projecting is refused.
         reason: For None, why.
         layout: Where batch and sequence stand in hidden states.
-        returns: For each layer, how many things it returns if that is not one tensor alone.
+        returns: For each layer, where what it returns beside the stream comes from when it is skipped: for every further
+            entry the argument (index or name) that is handed through, or None; None for a layer that returns one tensor.
     """
 
     def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
@@ -125,7 +126,7 @@ class Readout:
         self.way: Literal["chain", "replay"] | None = "chain"
         self.reason = ""
         self.layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
-        self.returns: tuple[int | None, ...] = (None,) * anatomy.num_layers
+        self.returns: tuple[tuple[int | str | None, ...] | None, ...] = (None,) * anatomy.num_layers
 
     def __str__(self) -> str:
         return {"chain": str(self.chain), "replay": "the model's own code after its last layer", None: self.reason}[
@@ -176,9 +177,10 @@ class Readout:
         blocks = [module.get_submodule(block.path) for block in self.anatomy.blocks]
         kept = [block.__dict__.get("forward") for block in blocks]
         try:
-            for block, count in zip(blocks, self.returns, strict=True):
-                result = hidden if count is None else (hidden, *[None] * (count - 1))
-                block.__dict__["forward"] = lambda *args, _result=result, **kwargs: _result
+            for block, rest in zip(blocks, self.returns, strict=True):
+                block.__dict__["forward"] = lambda *args, _rest=rest, **kwargs: skipped_output(
+                    hidden, _rest, args, kwargs
+                )
             yield
         finally:
             for block, forward in zip(blocks, kept, strict=True):
@@ -186,6 +188,16 @@ class Readout:
                     del block.__dict__["forward"]
                 else:
                     block.__dict__["forward"] = forward
+
+
+def skipped_output(
+    stream: torch.Tensor, rest: tuple[int | str | None, ...] | None, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """What a layer returns when it is skipped: the stream, and whatever else it would have handed on, as it came in."""
+    if rest is None:
+        return stream
+    through = (args[key] if isinstance(key, int) else kwargs.get(key) if key is not None else None for key in rest)
+    return (stream, *through)
 
 
 def project_on_vocab(model: StandardizedTransformer, hidden: torch.Tensor) -> torch.Tensor:

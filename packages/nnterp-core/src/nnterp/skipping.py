@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nnterp.errors import ShapeError
+from nnterp.anatomy._sizes import text_config
+from nnterp.errors import ShapeError, Unavailable
+from nnterp.readout import skipped_output
 from nnterp.values import get_value, read_value
 from nnterp.values._accessors import layer_index, require_running
 
@@ -28,6 +30,45 @@ def skip_layers(model: StandardizedTransformer, start: int, end: int, skip_with:
             f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape {list(entering.shape)}."
         )
     stream = stream.to(device=entering.device, dtype=entering.dtype)
+    require_skippable(model, range(first, last + 1))
     for layer in range(first, last + 1):
-        count = model.readout.returns[layer]
-        model.envoy(model.anatomy.blocks[layer].path).skip(stream if count is None else (stream, *[None] * (count - 1)))
+        envoy = model.envoy(model.anatomy.blocks[layer].path)
+        rest = model.readout.returns[layer]
+        args, kwargs = envoy.inputs if rest is not None else ((), {})
+        envoy.skip(skipped_output(stream, rest, args, kwargs))
+
+
+def require_skippable(model: StandardizedTransformer, layers: range) -> None:
+    """Raise for layers that later ones borrow from: their keys and values, or the keys they picked.
+
+    Raises:
+        Unavailable: Such a layer would be skipped while one that borrows from it still runs.
+    """
+    for source, borrowers, what in lenders(model):
+        running = [i for i in borrowers if i not in layers]
+        if source in layers and running:
+            raise Unavailable(
+                f"Layer {source} of {model.anatomy.model_class} cannot be skipped alone: layers {running} use {what}. "
+                f"Skip these too, or set layers_output[{source}] to what should leave it."
+            )
+
+
+def lenders(model: StandardizedTransformer) -> list[tuple[int, list[int], str]]:
+    """(layer, the layers that borrow from it, what they borrow), as the config declares it."""
+    config, count = text_config(model._module.config), model.num_layers
+    found = []
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if shared:  # Gemma 3n and 4: the last layer of each type before the sharing ones lends them its keys and values
+        types = list(getattr(config, "layer_types", None) or [""] * count)
+        for kind in dict.fromkeys(types[count - shared :]):
+            own = [i for i in range(count - shared) if types[i] == kind]
+            if own:
+                borrowers = [i for i in range(count - shared, count) if types[i] == kind]
+                found.append((own[-1], borrowers, "its keys and values"))
+    indexers = list(getattr(config, "indexer_types", None) or ())
+    for i, kind in enumerate(indexers[:count]):  # sparse attention: a "shared" layer uses the keys a "full" one picked
+        if kind == "full":
+            end = next((j for j in range(i + 1, count) if indexers[j] == "full"), count)
+            if end > i + 1:
+                found.append((i, list(range(i + 1, end)), "the keys it picks"))
+    return found

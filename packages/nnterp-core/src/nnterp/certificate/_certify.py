@@ -285,12 +285,53 @@ class _Checks:
         model = self.model
         model.repeated = frozenset(path for path, calls in recording.calls.items() if len(calls) > 1)
         model.run_order = {path: calls[-1].began for path, calls in recording.calls.items()}
+        outputs = [call.output for b in self.anatomy.blocks if (call := recording.call(b.path))]
+        longest = max((len(o) for o in outputs if isinstance(o, (tuple, list))), default=0)
+        if longest > 1 and recording.result.logits.device.type != "meta":
+            recording = self.with_cache(recording)
+        through = tuple(self.handed_through(recording, blocks, entry) for entry in range(1, longest))
         model.readout.returns = tuple(
-            len(output)
-            if (call := recording.call(b.path)) and isinstance(output := call.output, (tuple, list))
+            through[: len(call.output) - 1]
+            if (call := recording.call(b.path)) is not None and isinstance(call.output, (tuple, list))
             else None
             for b in self.anatomy.blocks
         )
+
+    def with_cache(self, recording: Recording) -> Recording:
+        """The same forward pass with a cache, which is where layers hand states on."""
+        try:
+            return record(
+                self.module, {"input_ids": self.probe_ids(1, PROBE_LENGTH)}, {b.path for b in self.anatomy.blocks}
+            )
+        except Exception:
+            return recording
+
+    @staticmethod
+    def handed_through(recording: Recording, blocks: list[Layer], entry: int) -> int | str | None:
+        """The argument that a layer hands on as the `entry`-th thing it returns (a recurrent state, a router's), if any.
+
+        Told by a layer that is given what the layer before it returned, or, for a state of its own that comes and goes
+        with the cache, by an argument of the same make.
+        """
+        for before, after in zip(blocks, blocks[1:], strict=False):
+            source, target = recording.call(before.path), recording.call(after.path)
+            if (
+                source is None
+                or target is None
+                or not isinstance(source.output, (tuple, list))
+                or len(source.output) <= entry
+            ):
+                continue
+            made = source.output[entry]
+            if made is None:
+                continue
+            for key, value in (*enumerate(target.args), *target.kwargs.items()):
+                if key not in (0, "hidden_states") and _alike(made, value):
+                    return key
+            for key, value in (*enumerate(source.args), *source.kwargs.items()):
+                if key not in (0, "hidden_states") and not isinstance(made, torch.Tensor) and _same_make(made, value):
+                    return key
+        return None
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
@@ -519,7 +560,9 @@ class _Checks:
         """A part the user named must be given the stream, as it is or normalised: the last projection of an MLP returns
         what the MLP returns, but what it is given is something else."""
         config = self.model.rename_config
-        roles = [role for role, name in (("self_attn", "attn_name"), ("mlp", "mlp_name")) if config and getattr(config, name)]
+        roles = [
+            role for role, name in (("self_attn", "attn_name"), ("mlp", "mlp_name")) if config and getattr(config, name)
+        ]
         norms = [p for p in recording.calls if "norm" in type(self.module.get_submodule(p)).__name__.lower()]
         wrong = []
         for block, structure in zip(self.anatomy.blocks, self.model.residual_structures, strict=True):
@@ -534,7 +577,9 @@ class _Checks:
                     sources.append(mid.stream_in if structure.mid_side == "input" else mid.stream_out)
                 sources += [own.stream_out for p in norms if (own := recording.within(p, layer)) is not None]
                 given = call.stream_in.flatten()
-                if not any(s is not None and s.numel() == given.numel() and torch.equal(s.flatten(), given) for s in sources):
+                if not any(
+                    s is not None and s.numel() == given.numel() and torch.equal(s.flatten(), given) for s in sources
+                ):
                     wrong.append(f"{part.entry} is not given the residual stream, nor a norm of it")
         if wrong:
             self.say(IDENTITY, False, detail="; ".join(wrong[:2]), remedy=_REMEDY_PARTS)
@@ -575,7 +620,10 @@ class _Checks:
         model = self.model
         if getattr(text_config(self.module.config), "index_topk", None):
             model.padding_is_exact = False
-            self.skip(PADDING, "its indexer picks keys without regard to padding; padding is refused, equal lengths share a batch")
+            self.skip(
+                PADDING,
+                "its indexer picks keys without regard to padding; padding is refused, equal lengths share a batch",
+            )
             return
         ids = self.probe_ids(2, PROBE_LENGTH, seed=1)
         mask = torch.ones_like(ids)
@@ -701,6 +749,29 @@ def _monotone(raw: torch.Tensor, logits: torch.Tensor) -> bool:
     steps = out[order].diff()
     slack = 1e-4 * (out.max() - out.min())
     return bool((steps >= -slack).all() or (steps <= slack).all())
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two things are the same object, equal tensors, or containers of such."""
+    if a is b:
+        return a is not None
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.device.type != "meta" and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b) > 0:
+        return all(x is y or _alike(x, y) for x, y in zip(a, b, strict=True))
+    return False
+
+
+def _same_make(a: Any, b: Any) -> bool:
+    """Whether two containers hold tensors of the same shapes."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+    return (
+        isinstance(a, (tuple, list))
+        and isinstance(b, (tuple, list))
+        and len(a) == len(b) > 0
+        and all(map(_same_make, a, b))
+    )
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

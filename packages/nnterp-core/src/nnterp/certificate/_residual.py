@@ -149,7 +149,9 @@ class _Solver:
             for form in options[0]:
                 fit = _fit(self.y, [self.x, self.made[form]], False)
                 if fit.error <= self.tolerance and fit.whole:
-                    return ResidualStructure("single", Contribution((Term(form, fit.scales[1]),)), None, None, fit.scales[0], fit.error)
+                    return ResidualStructure(
+                        "single", Contribution((Term(form, fit.scales[1]),)), None, None, fit.scales[0], fit.error
+                    )
         return ResidualStructure(
             "unknown", error=best, reason="no multiples of its parts add up to what the layer adds"
         )
@@ -262,7 +264,8 @@ def _fit(target: torch.Tensor, parts: list[torch.Tensor], per_channel: bool) -> 
         # A coefficient that is 1 is 1: rounding in the low bits of a fit must not be passed on.
         rounded = torch.where((found - found.round()).abs() < 1e-3, found.round(), found)
         fits = [
-            _Fit(relative_error((columns @ c).reshape(target.shape), target), [float(value) for value in c]) for c in (rounded, found)
+            _Fit(relative_error((columns @ c).reshape(target.shape), target), [float(value) for value in c])
+            for c in (rounded, found)
         ]
         return fits[0] if fits[0].error <= 2 * fits[1].error + 1e-7 else fits[1]
     if goal.shape[0] < 2 * (len(parts) + 1):
