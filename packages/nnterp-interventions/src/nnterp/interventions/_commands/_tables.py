@@ -18,7 +18,7 @@ WIDEST_TOKEN = 22
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def bar(probability: float, columns: int = 20) -> Text:
+def bar(probability: float, columns: int = 14) -> Text:
     """A probability as a horizontal bar, to an eighth of a character."""
     from rich.text import Text
 
@@ -33,6 +33,13 @@ def percent(probability: float) -> str:
     if 0 < probability < 0.0005:
         return "<0.1 %"
     return f"{100 * probability:.1f} %"
+
+
+def _cut(text: str) -> Text:
+    """A text on one line, cut where its column ends."""
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def some_rows(count: int, most: int = 24) -> list[int]:
@@ -66,12 +73,12 @@ def layer_table(
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", justify="right", style="dim")
+    table.add_column("layer", justify="right", style="dim", no_wrap=True)
     table.add_column(first, no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     if ids.shape[1] > 1:
-        table.add_column("then", style="dim", no_wrap=True, overflow="ellipsis")
+        table.add_column("then", style="dim")  # the only one that gives way where the terminal is narrow
     rows = some_rows(len(layers))
     for i in reversed(rows) if last_first else rows:
         texts = [shorten(name, WIDEST_TOKEN) for name in names.many(ids[i].tolist())]
@@ -83,7 +90,7 @@ def layer_table(
             bar(values[0]),
             Text(percent(values[0])),
         ]
-        table.add_row(*cells, *([Text(after)] if ids.shape[1] > 1 else []))
+        table.add_row(*cells, *([_cut(after)] if ids.shape[1] > 1 else []))
     return table
 
 
@@ -95,7 +102,7 @@ def side_by_side(columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: T
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in columns:
-        table.add_column(Text(heading), no_wrap=True)
+        table.add_column(Text(heading))  # gives way where the terminal is narrow
         table.add_column("", no_wrap=True)
         table.add_column("", justify="right", no_wrap=True, style="dim")
     rows = min(len(ids) for ids, _ in columns.values())
@@ -103,6 +110,6 @@ def side_by_side(columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: T
         cells: list[Text] = []
         for ids, probabilities in columns.values():
             value = float(probabilities[i])
-            cells += [Text(shorten(names(int(ids[i])), WIDEST_TOKEN)), bar(value, 12), Text(percent(value))]
+            cells += [_cut(shorten(names(int(ids[i])), WIDEST_TOKEN)), bar(value, 4), Text(percent(value))]
         table.add_row(*cells)
     return table
