@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,12 +16,16 @@ from nnterp import plugins
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands import lens
 from nnterp.interventions._commands._models import TOY, add_model_arguments, load_model, progress_bar, quiet
+from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
+from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from nnterp import StandardizedTransformer
     from nnterp.interventions import LensResult, PatchscopeResult
+
+Found = TypeVar("Found")
 
 help = "load a small model that comes with nnterp and show what can be done with it"
 
@@ -91,9 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
             progress.update(task, advance=1, description="Reading every layer")
             read = lens.read_lens(model, arguments.prompt, 4)
             progress.update(task, advance=1, description="Steering")
-            steering = steer_weather(model)
+            steering = attempt(steer_weather, model)
             progress.update(task, advance=1, description="Patching a hidden state into another prompt")
-            readings = read_source(model)
+            readings = attempt(read_source, model)
             progress.update(task, advance=1, description="Drawing")
             path = None
             if drawn:
@@ -106,6 +111,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     show(console, model, read, steering, readings, path)
     return 0
+
+
+def attempt(step: Callable[[StandardizedTransformer], Found], model: StandardizedTransformer) -> Found | str:
+    """What a step finds, or why this model does not allow it."""
+    try:
+        return step(model)
+    except (RenamingError, ValueError, IndexError) as error:
+        return str(error)
 
 
 @torch.no_grad()
@@ -141,31 +154,49 @@ def show(
     console: Console,
     model: StandardizedTransformer,
     read: LensResult,
-    steering: Steering,
-    readings: PatchscopeResult,
+    steering: Steering | str,
+    readings: PatchscopeResult | str,
     path: Path | None,
 ) -> None:
     """Print the whole of it."""
     from rich.text import Text
 
-    from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
-    from nnterp.token_text import TokenNames, visible
-
     names = TokenNames(model.tokenizer)
-
-    def heading(number: int, what: str, code: str) -> None:
-        console.print()
-        console.rule(Text(f"{number}. {what}", style="bold"), align="left", style="dim")
-        console.print(Text(code, style="cyan"), soft_wrap=True)
-
-    prompt = str(read.labels["prompts"][0])
     console.print()
     console.print(Text("nnterp", style="bold #009E73"), "one interface to the inside of any causal language model")
-
-    heading(1, "One set of names", "model = StandardizedTransformer(...); model.anatomy")
+    heading(console, 1, "One set of names", "model = StandardizedTransformer(...); model.anatomy")
     console.print(model)
+    heading(console, 2, "What each layer would say next", f"logit_lens(model, {str(read.labels['prompts'][0])!r})")
+    show_lens(console, read, names)
+    layer = model.num_layers // 2
+    heading(console, 3, "Steering", f"model.steer({layer}, direction, factor=±{FACTOR:g})")
+    show_steering(console, steering, names)
+    heading(console, 4, "Patchscope", f"patchscope_lens(model, {SOURCE!r}, repeat_prompt())")
+    show_readings(console, readings, names)
+    heading(console, 5, "Proven, not hoped", "model.validate()")
+    show_verdict(console, model)
+    console.print()
+    if path is None:
+        console.print(Text(f"{lens.INSTALL}, and this command writes one of every layer and position.", style="dim"))
+    else:
+        where = Text("Every layer at every position, in a page that opens offline: ").append(str(path), style="bold")
+        console.print(where, soft_wrap=True)
+    console.print()
 
-    heading(2, "What each layer would say next", f"logit_lens(model, {prompt!r})")
+
+def heading(console: Console, number: int, what: str, code: str) -> None:
+    """A section's title, and the call that makes it."""
+    from rich.text import Text
+
+    console.print()
+    console.rule(Text(f"{number}. {what}", style="bold"), align="left", style="dim")
+    console.print(Text(code, style="cyan"), soft_wrap=True)
+
+
+def show_lens(console: Console, read: LensResult, names: TokenNames) -> None:
+    """The lens at the last position, and from where on its last word leads."""
+    from rich.text import Text
+
     layers = list(read.labels["layers"])
     ids, probabilities = read["top_ids"][0, :, -1], read["top_probs"][0, :, -1]
     console.print(layer_table(layers, ids, probabilities, names, first="next token"))
@@ -173,53 +204,52 @@ def show(
     since = len(layers) - 1
     while since and int(ids[since - 1, 0]) == final:
         since -= 1
-    console.print(
-        Text(f"{names(final)} leads from layer {layers[since]} on and ends at {percent(float(probabilities[-1, 0]))}.")
-    )
+    ends = percent(float(probabilities[-1, 0]))
+    console.print(Text(f"{names(final)} leads from layer {layers[since]} on and ends at {ends}."))
 
-    heading(3, "Steering", f"model.steer({steering.layer}, direction, factor=±{FACTOR:g})")
+
+def show_steering(console: Console, steering: Steering | str, names: TokenNames) -> None:
+    """The next token as it is and pushed both ways."""
+    from rich.text import Text
+
+    if isinstance(steering, str):
+        console.print(Text(f"Not with this model: {steering}", style="dim"))
+        return
     about = (
         f"After {STEERED!r}, with the mean difference between pleasant and unpleasant weather added to the residual "
         f"stream leaving layer {steering.layer}."
     )
     console.print(Text(about, style="dim"))
-    console.print(
-        side_by_side(
-            {"as it is": steering.plain, "more pleasant": steering.pleasant, "less pleasant": steering.unpleasant},
-            names,
-        )
-    )
+    columns = {"as it is": steering.plain, "more pleasant": steering.pleasant, "less pleasant": steering.unpleasant}
+    console.print(side_by_side(columns, names))
 
+
+def show_readings(console: Console, readings: PatchscopeResult | str, names: TokenNames) -> None:
+    """What each layer's hidden state is read out as."""
+    from rich.text import Text
+
+    if isinstance(readings, str):
+        console.print(Text(f"Not with this model: {readings}", style="dim"))
+        return
     word = SOURCE.split()[-1]
-    heading(4, "Patchscope", f"patchscope_lens(model, {SOURCE!r}, repeat_prompt())")
     about = f"The hidden state of {word!r}, put into a prompt that repeats words, after each layer."
     console.print(Text(about, style="dim"))
-    best, shares = readings["top_ids"][0], readings["top_probs"][0]
-    hits = [i for i, token in enumerate(best[:, 0].tolist()) if names(token).strip("·") == visible(word)]
-    at = list(readings.labels["layers"])
-    console.print(layer_table(at, best, shares, names, first="reads"))
-    where = ", ".join(str(at[i]) for i in hits)
-    verdict = f"layer{'s' if len(hits) > 1 else ''} {where}" if hits else "none of this model's layers"
-    console.print(Text(f"{word!r} is read out of {verdict}."))
+    best, shares, layers = readings["top_ids"][0], readings["top_probs"][0], list(readings.labels["layers"])
+    console.print(layer_table(layers, best, shares, names, first="reads"))
+    hits = [str(layers[i]) for i, token in enumerate(best[:, 0].tolist()) if names(token).strip("·") == word]
+    where = f"layer{'s' if len(hits) > 1 else ''} {', '.join(hits)}" if hits else "none of this model's layers"
+    console.print(Text(f"{word!r} is read out of {where}."))
 
-    heading(5, "Proven, not hoped", "model.validate()")
+
+def show_verdict(console: Console, model: StandardizedTransformer) -> None:
+    """The certificate in one line."""
+    from rich.text import Text
+
+    from nnterp.rendering import BAD, GOOD
+
     certificate = model.certificate
-    if certificate is not None:
-        held = sum(line.status == "passed" for line in certificate.lines)
-        console.print(
-            Text("✓ " if certificate.ok else "✗ ", style="#009e73" if certificate.ok else "#d55e00")
-            + Text(
-                f"{certificate.verdict}: {held} of {len(certificate.lines)} checked in {certificate.seconds:.1f} s",
-                style="none",
-            ),
-            soft_wrap=True,
-        )
-    console.print()
-    if path is None:
-        console.print(Text(f"{lens.INSTALL}, and this command writes one of every layer and position.", style="dim"))
-    else:
-        console.print(
-            Text("Every layer at every position, in a page that opens offline: ").append(str(path), style="bold"),
-            soft_wrap=True,
-        )
-    console.print()
+    assert certificate is not None
+    held = sum(line.status == "passed" for line in certificate.lines)
+    mark = Text("✓ " if certificate.ok else "✗ ", style=GOOD if certificate.ok else BAD)
+    said = f"{certificate.verdict} ({held} of {len(certificate.lines)} checked, {certificate.seconds:.1f} s)"
+    console.print(mark + Text(said, style="none"), soft_wrap=True)
