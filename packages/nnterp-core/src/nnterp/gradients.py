@@ -146,4 +146,8 @@ def gradients(
             key = (target.value.name, target.layer)
             values_[key] = target.combine([by_place[plan.reads[p]].detach() for p in target.parts]).to(device)
             gradients_[key] = pull([slopes[p] for p in places]).to(device)
+            if values_[key].dim() < target.value.axes:  # batch and positions in one axis
+                values_[key], gradients_[key] = (
+                    t.unflatten(0, (len(rows), -1)) for t in (values_[key], gradients_[key])
+                )
     return Gradients(score.detach().to(device), logits.detach().to(device), batch, plan.layers, values_, gradients_)

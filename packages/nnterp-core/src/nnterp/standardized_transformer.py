@@ -100,6 +100,7 @@ class StandardizedTransformer(TransformersModel):
         router_choices: LayerAccessor
         mlp_neurons: LayerAccessor
         mlp_contributions: LayerAccessor
+        other_contributions: LayerAccessor
         mlps_input: LayerAccessor
         mlps_output: LayerAccessor
         ln_final_output: torch.Tensor

@@ -8,7 +8,7 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
-from nnterp.values._places import Place, Sum
+from nnterp.values._places import Place, Sum, reflattened, unflattened
 from nnterp.values._table import Value
 
 if TYPE_CHECKING:
@@ -106,10 +106,11 @@ def read_value(model: StandardizedTransformer, value: Value, layer: int | None =
     """
     label, place = _locate(model, value, layer)
     try:
-        return place.read(model, label)
+        tensor = place.read(model, label)
     except OutOfOrderError as error:
         _explain(error, label)
         raise
+    return tensor if tensor.dim() == value.axes else unflattened(model, tensor)
 
 
 def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tensor, layer: int | None = None) -> None:
@@ -121,13 +122,15 @@ def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tens
             place.write(model, tensor, label)
             return
         current = place.read(model, label)
-        _require_tensor(tensor, label, f" of shape {list(current.shape)}")
-        if tensor.shape != current.shape:
+        shown = current if current.dim() == value.axes else unflattened(model, current)
+        _require_tensor(tensor, label, f" of shape {list(shown.shape)}")
+        if tensor.shape != shown.shape:
             raise ShapeError(
-                f"{label} has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+                f"{label} has shape {list(shown.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
             )
-        if tensor is not current:
-            place.write(model, tensor.to(device=current.device, dtype=current.dtype), label)
+        if tensor is not shown:
+            tensor = tensor.to(device=current.device, dtype=current.dtype)
+            place.write(model, tensor if shown is current else reflattened(model, tensor, current), label)
     except OutOfOrderError as error:
         _explain(error, label)
         raise

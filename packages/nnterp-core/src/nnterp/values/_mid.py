@@ -15,44 +15,140 @@ from nnsight.intervention import source as nnsight_source
 from nnsight.intervention.source import STATE, SourceNotAvailable, State
 from torch import nn
 
-from nnterp.values._operations import record_operations, same
+from nnterp.values._operations import Operations, record_operations, same
 from nnterp.values._places import Inside, Place
 
 if TYPE_CHECKING:
+    from nnterp.certificate import ResidualStructure
     from nnterp.standardized_transformer import StandardizedTransformer
 
 
 def prepare(model: StandardizedTransformer) -> None:
-    """Find the stream between the parts of every layer, where the proven residual structure says that there is one."""
+    """Find the stream between the parts of every layer, where the proven residual structure says that there is one.
+
+    An operation is taken once it is proven by a write: moved, it moves what the feed-forward is given and the stream
+    that the feed-forward's contribution is added to, both by as much.
+    """
     from nnterp.values._probe import Probe, probing
 
     found: list[Place | None] = [None] * model.num_layers
     object.__setattr__(model, "_mid", found)
     model.__dict__.pop("_places", None)
-    wanted = [
-        (b, s) for b, s in zip(model.anatomy.blocks, model.residual_structures, strict=False) if s.mid is not None
-    ]
+    wanted = {}
+    for block, structure in zip(model.anatomy.blocks, model.residual_structures, strict=False):
+        if structure.mid is not None and structure.mid_side == "input":
+            wanted[block.index] = _Between(block.path, structure, _with_code(model._module, block.path))
     if not wanted or not model.dispatched:
         return
     with probing(model) as device:
         probe = Probe(model, device)
-        with (edges := probe.edges()):
-            operations = record_operations(
-                model._module, [block.path for block, _ in wanted], probe.run, drill=lambda function: False
-            )
-    for block, structure in wanted:
-        assert structure.mid is not None
-        stream = edges.output(structure.mid) if structure.kind == "post-norm" else edges.input(structure.mid)
-        entered = edges.input(block.path)
-        for operation in sorted(operations.of(block.path), key=lambda o: o.ended):
-            made = operation.output
-            if operation.times > 1 or not same(made, stream, probe.tolerance):
-                continue
-            if entered is not None and made.shape == entered.shape and torch.equal(made, entered):
-                continue
-            if bracket_one(model._module.get_submodule(block.path), operation.labels[0]):
-                found[block.index] = Inside(block.path, operation.labels)
-            break
+        paths = list(dict.fromkeys(path for between in wanted.values() for path in between.paths))
+        operations, edges = _run(model, probe, paths, {})
+        for between in wanted.values():
+            between.find(operations, edges, probe.tolerance)
+        for _ in range(MAX_TRIES):
+            trying = {i: between for i, between in wanted.items() if between.options and found[i] is None}
+            if not trying:
+                break
+            edits = {b.options[0]: _moved for b in trying.values()}
+            operations, edges = _run(model, probe, paths, edits)
+            for index, between in trying.items():
+                path, labels = between.options.pop(0)
+                if between.proven(path, labels, operations, edges, probe.tolerance):
+                    if bracket_one(model._module.get_submodule(path), labels[0]):
+                        found[index] = Inside(path, labels)
+                    between.options = []
+
+
+MAX_TRIES = 6  # operations that hold the stream's numbers are few, and the first is nearly always the one
+
+
+def _run(model: StandardizedTransformer, probe: Any, paths: list[str], edits: dict) -> tuple[Operations, Any]:
+    with (edges := probe.edges()):
+        operations = record_operations(model._module, paths, probe.run, drill=lambda function: False, edits=edits)
+    return operations, edges
+
+
+def _moved(output: torch.Tensor) -> torch.Tensor:
+    """A stream that differs at every position, in a direction of its own."""
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randn(output.shape[-1], generator=generator).to(output)
+    return output + step * output.detach().float().std().clamp(min=1e-3).to(output.dtype)
+
+
+def _moved_by(moved: torch.Tensor) -> float:
+    """How far `_moved` moves, roughly."""
+    return moved.detach().float().std().clamp(min=1e-3).item()
+
+
+def _with_code(root: nn.Module, layer: str) -> list[str]:
+    """A layer and the modules in it that have code of their own: neither torch's nor a norm."""
+    paths = [layer]
+    for name, module in root.get_submodule(layer).named_modules():
+        known = (
+            type(module).__module__.startswith("torch.")
+            or "norm" in type(module).__name__.lower()
+            and not list(module.children())
+        )
+        if name and not known and name.count(".") < 2:
+            paths.append(f"{layer}.{name}")
+    return paths
+
+
+class _Between:
+    """The search for the stream between the two parts of one layer."""
+
+    def __init__(self, layer: str, structure: ResidualStructure, paths: list[str]) -> None:
+        self.layer, self.structure, self.paths = layer, structure, paths
+        self.options: list[tuple[str, tuple[str, ...]]] = []
+        self.before: torch.Tensor | None = None
+
+    def find(self, operations: Operations, edges: Any, tolerance: float) -> None:
+        """Operations that hold the stream's numbers: the layer's own first, then those of modules in it."""
+        stream, entered = edges.input(self.structure.mid), edges.input(self.layer)
+        self.before = self.carried(edges)
+        for path in self.paths:
+            for operation in sorted(operations.of(path), key=lambda o: o.ended):
+                made = operation.output
+                if operation.times > 1 or not isinstance(made, torch.Tensor) or made.numel() != stream.numel():
+                    continue
+                if not same(made, stream.reshape(made.shape), tolerance):
+                    continue
+                if entered is not None and made.shape == entered.shape and torch.equal(made, entered):
+                    continue
+                self.options.append((path, operation.labels))
+
+    def proven(self, path: str, labels: tuple[str, ...], operations: Operations, edges: Any, tolerance: float) -> bool:
+        """Whether the operation, moved, has moved what both readers of the stream read.
+
+        The feed-forward must be given what was moved. The residual path carries the same step at every position, scaled
+        by nothing or by one factor per channel.
+        """
+        moved = next(o.output for o in operations.of(path) if o.labels == labels)
+        given, after = edges.input(self.structure.mid), self.carried(edges)
+        if given is None or after is None or self.before is None or given.numel() != moved.numel():
+            return False
+        if not same(given.reshape(moved.shape), moved, tolerance * 10):
+            return False
+        step = (after - self.before).reshape(-1, after.shape[-1])
+        wanted = _moved_by(moved)
+        uneven = (step - step[:1]).abs().max()
+        return bool(uneven <= 1e-3 * step.abs().max()) and bool(step.abs().max() > 1e-2 * wanted)
+
+    def carried(self, edges: Any) -> torch.Tensor | None:
+        """The layer's output without what its feed-forward, and modules after it, add."""
+        total = edges.output(self.layer)
+        if total is None:
+            return None
+        total = total.double()
+        for part in (self.structure.mlp, self.structure.other):
+            for term in part.terms if part is not None else ():
+                made = edges.output(term.path)
+                if made is None:
+                    return None
+                scale = term.scale.double() if isinstance(term.scale, torch.Tensor) else term.scale
+                total = total - made.double().reshape(total.shape) * scale
+        return total
 
 
 def bracket_one(module: nn.Module, label: str) -> bool:

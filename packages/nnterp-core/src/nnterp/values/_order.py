@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnterp.errors import Unavailable
-from nnterp.values._places import Everywhere, Inside, Item, Place, Site, Sum, View, added, scaled
+from nnterp.values._places import Everywhere, Inside, Item, Place, Site, Sum, View, added
 from nnterp.values._serve import Declared, ReadOnly, ThroughOut, findings, through
 
 if TYPE_CHECKING:
@@ -30,9 +30,8 @@ def reads(model: StandardizedTransformer, place: Place) -> tuple[list[Place], Co
         inner, combine = reads(model, place.heads)
         return inner, lambda given: through(model._module.get_submodule(place.path), combine(given), model)
     if isinstance(place, Sum):
-        factors = [factor for _, factor in place.terms]
         sites: list[Place] = [Site(path, "output") for path, _ in place.terms]
-        return sites, lambda given: added([scaled(t, f) for t, f in zip(given, factors, strict=True)])
+        return sites, place.total
     return [place], lambda given: given[0]
 
 

@@ -7,11 +7,13 @@ assigned to have an effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+
+from nnterp.errors import ShapeError
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -187,19 +189,26 @@ class View:
         return f"{self.place} (kept as {self.name})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum:
     """Multiples of module outputs, added up; writing changes the last of them so that the sum becomes what is written.
 
     Attributes:
         terms: (module path, factor: a number or one per channel) in forward order.
+        constant: Added to the sum: one number per channel, or None.
     """
 
     terms: tuple[tuple[str, float | torch.Tensor], ...]
+    constant: torch.Tensor | None = None
 
     def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
         """The sum; the module's own tensor where it is one module's output as it is."""
-        return added([scaled(Site(path, "output").read(model, label), factor) for path, factor in self.terms])
+        return self.total([Site(path, "output").read(model, label) for path, _ in self.terms])
+
+    def total(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of what the terms' modules returned."""
+        sum_ = added([scaled(tensor, factor) for tensor, (_, factor) in zip(given, self.terms, strict=True)])
+        return sum_ if self.constant is None else sum_ + self.constant.to(sum_)
 
     def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Make the last term what the others leave; they are passed by then, so they are read on the way."""
@@ -207,21 +216,56 @@ class Sum:
         rest = [scaled(Site(p, "output").read(model, label), f) for p, f in others]
         last = Site(path, "output")
         current = last.read(model, label)
-        left = tensor - added(rest).to(tensor) if rest else tensor
+        if tensor.numel() != current.numel():
+            raise ShapeError(
+                f"{label} has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
+        left = tensor.reshape(current.shape).to(current.device)
+        if rest:
+            left = left - added(rest).to(left)
+        if self.constant is not None:
+            left = left - self.constant.to(left)
         if isinstance(factor, torch.Tensor):
             left = left / factor.to(left)
         elif factor != 1.0:
             left = left / factor
-        last.write(model, left.to(device=current.device, dtype=current.dtype), label)
+        last.write(model, left.to(dtype=current.dtype), label)
 
     def __str__(self) -> str:
-        return " + ".join(f"{_factor(factor)}{path}.output" for path, factor in self.terms)
+        words = " + ".join(f"{_factor(factor)}{path}.output" for path, factor in self.terms)
+        return words if self.constant is None else f"{words} + one constant per channel"
 
 
 def _factor(factor: float | torch.Tensor) -> str:
     if isinstance(factor, torch.Tensor):
         return "one factor per channel × "
     return "" if factor == 1.0 else f"{factor:g} × "
+
+
+def unflattened(model: StandardizedTransformer, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that has batch and positions in one axis, as `[batch, seq, ...]`: this invoke's rows of it, as a view."""
+    from nnsight.intervention.interleaver import Mediator
+
+    batcher = model.interleaver.batcher
+    rows = batcher.total if batcher is not None else 0
+    if not rows or tensor.shape[0] % rows:
+        return tensor
+    shaped = tensor.unflatten(0, (rows, -1))
+    group = Mediator.current("a value").batch_group
+    return shaped if group is None or not batcher.batching else shaped.narrow(0, *group)
+
+
+def reflattened(model: StandardizedTransformer, tensor: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
+    """`[batch, seq, ...]` of this invoke put back among all rows, batch and positions in one axis as in `was`."""
+    from nnsight.intervention.interleaver import Mediator
+
+    batcher = model.interleaver.batcher
+    group = Mediator.current("a value").batch_group
+    if batcher is None or group is None or not batcher.batching:
+        return tensor.reshape(was.shape)
+    whole = was.unflatten(0, (batcher.total, -1)).clone()
+    whole[group[0] : group[0] + group[1]] = tensor
+    return whole.reshape(was.shape)
 
 
 def added(terms: list[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from nnterp.values._eager import is_eager
 from nnterp.values._places import Place, Site, Sum
 
 if TYPE_CHECKING:
-    from nnterp.certificate import ResidualStructure
+    from nnterp.certificate import Contribution, ResidualStructure
     from nnterp.standardized_transformer import StandardizedTransformer
     from nnterp.values._probe import Findings
 
@@ -97,30 +97,44 @@ def router(index: int) -> Serve:
 def contribution(role: str) -> Serve:
     """What a part adds to the stream, from the residual structure that was proven."""
 
+    def added(structure: ResidualStructure) -> Contribution | None:
+        return {"mlp": structure.mlp, "layer": structure.other}.get(role, structure.mixer)
+
     def serve(model: StandardizedTransformer, layer: int) -> Place:
-        part = model.anatomy.part(role, layer)
+        part = None if role == "layer" else model.anatomy.part(role, layer)
         structure = residual(model, layer)
-        name = {"self_attn": "attention_contributions", "mixer": "mixer_contributions", "mlp": "mlp_contributions"}[
-            role
-        ]
-        added = structure.mlp if role == "mlp" else structure.mixer
-        if added is None:
+        contribution = added(structure)
+        if contribution is None:
             reason = structure.reason or "it is not known what this layer adds to the stream"
-            have = tuple(
-                i for i, s in enumerate(model.residual_structures) if (s.mlp if role == "mlp" else s.mixer) is not None
-            )
-            raise _missing(model, layer, name, reason, have)
-        terms = added.terms
-        if role == "self_attn" and len(terms) > 1 and model.anatomy.blocks[layer].mixer != part:
-            own = tuple(t for t in terms if t.path == part.exit)
+            if role == "layer":
+                reason = structure.reason or "nothing but its mixer and its feed-forward adds to the stream"
+            have = tuple(i for i, s in enumerate(model.residual_structures) if added(s) is not None)
+            raise _missing(model, layer, _CONTRIBUTIONS[role], reason, have)
+        terms = contribution.terms
+        if role == "self_attn" and len(terms) > 1 and part is not None and model.anatomy.blocks[layer].mixer != part:
+            own = tuple(t for t in terms if t.path == part.exit or t.path.startswith(f"{part.path}."))
             terms = own or terms
-        ends = findings(model).ends  # a module inside the part that returns the same: take the part's own exit
-        terms = tuple(type(t)(ends.get(t.path, t.path), t.scale) for t in terms)
-        if len(terms) == 1 and isinstance(terms[0].scale, float) and terms[0].scale == 1.0:
+        found = findings(model)  # a module inside the part that returns the same: take the part's own exit
+        terms = tuple(type(t)(found.ends.get(t.path, t.path), t.scale) for t in terms)
+        terms = tuple(sorted(terms, key=lambda t: found.ticks.get((t.path, (), "output"), 0)))
+        if (
+            len(terms) == 1
+            and contribution.constant is None
+            and isinstance(terms[0].scale, float)
+            and terms[0].scale == 1.0
+        ):
             return Site(terms[0].path, "output")
-        return Sum(tuple((term.path, term.scale) for term in terms))
+        return Sum(tuple((term.path, term.scale) for term in terms), contribution.constant)
 
     return serve
+
+
+_CONTRIBUTIONS = {
+    "self_attn": "attention_contributions",
+    "mixer": "mixer_contributions",
+    "mlp": "mlp_contributions",
+    "layer": "other_contributions",
+}
 
 
 def mid(model: StandardizedTransformer, layer: int) -> Place:
@@ -137,7 +151,7 @@ def mid(model: StandardizedTransformer, layer: int) -> Place:
     place = prepared[layer]
     if place is not None:
         return place
-    if structure.kind == "post-norm":
+    if structure.mid_side == "output":
         return Site(structure.mid, "output")
     return ReadOnly(
         Site(structure.mid, "input"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nnterp.anatomy import Anatomy
@@ -30,6 +30,7 @@ class Value:
         serve: For those, the function (model, layer) → `Place` that says where it is served.
         aliases: TransformerLens' names for it, `{}` standing for the layer.
         note: What has to be known to use it rightly, for the reference page.
+        axes: How many axes it has.
     """
 
     name: str
@@ -42,6 +43,10 @@ class Value:
     serve: Callable[[StandardizedTransformer, int], Place] | None = None
     aliases: tuple[str, ...] = ()
     note: str = ""
+    axes: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", self.shape.count(",") + 1)
 
     def site(self, anatomy: Anatomy, layer: int | None = None) -> Site:
         """Where a value that is an edge of a part is served in one model.
@@ -247,22 +252,20 @@ VALUES: dict[str, Value] = {
         _inner(
             "router_logits",
             "mlp",
-            "[tokens, experts]",
+            "[batch, seq, experts]",
             3.2,
             "The router's score of each expert.",
             _serve.router(0),
             (),
-            "Most models keep batch and sequence in one axis here.",
         ),
         _inner(
             "router_choices",
             "mlp",
-            "[tokens, chosen]",
+            "[batch, seq, chosen]",
             3.3,
             "Indices of the experts each token is sent to.",
             _serve.router(1),
             (),
-            "Most models keep batch and sequence in one axis here.",
         ),
         _inner(
             "mlp_neurons",
@@ -284,6 +287,16 @@ VALUES: dict[str, Value] = {
             _serve.contribution("mlp"),
             ("blocks.{}.hook_mlp_out",),
             f"After post-norms and multipliers. {_NEW}",
+        ),
+        _inner(
+            "other_contributions",
+            "layer",
+            _STREAM,
+            4.7,
+            "What further modules of a layer add to the residual stream (Gemma 3n's and 4's per-layer embeddings).",
+            _serve.contribution("layer"),
+            (),
+            _NEW,
         ),
         _edge(
             "layers_output",
