@@ -87,12 +87,13 @@ def states(model, prompt, name="layers_output"):
     return [kept[layer] for layer in range(model.num_layers)]
 
 
-def overwrite(position, new, heads=None):
+def overwrite(position, new):
     """A hook function that puts `new` at one position."""
 
     def function(tensor):
         tensor = tensor.clone()
-        tensor[0, position] = new
+        view = tensor if tensor.dim() == 2 else tensor[0]  # OPT's feed-forward has batch and positions in one axis
+        view[position] = new
         return tensor
 
     return function

@@ -1,5 +1,7 @@
 """Interventions on any HuggingFace causal language model: lenses, patchscopes, patching, steering and ablation."""
 
+from nnterp.interventions._ablation import AblationResult, ablate
+from nnterp.interventions._components import Component, components
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
 from nnterp.interventions._metrics import Metric, kl_divergence, logit_difference, target_probability
 from nnterp.interventions._patching import PatchingResult, activation_patching
@@ -10,19 +12,25 @@ from nnterp.interventions._patchscope import (
     patchscope_lens,
     patchscope_table,
 )
+from nnterp.interventions._paths import PathResult, path_patching
 from nnterp.interventions._results import Result
 from nnterp.interventions._steer import steer
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_repeat_prompt, repeat_prompt
 
 __all__ = [
+    "AblationResult",
+    "Component",
     "LensResult",
     "Metric",
     "PatchingResult",
     "PatchscopeResult",
+    "PathResult",
     "Result",
     "TargetPrompt",
     "TargetPromptBatch",
+    "ablate",
     "activation_patching",
+    "components",
     "it_repeat_prompt",
     "kl_divergence",
     "logit_difference",
@@ -32,6 +40,7 @@ __all__ = [
     "patchscope_generate",
     "patchscope_lens",
     "patchscope_table",
+    "path_patching",
     "repeat_prompt",
     "steer",
     "target_probability",

@@ -110,6 +110,16 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
     return checked
 
 
+def bind_some(
+    metric: Any, model: StandardizedTransformer, prompts: int, reference: torch.Tensor, chosen: range
+) -> Bound:
+    """`bind_metric` for some of the prompts, counted from the first of them; `reference` holds their logits alone."""
+    whole = reference.new_zeros(chosen.stop, reference.shape[1])
+    whole[chosen.start :] = reference
+    bound = bind_metric(metric, model, prompts, whole)
+    return lambda logits, prompt: bound(logits, prompt + chosen.start)
+
+
 def metric_name(metric: Any) -> str:
     """What results call a metric."""
     return metric.name if isinstance(metric, Metric) else getattr(metric, "__name__", "metric")

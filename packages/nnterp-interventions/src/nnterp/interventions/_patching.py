@@ -13,7 +13,7 @@ from nnterp.errors import Unavailable
 from nnterp.inputs import Row, encode
 from nnterp.interventions._edits import Cell, Edit, axes_of, index_of, positions_axis, units_axis
 from nnterp.interventions._lens import layers_of
-from nnterp.interventions._metrics import Bound, bind_metric, by_prompt, metric_name, scored
+from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts
 from nnterp.interventions._running import BatchSize, bar, check_batch_size
 from nnterp.interventions._shortcuts import prove
@@ -129,8 +129,8 @@ class _Grid:
         self.model, self.names, self.direction = model, names, direction
         self.clean, self.corrupted = pair
         self.into, self.source = (pair[1], pair[0]) if direction == "denoising" else (pair[0], pair[1])
-        self.layers = _layers_with(model, names, layers)
-        self.units = _units(model, names, heads)
+        self.layers = layers_with(model, names, layers)
+        self.units = units_of(model, names, heads)
         self.by_head = heads is not None
         together = positions == "all" if isinstance(positions, str) else positions is None and self.by_head
         if isinstance(positions, str) and positions != "all":
@@ -190,9 +190,7 @@ class _Grid:
             if v == 0:
                 _, into_logits = states_of(model, into, [])
                 clean_logits = from_logits if self.direction == "denoising" else into_logits
-                bound = _offset(
-                    bind_metric(metric, model, len(self.clean), _spread(clean_logits, chosen)), chosen.start
-                )
+                bound = bind_some(metric, model, len(self.clean), clean_logits, chosen)
                 own = list(range(len(chosen)))
                 from_scores, into_scores = by_prompt(bound, from_logits, own), by_prompt(bound, into_logits, own)
                 denoising = self.direction == "denoising"
@@ -278,7 +276,7 @@ class _Grid:
         return (*own, *(None,) * (self.width - len(own)))
 
 
-def _layers_with(model: StandardizedTransformer, names: list[str], layers: int | Sequence[int] | None) -> list[int]:
+def layers_with(model: StandardizedTransformer, names: list[str], layers: int | Sequence[int] | None) -> list[int]:
     """The layers named, all of which must have the values; or those that have them.
 
     Raises:
@@ -307,7 +305,7 @@ def _layers_with(model: StandardizedTransformer, names: list[str], layers: int |
     return kept
 
 
-def _units(model: StandardizedTransformer, names: list[str], heads: Any) -> list[int | None]:
+def units_of(model: StandardizedTransformer, names: list[str], heads: Any) -> list[int | None]:
     """Heads asked for, as indices from 0; [None] if they are not told apart."""
     if heads is None:
         return [None]
@@ -334,14 +332,3 @@ def _units(model: StandardizedTransformer, names: list[str], heads: Any) -> list
                 )
         wanted = [head % size for head in wanted]
     return wanted
-
-
-def _offset(bound: Bound, start: int) -> Bound:
-    return lambda logits, prompt: bound(logits, prompt + start)
-
-
-def _spread(logits: torch.Tensor, chosen: range) -> torch.Tensor:
-    """Logits of some prompts at their places among all."""
-    whole = logits.new_zeros(chosen.stop, logits.shape[1])
-    whole[chosen.start :] = logits
-    return whole

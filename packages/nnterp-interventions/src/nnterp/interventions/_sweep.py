@@ -70,7 +70,6 @@ def sweep(
     reduce: Reduce,
     *,
     read_at: Sequence[int] | None = None,
-    reads: Sequence[tuple[str, int]] | None = None,
     remote: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
@@ -83,10 +82,9 @@ def sweep(
         model: The model.
         rows: The prompts.
         cells: Prompts and edits.
-        reduce: Called with float32 logits `[cells, vocab]` and the cells' indices, while the model runs; returns named
-            tensors `[cells, ...]`. With `reads` it is called with the values read, side by side as `[cells, numbers]`.
+        reduce: Called with float32 logits `[cells, vocab]` of some cells and their indices; returns named tensors
+            `[cells, ...]`.
         read_at: For each prompt the position whose logits are read; the last if None.
-        reads: Values of layers to read at `read_at` instead of the logits.
         remote: Run on a remote service, where no shortcut is taken.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
@@ -102,7 +100,7 @@ def sweep(
     if shortcuts is None:
         shortcuts = Shortcuts() if remote else prove(model)
     at = [len(row) - 1 for row in rows] if read_at is None else list(read_at)
-    run = _Run(model, rows, cells, reduce, at, tuple(reads or ()), remote, batch_size, shortcuts)
+    run = _Run(model, rows, cells, reduce, at, remote, batch_size, shortcuts)
     with bar(len(cells), what, progress) as shown:
         run.everything(shown)
     return run.results
@@ -116,13 +114,12 @@ class _Run:
         cells: Sequence[Cell],
         reduce: Reduce,
         read_at: list[int],
-        reads: tuple[tuple[str, int], ...],
         remote: bool,
         batch_size: BatchSize,
         shortcuts: Shortcuts,
     ) -> None:
         self.model, self.rows, self.cells, self.reduce = model, rows, cells, reduce
-        self.read_at, self.reads, self.remote, self.shortcuts = read_at, reads, remote, shortcuts
+        self.read_at, self.remote, self.shortcuts = read_at, remote, shortcuts
         self.most_rows = AUTO_ROWS if batch_size == "auto" else batch_size
         self.most_tokens = AUTO_TOKENS if batch_size == "auto" else 1 << 60
         self.results: dict[str, torch.Tensor] = {}
@@ -180,8 +177,6 @@ class _Run:
         """The first position and layer that must run for a cell."""
         position = min(cell.first_position, self.read_at[cell.prompt]) if taken.prefix else 0
         layer = cell.first_layer(self.layers) if taken.skip else 0
-        for _, read in self.reads:
-            layer = min(layer, read)
         return position, layer
 
     def base(self, prompts: list[int], needs_stream: bool, needs_cache: bool) -> Base:
@@ -215,35 +210,26 @@ class _Run:
             skipped = groups.pop(("layers_output", start - 1), None)
             if skipped:
                 entering = apply_edits(entering, skipped, size, offset)
-        if start == self.layers and not groups and not self.reads and self.shortcuts.readout:
+        if start == self.layers and not groups and self.shortcuts.readout:
             assert entering is not None
             self.wait(list(tile.cells), _at(entering, at, size[1], "layers_output"))
         else:
             ids = base.ids[which, offset:]
             flags = continued(model, base.cache, which, offset) if offset else forward_flags(model)
-            reads, reduce, layers, cells = self.reads, self.reduce, self.layers, list(tile.cells)
+            reduce, layers, cells = self.reduce, self.layers, list(tile.cells)
             by_hidden = self.reads_hidden(groups)
-            steps = forward_order(model, [*groups, *reads])
+            steps = forward_order(model, groups)
             project = by_hidden and self.remote  # otherwise many tiles are read out at once, outside of the trace
             made: dict[str, torch.Tensor] = {}
             with model.trace({"input_ids": ids}, remote=self.remote, **flags) as tracer:
                 if entering is not None:
                     model.skip_layers(0, start - 1, skip_with=entering)
-                seen = []
                 hidden = entering
                 for name, layer in steps:
-                    if (name, layer) in groups:
-                        current = write_edits(model, name, layer, groups[name, layer], size, offset)
-                    else:
-                        current = read_value(model, get_value(name), layer)
-                    if (name, layer) in reads:
-                        seen.append(_at(current, at, size[1], name).flatten(1).float())
+                    new = write_edits(model, name, layer, groups[name, layer], size, offset)
                     if name == "layers_output" and layer == layers - 1:
-                        hidden = current
-                if reads:
-                    made = nnsight.save(_on_cpu(reduce(torch.cat([s.to(seen[-1].device) for s in seen], dim=1), cells)))
-                    tracer.stop()
-                elif by_hidden:
+                        hidden = new
+                if by_hidden:
                     if start < layers and ("layers_output", layers - 1) not in groups:
                         hidden = read_value(model, get_value("layers_output"), layers - 1)
                     last = _at(hidden, at, size[1], "layers_output").save()
@@ -252,7 +238,7 @@ class _Run:
                     tracer.stop()
                 else:
                     made = nnsight.save(_on_cpu(reduce(_at(model.logits, at, size[1], "logits").float(), cells)))
-            if by_hidden and not reads and not project:
+            if by_hidden and not project:
                 self.wait(cells, last)
             else:
                 self.keep(cells, made)

@@ -1,0 +1,110 @@
+"""Parts of a model that are ablated, or that send and receive: a value of a layer, some of its heads and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.inputs import Row
+from nnterp.interventions._edits import Edit, index_of, positions_axis, units_axis
+from nnterp.interventions._lens import layers_of
+from nnterp.positions import Positions, resolve
+from nnterp.values import get_value
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+
+@dataclass(frozen=True)
+class Component:
+    """A value of one layer, or some of it.
+
+    Attributes:
+        value: Name of a row of the table of values, such as "attention_head_outputs" or "mlps_output".
+        layer: Its layer; negative counts from the last.
+        heads: A head (or neuron) or several; all if None.
+        positions: Over each prompt's own tokens: indices, selectors or a list of these; all if None.
+    """
+
+    value: str
+    layer: int
+    heads: int | tuple[int, ...] | None = None
+    positions: Positions = None
+
+    def __str__(self) -> str:
+        listed = (self.heads,) if isinstance(self.heads, int) else self.heads or ()
+        heads = f" head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
+        at = "" if self.positions is None else f" at {self.positions}"
+        return f"{self.value}[{self.layer}]{heads}{at}"
+
+
+def components(
+    model: StandardizedTransformer,
+    value: str,
+    layers: int | Sequence[int] | None = None,
+    heads: Any = None,
+    positions: Positions = None,
+) -> list[Component]:
+    """One component for each layer (that has the value) and, with `heads`, for each head: the cells of a sweep.
+
+    Args:
+        model: The model.
+        value: Name of a row of the table of values.
+        layers: The layer or layers; all that have the value if None.
+        heads: Indices, or "all"; None for all of them together.
+        positions: As in `Component`, the same for all.
+    """
+    from nnterp.interventions._patching import layers_with, units_of
+
+    chosen = layers_with(model, [value], layers)
+    return [Component(value, layer, unit, positions) for layer in chosen for unit in units_of(model, [value], heads)]
+
+
+def check(model: StandardizedTransformer, component: Any) -> Component:
+    """A component with its layer and heads counted from 0.
+
+    Raises:
+        TypeError: It is no component.
+        ValueError, IndexError, Unavailable: The model does not have it.
+    """
+    from nnterp.interventions._patching import units_of
+
+    if not isinstance(component, Component):
+        raise TypeError(f"A Component was expected, such as Component('mlps_output', 3), not {component!r:.80}.")
+    value = get_value(component.value)
+    if not value.per_layer:
+        raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
+    positions_axis(component.value)
+    (layer,) = layers_of(model, component.layer)
+    value.place(model, layer)
+    heads = component.heads
+    if heads is not None:
+        heads = tuple(u for u in units_of(model, [component.value], heads) if u is not None)
+        units_axis(component.value)
+    return Component(component.value, layer, heads, component.positions)
+
+
+def edit_of(component: Component, at: tuple[int, ...], new: Any) -> Edit:
+    """The edit that puts `new` at some positions of a (checked) component."""
+    heads = component.heads
+    return Edit(component.value, component.layer, at, new, (heads,) if isinstance(heads, int) else heads)
+
+
+def positions_of(model: StandardizedTransformer, component: Component, row: Row, label: str) -> tuple[int, ...]:
+    """The component's positions in one prompt.
+
+    Raises:
+        ValueError: There are none.
+    """
+    at = resolve(model, row, component.positions, label)
+    if not at:
+        raise ValueError(f"{component} has no position in {label}.")
+    return at
+
+
+def cut(component: Component, at: tuple[int, ...], whole: torch.Tensor) -> torch.Tensor:
+    """What of a value of one run `[seq, ...]` belongs to some positions of a component."""
+    return whole[index_of(edit_of(component, at, whole), 0, whole.device)]

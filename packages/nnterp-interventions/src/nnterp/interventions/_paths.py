@@ -1,0 +1,223 @@
+"""Path patching: what one part of a model tells another directly, with everything between them held still."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from nnterp.inputs import Row, encode
+from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
+from nnterp.interventions._edits import Cell, Edit, forward_order, positions_axis, rows_of, write_edits
+from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
+from nnterp.interventions._patching import Direction
+from nnterp.interventions._results import Result, describe_run, prompt_labels
+from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, forward_flags, within_memory
+from nnterp.interventions._states import States, states_of
+from nnterp.interventions._sweep import sweep
+from nnterp.values import get_value, read_value
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PathResult(Result):
+    """The metric of each patched path, `scores` `[prompts, senders]`, and of the `clean` and `corrupted` runs."""
+
+    figure: ClassVar[str] = "paths"
+
+
+def path_patching(
+    model: StandardizedTransformer,
+    clean: Any,
+    corrupted: Any,
+    sender: Component | Sequence[Component],
+    receivers: Component | Sequence[Component] | Literal["logits"],
+    metric: Any,
+    *,
+    direction: Direction = "denoising",
+    batch_size: BatchSize = "auto",
+    progress: bool | None = None,
+) -> PathResult:
+    """The direct effect of a sender on receivers: along the residual stream, past every other part.
+
+    In a first run the sender is taken from the other prompt, while what every other mixer and feed-forward from its
+    layer on returns is held at what it was; what reaches the receivers is recorded. In a second run the receivers, and
+    nothing else, are given that. (Wang et al., "Interpretability in the wild", 2022, section 3.1; Goldowsky-Dill et
+    al., "Localizing model behavior with path patching", 2023.)
+
+    Args:
+        model: The model.
+        clean: A prompt, or a list.
+        corrupted: As many prompts, each as long as its clean one.
+        sender: A `Component`, such as a head `Component("attention_head_outputs", 5, 1)`; a list for a sweep.
+        receivers: Components that are given the result together: "attention_queries", "attention_keys",
+            "attention_values" of heads, "mlps_input", "attentions_input", ...; or "logits".
+        metric: As in `activation_patching`.
+        direction: "denoising" takes the sender from the clean run, into the corrupted one; "noising" the reverse.
+        batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
+        progress: Show a progress bar; with None, only if the work lasts.
+
+    Returns:
+        `scores` `[prompts, senders]`, `clean` and `corrupted` `[prompts]`, float32, on the CPU.
+
+    Raises:
+        ValueError: Prompts do not match, or a receiver comes before a sender.
+        Unavailable: The model, or a layer, does not have a value.
+        InsideTraceError: Called inside a trace of the same model.
+    """
+    model.require_no_trace("path_patching()")
+    check_batch_size(batch_size)
+    if direction not in ("denoising", "noising"):
+        raise ValueError(f'direction is "denoising" or "noising", not {direction!r}.')
+    pair = encode(model, clean), encode(model, corrupted)
+    if [len(row) for row in pair[0]] != [len(row) for row in pair[1]]:
+        raise ValueError("Clean and corrupted prompts go in pairs of equally many tokens.")
+    model.dispatch()
+    senders = [check(model, c) for c in ([sender] if isinstance(sender, Component) else sender)]
+    if isinstance(receivers, str) and receivers != "logits":
+        raise ValueError(f'receivers are components or "logits", not {receivers!r}.')
+    last = Component("layers_output", model.num_layers - 1)
+    listed: Any = [last] if receivers == "logits" else [receivers] if isinstance(receivers, Component) else receivers
+    receiving = [check(model, c) for c in listed]
+    if not senders or not receiving:
+        raise ValueError("There are no senders or no receivers; give at least one of each.")
+    _check_order(model, senders, receiving)
+    runs = _Paths(model, senders, receiving, batch_size)
+    into, source = (pair[1], pair[0]) if direction == "denoising" else pair
+    scores, ends = torch.empty(len(into), len(senders)), torch.empty(2, len(into))
+    with bar(scores.numel(), "path patching", progress) as shown:
+        for i in range(len(into)):
+            (given,), source_logits = states_of(model, [source[i]], [(s.value, s.layer) for s in senders])
+            (held,), into_logits = states_of(model, [into[i]], runs.held)
+            both = (source_logits, into_logits) if direction == "denoising" else (into_logits, source_logits)
+            bound = bind_some(metric, model, len(into), both[0], range(i, i + 1))
+            for end in range(2):
+                ends[end, i] = by_prompt(bound, both[end], [0])[0]
+            scores[i] = runs.scores(into[i], given, held, bound)
+            shown.update(len(senders))
+    return PathResult(
+        {"scores": scores, "clean": ends[0], "corrupted": ends[1]},
+        {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
+        {"prompts": prompt_labels(pair[0], model), "senders": tuple(str(s) for s in senders)},
+        about=describe_run(
+            model,
+            "path_patching",
+            receivers=[str(r) for r in receiving],
+            metric=metric_name(metric),
+            direction=direction,
+            corrupted=prompt_labels(pair[1], model),
+        ),
+    )
+
+
+class _Paths:
+    """Senders and receivers of one model, and what is held still between them."""
+
+    def __init__(
+        self,
+        model: StandardizedTransformer,
+        senders: list[Component],
+        receivers: list[Component],
+        batch_size: BatchSize,
+    ) -> None:
+        self.model, self.senders, self.receivers, self.batch_size = model, senders, receivers, batch_size
+        self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
+        first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
+        self.held: list[Key] = []
+        for block in model.anatomy.blocks[first : last + 1]:
+            mixers = {"mixers_output": block.mixer}
+            if block.self_attn is not None and block.self_attn != block.mixer:
+                mixers["attentions_output"] = block.self_attn
+            parts = {**mixers, "mlps_output": block.mlp}
+            self.held += [(name, block.index) for name, part in parts.items() if part is not None]
+
+    def scores(self, row: Row, given: States, held: States, bound: Any) -> torch.Tensor:
+        """The metric of every sender's path in one prompt."""
+        found: list[torch.Tensor] = []
+        start = 0
+        while start < len(self.senders):
+            some = self.senders[start : start + self.limit]
+            if not within_memory(partial(self.some, row, given, held, bound, some, found), len(some)):
+                self.limit = max(1, len(some) // 2)
+                continue
+            start += len(some)
+        return torch.cat(found)
+
+    def some(
+        self, row: Row, given: States, held: States, bound: Any, senders: list[Component], found: list[torch.Tensor]
+    ) -> None:
+        """Both runs of some senders' paths."""
+        received = self.received(row, given, held, senders)
+        every = tuple(range(len(row)))
+        cells = []
+        for k in range(len(senders)):
+            edits = []
+            for receiver, arrived in zip(self.receivers, received, strict=True):
+                at = every if receiver.positions is None else positions_of(self.model, receiver, row, "the prompt")
+                edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
+            cells.append(Cell(0, tuple(edits)))
+        reduce = scored(bound, cells)
+        found.append(sweep(self.model, [row], cells, reduce, batch_size=self.batch_size, progress=False)["scores"])
+
+    @torch.no_grad()
+    def received(self, row: Row, given: States, held: States, senders: list[Component]) -> list[torch.Tensor]:
+        """For each receiver what reaches it from each sender, `[senders, seq, ...]`."""
+        model, size, every = self.model, (len(senders), len(row)), tuple(range(len(row)))
+        edits: dict[Key, list[tuple[int, Edit]]] = {}
+        for key in self.held:
+            for k, sender in enumerate(senders):
+                if key[1] >= sender.layer and not _speaks(model, sender, key):
+                    edits.setdefault(key, []).append((k, Edit(key[0], key[1], every, held[key])))
+        for k, sender in enumerate(senders):
+            at = positions_of(model, sender, row, "the prompt")
+            key = (sender.value, sender.layer)
+            new = cut(sender, at, given[key])
+            edits.setdefault(key, []).append((k, edit_of(sender, at, new)))
+        wanted = [(r.value, r.layer) for r in self.receivers]
+        order = [(name, layer) for name, layer in forward_order(model, [*edits, *wanted]) if layer is not None]
+        stop = max(order.index(key) for key in wanted)
+        ids = torch.tensor([row.ids] * len(senders))
+        arrived: dict[Key, torch.Tensor] = {}
+        with model.trace({"input_ids": ids}, **forward_flags(model)) as tracer:
+            for name, layer in order[: stop + 1]:
+                if (name, layer) in edits:
+                    tensor = write_edits(model, name, layer, edits[name, layer], size, 0)
+                else:
+                    tensor = read_value(model, get_value(name), layer)
+                if (name, layer) in wanted:
+                    arrived[name, layer] = rows_of(tensor, *size, get_value(name)).clone().save()
+            tracer.stop()
+        return [arrived[key] for key in wanted]
+
+
+def _speaks(model: StandardizedTransformer, sender: Component, key: Key) -> bool:
+    """Whether a held value is what the sender itself speaks through, in its own layer."""
+    if key[1] != sender.layer:
+        return False
+    block = model.anatomy.blocks[sender.layer]
+    value = get_value(sender.value)
+    if value.name.startswith("mlp"):
+        return key[0] == "mlps_output"
+    if value.name.startswith("attention") and block.self_attn != block.mixer:
+        return key[0] == "attentions_output"
+    return key[0] == "mixers_output"
+
+
+def _check_order(model: StandardizedTransformer, senders: list[Component], receivers: list[Component]) -> None:
+    for sender in senders:
+        positions_axis(sender.value)
+        if not sender.value.startswith(("attention", "mlp", "mixer")):
+            raise ValueError(
+                f"{sender} is no part that writes into the stream; send from attention heads, mixers or MLPs."
+            )
+        for receiver in receivers:
+            first = forward_order(model, [(receiver.value, receiver.layer), (sender.value, sender.layer)])[0]
+            if receiver.layer < sender.layer or first == (receiver.value, receiver.layer):
+                raise ValueError(f"{receiver} comes before {sender} in the forward pass, so nothing is sent to it.")
