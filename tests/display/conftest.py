@@ -41,7 +41,7 @@ class Browser:
             const wait = () => {
               const plot = document.querySelector('.js-plotly-plot');
               if (plot && plot._fullLayout && plot.querySelector('.main-svg'))
-                return requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150)));
+                return requestAnimationFrame(() => setTimeout(done, 150));
               setTimeout(wait, 50);
             };
             wait();
@@ -53,7 +53,8 @@ class Browser:
         self.driver.execute_async_script(
             """
             const [figure, done] = [JSON.parse(arguments[0]), arguments[1]];
-            Plotly.newPlot('figure', figure.data, figure.layout).then(() => requestAnimationFrame(() => setTimeout(done, 100)));
+            Plotly.newPlot('figure', figure.data, figure.layout)
+              .then(() => requestAnimationFrame(() => setTimeout(done, 100)));
             """,
             figure.to_json(),
         )
@@ -79,20 +80,17 @@ class Browser:
         """Move the mouse over a point given in axis coordinates, and return what the label says, a line each."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        spot = (
-            """
+        spot = """
             const plot = document.querySelector('.js-plotly-plot'), layout = plot._fullLayout;
-            const box = plot.querySelector('.nsewdrag[data-subplot="%s"]').getBoundingClientRect();
+            const box = plot.querySelector(`.nsewdrag[data-subplot="${arguments[4]}"]`).getBoundingClientRect();
             const [xa, ya] = [layout[arguments[2]], layout[arguments[3]]];
             return [box.left + xa.c2p(arguments[0]), box.top + ya.c2p(arguments[1])];
         """
-            % subplot
-        )  # noqa: UP031
         xname, yname = subplot.split("y")
         axes = (xname.replace("x", "xaxis"), f"yaxis{yname}")
-        _, top = self.js(spot, x, y, *axes)
+        _, top = self.js(spot, x, y, *axes, subplot)
         self.js("window.scrollBy(0, arguments[0])", top - 500)
-        left, top = self.js(spot, x, y, *axes)
+        left, top = self.js(spot, x, y, *axes, subplot)
         self._move(1, 1)
         WebDriverWait(self.driver, 10, 0.05).until(
             lambda _: not self.js("return document.querySelector('g.hovertext')")

@@ -1,4 +1,4 @@
-"""Every figure, saved as a page and opened in Chromium: drawn, silent, offline, with the right words under the mouse."""
+"""Every figure opened in Chromium: drawn, silent, offline, with the right words under the mouse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnterp import display
-from nnterp.display._text import shorten
+from nnterp.token_text import shorten
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -86,18 +86,7 @@ def test_page_is_drawn_silent_offline_and_exact(name, figures, browser, tmp_path
     assert browser.errors() == []
     assert browser.requests() == [path.resolve().as_uri()]
     assert browser.js("return window.pwned") is None
-    assert (
-        browser.js(
-            "return document.querySelectorAll('.js-plotly-plot a[href*=example], .js-plotly-plot image[href*=example]').length"
-        )
-        == 0
-    )
-    assert (
-        browser.js(
-            "return document.querySelectorAll('.js-plotly-plot text tspan[style*=bold], .js-plotly-plot text tspan[style*=italic]').length"
-        )
-        == 0
-    )
+    assert browser.js(MARKUP) == []
     assert len(browser.texts()) > 10
     assert browser.js(CUT) == []
     assert browser.js(OVERLAP) == []
@@ -121,18 +110,26 @@ SHOWN = {
 }
 
 
+# Whatever in a label came of markup: links, images, bold or slanted letters, formulas.
+MARKUP = """
+    const found = 'a[href*=example], image[href*=example], tspan[style*=bold], tspan[style*=italic], .math-group';
+    const plot = document.querySelector('.js-plotly-plot');
+    return [...plot.querySelectorAll(found)].map(e => e.outerHTML);
+"""
 # Texts that stick out of the figure, by more than the pixel that rounding makes.
 CUT = """
     const plot = document.querySelector('.js-plotly-plot .svg-container').getBoundingClientRect();
     return [...document.querySelectorAll('.js-plotly-plot text')].filter(t => {
       const b = t.getBoundingClientRect();
-      return b.width && (b.left < plot.left - 1 || b.right > plot.right + 1 || b.top < plot.top - 1 || b.bottom > plot.bottom + 1);
+      return b.width && (b.left < plot.left - 1 || b.right > plot.right + 1
+                         || b.top < plot.top - 1 || b.bottom > plot.bottom + 1);
     }).map(t => t.textContent);
 """
 # Pairs of texts that lie on each other, labels and cells alike.
 OVERLAP = """
     const boxes = [...document.querySelectorAll('.js-plotly-plot text')]
-      .filter(t => t.textContent.trim() && !t.closest('.hoverlayer') && !t.closest('.modebar') && getComputedStyle(t).visibility !== 'hidden')
+      .filter(t => t.textContent.trim() && !t.closest('.hoverlayer') && !t.closest('.modebar'))
+      .filter(t => getComputedStyle(t).visibility !== 'hidden')
       .map(t => [t.textContent, t.getBoundingClientRect()]).filter(([_, b]) => b.width > 0);
     boxes.sort((p, q) => p[1].left - q[1].left);
     const found = [];
@@ -237,3 +234,55 @@ def test_hostile_texts_cannot_leave_the_script_they_are_stored_in(figures):
             figure
         )
         assert json.loads(figure.to_json())
+
+
+def test_figures_of_the_toy_checkpoints_results(toy, browser, tmp_path):
+    from nnterp.interventions import (
+        activation_patching,
+        logit_difference,
+        logit_lens,
+        logit_lens_table,
+        patchscope_table,
+    )
+    from nnterp.prompts import Prompt, run_prompts
+
+    text = "The capital of France is"
+    lens = logit_lens_table(toy, text, progress=False)
+    prompts = [
+        Prompt.from_strings(f"The capital of {country} is", {"capital": city}, toy)
+        for country, city in {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo"}.items()
+    ]
+    clean = "When Mary and John went to the store, John gave a drink to"
+    corrupted = clean.replace(", John", ", Mary")
+    patched = activation_patching(toy, clean, corrupted, logit_difference(" Mary", " John"), progress=False)
+    targets = run_prompts(toy, prompts, get_probs_func=logit_lens, tqdm=None)
+    figures = {
+        "targets": targets.plot(),
+        "patching": patched.normalized().plot(tokenizer=toy.tokenizer),
+        "patchscope": patchscope_table(toy, ["The capital of France"], progress=False).plot(tokenizer=toy.tokenizer),
+        "certificate": display.plot_certificate(toy.certificate),
+        "topk": display.plot_topk_tokens(logit_lens(toy, text, progress=False), toy.tokenizer, show=False),
+    }
+    path = display.save(lens.plot(tokenizer=toy.tokenizer), tmp_path / "lens.html")
+    browser.open(path)
+    assert browser.errors() == []
+    assert browser.requests() == [path.resolve().as_uri()]
+    last = toy.num_layers - 1, lens["top_ids"].shape[2] - 1
+    share = lens["top_probs"][0, last[0], last[1], 0].item()
+    lines = browser.hover(last[1], last[0]).split("\n")
+    assert lines[0] == f"layer {last[0]}, position {last[1]}  ·is"
+    assert lines[1].split() == ["1.", "·Paris", f"{share:.4f}"]
+    for name, figure in figures.items():
+        browser.draw(figure)
+        assert browser.errors() == [], name
+        assert browser.requests() == [], name
+        assert browser.js(CUT) == [], name
+        assert browser.js(OVERLAP) == [], name
+        if name == "patching":
+            column = list(figure.layout.xaxis.ticktext).index("·drink")
+            score = patched.normalized()["scores"][0, 3, column].item()
+            assert browser.hover(column, 3).split("\n")[1:][0] == f"position {column}  ·drink"
+            assert f"{score:.4f}" in browser.hover(column, 3) or abs(score) < 0.001
+        if name == "targets":
+            value = targets["capital"][:, 5].median().item()
+            assert f"layer 5: {value:.4f}" in browser.hover(5, value)

@@ -50,6 +50,9 @@ def test_display_imports_no_sibling():
 
 @pytest.mark.parametrize("module", ["nnterp", "nnterp.interventions", "nnterp.prompts", "nnterp.cli"])
 def test_importing_another_package_loads_nothing_of_display(module):
-    code = f"import sys, {module}; print([m for m in sys.modules if m.split('.')[0] == 'plotly' or m.startswith('nnterp.display')])"
+    code = (
+        f"import sys, {module}; "
+        "print([m for m in sys.modules if m.split('.')[0] == 'plotly' or m.startswith('nnterp.display')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,199 @@
+"""Make the gallery: run each snippet of it on the toy checkpoint, draw, and write docs/gallery.md with its images.
+
+    uv run python tools/gallery.py
+
+The page shows exactly the code that was run. Images need kaleido and a Chrome or Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import torch
+
+from nnterp import display, toy_checkpoint
+
+DOCS = Path(__file__).parents[1] / "docs"
+LIMIT = 2_000_000  # bytes of all images together
+
+HEAD = """\
+# Gallery
+
+Every figure below is what its code draws of the model that comes with nnterp (`nnterp.toy_checkpoint()`). Figures are
+`plotly.graph_objects.Figure`: hover for exact numbers, `figure.show()` to see one, and
+`display.save(figure, "figure.html")` for a page that opens offline (or `.png` and `.svg`, with
+`pip install 'nnterp-display[images]'`).
+
+This page and its images are made by `uv run python tools/gallery.py`.
+
+```python
+{setup}
+```
+"""
+
+SETUP = """\
+from nnterp import StandardizedTransformer, display, toy_checkpoint
+
+model = StandardizedTransformer(toy_checkpoint(), enable_attention_probs=True)
+"""
+
+SECTIONS = [
+    (
+        "lens",
+        "Logit lens",
+        "What each layer would say next at each position (nostalgebraist, 2020). Bright cells are sure of their token.",
+        """\
+        from nnterp.interventions import logit_lens_table
+
+        text = "The Eiffel Tower is in the city of Paris. The capital of Italy is Rome. The capital of Japan is"
+        lens = logit_lens_table(model, text)
+        figure = lens.plot(tokenizer=model.tokenizer)
+        """,
+    ),
+    (
+        "lens-entropy",
+        "How sure each layer is",
+        "The same lens, coloured by the entropy of each distribution.",
+        """\
+        figure = lens.plot(tokenizer=model.tokenizer, color="entropy", title="Entropy of the lens")
+        """,
+    ),
+    (
+        "targets",
+        "Targets over layers",
+        "Probabilities of target categories over a set of prompts: median, and a band over the middle half of them.",
+        """\
+        from nnterp.interventions import logit_lens
+        from nnterp.prompts import Prompt, run_prompts
+
+        capitals = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Germany": "Berlin"}
+        prompts = [
+            Prompt.from_strings(f"The capital of {country} is", {"capital": city, "country": country}, model)
+            for country, city in capitals.items()
+        ]
+        results = run_prompts(model, prompts, get_probs_func=logit_lens, tqdm=None)
+        figure = results.plot(title="The capital emerges over depth")
+        """,
+    ),
+    (
+        "patching",
+        "Activation patching by position",
+        "Where an indirect object is decided: 1 is the clean run's logit difference, 0 the corrupted run's.",
+        """\
+        from nnterp.interventions import activation_patching, logit_difference
+
+        clean = "When Mary and John went to the store, John gave a drink to"
+        corrupted = "When Mary and John went to the store, Mary gave a drink to"
+        patched = activation_patching(model, clean, corrupted, logit_difference(" Mary", " John"), progress=False)
+        figure = patched.normalized().plot(tokenizer=model.tokenizer, score="normalised logit difference")
+        """,
+    ),
+    (
+        "patching-heads",
+        "Activation patching by head",
+        "The same pair of prompts, one attention head at a time.",
+        """\
+        by_head = activation_patching(
+            model,
+            clean,
+            corrupted,
+            logit_difference(" Mary", " John"),
+            values="attention_head_outputs",
+            heads="all",
+            progress=False,
+        )
+        figure = by_head.normalized().plot(score="normalised logit difference")
+        """,
+    ),
+    (
+        "attention",
+        "Attention of one head",
+        "Query positions down, key positions across; the future is blank.",
+        """\
+        collected = model.collect(clean, "attention_probabilities")
+        pattern = collected["attention_probabilities"][:, 0]  # [layers, heads, query, key]
+        tokens = model.tokenizer(clean)["input_ids"]
+        figure = display.plot_attention(pattern[3, 0], tokens, model.tokenizer, title="Layer 3, head 0")
+        """,
+    ),
+    (
+        "attention-wall",
+        "A wall of heads",
+        "All heads of all layers at once, to find the one to look at.",
+        """\
+        figure = display.plot_attention(pattern, tokens, model.tokenizer, title="Attention of every head")
+        """,
+    ),
+    (
+        "tokens",
+        "Tokens by a value",
+        "A text in reading order, each token coloured by a number: here, how surprised the model was by it.",
+        """\
+        probs = logit_lens(model, text, positions=slice(None), layers=-1)[0, 0]  # [positions, vocab]
+        ids = model.tokenizer(text)["input_ids"]
+        surprise = -probs[range(len(ids) - 1), ids[1:]].log()
+        figure = display.plot_tokens(
+            ids[1:], surprise, model.tokenizer, name="surprise (nats)", title="What was surprising"
+        )
+        """,
+    ),
+    (
+        "patchscope",
+        "Patchscope",
+        "A hidden state read out by a prompt that repeats words (Ghandeharioun et al., 2024).",
+        """\
+        from nnterp.interventions import patchscope_table
+
+        readings = patchscope_table(model, ["The capital of France", "The capital of Japan", "Mary"], progress=False)
+        figure = readings.plot(tokenizer=model.tokenizer)
+        """,
+    ),
+    (
+        "topk",
+        "Top tokens of each layer",
+        "The figure of nnterp 1.x, one panel per prompt.",
+        """\
+        probs = logit_lens(model, ["The capital of France is", "The capital of Japan is"])
+        figure = display.plot_topk_tokens(probs, model.tokenizer, k=4, show=False)
+        """,
+    ),
+    (
+        "certificate",
+        "The certificate",
+        "What was proven about this model's names when it was loaded.",
+        """\
+        figure = display.plot_certificate(model.certificate)
+        """,
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where gallery.md and gallery/ go")
+    out = parser.parse_args().out
+    torch.set_num_threads(1)
+    space: dict = {}
+    exec(SETUP, space)
+    # The page must not name the folder of whoever made it.
+    space["model"].repo_id = "toy"
+    object.__setattr__(space["model"].certificate, "model", "toy")
+    page = [HEAD.format(setup=SETUP.strip())]
+    size = 0
+    for name, title, about, code in SECTIONS:
+        code = textwrap.dedent(code).strip()
+        exec(code, space)
+        path = display.save(space["figure"], out / "gallery" / f"{name}.png", theme="light", scale=1.25)
+        size += path.stat().st_size
+        page.append(f"## {title}\n\n{about}\n\n```python\n{code}\n```\n\n![{title}](gallery/{name}.png)\n")
+        print(f"{path.relative_to(out)}: {path.stat().st_size:,} bytes", flush=True)
+    if size > LIMIT:
+        raise SystemExit(f"The images take {size:,} bytes together; {LIMIT:,} are allowed.")
+    (out / "gallery.md").write_text("\n".join(page), encoding="utf-8")
+    print(f"{size:,} bytes in all; toy checkpoint: {Path(toy_checkpoint()).name}")
+
+
+if __name__ == "__main__":
+    main()
