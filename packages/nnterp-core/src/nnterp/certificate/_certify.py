@@ -325,10 +325,12 @@ class _Checks:
             made = source.output[entry]
             if made is None:
                 continue
-            for key, value in (*enumerate(target.args), *target.kwargs.items()):
+            given: list[tuple[int | str, Any]] = [*enumerate(target.args), *target.kwargs.items()]
+            for key, value in given:
                 if key not in (0, "hidden_states") and _alike(made, value):
                     return key
-            for key, value in (*enumerate(source.args), *source.kwargs.items()):
+            own: list[tuple[int | str, Any]] = [*enumerate(source.args), *source.kwargs.items()]
+            for key, value in own:
                 if key not in (0, "hidden_states") and not isinstance(made, torch.Tensor) and _same_make(made, value):
                     return key
         return None
@@ -567,7 +569,9 @@ class _Checks:
         wrong = []
         for block, structure in zip(self.anatomy.blocks, self.model.residual_structures, strict=True):
             layer = recording.call(block.path)
-            for role in roles if layer is not None else ():
+            if layer is None:
+                continue
+            for role in roles:
                 part = getattr(block, role)
                 call = None if part is None else recording.within(part.entry, layer)
                 if call is None or call.stream_in is None:
