@@ -110,12 +110,12 @@ SECTIONS = [
     (
         "attention",
         "Attention of one head",
-        "Query positions down, key positions across; the future is blank.",
+        "The head that patching points at. Query positions down, key positions across; the future is blank.",
         """\
         collected = model.collect(clean, "attention_probabilities")
         pattern = collected["attention_probabilities"][:, 0]  # [layers, heads, query, key]
         tokens = model.tokenizer(clean)["input_ids"]
-        figure = display.plot_attention(pattern[3, 0], tokens, model.tokenizer, title="Layer 3, head 0")
+        figure = display.plot_attention(pattern[4, 0], tokens, model.tokenizer, title="Layer 4, head 0")
         """,
     ),
     (
@@ -160,6 +160,14 @@ SECTIONS = [
         """,
     ),
     (
+        "dark",
+        "In the dark",
+        "Any of them in the dark theme. Saved pages follow the reader's own setting without it.",
+        """\
+        figure = display.with_theme(results.plot(title="The capital emerges over depth"), "dark")
+        """,
+    ),
+    (
         "certificate",
         "The certificate",
         "What was proven about this model's names when it was loaded.",
@@ -185,7 +193,7 @@ def main() -> None:
     for name, title, about, code in SECTIONS:
         code = textwrap.dedent(code).strip()
         exec(code, space)
-        path = display.save(space["figure"], out / "gallery" / f"{name}.png", theme="light", scale=1.25)
+        path = display.save(space["figure"], out / "gallery" / f"{name}.png", scale=1.25)
         size += path.stat().st_size
         page.append(f"## {title}\n\n{about}\n\n```python\n{code}\n```\n\n![{title}](gallery/{name}.png)\n")
         print(f"{path.relative_to(out)}: {path.stat().st_size:,} bytes", flush=True)

@@ -180,6 +180,8 @@ def test_patching_is_centred_on_zero():
     scores = torch.tensor([[0.5, -0.25], [float("nan"), 0.0]])
     heat = display.plot_patching(scores, ["a", "b"]).data[0]
     assert (heat.zmin, heat.zmax) == (-0.5, 0.5)
+    text = display.plot_patching(torch.tensor([[-0.001, -0.25, 1.0]])).data[1].text
+    assert list(text) == ["0.00", "−0.25", "1.00"]
     with pytest.raises(TypeError, match="no argument 'value'"):
         display.plot_patching(scores, value="x")
     with pytest.raises(ValueError, match="must have 2 axes"):

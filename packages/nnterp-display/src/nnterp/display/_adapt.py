@@ -216,7 +216,7 @@ def sweep(result: Any, choose: Mapping[str, Any]) -> tuple[np.ndarray, dict[str,
     averaged = [axis for axis, label in choose.items() if label == "mean" and axis not in taken]
     fixed = ", ".join(filter(None, [fixed, *(f"mean over {axis}" for axis in averaged)]))
     score = _score_name(result, name)
-    title = title_of(result, f"Patching{f' ({fixed})' if fixed else ''}")
+    title = title_of(result, f"{_sweep_name(result)}{f' ({fixed})' if fixed else ''}")
     return array, {
         "columns": labels,
         "layers": list(result.labels["layers"]),
@@ -315,6 +315,14 @@ def _target_labels(result: Any, kind: str) -> list[str]:
             name(column[0]) if len(set(column)) == 1 else f"target {i}" for i, column in enumerate(ids.T.tolist())
         ]
     return [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
+def _sweep_name(result: Any) -> str:
+    """What was swept, as the function that made it calls it: "Activation patching of layers_output"."""
+    about = getattr(result, "about", None) or {}
+    name = str(about.get("function", "patching")).replace("_", " ").capitalize()
+    values = about.get("arguments", {}).get("values")
+    return f"{name} of {values[0]}" if isinstance(values, list) and len(values) == 1 else name
 
 
 def _score_name(result: Any, name: str) -> str:

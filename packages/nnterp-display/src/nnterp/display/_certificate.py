@@ -46,7 +46,7 @@ def plot_certificate(certificate: Certificate, *, title: str | None = None, show
             },
             cells={
                 "values": [
-                    [row[0] for row in rows],
+                    [f'<span style="color:{_COLOURS[row[0]]}">{row[0]}</span>' for row in rows],
                     ["<br>".join(map(escape, claim)) for claim in claims],
                     [row[2] for row in rows],
                     [row[3] for row in rows],
@@ -54,7 +54,7 @@ def plot_certificate(certificate: Certificate, *, title: str | None = None, show
                 ],
                 "align": ["center", "left", "right", "right", "left"],
                 "height": table_row(1, _FONT),
-                "font": {"size": _FONT, "color": [[_COLOURS[row[0]] for row in rows]]},
+                "font": {"size": _FONT},
             },
         )
     )

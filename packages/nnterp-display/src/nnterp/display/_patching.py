@@ -99,7 +99,7 @@ def plot_patching(
         )
     )
     if written:
-        texts = [["" if value != value else f"{value:.2f}".replace("-", "−") for value in row] for row in cells]
+        texts = [[_written(value) for value in row] for row in cells]
         ink = inks((cells / (most or 1.0) + 1) / 2, DIVERGING, reverse=True)
         figure.add_trace(cell_text(texts, ink, size.font, mono=False))
     if tokens:
@@ -131,3 +131,11 @@ def _column_names(columns: Sequence[Any], tokenizer: Any, column_axis: str) -> l
 
 def _place(tokens: bool, index: int, name: str) -> str:
     return f"{index}  {escape(shorten(name, 40))}" if tokens else escape(name)
+
+
+def _written(value: float) -> str:
+    """A score in its cell: two decimals, no sign on what rounds to nothing."""
+    if value != value:
+        return ""
+    text = f"{value:.2f}"
+    return text.replace("-", "" if float(text) == 0 else "−")
