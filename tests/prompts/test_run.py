@@ -386,6 +386,20 @@ def test_the_bar(tiny, capsys):
     assert "Running prompts" in capsys.readouterr().err
 
 
+def test_a_function_shows_no_bar_of_its_own(tiny, lens):
+    model, seen = tiny("gpt2"), []
+
+    def bar_by_default(model, prompts, remote=False, targets=None, progress=None):
+        seen.append(progress)
+        return lens(model, prompts, remote, targets)
+
+    bar_by_default.reduces_targets = True
+    prompts = make(model.tokenizer)
+    run_prompts(model, prompts, get_probs_func=bar_by_default, tqdm=None)
+    run_prompts(model, prompts, get_probs_func=bar_by_default, func_kwargs={"progress": True}, tqdm=None)
+    assert seen == [False, True]
+
+
 def test_next_token_probs(tiny):
     model = tiny("gemma2")
     probs = next_token_probs(model, TEXTS)

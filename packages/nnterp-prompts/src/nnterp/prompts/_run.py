@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def run_prompts(
             with an attribute `reduces_targets = True` (such as `nnterp.interventions.logit_lens`) is called with the
             prompts as token ids and `targets`, for each prompt a list of lists of token ids, and returns
             `[prompts, layers, len(targets[i])]`, the probability of each list, so that no vocabulary leaves the trace.
+            If it has an argument `progress`, that is False.
         func_kwargs: Further keyword arguments of `get_probs_func`.
         remote: Passed to the trace.
         tqdm: Wraps the batches to show progress, called as `tqdm(batches, desc=...)`. None for no bar.
@@ -187,6 +189,8 @@ def _answers_of(
             [list((questions[k] if k < len(questions) else questions[0]).tokens) for k in range(most)]
             for questions in asked
         ]
+        if "progress" in inspect.signature(get_probs).parameters:
+            kwargs = {"progress": False, **kwargs}  # the run has a bar of its own, or none
         values = get_probs(model, ids, remote=remote, targets=targets, **kwargs)
         _check_shape(get_probs, values, len(batch), most, "categories")
         found = [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]
