@@ -78,7 +78,8 @@ def test_probabilities_equal_huggingface(model_type):
         probs = [model.attention_probabilities[i].clone() for i in layers]
         probs.save()
     for p in probs:
-        assert (p >= 0).all() and (p.double().sum(-1) < 1 + 1e-5).all()
+        assert (p >= 0).all()
+        assert (p.double().sum(-1) < 1 + 1e-5).all()
     if own is None or model_type in NOT_RETURNED:
         return
     assert len(own) >= len(probs)

@@ -19,9 +19,9 @@ PROMPTS = [
     "A cat sat on the mat and looked at the other cat",
 ]
 TYPES = (
-    "gpt2 llama gemma2 gemma3_text qwen3 qwen2 mistral phi phi3 gpt_neox gptj gpt_neo bloom falcon mpt opt codegen stablelm "
-    "starcoder2 olmo2 granite cohere cohere2 glm glm4 mixtral qwen3_moe deepseek_v3 gpt_oss nemotron xglm smollm3 "
-    "bert mamba jamba"
+    "gpt2 llama gemma2 gemma3_text qwen3 qwen2 mistral phi phi3 gpt_neox gptj gpt_neo bloom falcon mpt opt codegen "
+    "stablelm starcoder2 olmo2 granite cohere cohere2 glm glm4 mixtral qwen3_moe deepseek_v3 gpt_oss nemotron xglm "
+    "smollm3 bert mamba jamba"
 ).split()
 NAMES = ["layers_output", "layers_input", "attentions_output", "mlps_output"]
 

@@ -91,7 +91,7 @@ def test_written_mid_moves_both_paths(model_type):
         i for i, s in enumerate(model.residual_structures) if s.kind == "sequential" and served(model, "layers_mid", i)
     ]
     names = ["mlp_contributions", "other_contributions"]
-    for layer in layers[:1]:
+    for layer in {*layers[:1], *layers[-1:]}:
         if model_type in MID_READ_ONLY:
             with pytest.raises(Unavailable, match="not written"), model.trace(tokens):
                 model.layers_mid[layer] = model.layers_mid[layer] * 2

@@ -53,7 +53,7 @@ def test_set_layer_output(models):
 
 
 def test_token_activations(models):
-    ours, plain = models
+    _ours, plain = models
     expected = []
     for prompt in PROMPTS:
         with torch.no_grad(), plain.trace(prompt):

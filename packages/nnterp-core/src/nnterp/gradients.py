@@ -98,15 +98,16 @@ def gradients(
     model.require_no_trace("gradients()")
     if not torch.is_grad_enabled():
         raise RuntimeError(
-            "gradients() was called under torch.no_grad() or inference_mode, where nothing has a gradient. Call it outside."
+            "gradients() was called under torch.no_grad() or inference_mode, where nothing has a gradient. Call it "
+            "outside."
         )
     model.dispatch()
     plan = make_plan(model, values, layers)
     rows = encode(model, prompts)
     if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
         raise ValueError(
-            f"{model.anatomy.model_class} is not exact under padding, so prompts of different lengths cannot share a batch. "
-            f"Take the gradients of one length at a time."
+            f"{model.anatomy.model_class} is not exact under padding, so prompts of different lengths cannot share a "
+            f"batch. Take the gradients of one length at a time."
         )
     batch = pad(model, rows)
     sources = [gradient_reads(model, t.value.place(model, t.layer), t.label) for t in plan.targets]
@@ -127,15 +128,15 @@ def gradients(
         raise ValueError(f"The metric must make one number of the logits {list(logits.shape)}; it made {got}.")
     if not score.requires_grad:
         raise ValueError(
-            "The metric does not depend on any of the values through differentiable operations: it was detached, computed "
-            "under no_grad, or made of integers (argmax, comparisons)."
+            "The metric does not depend on any of the values through differentiable operations: it was detached, "
+            "computed under no_grad, or made of integers (argmax, comparisons)."
         )
     wanted = list(dict.fromkeys(place for places, _ in sources for place in places))
     frozen = [place for place in wanted if not by_place[place].requires_grad]
     if frozen:
         raise ValueError(
-            f"{frozen[0]} does not require a gradient: its dtype is {by_place[frozen[0]].dtype}, or the weights before it are "
-            f"frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
+            f"{frozen[0]} does not require a gradient: its dtype is {by_place[frozen[0]].dtype}, or the weights before "
+            f"it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
         )
     made = torch.autograd.grad(score.reshape(()), [by_place[p] for p in wanted], allow_unused=True)
     slopes = {p: torch.zeros_like(by_place[p]) if g is None else g for p, g in zip(wanted, made, strict=True)}

@@ -62,8 +62,8 @@ class Collected(Mapping[str, torch.Tensor]):
         if layer is None:
             if isinstance(tensor, dict):
                 raise ValueError(
-                    f"The layers of {value.name} differ in shape ({self.shapes(value.name)}), so they make no one tensor; "
-                    f"ask for one: collected[{value.name!r}, {self.layers[value.name][0]}]."
+                    f"The layers of {value.name} differ in shape ({self.shapes(value.name)}), so they make no one "
+                    f"tensor; ask for one: collected[{value.name!r}, {self.layers[value.name][0]}]."
                 )
             return tensor
         have = self.layers[value.name]

@@ -42,8 +42,8 @@ def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> t
         tensor = tensor.view(rows, seq, *tensor.shape[1:])
     if tensor.shape[0] != rows or tensor.dim() < 2 or tensor.shape[1] != seq:
         raise ValueError(
-            f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens, so it has no entry per position; "
-            f"read it in a trace instead."
+            f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens, so it has no entry per "
+            f"position; read it in a trace instead."
         )
     if picked.whole:
         return tensor[:, 0].clone() if picked.single else tensor.clone()
@@ -60,8 +60,8 @@ def _pattern(tensor: torch.Tensor, picked: Selection, label: str) -> torch.Tenso
     rows, seq = picked.shape
     if tensor.dim() != 4 or tensor.shape[0] != rows or tensor.shape[2] != seq or tensor.shape[3] != seq:
         raise ValueError(
-            f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens: its queries or keys are not the "
-            f"prompt's tokens. Read it in a trace instead."
+            f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens: its queries or keys "
+            f"are not the prompt's tokens. Read it in a trace instead."
         )
     device = tensor.device
     row = torch.arange(rows, device=device)

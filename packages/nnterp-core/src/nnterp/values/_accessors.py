@@ -67,8 +67,9 @@ class ModuleListAccessor:
         part = self._model.anatomy.part(self._role, index)
         if part.path is None:
             raise Unavailable(
-                f"{self._name}[{layer}] is no module of its own in {self._model.anatomy.model_class}: the part enters at "
-                f"{part.entry} and leaves at {part.exit}. Read {self._name}_input[{layer}] and {self._name}_output[{layer}]."
+                f"{self._name}[{layer}] is no module of its own in {self._model.anatomy.model_class}: the part enters "
+                f"at {part.entry} and leaves at {part.exit}. Read {self._name}_input[{layer}] and "
+                f"{self._name}_output[{layer}]."
             )
         return self._model.envoy(part.path)
 

@@ -38,7 +38,7 @@ def check_probabilities(model: StandardizedTransformer, layer: int, heads: int |
             model.attention_probabilities[layer] = torch.zeros_like(probs)
             changed = model.logits.save()
     if heads_out is not None and heads_out.abs().max() > 1e-5:
-        return "zeros written to them leave something of the heads' outputs, so they are not what the values are weighted with"
+        return "zeros written to them leave something of the heads' outputs, so the values are not weighted with them"
     if torch.equal(changed, clean):
         return "writing them does not change the logits"
     return None

@@ -76,19 +76,12 @@ def _moved(output: torch.Tensor) -> torch.Tensor:
     return output + step * output.detach().float().std().clamp(min=1e-3).to(output.dtype)
 
 
-def _moved_by(moved: torch.Tensor) -> float:
-    """How far `_moved` moves, roughly."""
-    return moved.detach().float().std().clamp(min=1e-3).item()
-
-
 def _with_code(root: nn.Module, layer: str) -> list[str]:
     """A layer and the modules in it that have code of their own: neither torch's nor a norm."""
     paths = [layer]
     for name, module in root.get_submodule(layer).named_modules():
-        known = (
-            type(module).__module__.startswith("torch.")
-            or "norm" in type(module).__name__.lower()
-            and not list(module.children())
+        known = type(module).__module__.startswith("torch.") or (
+            "norm" in type(module).__name__.lower() and not list(module.children())
         )
         if name and not known and name.count(".") < 2:
             paths.append(f"{layer}.{name}")
@@ -101,12 +94,14 @@ class _Between:
     def __init__(self, layer: str, structure: ResidualStructure, paths: list[str]) -> None:
         self.layer, self.structure, self.paths = layer, structure, paths
         self.options: list[tuple[str, tuple[str, ...]]] = []
-        self.before: torch.Tensor | None = None
+        self.before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def find(self, operations: Operations, edges: Any, tolerance: float) -> None:
         """Operations that hold the stream's numbers: the layer's own first, then those of modules in it."""
         stream, entered = edges.input(self.structure.mid), edges.input(self.layer)
-        self.before = self.carried(edges)
+        carried = self.carried(edges)
+        if carried is not None and stream is not None:
+            self.before = (stream.double().reshape(carried.shape), carried)
         for path in self.paths:
             for operation in sorted(operations.of(path), key=lambda o: o.ended):
                 made = operation.output
@@ -121,8 +116,8 @@ class _Between:
     def proven(self, path: str, labels: tuple[str, ...], operations: Operations, edges: Any, tolerance: float) -> bool:
         """Whether the operation, moved, has moved what both readers of the stream read.
 
-        The feed-forward must be given what was moved. The residual path carries the same step at every position, scaled
-        by nothing or by one factor per channel.
+        The feed-forward must be given what was moved, and the residual path must carry it: as it is, or scaled by the
+        factors that it is scaled by when nothing is moved.
         """
         moved = next(o.output for o in operations.of(path) if o.labels == labels)
         given, after = edges.input(self.structure.mid), self.carried(edges)
@@ -130,10 +125,13 @@ class _Between:
             return False
         if not same(given.reshape(moved.shape), moved, tolerance * 10):
             return False
-        step = (after - self.before).reshape(-1, after.shape[-1])
-        wanted = _moved_by(moved)
-        uneven = (step - step[:1]).abs().max()
-        return bool(uneven <= 1e-3 * step.abs().max()) and bool(step.abs().max() > 1e-2 * wanted)
+        moved = moved.double().reshape(after.shape)
+        tolerance = max(tolerance * 10, 1e-4)
+        if same(after, moved, tolerance):
+            return True
+        stream, carried = (t.reshape(-1, t.shape[-1]) for t in self.before)
+        factor = (stream * carried).sum(0) / stream.square().sum(0).clamp(min=1e-30)
+        return same(after, moved * factor, tolerance)
 
     def carried(self, edges: Any) -> torch.Tensor | None:
         """The layer's output without what its feed-forward, and modules after it, add."""

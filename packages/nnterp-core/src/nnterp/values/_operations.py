@@ -1,8 +1,8 @@
 """What happens inside a module's forward: every operation nnsight can serve, watched once on a probe.
 
-nnsight names the calls and assignments of a forward after its source text (`envoy.source.{name}_{n}`). Those names belong
-to one version of transformers and of nnsight, so they are never written down here: a probe is run with nnsight's own
-instrumented copy of the forward, what every operation was given and returned is kept, and the operation wanted is
+nnsight names the calls and assignments of a forward after its source text (`envoy.source.{name}_{n}`). Those names
+belong to one version of transformers and of nnsight, so they are never written down here: a probe is run with nnsight's
+own instrumented copy of the forward, what every operation was given and returned is kept, and the operation wanted is
 recognised by its tensors.
 """
 

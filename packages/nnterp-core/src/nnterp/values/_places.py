@@ -99,7 +99,8 @@ class Inside:
         path: The module.
         labels: From its forward down to the operation: the function called, an operation in it, ...
         side: Whether the value is what the operation returns or what it is called with.
-        key: Which entry of the tuple it returns, or which argument (a position or a keyword); None for the whole output.
+        key: Which entry of the tuple it returns, or which argument (a position or a keyword); None for the whole
+        output.
     """
 
     path: str
@@ -179,11 +180,28 @@ class View:
 
     def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
         """The value in its own layout."""
-        return self.show(self.place.read(model, label))
+        shown = self.show(self.place.read(model, label))
+        group = self.group(model)
+        return shown if group is None else shown.narrow(0, *group)
 
     def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace it, given in its own layout."""
-        self.place.write(model, self.back(tensor, self.place.read(model, label)), label)
+        current = self.place.read(model, label)
+        group = self.group(model)
+        if group is not None:
+            whole = self.show(current).clone()
+            whole[group[0] : group[0] + group[1]] = tensor
+            tensor = whole
+        self.place.write(model, self.back(tensor, current), label)
+
+    def group(self, model: StandardizedTransformer) -> tuple[int, int] | None:
+        """This invoke's rows, where the model's layout hides them from nnsight, which then serves all rows."""
+        if not self.name.startswith("[batch ×"):
+            return None
+        from nnsight.intervention.interleaver import Mediator
+
+        batcher, mine = model.interleaver.batcher, Mediator.current("a value").batch_group
+        return None if mine is None or batcher is None or not batcher.batching else (mine[0], mine[1])
 
     def __str__(self) -> str:
         return f"{self.place} (kept as {self.name})"
@@ -243,7 +261,8 @@ def _factor(factor: float | torch.Tensor) -> str:
 
 
 def unflattened(model: StandardizedTransformer, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that has batch and positions in one axis, as `[batch, seq, ...]`: this invoke's rows of it, as a view."""
+    """A tensor that has batch and positions in one axis, as `[batch, seq, ...]`: this invoke's rows of it, as a
+    view."""
     from nnsight.intervention.interleaver import Mediator
 
     batcher = model.interleaver.batcher

@@ -72,7 +72,8 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
                 problem = check_probabilities(model, i, heads)
                 if problem:
                     raise RenamingError(
-                        f"The attention probabilities of layer {i} of {model.anatomy.model_class} are not proven: {problem}."
+                        f"The attention probabilities of layer {i} of {model.anatomy.model_class} are not proven: "
+                        f"{problem}."
                     )
 
 

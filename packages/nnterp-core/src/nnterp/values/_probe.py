@@ -63,7 +63,7 @@ def find_inside(model: StandardizedTransformer) -> Findings:
 
 @contextlib.contextmanager
 def probing(model: StandardizedTransformer) -> Iterator[torch.device]:
-    """Run the plain module, without gradients, dropout or a trace that is running; gives the device inputs belong on."""
+    """Run the plain module, without gradients, dropout or a running trace; gives the device inputs belong on."""
     interleaver = model.interleaver
     running, interleaver.interleaving = interleaver.interleaving, False
     try:

@@ -1,4 +1,4 @@
-"""Where the rows that are no edge of a part are served: from what the probe found and from the proven residual structure."""
+"""Where rows that are no edge of a part are served: from the probe's findings and the proven residual structure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def head_contributions(model: StandardizedTransformer, layer: int) -> Place:
     """Each head's output through W_O."""
     place = attention("attention_head_contributions")(model, layer)
     inside = findings(model).attention[layer]
-    assert inside is not None and inside.out is not None and inside.heads is not None
+    assert inside is not None
+    assert inside.out is not None
+    assert inside.heads is not None
     return ThroughOut(place, inside.out)
 
 
@@ -175,7 +177,8 @@ def _missing(model: StandardizedTransformer, layer: int, name: str, reason: str,
     where = f"layers {_ranges(have)} have it" if have else "no layer of this model has it"
     block = model.anatomy.blocks[layer]
     error = Unavailable(
-        f"Layer {layer} of {model.anatomy.model_class} ({block.path}: {block.description}) has no {name}: {reason}; {where}."
+        f"Layer {layer} of {model.anatomy.model_class} ({block.path}: {block.description}) has no {name}: {reason}; "
+        f"{where}."
     )
     error.reason = reason  # type: ignore[attr-defined]
     return error
