@@ -137,6 +137,7 @@ def test_table(tiny, tmp_path):
 def test_plot_without_display_says_what_to_install(tiny, monkeypatch):
     found = logit_lens_table(tiny("llama"), PROMPTS[:1])
     monkeypatch.setattr("nnterp.plugins.load", lambda group, name: None)
+    monkeypatch.setattr("nnterp.plugins.names", lambda group: ())
     with pytest.raises(ModuleNotFoundError, match="pip install nnterp-display"):
         found.plot()
 

@@ -165,14 +165,18 @@ class Result:
         """The figure that nnterp-display draws of this kind of result, a `plotly.graph_objects.Figure`.
 
         Raises:
-            ModuleNotFoundError: nnterp-display is not installed, or draws no such figure.
+            ModuleNotFoundError: nnterp-display is not installed.
+            NotImplementedError: It draws no such figure.
         """
         draw = plugins.load(plugins.FIGURES, self.figure)
         if draw is None:
-            there = ", ".join(plugins.names(plugins.FIGURES)) or "none"
-            raise ModuleNotFoundError(
-                f"No installed package draws {self.figure!r} (figures there are: {there}); pip install nnterp-display"
-            )
+            there = plugins.names(plugins.FIGURES)
+            if there:
+                raise NotImplementedError(
+                    f"There is no figure of a {type(self).__name__} (there are: {', '.join(there)}); "
+                    f"draw its to_dataframe()."
+                )
+            raise ModuleNotFoundError("Figures are drawn by another package: pip install nnterp-display")
         return draw(self, **kwargs)
 
 
