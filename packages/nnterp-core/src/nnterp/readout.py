@@ -112,12 +112,13 @@ class Readout:
 
     Attributes:
         way: "chain": see `Chain`, three or four module calls. "replay": the model's own forward with every layer
-            replaced by one that returns the hidden state; exact for any model whose code after the last layer depends on
-            the hidden state alone, whatever that code is. None: neither could be proven; projecting is refused.
+            replaced by one that returns the hidden state; exact for any model whose code after the last layer depends
+            on the hidden state alone, whatever that code is. None: neither could be proven; projecting is refused.
         reason: For None, why.
         layout: Where batch and sequence stand in hidden states.
-        returns: For each layer, where what it returns beside the stream comes from when it is skipped: for every further
-            entry the argument (index or name) that is handed through, or None; None for a layer that returns one tensor.
+        returns: For each layer, where what it returns beside the stream comes from when it is skipped: for every
+            further entry the argument (index or name) that is handed through, or None; None for a layer that returns
+            one tensor.
     """
 
     def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
@@ -129,12 +130,11 @@ class Readout:
         self.returns: tuple[tuple[int | str | None, ...] | None, ...] = (None,) * anatomy.num_layers
 
     def __str__(self) -> str:
-        return {"chain": str(self.chain), "replay": "the model's own code after its last layer", None: self.reason}[
-            self.way
-        ]
+        chain = str(self.chain) if self.anatomy.ln_final is not None else str(self.chain).removeprefix("ln_final → ")
+        return {"chain": chain, "replay": "the model's own code after its last layer", None: self.reason}[self.way]
 
     def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states at the output of the last layer, `[..., hidden]` → `[..., vocab]`, in the model's dtype.
+        """Logits of hidden states at the output of the last layer: `[..., hidden]` → `[..., vocab]`, the model's dtype.
 
         Raises:
             Unavailable: No way of doing so has been proven for this model.
@@ -161,8 +161,8 @@ class Readout:
             hidden = hidden.reshape(-1, *shape[-2:]) if hidden.dim() > 1 else hidden.reshape(1, 1, -1)
         elif hidden.dim() != layout.dims:
             raise ShapeError(
-                f"{self.anatomy.model_class} carries several streams, so its hidden states have {layout.dims} axes, as in "
-                f"layers_output; one of shape {list(shape)} cannot be read out."
+                f"{self.anatomy.model_class} carries several streams, so its hidden states have {layout.dims} axes, as "
+                f"in layers_output; one of shape {list(shape)} cannot be read out."
             )
         rows, seq = hidden.shape[layout.batch : layout.batch + 2]
         embedding = module.get_input_embeddings().weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import itertools
 import math
 import re
 import time
@@ -27,8 +28,8 @@ from nnterp.readout import StreamLayout
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
-PROBE_LENGTH = 12
-SHORT_LENGTH = 7
+PROBE_LENGTH = 10  # longer than the windows of tiny models, so that they bite
+SHORT_LENGTH = 6
 
 PARTS = "parts found, run once and in order, with the stream's shape"
 HIDDEN = "layers_output equals HuggingFace's hidden states"
@@ -130,8 +131,8 @@ class _Checks:
     def with_weights(self) -> None:
         ids = self.probe_ids(1, PROBE_LENGTH)
         inputs = self.forward_kwargs(ids)
-        hidden = self.reference_hidden_states(inputs)
-        recording = record(self.module, inputs, self.watched())
+        recording = self.recording(inputs)
+        hidden = getattr(recording.result, "hidden_states", None)
         try:
             self.final_norm_by_order(recording)
             self.parts(recording)
@@ -244,7 +245,8 @@ class _Checks:
         layout = StreamLayout.of(stream.shape, batch=1, seq=PROBE_LENGTH)
         if layout is None:
             return [
-                f"layers carry {_shape(stream)} for an input of [1, {PROBE_LENGTH}]: no axes of it are batch and sequence"
+                f"layers carry {_shape(stream)} for an input of [1, {PROBE_LENGTH}]: no axes of it are batch and "
+                "sequence"
             ]
         self.model.readout.layout = layout
         width = self.anatomy.sizes.hidden_size
@@ -308,12 +310,12 @@ class _Checks:
 
     @staticmethod
     def handed_through(recording: Recording, blocks: list[Layer], entry: int) -> int | str | None:
-        """The argument that a layer hands on as the `entry`-th thing it returns (a recurrent state, a router's), if any.
+        """The argument that a layer hands on as the `entry`-th thing it returns (a recurrent state), if any.
 
         Told by a layer that is given what the layer before it returned, or, for a state of its own that comes and goes
         with the cache, by an argument of the same make.
         """
-        for before, after in zip(blocks, blocks[1:], strict=False):
+        for before, after in itertools.pairwise(blocks):
             source, target = recording.call(before.path), recording.call(after.path)
             if (
                 source is None
@@ -340,7 +342,7 @@ class _Checks:
     def consecutive(self, recording: Recording) -> None:
         blocks = self.ran(recording)
         pairs = []
-        for before, after in zip(blocks, blocks[1:], strict=False):
+        for before, after in itertools.pairwise(blocks):
             given, made = recording.call(after.path), recording.call(before.path)
             assert given is not None
             assert made is not None
@@ -433,8 +435,8 @@ class _Checks:
     def flow_problem(self, recording: Recording) -> str:
         """What is wrong with the way from the final norm through the head to the logits; "" if nothing is.
 
-        Follows tensors from module to module: the head must return what becomes the logits, and what it is given must be
-        what the final norm returned, be it by way of other modules and up to a factor.
+        Follows tensors from module to module: the head must return what becomes the logits, and what it is given must
+        be what the final norm returned, be it by way of other modules and up to a factor.
         """
         head, norm = self.anatomy.lm_head, self.anatomy.ln_final
         logits = recording.result.logits
@@ -454,9 +456,10 @@ class _Checks:
         reached = [start.stream_out]
         for path in sorted(recording.calls, key=lambda p: recording.calls[p][-1].began):
             step = recording.calls[path][-1]
-            if start.ended < step.began < call.began and step.stream_in is not None and step.stream_out is not None:
-                if any(_multiple(step.stream_in, r, self.tolerance) for r in reached):
-                    reached.append(step.stream_out)
+            if not start.ended < step.began < call.began or step.stream_in is None or step.stream_out is None:
+                continue
+            if any(_multiple(step.stream_in, r, self.tolerance) for r in reached):
+                reached.append(step.stream_out)
         if any(_multiple(call.stream_in, r, self.tolerance) for r in reached):
             return ""
         return f"lm_head ({head}) is not given what ln_final ({norm}) returns"
@@ -491,11 +494,12 @@ class _Checks:
         self.say(ROLES, not problems, detail="; ".join(problems[:3]), remedy=_REMEDY_PARTS)
 
     def reaches(self, recording: Recording, layer: Call, part: Part) -> bool | None:
-        """Whether an early position's input changes other positions' output. None if the part cannot be called alone."""
+        """Whether an early position's input changes other positions' output; None if it cannot be called alone."""
         if part.entry != part.exit:
             ends = [self.reaches(recording, layer, Part.module(path)) for path in (part.entry, part.exit)]
             return None if all(f is None for f in ends) else any(ends)
-        before = self.recall(recording, layer, part.entry, lambda x: x)
+        call = recording.within(part.entry, layer)
+        before = None if call is None else call.stream_out
         after = self.recall(recording, layer, part.entry, _nudged)
         if before is None or after is None or before.dim() < 2 or before.shape != after.shape:
             return None
@@ -512,7 +516,8 @@ class _Checks:
         """Whether a part has no matrices and returns the same for twice its input."""
         if part.entry != part.exit or any(p.dim() > 1 for p in self.module.get_submodule(part.entry).parameters()):
             return False
-        before = self.recall(recording, layer, part.entry, lambda x: x)
+        call = recording.within(part.entry, layer)
+        before = None if call is None else call.stream_out
         after = self.recall(recording, layer, part.entry, lambda x: 2 * x)
         return before is not None and after is not None and relative_error(after, before) < 1e-2
 
@@ -589,7 +594,7 @@ class _Checks:
             self.say(IDENTITY, False, detail="; ".join(wrong[:2]), remedy=_REMEDY_PARTS)
 
     def holds_more(self, recording: Recording, block: Layer) -> bool:
-        """Whether a layer holds more than parts and norms, or carries several streams: then no simple sum is expected."""
+        """Whether a layer holds more than parts and norms, or several streams: then no simple sum is expected."""
         call = recording.call(block.path)
         x, y = (None, None) if call is None else (call.stream_in, call.stream_out)
         if x is None or y is None or x.shape != y.shape or y.dim() > 3 or y.shape[-1] != self.anatomy.sizes.hidden_size:
@@ -708,12 +713,13 @@ class _Checks:
             kwargs["use_cache"] = False
         return kwargs
 
-    def reference_hidden_states(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+    def recording(self, inputs: dict[str, Any]) -> Recording:
+        """One watched forward pass, with HuggingFace's own hidden states if the model returns them."""
+        watched = self.watched()
         try:
-            states = self.module(**inputs, output_hidden_states=True).hidden_states
+            return record(self.module, {**inputs, "output_hidden_states": True}, watched)
         except Exception:
-            return None
-        return tuple(states) if states else None
+            return record(self.module, inputs, watched)
 
 
 _NUDGED = 1  # the position whose input is changed to see what else changes

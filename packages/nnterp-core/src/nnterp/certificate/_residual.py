@@ -251,7 +251,7 @@ def _same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
 
 
 def _fit(target: torch.Tensor, parts: list[torch.Tensor], per_channel: bool) -> _Fit:
-    """Coefficients with which `parts` add up to `target`; the first part is the stream, whose coefficient is 1 if that fits.
+    """Coefficients with which `parts` add up to `target`; the first, the stream's, is 1 if that fits.
 
     With `per_channel`, every part has one coefficient for each channel, and there is a constant for each channel too.
     """
