@@ -25,10 +25,10 @@ from nnterp.errors import RenamingError
 from nnterp.testing import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = (
-    "gpt2", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi", "phi3", "gpt_neox", "gptj", "opt",
-    "falcon", "mpt", "cohere", "cohere2", "granite", "olmo2", "stablelm", "starcoder2", "glm4", "mixtral", "qwen3_moe",
-    "gpt_oss", "deepseek_v3", "exaone4", "smollm3", "nemotron", "codegen", "gpt_bigcode", "biogpt", "gpt_neo", "apertus",
-)  # fmt: skip
+    "gpt2 llama mistral gemma gemma2 gemma3_text qwen2 qwen3 phi phi3 gpt_neox gptj opt falcon mpt cohere "
+    "cohere2 granite olmo2 stablelm starcoder2 glm4 mixtral qwen3_moe gpt_oss deepseek_v3 exaone4 smollm3 "
+    "nemotron codegen gpt_bigcode biogpt gpt_neo apertus"
+).split()
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,21 @@ def lines(model, module):
         return run
 
     prompts = ids(8, 8)
-    yield "logit lens, 8 prompts × 8 tokens, 12 layers", "1.5 (1.25)", forward(prompts), lambda: logit_lens(model, prompts), 1
-    reduced = dict(targets=5, top_k=5)
-    yield "the same, reduced to targets and top 5", "", forward(prompts), lambda: logit_lens(model, prompts, **reduced), 1
+    yield (
+        "logit lens, 8 prompts × 8 tokens, 12 layers",
+        "1.5 (1.25)",
+        forward(prompts),
+        lambda: logit_lens(model, prompts),
+        1,
+    )
+    reduced = {"targets": 5, "top_k": 5}
+    yield (
+        "the same, reduced to targets and top 5",
+        "",
+        forward(prompts),
+        lambda: logit_lens(model, prompts, **reduced),
+        1,
+    )
 
     target = TargetPrompt(model.tokenizer.decode(ids(1, 10, 1)[0]), -1)
     length = len(model.tokenizer(target.prompt).input_ids)
@@ -87,7 +99,7 @@ def patching_lines(model, forward):
             f"activation patching, layer × position, {length} tokens, {cells} cells; per cell",
             "0.2 (0.1)" if length == 16 else "",
             forward(corrupted),
-            lambda clean=clean, corrupted=corrupted: activation_patching(
+            lambda clean=clean, corrupted=corrupted, metric=metric: activation_patching(
                 model, clean, corrupted, metric, values="layers_output", progress=False
             ),
             cells,

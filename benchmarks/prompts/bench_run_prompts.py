@@ -4,8 +4,8 @@
     python benchmarks/prompts/bench_run_prompts.py --prompts 10000 --hidden 32
 
 Every measurement is made in a process of its own. Times are CPU seconds of one thread, so that other work on the
-machine does not count. Memory is the peak of the resident set during the run over what was resident when it began, with a first
-batch of both the plain model and the function behind it.
+machine does not count. Memory is the peak of the resident set during the run over what was resident when it began, with
+a first batch of both the plain model and the function behind it.
 """
 
 import argparse

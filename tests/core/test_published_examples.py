@@ -241,7 +241,7 @@ class TestIntegrationPost:
     def test_accessing_internals_in_the_order_printed_says_what_is_wrong(self, model):
         from nnsight.intervention.interleaver import OutOfOrderError
 
-        with pytest.raises(OutOfOrderError, match=r"attentions_output\[3\].*forward order"):  # noqa: PT012, SIM117
+        with pytest.raises(OutOfOrderError, match=r"attentions_output\[3\].*forward order"):  # noqa: SIM117
             with model.trace("The Eiffel Tower is in the city of"):
                 layer_5_output = model.layers_output[5]
                 attn_output = model.attentions_output[3]

@@ -441,7 +441,8 @@ def test_remote_models_load_no_weights():
 def test_no_modelling_file_is_imported_before_a_model_is_loaded():
     code = (
         "import sys, nnterp; "
-        "print([m for m in sys.modules if m.split('.')[0] in ('plotly', 'pandas') or '.modeling_' in m and 'transformers.models' in m])"
+        "print([m for m in sys.modules if m.split('.')[0] in ('plotly', 'pandas') or '.modeling_' in m and "
+        "'transformers.models' in m])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == "[]"

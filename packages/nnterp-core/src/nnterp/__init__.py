@@ -4,7 +4,7 @@ from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)
 
-from loguru import logger as _logger  # noqa: E402
+from loguru import logger as _logger
 
 _logger.disable("nnterp")
 

@@ -21,7 +21,8 @@ class _MissingSibling:
     def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         if name in DISTRIBUTIONS:
             raise ModuleNotFoundError(
-                f"{name} is in a package of its own, which is not installed: pip install {DISTRIBUTIONS[name]}", name=name
+                f"{name} is in a package of its own, which is not installed: pip install {DISTRIBUTIONS[name]}",
+                name=name,
             )
         return None
 

@@ -73,8 +73,8 @@ def encode(model: StandardizedTransformer, prompts: Prompt | Sequence[Prompt]) -
     Args:
         model: The model whose tokenizer reads them.
         prompts: A text, token ids (list or 1-d tensor), chat messages (a list of {"role", "content"} dicts, put through
-            the tokenizer's chat template; a last message of the assistant is gone on with), or a list of these; also a 2-d tensor or an encoding with `input_ids` and
-            `attention_mask`, whose padding is taken off.
+            the tokenizer's chat template; a last message of the assistant is gone on with), or a list of these; also a
+            2-d tensor or an encoding with `input_ids` and `attention_mask`, whose padding is taken off.
 
     Raises:
         ValueError: There is no prompt, a prompt has no tokens, or it is longer than the model's context.
@@ -88,7 +88,9 @@ def encode(model: StandardizedTransformer, prompts: Prompt | Sequence[Prompt]) -
         if not row.ids:
             raise ValueError(f"Prompt {i} ({row.text!r}) has no tokens, and a model needs at least one.")
         if limit is not None and len(row) > limit:
-            raise ValueError(f"Prompt {i} has {len(row)} tokens; {model.anatomy.model_class} was built for at most {limit}.")
+            raise ValueError(
+                f"Prompt {i} has {len(row)} tokens; {model.anatomy.model_class} was built for at most {limit}."
+            )
     return rows
 
 
@@ -163,7 +165,9 @@ def _is_ids(prompt: Any) -> bool:
 
 
 def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+    return (
+        isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+    )
 
 
 def _row(model: StandardizedTransformer, prompt: Any) -> Row:
@@ -182,7 +186,9 @@ def _row(model: StandardizedTransformer, prompt: Any) -> Row:
         )
         special = {"add_special_tokens": False}  # the template writes them itself
     if not isinstance(prompt, str):
-        raise TypeError(f"A prompt is a text, token ids, a 1-d tensor or chat messages, not {type(prompt).__name__}: {prompt!r:.80}")
+        raise TypeError(
+            f"A prompt is a text, token ids, a 1-d tensor or chat messages, not {type(prompt).__name__}: {prompt!r:.80}"
+        )
     fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(prompt, return_offsets_mapping=True, **special) if fast else tokenizer(prompt, **special)
     offsets = tuple(tuple(span) for span in encoded["offset_mapping"]) if fast else None

@@ -32,12 +32,14 @@ def resolve_tokenizer(
         source = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
         if not source:
             raise ValueError(
-                f"{type(model).__name__} was given as a loaded module that does not say where it was loaded from, so its "
-                f"tokenizer cannot be found. Pass tokenizer=... (a tokenizer, a hub id or a folder)."
+                f"{type(model).__name__} was given as a loaded module that does not say where it was loaded from, so "
+                f"its tokenizer cannot be found. Pass tokenizer=... (a tokenizer, a hub id or a folder)."
             )
     options = dict(tokenizer_kwargs or {})
     if isinstance(source, (str, Path)):
-        return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code, **options)
+        return AutoTokenizer.from_pretrained(
+            str(source), revision=revision, trust_remote_code=trust_remote_code, **options
+        )
     if not isinstance(source, PreTrainedTokenizerBase) and not callable(source):
         raise TypeError(f"tokenizer must be a tokenizer, a hub id or a folder, not a {type(source).__name__}.")
     mine = copy.deepcopy(source)

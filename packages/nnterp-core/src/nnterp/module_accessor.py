@@ -26,7 +26,9 @@ class ModuleAccessor:
         AnatomyError: A part was not found.
     """
 
-    def __init__(self, model: nn.Module, rename_config: RenameConfig | None = None, rename: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, rename_config: RenameConfig | None = None, rename: dict[str, str] | None = None
+    ) -> None:
         self._model = model
         self.anatomy = find_anatomy(model, rename_config)
         self._extra = {name: path for path, name in (rename or {}).items()}
@@ -35,7 +37,9 @@ class ModuleAccessor:
         if name in ("embed_tokens", "layers", "ln_final", "lm_head"):
             path = getattr(self.anatomy, name)
             if path is None:
-                raise Unavailable(f"{self.anatomy.model_class} has no {name}: {self.anatomy.absent.get(name, 'absent')}.")
+                raise Unavailable(
+                    f"{self.anatomy.model_class} has no {name}: {self.anatomy.absent.get(name, 'absent')}."
+                )
             return self._model.get_submodule(path)
         if name in self._extra:
             return self._model.get_submodule(self._extra[name])
@@ -69,5 +73,7 @@ class ModuleAccessor:
         index = layer_index(layer, self.anatomy.num_layers, f"get_{role}")
         part = self.anatomy.part(role, index)
         if part.path is None:
-            raise Unavailable(f"Layer {layer} has no {role} module: the part enters at {part.entry} and leaves at {part.exit}.")
+            raise Unavailable(
+                f"Layer {layer} has no {role} module: the part enters at {part.entry} and leaves at {part.exit}."
+            )
         return self._model.get_submodule(part.path)

@@ -21,7 +21,11 @@ class TextSelector:
     occurrence: int = 0
 
     def __repr__(self) -> str:
-        return f"{self.which}({self.text!r})" if self.occurrence == 0 else f"{self.which}({self.text!r}, {self.occurrence})"
+        return (
+            f"{self.which}({self.text!r})"
+            if self.occurrence == 0
+            else f"{self.which}({self.text!r}, {self.occurrence})"
+        )
 
 
 def at(text: str, occurrence: int = 0) -> TextSelector:
@@ -43,7 +47,8 @@ def resolve(model: StandardizedTransformer, row: Row, positions: Positions, labe
     Args:
         model: Whose tokenizer names tokens in errors.
         row: The prompt.
-        positions: An index (negative counts from the row's last token), a slice, a selector, a list of these, or None for all.
+        positions: An index (negative counts from the row's last token), a slice, a selector, a list of these, or None
+        for all.
         label: How errors call the row.
 
     Raises:
@@ -78,7 +83,9 @@ def describe(model: StandardizedTransformer, row: Row) -> str:
 
 def _by_text(row: Row, selector: TextSelector, label: str) -> tuple[int, ...]:
     if row.text is None or row.offsets is None:
-        raise ValueError(f"{selector} needs the prompt's text and a fast tokenizer; {label} has only token ids. Give indices.")
+        raise ValueError(
+            f"{selector} needs the prompt's text and a fast tokenizer; {label} has only token ids. Give indices."
+        )
     starts = [i for i in range(len(row.text)) if row.text.startswith(selector.text, i)] if selector.text else []
     if not -len(starts) <= selector.occurrence < len(starts):
         raise ValueError(f"{selector}: {label} contains {selector.text!r} {len(starts)} times: {row.text!r}")

@@ -36,7 +36,8 @@ def html_table(
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         '<table style="border-collapse:collapse;background:transparent;color:inherit">'
-        f'<caption style="text-align:left;font-weight:bold;padding:4px 0;color:inherit">{html.escape(caption)}</caption>'
+        '<caption style="text-align:left;font-weight:bold;padding:4px 0;color:inherit">'
+        f"{html.escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     )
 

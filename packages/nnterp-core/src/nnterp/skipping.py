@@ -27,7 +27,8 @@ def skip_layers(model: StandardizedTransformer, start: int, end: int, skip_with:
     stream = entering if skip_with is None else skip_with
     if stream.shape != entering.shape:
         raise ShapeError(
-            f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape {list(entering.shape)}."
+            f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape "
+            f"{list(entering.shape)}."
         )
     stream = stream.to(device=entering.device, dtype=entering.dtype)
     require_skippable(model, range(first, last + 1))

@@ -125,6 +125,7 @@ class StandardizedTransformer(TransformersModel):
         self._certificate: Certificate | None = None
         self._envoys_by_path: dict[str, Envoy] = {}
         self._prefix_free_tokenizer: Any = None
+        self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
         tokenizer = loading.resolve_tokenizer(
@@ -178,6 +179,9 @@ class StandardizedTransformer(TransformersModel):
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
 
+        With `enable_attention_probs=True`, the attention probabilities of the first attention layer are proven as well
+        (`attention_probabilities.check_source()` proves all).
+
         Nothing is loaded for it: without weights, only what a forward pass on fake tensors shows is checked.
 
         Raises:
@@ -186,6 +190,9 @@ class StandardizedTransformer(TransformersModel):
         self.require_no_trace("validate()")
         self._certificate = certify(self)
         prepare(self)
+        if self._probabilities_check is not None and self.dispatched and self._certificate.ok:
+            first = self.attention_layers[0] if self.attention_layers else 0
+            self.attention_probabilities.check_source(first, use_trace=self._probabilities_check)
         return self._certificate
 
     @property
@@ -222,9 +229,10 @@ class StandardizedTransformer(TransformersModel):
         if isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all()):
             if not self.padding_is_exact:
                 raise PaddingError(
-                    f"These inputs have different lengths, and {self.anatomy.model_class} does not give a padded row the "
-                    f"numbers it gives the row alone (see the certificate's line on padding). Run them one at a time, or "
-                    f"use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths together."
+                    f"These inputs have different lengths, and {self.anatomy.model_class} does not give a padded row "
+                    "the numbers it gives the row alone (see the certificate's line on padding). Run them one at a "
+                    "time, or use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths "
+                    "together."
                 )
             if not self.positions_from_mask:
                 kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
@@ -427,8 +435,8 @@ class StandardizedTransformer(TransformersModel):
         logits = self.logits
         if getattr(self.tokenizer, "padding_side", "left") == "right" and logits.shape[0] > 1:
             raise ValueError(
-                "next_token_probs reads the last position of every row, but this tokenizer pads on the right, where that "
-                "may be padding. Set model.tokenizer.padding_side = 'left', or index model.logits yourself."
+                "next_token_probs reads the last position of every row, but this tokenizer pads on the right, where "
+                "that may be padding. Set model.tokenizer.padding_side = 'left', or index model.logits yourself."
             )
         return logits[:, -1].softmax(-1)
 

@@ -23,7 +23,7 @@ def steer(
     token_positions: Any,
     batch_index: Any,
 ) -> None:
-    """See `StandardizedTransformer.steer`. The stream is replaced, not edited: a value saved before keeps what it was."""
+    """See `StandardizedTransformer.steer`. The stream is replaced, not edited in place."""
     require_running(model, "steer()")
     wanted: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
     value = get_value("layers_output")
@@ -36,9 +36,9 @@ def steer(
             new[where] = stream[where] + step
         except (RuntimeError, IndexError) as error:
             raise ShapeError(
-                f"steer: the stream leaving layer {layer} has shape {list(stream.shape)} (batch, seq, hidden); a vector of "
-                f"shape {list(vector.shape)} at token_positions={token_positions}, batch_index={batch_index} does not fit "
-                f"({error})."
+                f"steer: the stream leaving layer {layer} has shape {list(stream.shape)} (batch, seq, hidden); a "
+                f"vector of shape {list(vector.shape)} at token_positions={token_positions}, batch_index={batch_index} "
+                f"does not fit ({error})."
             ) from error
         write_value(model, value, new, layer)
 

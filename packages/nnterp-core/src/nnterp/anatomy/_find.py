@@ -94,15 +94,16 @@ class _Finder:
         lists = known or lists
         if not lists:
             raise AnatomyError(
-                f"{type(self.model).__name__} has no list of layers that nnterp recognises: no ModuleList whose entries "
-                f"hold modules of their own. Name it with RenameConfig(layers_name=...). The model's modules:\n"
+                f"{type(self.model).__name__} has no list of layers that nnterp recognises: no ModuleList whose "
+                f"entries hold modules of their own. Name it with RenameConfig(layers_name=...). The model's modules:\n"
                 + _tree(self.model, depth=3)
             )
         stacks = {path.rpartition(".")[2]: path for path in lists}
         if len(lists) > 1 and len(stacks) == 1:
             raise AnatomyError(
-                f"{type(self.model).__name__} has {len(lists)} stacks of layers ({', '.join(lists)}), so there is no one "
-                f"residual stream from embedding to logits. To work on one of them, name it: RenameConfig(layers_name={lists[0]!r})."
+                f"{type(self.model).__name__} has {len(lists)} stacks of layers ({', '.join(lists)}), so there is no "
+                "one residual stream from embedding to logits. To work on one of them, name it: "
+                f"RenameConfig(layers_name={lists[0]!r})."
             )
         return max(lists, key=lambda path: sum(p.numel() for p in self.model.get_submodule(path).parameters()))
 

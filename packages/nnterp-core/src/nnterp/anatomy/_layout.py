@@ -52,7 +52,8 @@ class Layer:
         kind: Kind of `mixer`, one of `KINDS`; "none" for a layer that mixes no positions.
         mixer: The part that moves information between positions, of whatever kind.
         self_attn: The softmax attention over the layer's own stream, if the layer has one. It is `mixer` itself
-            except in layers that run an attention and another mixer side by side (Falcon-H1), where `mixer` is the other.
+            except in layers that run an attention and another mixer side by side (Falcon-H1), where `mixer` is the
+            other.
         mlp: The position-wise part, if there is one.
         mixture_of_experts: Whether `mlp` routes tokens to experts.
     """

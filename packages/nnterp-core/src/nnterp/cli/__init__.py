@@ -23,7 +23,9 @@ class Command(Protocol):
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    parser = argparse.ArgumentParser(prog="nnterp", description="One interface to the inside of any causal language model.")
+    parser = argparse.ArgumentParser(
+        prog="nnterp", description="One interface to the inside of any causal language model."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands: dict[str, Command] = {}
     for name in plugins.names(plugins.COMMANDS):

@@ -10,7 +10,7 @@ from pathlib import Path
 from nnterp.certificate import Certificate
 from nnterp.errors import AnatomyError, CertificateError
 
-help = "prove that nnterp names a model's parts rightly, and print the certificate"  # noqa: A001
+help = "prove that nnterp names a model's parts rightly, and print the certificate"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
