@@ -123,7 +123,8 @@ CUT = """
       const b = t.getBoundingClientRect();
       return b.width && (b.left < plot.left - 1 || b.right > plot.right + 1
                          || b.top < plot.top - 1 || b.bottom > plot.bottom + 1);
-    }).map(t => t.textContent);
+    }).map(t => t.textContent).concat([...document.querySelectorAll('.js-plotly-plot .cell-rect')].filter(
+      r => r.getBoundingClientRect().bottom > plot.bottom).map(_ => 'a row of the table'));
 """
 # Pairs of texts that lie on each other, labels and cells alike.
 OVERLAP = """
@@ -286,3 +287,18 @@ def test_figures_of_the_toy_checkpoints_results(toy, browser, tmp_path):
         if name == "targets":
             value = targets["capital"][:, 5].median().item()
             assert f"layer 5: {value:.4f}" in browser.hover(5, value)
+
+
+def test_the_checks_above_see_what_they_look_for(figures, browser, tmp_path):
+    import plotly.graph_objects as go
+
+    browser.open(display.save(go.Figure(figures["patchscope"]).update_layout(height=200), tmp_path / "cut.html"))
+    assert "a row of the table" in browser.js(CUT)
+    narrow = go.Figure(figures["lens"]).update_layout(width=500, margin={"l": 10, "r": 10})
+    browser.draw(narrow.update_xaxes(tickangle=0, automargin=False))
+    assert browser.js(OVERLAP)
+    browser.draw(go.Figure(figures["lens"]).update_layout(margin={"l": 0}).update_yaxes(automargin=False))
+    assert "5" in browser.js(CUT)
+    bold = go.Figure(figures["lens"]).update_layout(title_text="<b>bold</b>")
+    browser.draw(bold)
+    assert browser.js(MARKUP)

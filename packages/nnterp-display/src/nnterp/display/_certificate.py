@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nnterp import Certificate
 
 _FONT = 12
-_COLOURS = {"✓": "#009E73", "✗": "#D55E00", "–": "#808890"}
+_FILLS = {"✓": "rgba(0,158,115,0.4)", "✗": "rgba(213,94,0,0.5)", "–": "rgba(128,136,144,0.25)"}
 _COLUMNS = {"claim": 52, "detail": 64}
 
 
@@ -46,7 +46,7 @@ def plot_certificate(certificate: Certificate, *, title: str | None = None, show
             },
             cells={
                 "values": [
-                    [f'<span style="color:{_COLOURS[row[0]]}">{row[0]}</span>' for row in rows],
+                    [row[0] for row in rows],
                     ["<br>".join(map(escape, claim)) for claim in claims],
                     [row[2] for row in rows],
                     [row[3] for row in rows],
@@ -55,6 +55,7 @@ def plot_certificate(certificate: Certificate, *, title: str | None = None, show
                 "align": ["center", "left", "right", "right", "left"],
                 "height": table_row(1, _FONT),
                 "font": {"size": _FONT},
+                "fill": {"color": [[_FILLS[row[0]] for row in rows], *["rgba(0,0,0,0)"] * 4]},
             },
         )
     )
