@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from values_reference import LENGTH, arguments, attentions, hooked, ids, wrapped
 
 from nnterp.errors import Unavailable
 from nnterp.testing import NOT_CAUSAL, model_types
 from nnterp.values import VALUES
 from nnterp.values._serve import findings
+
+from .values_reference import LENGTH, arguments, attentions, hooked, ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from values_reference import arguments, hooked, wrapped
 
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.positions import at, last_of
 from nnterp.testing import LEFT_PADDING_INEXACT
 from nnterp.values._places import Site
+
+from .values_reference import arguments, hooked, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

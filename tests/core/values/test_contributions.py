@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from values_reference import ids, wrapped
 
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types
 from nnterp.values import VALUES
 from nnterp.values._serve import findings
+
+from .values_reference import ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from values_reference import arguments, ids, wrapped
 
 from nnterp.errors import InsideTraceError
 from nnterp.values._places import Site
+
+from .values_reference import arguments, ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

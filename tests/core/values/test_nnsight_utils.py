@@ -3,12 +3,13 @@
 import pytest
 import torch
 from nnsight import TransformersModel
-from values_reference import wrapped
 
 from nnterp import get_rename_dict
 from nnterp import nnsight_utils as nu
 from nnterp import rename_utils as ru
 from nnterp.testing import tiny_model, tiny_tokenizer
+
+from .values_reference import wrapped
 
 PROMPTS = ["The capital of France is", "Hello", "one two three", "A cat sat on the mat"]
 

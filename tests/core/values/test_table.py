@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from values_reference import ids, wrapped
 
 from nnterp import RenameConfig, StandardizedTransformer
 from nnterp.anatomy import AttnProbFunction
 from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
 from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
 from nnterp.values import VALUES, canonical
+
+from .values_reference import ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -44,9 +45,8 @@ def test_shapes_are_what_the_table_says(llama, name):
     tokens = ids(3, 7)
     with torch.no_grad(), llama.trace(tokens):
         value = get(llama, name).save()
-    sizes = {
-        "batch": 3, "seq": 7, "keys": 7, "query": 7, "key": 7, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 24, "neurons": 112,
-    }  # fmt: skip
+    sizes = {"batch": 3, "seq": 7, "keys": 7, "query": 7, "key": 7, "hidden": 64}
+    sizes |= {"heads": 4, "kv_heads": 2, "head_dim": 24, "neurons": 112}
     assert list(value.shape) == [sizes[axis] for axis in VALUES[name].shape.strip("[]").split(", ")]
 
 
@@ -242,12 +242,14 @@ class RightSource(AttnProbFunction):
 
 
 def test_a_source_of_the_users_own():
-    make = lambda source: StandardizedTransformer(
-        tiny_model("llama"),
-        tokenizer=tiny_tokenizer(),
-        enable_attention_probs=True,
-        rename_config=RenameConfig(attn_prob_source=source),
-    )
+    def make(source):
+        return StandardizedTransformer(
+            tiny_model("llama"),
+            tokenizer=tiny_tokenizer(),
+            enable_attention_probs=True,
+            rename_config=RenameConfig(attn_prob_source=source),
+        )
+
     right = make(RightSource())
     right.attention_probabilities.check_source()
     with torch.no_grad(), right.trace(ids()):
@@ -305,3 +307,14 @@ def test_routers(model_type):
     if model_type in ("mixtral", "qwen3_moe", "olmoe"):
         top = logits.topk(chosen.shape[-1], dim=-1).indices
         assert torch.equal(top.sort(-1).values, chosen.sort(-1).values)
+
+
+def test_the_reference_page_is_the_table():
+    from pathlib import Path
+
+    from nnterp.values._page import page
+
+    written = Path(__file__).parents[3] / "docs" / "values.md"
+    assert written.read_text(encoding="utf-8") == page(), "run: python -m nnterp.values > docs/values.md"
+    for name in VALUES:
+        assert f"`{name}`" in page()
