@@ -245,6 +245,7 @@ class StandardizedTransformer(TransformersModel):
     def adopt(self, anatomy: Anatomy) -> None:
         """Take another anatomy for this model's, as the certificate does when the order of modules corrects a name."""
         self.anatomy = self.readout.anatomy = anatomy
+        self.__dict__.pop("_places", None)  # where values are served was looked up in the old one
         bind_names(self, anatomy)
 
     # -- parts -----------------------------------------------------------------------------------------------------
