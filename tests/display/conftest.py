@@ -67,10 +67,10 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
 
     def requests(self) -> list[str]:
-        """Every address the page asked for, data and blob addresses aside."""
+        """Every address the page asked for; data, blobs and the browser's own pages are no network."""
         events = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
         sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith(("data:", "blob:"))]
+        return [url for url in sent if not url.startswith(("data:", "blob:", "chrome:"))]
 
     def texts(self) -> list[str]:
         """The texts drawn on the page."""
@@ -130,6 +130,7 @@ def _driver(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = selenium.Chrome(options=options, service=selenium.ChromeService(service))
+    driver.get("about:blank")
     yield driver
     driver.quit()
 
