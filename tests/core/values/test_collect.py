@@ -230,7 +230,7 @@ def test_stops_after_the_last_layer_needed(llama):
     assert 2 not in ran
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom", "jamba"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom", "jamba", "opt"])
 def test_over_a_generation(model_type):
     """Every new token's values equal those of one forward pass over the finished text."""
     model = wrapped(model_type, check=True)

@@ -66,7 +66,9 @@ def over_generation(
                                 for t in plan.after[i]:
                                     target = plan.targets[t]
                                     tensor = target.combine([seen[p] for p in target.parts])
-                                    taken[t] = last(tensor, count, target.label).to(device=device, dtype=dtype)
+                                    taken[t] = last(tensor, count, target.label, target.value.axes).to(
+                                        device=device, dtype=dtype
+                                    )
                             steps.append(taken)
                     with tracer.invoke():
                         answer = tracer.result.save()
@@ -111,11 +113,11 @@ def over_generation(
     )
 
 
-def last(tensor: torch.Tensor, rows: int, label: str) -> torch.Tensor:
+def last(tensor: torch.Tensor, rows: int, label: str, axes: int) -> torch.Tensor:
     """The last position of each row, `[rows, ...]`."""
-    if tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
+    if tensor.dim() < axes and tensor.shape[0] % rows == 0:  # batch and positions in one axis
         tensor = tensor.view(rows, -1, *tensor.shape[1:])
-    if tensor.shape[0] != rows or tensor.dim() < 2:
+    if tensor.shape[0] != rows or tensor.dim() != axes:
         raise ValueError(f"{label} has shape {list(tensor.shape)} for {rows} rows, so it has no entry per position.")
     return tensor[:, -1].clone()
 

@@ -38,7 +38,7 @@ def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> t
     rows, seq = picked.shape
     if shape.endswith("query, key]"):
         return _pattern(tensor, picked, label)
-    if tensor.shape[0] == rows * seq and (rows > 1 or tensor.dim() < 3):  # batch and positions in one axis
+    if tensor.dim() == shape.count(",") and tensor.shape[0] == rows * seq:  # batch and positions in one axis
         tensor = tensor.view(rows, seq, *tensor.shape[1:])
     if tensor.shape[0] != rows or tensor.dim() < 2 or tensor.shape[1] != seq:
         raise ValueError(

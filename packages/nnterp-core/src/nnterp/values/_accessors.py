@@ -111,7 +111,7 @@ def read_value(model: StandardizedTransformer, value: Value, layer: int | None =
     except OutOfOrderError as error:
         _explain(error, label)
         raise
-    return tensor if tensor.dim() == value.axes else unflattened(model, tensor)
+    return tensor if tensor.dim() >= value.axes else unflattened(model, tensor)
 
 
 def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tensor, layer: int | None = None) -> None:
@@ -123,7 +123,7 @@ def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tens
             place.write(model, tensor, label)
             return
         current = place.read(model, label)
-        shown = current if current.dim() == value.axes else unflattened(model, current)
+        shown = current if current.dim() >= value.axes else unflattened(model, current)
         _require_tensor(tensor, label, f" of shape {list(shown.shape)}")
         if tensor.shape != shown.shape:
             raise ShapeError(

@@ -154,6 +154,7 @@ VALUES: dict[str, Value] = {
             "Queries, after rotary embedding.",
             _serve.attention("attention_queries"),
             ("blocks.{}.attn.hook_rot_q", "blocks.{}.attn.hook_q"),
+            "TransformerLens' `hook_q` and `hook_k` are before the rotary embedding: the same where there is none.",
         ),
         _inner(
             "attention_keys",
