@@ -76,6 +76,36 @@ def test_tokenizers(tokenizer_kind, model_with, tokenizer_of_kind):
     close(results, slow(tiny_model("llama"), tokenizer))
 
 
+@torch.no_grad()
+def answer_logs_by_beginnings(module, tokenizer, prompt, answer):
+    """As `answer_logs`, one forward for each token."""
+    before = tokenizer(prompt)["input_ids"]
+    rest = tokenizer(f"{prompt} {answer}")["input_ids"][len(before) :]
+    logs = [
+        module(input_ids=torch.tensor([before + rest[:k]])).logits[0, -1].float().log_softmax(-1)[token]
+        for k, token in enumerate(rest)
+    ]
+    return torch.stack(logs)
+
+
+# Attention in both directions, keys chosen with a look at all of them, streams side by side, a last layer that idles.
+ODD = ["cpmant", "paligemma", "deepseek_v32", "axk2", "deepseek_v4", "gemma3n_text", "mllama"]
+
+
+@pytest.mark.parametrize("model_type", ODD)
+def test_architectures_that_do_not_read_on_the_way(model_type, tiny, monkeypatch):
+    model, module = tiny(model_type), tiny_model(model_type)
+    prompts = make(model.tokenizer)
+    monkeypatch.setitem(globals(), "answer_logs", answer_logs_by_beginnings)
+    close(run_prompts(model, prompts, scoring="sequence", tqdm=None), slow(module, model.tokenizer), 2e-4)
+    with torch.no_grad():
+        probs = [module(**model.tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1) for text in TEXTS]
+    found = run_prompts(model, prompts, tqdm=None)
+    for name in found:
+        wanted = torch.stack([p[q.target_tokens[name]].sum() for p, q in zip(probs, prompts, strict=True)])
+        assert (found[name] - wanted).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_functions_give_the_same_by_rows(tiny, lens, whole_lens, normalize):
     model = tiny("gemma2")

@@ -6,15 +6,19 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
+import nnsight
 import torch
+from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnterp.inputs import Batch, batches, encode
+from nnterp.inputs import Batch, Row, batches, encode, pad
 from nnterp.prompts._plan import Question
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
+_LAST_LAYER_IDLE: WeakSet[Any] = WeakSet()  # models whose last layer was found not to run
 PLACES = 256  # positions whose logits exist at the same time
 _RANKED = 64  # questions compared with the whole vocabulary at the same time
 
@@ -85,40 +89,77 @@ def ask(
         and the rank of the best of them in the vocabulary (1 is the most probable), int64. Both on the CPU.
     """
     asked = inquiries(batch, questions)
-    short, flags = projects(model, remote), forward_flags(model)
-    with torch.no_grad(), model.trace(batch.encoding, remote=remote, **flags) as tracer:
-        if short:
-            logs, ranks = answer_all(asked, model.layers_output[-1], model.project_on_vocab)
-        else:
-            logs, ranks = answer_all(asked, model.logits, None)
-        logs = logs.save()
-        ranks = ranks.save()
-        tracer.stop()
-    return logs, ranks
+    return _in_one_pass(model, batch, asked, answer_all, remote)
 
 
 @torch.no_grad()
-def last_probabilities(model: StandardizedTransformer, batch: Batch, remote: Any = False) -> torch.Tensor:
-    """Distribution after each row's last token, `[batch, vocab]`, float32 on the CPU."""
-    rows, columns = torch.arange(len(batch)), batch.last
-    short, flags = projects(model, remote), forward_flags(model)
+def last_probabilities(
+    model: StandardizedTransformer, batch: Batch, remote: Any = False, before_last: int = 0
+) -> torch.Tensor:
+    """Distribution after each row's last token (or so many before it), `[batch, vocab]`, float32 on the CPU."""
+    places = (torch.arange(len(batch)), batch.last - before_last)
+    return _in_one_pass(model, batch, places, distributions, remote)[0]
+
+
+def _in_one_pass(
+    model: StandardizedTransformer, batch: Batch, places: Any, read: Callable[..., tuple], remote: Any
+) -> tuple[torch.Tensor, ...]:
+    """`read(places, source, before, project)` in a forward pass that stops as early as it can."""
+    if projects(model, remote):
+        try:
+            return _trace(model, batch, places, read, remote, True)
+        except OutOfOrderError:  # the last layer does not run on such input, as a cross-attention without an image
+            _LAST_LAYER_IDLE.add(model)
+    return _trace(model, batch, places, read, remote, False)
+
+
+def _trace(
+    model: StandardizedTransformer, batch: Batch, places: Any, read: Callable[..., tuple], remote: Any, short: bool
+) -> tuple[torch.Tensor, ...]:
+    flags = forward_flags(model)
+    before = batch.starts[0] - int(batch.attention_mask[0].argmax())  # what the model itself puts in front
+    shape = (len(batch), batch.input_ids.shape[1] + before)
     with torch.no_grad(), model.trace(batch.encoding, remote=remote, **flags) as tracer:
-        if short:
-            logits = model.project_on_vocab(model.layers_output[-1][rows, columns][:, None])[:, 0]
-        else:
-            logits = model.logits[rows, columns]
-        probs = logits.float().softmax(-1).cpu().save()
+        stream = model.layers_output[-1] if short else None
+        if stream is not None and stream.dim() == 3 and tuple(stream.shape[:2]) == shape:
+            found = read(places, stream, 0, model.project_on_vocab)
+        else:  # several streams side by side, or nothing is proven of what comes after the last layer
+            found = read(places, model.logits, before, None)
+        found = nnsight.save(found)
         tracer.stop()
-    return probs
+    return found
+
+
+def distributions(
+    places: tuple[torch.Tensor, torch.Tensor],
+    source: torch.Tensor,
+    before: int,
+    project: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor]:
+    """Distributions at (rows, columns), read as `answer_all` reads."""
+    rows, columns = places
+    picked = source[rows, columns - before]
+    logits = picked if project is None else project(picked[:, None])[:, 0]
+    return (logits.float().softmax(-1).cpu(),)
 
 
 def answer_all(
-    asked: Sequence[Inquiry], source: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor] | None
+    asked: Sequence[Inquiry],
+    source: torch.Tensor,
+    before: int,
+    project: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answers from the last layer's output (`project` given) or from the logits, `[batch, seq, ...]`; see `ask`."""
+    """Answers from the last layer's output (`project` given) or from the logits, see `ask`.
+
+    Args:
+        asked: The questions.
+        source: `[batch, seq, ...]`.
+        before: By how many positions the stream is longer at its beginning than `source`.
+        project: From hidden states to logits.
+    """
     logs, ranks = [], []
     for inquiry in asked:
-        picked = source[inquiry.rows, inquiry.columns]
+        picked = source[inquiry.rows, inquiry.columns - before]
         logits = (picked if project is None else project(picked[:, None])[:, 0]).float()
         tokens, extra = inquiry.tokens.to(logits.device), inquiry.extra.to(logits.device)
         place = inquiry.place.to(logits.device)
@@ -135,10 +176,26 @@ def projects(model: StandardizedTransformer, remote: Any) -> bool:
     """Whether `project_on_vocab(last layer)` is proven to be the model's logits, for `[batch, seq, hidden]` streams."""
     if not remote:
         model.dispatch()
+    if model in _LAST_LAYER_IDLE:
+        return False
     certificate = model.certificate
     if certificate is None or not certificate.complete or model.readout.way is None:
         return False
     return all("project_on_vocab" not in line.name or line.status == "passed" for line in certificate.lines)
+
+
+def reads_on_the_way(model: StandardizedTransformer, row: Row, remote: Any = False) -> bool:
+    """Whether a model gives, inside a row, what it gives at the end of the row's beginning: whether it is causal there.
+
+    Tried at the last place but one. Models that attend in both directions are not, nor are those that choose which keys
+    to attend to by looking at all of them.
+    """
+    if len(row) < 2:
+        return True
+    inside = last_probabilities(model, pad(model, [row]), remote, before_last=1)
+    at_end = last_probabilities(model, pad(model, [Row(row.ids[:-1])]), remote)
+    tolerance = 1e-4 if model._module.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((inside - at_end).abs().max() <= tolerance)
 
 
 def forward_flags(model: StandardizedTransformer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nnterp.prompts import _storage
 from nnterp.prompts._errors import IncompleteRunError
 from nnterp.prompts._plan import Plan, Question, Scoring, make_plan
 from nnterp.prompts._prompt import Prompt, reduces_targets, sum_of_tokens
-from nnterp.prompts._readout import ask
+from nnterp.prompts._readout import ask, reads_on_the_way
 from nnterp.prompts._results import PromptResults
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ def run_prompts(
         remote: Passed to the trace.
         tqdm: Wraps the batches to show progress, called as `tqdm(batches, desc=...)`. None for no bar.
         scoring: "first_token": a category is the set of its `target_tokens`. "sequence": it is its `target_strings`,
-            whole, by teacher forcing. Several answers count together (an answer that continues another is part of it).
-            Functions with `get_probs_func` read an answer of n tokens in n rows, one for each of its beginnings.
+            whole, by teacher forcing (in a row for each token where a model is not causal). Several answers count
+            together (an answer that continues another is part of it). Functions with `get_probs_func` read an answer
+            of n tokens in n rows, one for each of its beginnings.
         normalize_length: With "sequence": the mean log-probability per token, and of several answers the best.
         answer_prefix: With "sequence": put before an answer where neither it nor the end of a text prompt is
             whitespace.
@@ -86,6 +87,8 @@ def run_prompts(
     _check_call(model, batch_size, get_probs_func, func_kwargs, tqdm, scoring, normalize_length)
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     plan = make_plan(model, prompts, scoring, get_probs_func is None, answer_prefix, distinct)
+    if scoring == "sequence" and get_probs_func is None and not _can_teach(model, plan, remote):
+        plan = make_plan(model, prompts, scoring, False, answer_prefix, distinct)
     results = PromptResults(
         plan.categories,
         plan.texts,
@@ -160,6 +163,16 @@ def _check_call(
         raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
     if normalize_length and scoring != "sequence":
         raise ValueError("normalize_length=True is for scoring='sequence'; a first token has no length.")
+
+
+def _can_teach(model: StandardizedTransformer, plan: Plan, remote: Any) -> bool:
+    """Whether all tokens of an answer can be read in one row, or each needs a row that ends before it."""
+    if not remote:
+        model.dispatch()
+    if not model.padding_is_exact:
+        return False
+    longest = max((row for sheet in plan.sheets for row in sheet.rows), key=len)
+    return reads_on_the_way(model, longest, remote)
 
 
 def _own_answers(
