@@ -43,7 +43,8 @@ def prepare(model: StandardizedTransformer) -> None:
     with probing(model) as device:
         probe = Probe(model, device)
         paths = list(dict.fromkeys(path for between in wanted.values() for path in between.paths))
-        operations, edges = _run(model, probe, paths, {})
+        only = {path for between in wanted.values() for path in between.edges()}
+        operations, edges = _run(model, probe, paths, only, {})
         for between in wanted.values():
             between.find(operations, edges, probe.tolerance)
         for _ in range(MAX_TRIES):
@@ -51,7 +52,7 @@ def prepare(model: StandardizedTransformer) -> None:
             if not trying:
                 break
             edits = {b.options[0]: _moved for b in trying.values()}
-            operations, edges = _run(model, probe, paths, edits)
+            operations, edges = _run(model, probe, paths, only, edits)
             for index, between in trying.items():
                 path, labels = between.options.pop(0)
                 if between.proven(path, labels, operations, edges, probe.tolerance):
@@ -63,9 +64,13 @@ def prepare(model: StandardizedTransformer) -> None:
 MAX_TRIES = 6  # operations that hold the stream's numbers are few, and the first is nearly always the one
 
 
-def _run(model: StandardizedTransformer, probe: Any, paths: list[str], edits: dict) -> tuple[Operations, Any]:
-    with (edges := probe.edges()):
-        operations = record_operations(model._module, paths, probe.run, drill=lambda function: False, edits=edits)
+def _run(
+    model: StandardizedTransformer, probe: Any, paths: list[str], only: set[str], edits: dict
+) -> tuple[Operations, Any]:
+    with (edges := probe.edges(only)):
+        operations = record_operations(
+            model._module, paths, probe.run, drill=lambda function: False, edits=edits, arguments=False
+        )
     return operations, edges
 
 
@@ -95,6 +100,11 @@ class _Between:
         self.layer, self.structure, self.paths = layer, structure, paths
         self.options: list[tuple[str, tuple[str, ...]]] = []
         self.before: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def edges(self) -> list[str]:
+        """The modules whose inputs and outputs the proof reads."""
+        parts = [part for part in (self.structure.mlp, self.structure.other) if part is not None]
+        return [self.layer, self.structure.mid or self.layer, *(term.path for part in parts for term in part.terms)]
 
     def find(self, operations: Operations, edges: Any, tolerance: float) -> None:
         """Operations that hold the stream's numbers: the layer's own first, then those of modules in it."""

@@ -17,8 +17,9 @@ with model.trace("The Eiffel Tower is in"):
 
 Values are read in forward order, which is the order of the tables below: layer by layer, and from top to bottom
 inside a layer. `model.collect` and `model.gradients` take them in any order. A value that is written must have the
-shape of what it replaces. What is read is the model's own tensor: an edit in place edits the run, unless the note says that the value
-is a new tensor; and a model may itself go on to change a tensor in place, so `.clone()` what has to stay as it was.
+shape of what it replaces. What is read is the model's own tensor: an edit in place edits the run, unless the note says
+that the value is a new tensor; and a model may itself go on to change a tensor in place, so `.clone()` what has to stay
+as it was.
 
 Shapes have the batch first and positions second, whatever the model does inside; patterns are `[batch, heads, query,
 key]`. Rows are padded on the tokenizer's side; `model.collect` counts positions over each prompt's own tokens instead.

@@ -114,13 +114,28 @@ class Probe:
             self.prove_heads(found.attention)
         return found
 
-    def edges(self) -> _Edges:
-        """What enters and leaves the layers' modules, while the block runs."""
-        return _Edges(self.module, self.blocks)
+    def edges(self, only: set[str] | None = None) -> _Edges:
+        """What enters and leaves the layers' modules (or only those at some paths), while the block runs."""
+        return _Edges(self.module, self.blocks, only)
 
-    def run(self) -> Any:
-        """One forward pass of the plain module."""
-        return self.module(**self.inputs)
+    def run(self) -> None:
+        """One forward pass of the plain module, as far as the end of the last layer."""
+        last = self.module.get_submodule(self.blocks[-1].path)
+        once = sum(self.module.get_submodule(block.path) is last for block in self.blocks) == 1
+        if not once or self.blocks[-1].path in self.model.repeated:
+            self.module(**self.inputs)
+            return
+
+        def stop(*_: Any) -> None:
+            raise _LastLayer
+
+        handle = last.register_forward_hook(stop)
+        try:
+            self.module(**self.inputs)
+        except _LastLayer:
+            pass
+        finally:
+            handle.remove()
 
     def attention(
         self, block: Layer, paths: list[str] | None, edges: _Edges, current: Operations, eager: Operations | None
@@ -280,11 +295,15 @@ def _generic(path: str) -> str:
     return ".".join("*" if piece.isdigit() else piece for piece in path.split("."))
 
 
+class _LastLayer(Exception):
+    """The probe has gone through all layers."""
+
+
 class _Edges:
     """What goes into and comes out of the modules of every layer, kept while the probe runs."""
 
-    def __init__(self, root: nn.Module, blocks: tuple[Layer, ...]) -> None:
-        self.root, self.blocks = root, blocks
+    def __init__(self, root: nn.Module, blocks: tuple[Layer, ...], only: set[str] | None = None) -> None:
+        self.root, self.blocks, self.only = root, blocks, only
         self.given: dict[str, torch.Tensor] = {}
         self.made: dict[str, torch.Tensor] = {}
         self.raw: dict[str, Any] = {}
@@ -296,6 +315,8 @@ class _Edges:
         for block in self.blocks:
             for name, module in self.root.get_submodule(block.path).named_modules():
                 path = f"{block.path}.{name}" if name else block.path
+                if self.only is not None and path not in self.only:
+                    continue
                 self.handles.append(module.register_forward_pre_hook(self.before(path), with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self.after(path)))
         return self
