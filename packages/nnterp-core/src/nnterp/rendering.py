@@ -25,7 +25,7 @@ def html_table(
         colours: A colour for the first cell of each row.
 
     Returns:
-        One `<table>` with its caption. It takes its colours from the page around it.
+        A line and a `<table>`. They take their colours from the page around them.
     """
     cell = "text-align:left;vertical-align:top;padding:2px 10px 2px 0;white-space:pre-wrap"
     head = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in header)
@@ -35,9 +35,8 @@ def html_table(
         cells = (f'<td style="{cell}{first if not j else ""}">{html.escape(text)}</td>' for j, text in enumerate(row))
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        '<table style="border-collapse:collapse;background:transparent;color:inherit">'
-        '<caption style="text-align:left;font-weight:bold;padding:4px 0;color:inherit">'
-        f"{html.escape(caption)}</caption>"
+        f'<div style="font-weight:bold;padding:4px 0;color:inherit">{html.escape(caption)}</div>'
+        '<table style="border-collapse:collapse;background:transparent;color:inherit;margin:0">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     )
 

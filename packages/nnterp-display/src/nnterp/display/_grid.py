@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,22 +99,29 @@ def fit(
     left: int,
     bottom: int,
     right: int = 110,
-    top: int = 64,
     least: int = 420,
 ) -> go.Figure:
     """Size a figure around a plot area of these pixels; a figure narrower than `least` gets room on the right."""
+    top = 64 if figure.layout.title.text else 24
+    # A colour bar as tall as a long figure is out of sight at one end, and too far from the cells at the other.
+    bar = max(min(height + 20, 420), 130)
+    bottom = max(bottom, bar - height)
+    for trace in figure.select_traces({"type": "heatmap"}):
+        lines = _wrapped(html.unescape(trace.colorbar.title.text), bar + min(top - 10, bottom))
+        right += 17 * (len(lines) - 1)
+        trace.colorbar.title.text = "<br>".join(escape(line) for line in lines)
+        trace.colorbar.update(lenmode="pixels", len=bar, y=1, yanchor="top", ypad=10)
     total = max(left + width + right, least)
-    figure.update_layout(
+    return figure.update_layout(
         width=total,
         height=top + height + bottom,
         margin={"l": left, "r": total - left - width, "t": top, "b": bottom, "pad": 0},
     )
-    # A colour bar as tall as a long figure is out of sight at one end, and too far from the cells at the other.
-    figure.update_traces(
-        colorbar={"lenmode": "pixels", "len": min(height + 20, 420), "y": 1, "yanchor": "top", "ypad": 10},
-        selector={"type": "heatmap"},
-    )
-    return figure
+
+
+def _wrapped(text: str, pixels: int, font: int = 13) -> list[str]:
+    """A title in lines that fit in so many pixels."""
+    return textwrap.wrap(text, max(round(pixels / (font * 0.6)), 8)) or [""]
 
 
 def check_same(what: str, got: int, expected: int, of: str) -> None:

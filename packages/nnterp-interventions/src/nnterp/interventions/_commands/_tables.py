@@ -94,7 +94,9 @@ def layer_table(
     return table
 
 
-def side_by_side(columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: TokenNames) -> Table:
+def side_by_side(
+    columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: TokenNames, *, bar_columns: int = 4
+) -> Table:
     """Several distributions beside each other: heading → token ids `[k]` and probabilities `[k]`."""
     from rich import box
     from rich.table import Table
@@ -110,6 +112,6 @@ def side_by_side(columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: T
         cells: list[Text] = []
         for ids, probabilities in columns.values():
             value = float(probabilities[i])
-            cells += [_cut(shorten(names(int(ids[i])), WIDEST_TOKEN)), bar(value, 4), Text(percent(value))]
+            cells += [_cut(shorten(names(int(ids[i])), WIDEST_TOKEN)), bar(value, bar_columns), Text(percent(value))]
         table.add_row(*cells)
     return table

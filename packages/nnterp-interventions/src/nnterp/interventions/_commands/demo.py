@@ -221,7 +221,7 @@ def show_steering(console: Console, steering: Steering | str, names: TokenNames)
     )
     console.print(Text(about, style="dim"))
     columns = {"as it is": steering.plain, "more pleasant": steering.pleasant, "less pleasant": steering.unpleasant}
-    console.print(side_by_side(columns, names))
+    console.print(side_by_side(columns, names, bar_columns=4 if console.width < 100 else 10))
 
 
 def show_readings(console: Console, readings: PatchscopeResult | str, names: TokenNames) -> None:
