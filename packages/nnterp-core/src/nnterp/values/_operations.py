@@ -125,8 +125,9 @@ def record_operations(
             if earlier is not None:
                 earlier.times += 1
                 return output
+            given, named = before
             operation = Operation(
-                path, labels, None if assignment else function, *before, _copied(output), began, ended
+                path, labels, None if assignment else function, given, named, _copied(output), began, ended
             )
             seen[path, labels] = operation
             found.all.append(operation)
