@@ -33,7 +33,7 @@ def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> No
     row_of = {target: row for row, target in enumerate(chosen)}
     everything = len(row_of)  # the row in which all values are written; the one after it is left alone
     batch = ids[:, :LENGTH].repeat(everything + 2, 1)
-    edits = [
+    edits: list[tuple[tuple[int, ...], int, str, int | None]] = [
         ((everything,) if k not in row_of else (row_of[k], everything), k, name, layer)
         for k, (name, layer) in enumerate(targets)
     ]
@@ -45,8 +45,8 @@ def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> No
                 tensor = read_value(model, value, layer)
                 write_value(model, value, disturbed(tensor, rows, seed, batch.shape[0]), layer)
             written = model.logits.save()
-    except Exception as error:
-        checks.say(WRITES, False, detail=f"{type(error).__name__}: {str(error)[:200]}")
+    except Exception as problem:
+        checks.say(WRITES, False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")
         return
     silent = [_label(*targets[k]) for k, row in row_of.items() if not relative_error(written[row], written[-1]) > GUARD]
     error = relative_error(written, hooked)
