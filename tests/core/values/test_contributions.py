@@ -57,7 +57,7 @@ def test_input_plus_contributions_is_output(model_type):
         )
         if structure.kind in ("sequential", "parallel", "single"):
             made = scale * x.double() + sum(p.double() for p in parts)
-            assert off(made, y) < max(16 * torch.finfo(y.dtype).eps, 1e-5), structure.kind
+            assert off(made, y) < 16 * torch.finfo(y.dtype).eps, structure.kind
         if structure.kind == "sequential" and len(parts) == 2 and isinstance(scale, float) and scale == 1.0:
             mid = read(model, "layers_mid", layer, tokens)
             assert off(mid, x.double() + parts[0].double()) < 1e-5
@@ -118,7 +118,7 @@ def test_written_mid_moves_both_paths(model_type):
 
 # The residual path is multiplied again after the attention.
 SCALED_AFTER_MID = {"beam", "doge", "zaya"}
-MID_READ_ONLY = {"rwkv"}
+MID_READ_ONLY = {"zaya"}
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -261,6 +261,21 @@ def test_a_source_of_the_users_own():
         make(WrongSource()).attention_probabilities.check_source()
 
 
+def test_a_value_used_twice_is_written_twice():
+    """DiffLlama calls its attention function twice with the same queries and keys."""
+    model, tokens = wrapped("diffllama", eager=False, check=True), ids()
+    with torch.no_grad(), model.trace(tokens):
+        model.attention_queries[1] = model.attention_queries[1] * 0
+        silent = model.attention_head_outputs[1].save()
+    eager = wrapped("diffllama", check=True)
+    with torch.no_grad(), eager.trace(tokens):
+        probs = eager.attention_probabilities[1]
+        uniform = torch.ones_like(probs).tril()
+        eager.attention_probabilities[1] = uniform / uniform.sum(-1, keepdim=True)
+        expected = eager.attention_head_outputs[1].save()
+    torch.testing.assert_close(silent, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_outside_a_trace(llama):
     with pytest.raises(OutsideTraceError, match="attention_head_outputs"):
         llama.attention_head_outputs[0]

@@ -219,7 +219,7 @@ class _Search:
                 f"the values are averaged in {len(softmaxes)} parts, by as many calls"
             )
             self.found.value_dim = (self.found.value_dim or 0) * len(softmaxes)
-        self.queries_and_keys(softmax, probs)
+        self.queries_and_keys(softmaxes, probs)
 
     def by_head(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if tensor.dim() == 4 else tensor.reshape(PROBE_ROWS, -1, *tensor.shape[1:])
@@ -420,7 +420,8 @@ class _Search:
             "queries, keys and values can only be told apart with the weights: call model.dispatch() first"
         )
 
-    def queries_and_keys(self, softmax: Operation, probs: torch.Tensor) -> None:
+    def queries_and_keys(self, softmaxes: list[Operation], probs: torch.Tensor) -> None:
+        softmax = softmaxes[0]
         heads, keys = probs.shape[1], probs.shape[-1]
         queries = probs.shape[2]
         if probs.device.type == "meta":
@@ -464,8 +465,18 @@ class _Search:
             why = "no two tensors were seen whose product gives the scores, alone or with a bias by distance"
             self.found.reasons["attention_queries"] = self.found.reasons["attention_keys"] = why
             return
-        self.found.places["attention_queries"] = best[1].over(best[0])
-        self.found.places["attention_keys"] = best[3].over(best[2])
+        for name, place, layout in (("attention_queries", best[0], best[1]), ("attention_keys", best[2], best[3])):
+            places = self.in_every_call(place, softmaxes)
+            shown = [layout.over(p) for p in places]
+            self.found.places[name] = shown[0] if len(shown) == 1 else Everywhere(tuple(shown))
+
+    @staticmethod
+    def in_every_call(place: Inside, softmaxes: list[Operation]) -> list[Inside]:
+        """The same argument of every call in which the softmax runs, where there are several."""
+        depth = len(place.labels)
+        if len(softmaxes) == 1 or place.side == "output" or softmaxes[0].labels[:depth] != place.labels:
+            return [place]
+        return [Inside(s.path, s.labels[:depth], place.side, place.key) for s in softmaxes]
 
     def explains(self, product: torch.Tensor, scores: torch.Tensor) -> bool:
         """Whether scores are the products times one factor per head, and a bias linear in the distance (ALiBi)."""

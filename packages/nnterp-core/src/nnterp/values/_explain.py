@@ -68,7 +68,7 @@ def support(model: StandardizedTransformer) -> Support:
                 value.place(model, layer if value.per_layer else None)
                 have.append(layer)
             except Unavailable as error:
-                why[layer] = getattr(error, "reason", str(error))
+                why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
         layers[name], reasons[name] = tuple(have), why
     return Support(model.anatomy.model_class, layers, reasons)
 

@@ -41,7 +41,7 @@ def prepare(model: StandardizedTransformer) -> None:
     if not wanted or not model.dispatched:
         return
     with probing(model) as device:
-        probe = Probe(model, device)
+        probe = Probe(model, device, shape=(1, 3))
         paths = list(dict.fromkeys(path for between in wanted.values() for path in between.paths))
         only = {path for between in wanted.values() for path in between.edges()}
         operations, edges = _run(model, probe, paths, only, {})

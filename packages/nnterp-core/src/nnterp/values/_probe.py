@@ -74,7 +74,9 @@ def probing(model: StandardizedTransformer) -> Iterator[torch.device]:
 
 
 class Probe:
-    def __init__(self, model: StandardizedTransformer, device: torch.device) -> None:
+    def __init__(
+        self, model: StandardizedTransformer, device: torch.device, shape: tuple[int, int] = (PROBE_ROWS, PROBE_LENGTH)
+    ) -> None:
         self.model = model
         self.module: nn.Module = model._module
         self.blocks = model.anatomy.blocks
@@ -82,9 +84,7 @@ class Probe:
         self.on_meta = device.type == "meta"
         self.tolerance = max(1e-5, 8 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps)
         vocab = model.vocab_size or 100
-        ids = torch.randint(
-            min(8, vocab - 1), min(vocab, 4096), (PROBE_ROWS, PROBE_LENGTH), generator=torch.Generator().manual_seed(3)
-        )
+        ids = torch.randint(min(8, vocab - 1), min(vocab, 4096), shape, generator=torch.Generator().manual_seed(3))
         accepts = inspect.signature(self.module.forward).parameters
         self.inputs: dict[str, Any] = {"input_ids": ids.to(device)}
         if "use_cache" in accepts or any(p.kind is p.VAR_KEYWORD for p in accepts.values()):
