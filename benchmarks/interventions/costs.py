@@ -1,22 +1,30 @@
 """What interventions cost, in forward passes of the plain HuggingFace model on the same input.
 
-    python benchmarks/interventions/costs.py [--rounds 7] [--threads 1]
+    python benchmarks/interventions/costs.py [--rounds 7] [--threads 1] [--only patchscope] [--memory]
 
 A GPT-2-small shape with random weights on the CPU. Everything runs in one process; plain model and intervention take
-turns, and the median over rounds of their ratio is printed, with the shortest and the longest beside it. Peers are
-measured beside it where they are installed.
+turns, and the median over rounds of their ratio is printed, with the shortest and the longest beside it. `--memory`
+prints instead how the process grows with the number of cells of a sweep, on a smaller model.
 """
 
 import argparse
 import resource
 import statistics
 import time
+from functools import partial
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nnterp import StandardizedTransformer
-from nnterp.interventions import TargetPrompt, TargetPromptBatch, logit_lens, patchscope_lens
+from nnterp.interventions import (
+    TargetPrompt,
+    TargetPromptBatch,
+    activation_patching,
+    logit_difference,
+    logit_lens,
+    patchscope_lens,
+)
 from nnterp.testing import tiny_tokenizer
 
 
@@ -87,22 +95,39 @@ def lines(model, module):
 
 
 def patching_lines(model, forward):
-    try:
-        from nnterp.interventions import activation_patching, logit_difference
-    except ImportError:
-        return
+    metric = logit_difference(7, 8)
     for length in (16, 32):
         clean, corrupted = ids(1, length, 4), ids(1, length, 5)
-        metric = logit_difference(7, 8)
         cells = 12 * length
         yield (
             f"activation patching, layer × position, {length} tokens, {cells} cells; per cell",
             "0.2 (0.1)" if length == 16 else "",
             forward(corrupted),
-            lambda clean=clean, corrupted=corrupted, metric=metric: activation_patching(
-                model, clean, corrupted, metric, values="layers_output", progress=False
-            ),
+            partial(activation_patching, model, clean, corrupted, metric, progress=False),
             cells,
+        )
+    clean, corrupted = ids(1, 16, 4), ids(1, 16, 5)
+    by_head = partial(activation_patching, values="attention_head_outputs", heads="all", progress=False)
+    yield (
+        "activation patching, layer × head, 16 tokens, 144 cells; per cell",
+        "",
+        forward(corrupted),
+        partial(by_head, model, clean, corrupted, metric),
+        144,
+    )
+
+
+def memory():
+    """Growth of the process with the cells of a sweep: pairs of prompts of 16 tokens, 12 layers."""
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config(n_embd=128, n_head=4, n_layer=12, vocab_size=8192)).eval()
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    for pairs in (8, 16, 64):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        activation_patching(model, ids(pairs, 16, 4), ids(pairs, 16, 5), logit_difference(7, 8), progress=False)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(
+            f"{pairs * 192:6} cells: peak memory {after / 1024:.0f} MiB, {(after - before) / 1024:+.0f} MiB", flush=True
         )
 
 
@@ -111,8 +136,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="lines whose name contains this")
+    parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.memory:
+        return memory()
     torch.manual_seed(0)
     module = GPT2LMHeadModel(GPT2Config()).eval()
     model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())

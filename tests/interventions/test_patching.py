@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.errors import InsideTraceError
+from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.interventions import (
     PatchingResult,
     Result,
@@ -131,15 +131,26 @@ def test_patterns(model_type):
             assert found["scores"][0, a, head].item() == pytest.approx(difference(logits).item(), abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["attention_contributions", "mlp_contributions", "layers_mid", "attention_values"])
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "granite"])
+INSIDE = ["attention_queries", "attention_keys", "attention_values", "attention_head_contributions"]
+ADDED = ["attention_contributions", "mlp_contributions", "layers_mid", "mlp_neurons"]
+
+
+CASES = [(m, n) for n in INSIDE for m in ("gpt2", "gemma2", "qwen3", "bloom", "falcon", "gpt_neox")]
+CASES += [(m, n) for n in ADDED for m in ("gpt2", "gemma2", "granite", "falcon")]
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES)
 def test_other_values(tiny, model_type, name):
     model = tiny(model_type)
-    found = activation_patching(model, CLEAN[0], CORRUPTED[0], logit_difference(5, 9), name, positions=[2, 5])
-    for layer in range(model.num_layers):
+    if name == "layers_mid" and model_type == "falcon":  # a parallel block
+        with pytest.raises(Unavailable):
+            activation_patching(model, CLEAN[0], CORRUPTED[0], logit_difference(5, 9), name)
+        return
+    found = activation_patching(model, CLEAN[0], CORRUPTED[0], logit_difference(5, 9), name, [0, -1], [2, 5])
+    for a, layer in enumerate((0, model.num_layers - 1)):
         for k, p in enumerate((2, 5)):
             logits = by_trace(model, name, layer, CORRUPTED[0], CLEAN[0], (slice(None), p))
-            assert found["scores"][0, layer, k].item() == pytest.approx(difference(logits).item(), abs=2e-4)
+            assert found["scores"][0, a, k].item() == pytest.approx(difference(logits).item(), abs=2e-4)
 
 
 def test_text_positions_in_prompts_of_different_lengths(tiny, tmp_path):

@@ -16,7 +16,7 @@ from nnterp.values._places import Site, Sum, added, scaled
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-POSITION_AXES = ("seq", "query", "keys")  # of keys a continued forward pass holds those before as well
+POSITION_AXES = ("seq", "query", "keys")
 UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
 
 
@@ -133,8 +133,7 @@ def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
     value = get_value(edit.value)
     where: list[Any] = [slice(None)] * (len(axes_of(value)) - 1)
     at = positions_axis(edit.value)
-    begin = 0 if axes_of(value)[1 + at] == "keys" else offset
-    positions = torch.tensor([p - begin for p in edit.positions], device=device)
+    positions = torch.tensor([p - offset for p in edit.positions], device=device)
     if edit.heads is None:
         where[at] = positions
         return tuple(where)
@@ -143,6 +142,22 @@ def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
     where[at] = positions[:, None] if at < units else positions[None, :]
     where[units] = heads[None, :] if at < units else heads[:, None]
     return tuple(where)
+
+
+def _begin(value: Value, row: torch.Tensor, seq: int, offset: int) -> int:
+    """Which position of the prompt one row of a value begins with, in a forward pass of the `seq` from `offset` on.
+
+    Keys and values of attention may hold those of the positions before as well, or not.
+    """
+    axis = positions_axis(value.name)
+    if axes_of(value)[1 + axis] != "keys" or row.shape[axis] == seq:
+        return offset
+    if row.shape[axis] == seq + offset:
+        return 0
+    raise ShapeError(
+        f"{value.name} is {list(row.shape)} in one row ({value.shape} without the batch), which is neither as long as "
+        f"the {seq} positions that run nor as the {seq + offset} of the prompt."
+    )
 
 
 def apply_edits(
@@ -158,7 +173,7 @@ def apply_edits(
     for row, edit in edits:
         value = value or get_value(edit.value)
         view = rows_of(copy, *size, value)[row]
-        index = index_of(edit, offset, copy.device)
+        index = index_of(edit, _begin(value, view, size[1], offset), copy.device)
         new = edit.new(view[index]) if callable(edit.new) else edit.new
         try:
             view[index] = new.to(device=copy.device, dtype=copy.dtype)

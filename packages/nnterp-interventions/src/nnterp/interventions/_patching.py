@@ -77,8 +77,9 @@ def activation_patching(
         values: What is patched: a name of the table of values, or several ("layers_output" for the residual stream,
             "attention_contributions", "mlp_contributions", "attention_head_outputs", "attention_probabilities", ...).
         layers: The layer or layers; all that have the value if None.
-        positions: One column for each: positions over the prompts' own tokens, or text selectors; None for every
-            position alone, "all" for all of them at once (also what None means where `heads` are given).
+        positions: One column for each: positions over the prompts' own tokens, or text selectors (an entry that stands
+            for several positions is patched at once); None for every position alone, "all" for all of them at once
+            (also what None means where `heads` are given).
         heads: Patch single heads (or neurons, for values that have them): indices or "all".
         direction: "denoising" puts activations of the clean run into the corrupted one, "noising" the reverse.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.

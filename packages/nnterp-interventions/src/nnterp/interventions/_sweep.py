@@ -245,7 +245,7 @@ class _Run:
 
     def wait(self, cells: list[int], hidden: torch.Tensor) -> None:
         """Hidden states `[cells, hidden]` are read out together with those of other tiles: the head is large."""
-        self.waiting.append((cells, hidden.clone()))
+        self.waiting.append((cells, hidden))
         if sum(len(own) for own, _ in self.waiting) >= self.most_readouts:
             self.read_out()
 
