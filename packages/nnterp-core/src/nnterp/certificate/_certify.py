@@ -22,14 +22,14 @@ from nnterp.anatomy._sizes import text_config
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._recording import Call, Recording, evaluating, record, static_experts, stream_out
 from nnterp.certificate._residual import relative_error, solve_residual
-from nnterp.certificate._writes import prove_writes
+from nnterp.certificate._writes import is_large, prove_writes
 from nnterp.readout import StreamLayout
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
-PROBE_LENGTH = 10  # longer than the windows of tiny models, so that they bite
-SHORT_LENGTH = 6
+PROBE_LENGTH, SHORT_LENGTH = 10, 6  # longer than the windows of tiny models, so that they bite
+PROBE_LENGTH_LARGE, SHORT_LENGTH_LARGE = 8, 5  # where tokens are what the certificate costs
 
 PARTS = "parts found, run once and in order, with the stream's shape"
 HIDDEN = "layers_output equals HuggingFace's hidden states"
@@ -78,6 +78,9 @@ class _Checks:
         self.model = model
         self.module: nn.Module = model._module
         self.lines: list[Line] = []
+        large = is_large(self.module)
+        self.length = PROBE_LENGTH_LARGE if large else PROBE_LENGTH
+        self.short = SHORT_LENGTH_LARGE if large else SHORT_LENGTH
         dtype = self.module.dtype
         self.tolerance = max(1e-5, 4 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps)
         self.accepts = inspect.signature(self.module.forward).parameters
@@ -118,7 +121,7 @@ class _Checks:
         """Shapes and order of the parts, from a forward pass on fake tensors."""
         try:
             with evaluating(self.module), static_experts(self.module), FakeTensorMode(allow_non_fake_inputs=True):
-                ids = torch.zeros((1, PROBE_LENGTH), dtype=torch.long, device="meta")
+                ids = torch.zeros((1, self.length), dtype=torch.long, device="meta")
                 recording = record(self.module, self.forward_kwargs(ids), self.watched())
                 self.final_norm_by_order(recording)
                 self.parts(recording)
@@ -129,7 +132,7 @@ class _Checks:
             self.skip(PARTS, f"{reason}; checked when they are loaded")
 
     def with_weights(self) -> None:
-        ids = self.probe_ids(1, PROBE_LENGTH)
+        ids = self.probe_ids(1, self.length)
         inputs = self.forward_kwargs(ids)
         recording = self.recording(inputs)
         hidden = getattr(recording.result, "hidden_states", None)
@@ -242,10 +245,10 @@ class _Checks:
 
     def stream_layout(self, stream: torch.Tensor) -> list[str]:
         """Where batch and sequence stand in what layers return."""
-        layout = StreamLayout.of(stream.shape, batch=1, seq=PROBE_LENGTH)
+        layout = StreamLayout.of(stream.shape, batch=1, seq=self.length)
         if layout is None:
             return [
-                f"layers carry {_shape(stream)} for an input of [1, {PROBE_LENGTH}]: no axes of it are batch and "
+                f"layers carry {_shape(stream)} for an input of [1, {self.length}]: no axes of it are batch and "
                 "sequence"
             ]
         self.model.readout.layout = layout
@@ -303,7 +306,7 @@ class _Checks:
         """The same forward pass with a cache, which is where layers hand states on."""
         try:
             return record(
-                self.module, {"input_ids": self.probe_ids(1, PROBE_LENGTH)}, {b.path for b in self.anatomy.blocks}
+                self.module, {"input_ids": self.probe_ids(1, self.length)}, {b.path for b in self.anatomy.blocks}
             )
         except Exception:
             return recording
@@ -634,9 +637,9 @@ class _Checks:
                 "its indexer picks keys without regard to padding; padding is refused, equal lengths share a batch",
             )
             return
-        ids = self.probe_ids(2, PROBE_LENGTH, seed=1)
+        ids = self.probe_ids(2, self.length, seed=1)
         mask = torch.ones_like(ids)
-        pad = PROBE_LENGTH - SHORT_LENGTH
+        pad = self.length - self.short
         mask[1, :pad] = 0
         filler = getattr(model.tokenizer, "pad_token_id", None)
         if filler is not None:
@@ -657,7 +660,7 @@ class _Checks:
                 except Exception as caught:
                     why = why or f"the model does not run on one ({type(caught).__name__}: {str(caught)[:80]})"
                     continue
-                error = relative_error(together[1:, -SHORT_LENGTH:], alone)
+                error = relative_error(together[1:, -self.short :], alone)
                 # Masked positions still enter the kernels' sums, so rows agree to rounding, not to the bit.
                 if error <= 10 * self.tolerance:
                     detail = "left padding" if counts else "left padding, positions counted by the model itself"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nnterp.certificate._recording import Recording, stream_in
 from nnterp.certificate._residual import relative_error
@@ -19,8 +20,13 @@ WRITES = "every write is causal and equals a torch hook's"
 LENGTH = 4  # tokens of a row
 # How many values get a row of their own; if a model has more, they are sampled evenly. In large models, where rows are
 # what the certificate costs, the others are covered by the row in which all are written.
-ROWS, ROWS_LARGE, LARGE = 48, 3, 20_000_000
+ROWS, ROWS_LARGE, LARGE = 48, 1, 3_000_000
 GUARD = 1e-6  # smallest relative change of the logits that counts as an effect
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether a forward pass of the model costs more than the bookkeeping around it."""
+    return sum(parameter.numel() for parameter in module.parameters()) > LARGE
 
 
 def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> None:
@@ -28,8 +34,8 @@ def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> No
     model = checks.model
     targets = _targets(checks, recording)
     total = len(targets)
-    limit = ROWS if sum(p.numel() for p in checks.module.parameters()) < LARGE else ROWS_LARGE
-    chosen = range(total) if total <= limit else sorted({round(k * (total - 1) / (limit - 1)) for k in range(limit)})
+    limit = ROWS_LARGE if is_large(checks.module) else ROWS
+    chosen = range(total) if total <= limit else sorted({round((k + 0.5) * total / limit) for k in range(limit)})
     row_of = {target: row for row, target in enumerate(chosen)}
     everything = len(row_of)  # the row in which all values are written; the one after it is left alone
     batch = ids[:, :LENGTH].repeat(everything + 2, 1)
