@@ -22,7 +22,7 @@ PROMPTS = [
 TYPES = (
     "gpt2 llama gemma2 gemma3_text qwen3 qwen2 mistral phi phi3 gpt_neox gptj gpt_neo bloom falcon mpt opt codegen "
     "stablelm starcoder2 olmo2 granite cohere cohere2 glm glm4 mixtral qwen3_moe deepseek_v3 gpt_oss nemotron xglm "
-    "smollm3 bert mamba jamba"
+    "smollm3 bert mamba jamba cpmant"
 ).split()
 NAMES = ["layers_output", "layers_input", "attentions_output", "mlps_output"]
 
@@ -35,7 +35,8 @@ def loop(model, name, layer, rows):
     for row in rows:
         with hooked(model._module, x=(values.path, values.side)) as seen, torch.no_grad():
             model._module(**arguments(model._module, torch.tensor([row.ids])))
-        found.append(seen["x"].reshape(len(row), -1))
+        x = seen["x"]
+        found.append(x.reshape(-1, x.shape[-1])[-len(row) :])  # CPM-Ant puts a prompt of its own in front
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnterp.collection._collect import no_cache
+from nnterp.collection._collect import left_padded, no_cache
 from nnterp.collection._plan import make_plan
 from nnterp.inputs import Batch, encode, pad
 from nnterp.values import canonical
@@ -24,7 +24,7 @@ class Gradients:
 
     `gradients["layers_output"]` is `[layers, prompts, seq, ...]`, `gradients["layers_output", 3]` and
     `gradients["blocks.3.hook_resid_post"]` one layer of it; `gradients.values` holds the values under the same names.
-    Prompts of different lengths are padded on the tokenizer's side; `batch` says where each row's tokens stand.
+    Prompts of different lengths are padded on the left; `batch` says where each row's tokens stand.
 
     Attributes:
         metric: The metric's value.
@@ -109,7 +109,8 @@ def gradients(
             f"{model.anatomy.model_class} is not exact under padding, so prompts of different lengths cannot share a "
             f"batch. Take the gradients of one length at a time."
         )
-    batch = pad(model, rows)
+    with left_padded(model):
+        batch = pad(model, rows)
     sources = [gradient_reads(model, t.value.place(model, t.layer), t.label) for t in plan.targets]
     order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
     with model.trace({**batch.encoding, **no_cache(model)}):

@@ -384,7 +384,7 @@ class StandardizedTransformer(TransformersModel):
         """Gradients of a scalar of the logits with respect to values, in any order.
 
         Args:
-            prompts: As in `collect`; they share one batch, padded on the tokenizer's side.
+            prompts: As in `collect`; they share one batch, padded on the left.
             metric: From the logits `[prompts, seq, vocab]` to one number, by differentiable operations.
             values, layers: As in `collect`.
             device: Where the result is kept.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -52,7 +53,10 @@ def collect(
     plan = make_plan(model, values, layers)
     chosen, single = positions_of(model, rows, positions)
     result = _Result(plan, rows, chosen, single, device, dtype, reduce)
-    with tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar:
+    with (
+        left_padded(model),
+        tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar,
+    ):
         for batch in batches(model, rows, batch_size):
             try:
                 result.put(batch, _one_batch(model, plan, result, batch))
@@ -65,6 +69,19 @@ def collect(
                 raise
             bar.update(len(batch))
     return result.collected(model)
+
+
+@contextlib.contextmanager
+def left_padded(model: StandardizedTransformer) -> Iterator[None]:
+    """Pad on the left, whatever the tokenizer's side: that side is what the certificate proves to be exact."""
+    side = getattr(model.tokenizer, "padding_side", None)
+    try:
+        if side is not None:
+            model.tokenizer.padding_side = "left"
+        yield
+    finally:
+        if side is not None:
+            model.tokenizer.padding_side = side
 
 
 def no_cache(model: StandardizedTransformer) -> dict[str, Any]:
@@ -144,10 +161,13 @@ class _Result:
             [[s + p for p in c] + [s + c[0]] * (width - len(c)) for s, c in zip(batch.starts, own, strict=True)]
         )
         mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own])
-        whole = not self.ragged and batch.input_ids.shape[1] == width and bool((index == torch.arange(width)).all())
+        rows, seq = batch.input_ids.shape
+        longest = max(range(rows), key=lambda i: len(batch.rows[i]))
+        seq += batch.starts[longest]  # a row without padding begins where what the model puts in front ends
+        whole = not self.ragged and seq == width and bool((index == torch.arange(width)).all())
         starts = torch.tensor(batch.starts)
         lengths = torch.tensor([len(row) for row in batch.rows])
-        return Selection(index, mask, whole, self.single, tuple(batch.input_ids.shape), starts, lengths)
+        return Selection(index, mask, whole, self.single, (rows, seq), starts, lengths)
 
     def reduced(self, tensor: torch.Tensor) -> torch.Tensor:
         """What leaves the trace: on the result's device and in its dtype, reduced first."""

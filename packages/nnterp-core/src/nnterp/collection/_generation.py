@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.collection._collect import left_padded
 from nnterp.collection._collected import Collected
 from nnterp.collection._plan import Plan
 from nnterp.inputs import Row, batches
@@ -29,17 +30,12 @@ def over_generation(
     """Generate from every row, reading the last position of each step.
 
     Raises:
-        ValueError: A value has no entry per position at each step; the tokenizer pads on the right; or
-            `max_new_tokens` is not positive.
+        ValueError: A value has no entry per position at each step, or `max_new_tokens` is not positive.
     """
     from tqdm.auto import tqdm
 
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if getattr(model.tokenizer, "padding_side", "left") != "left" and len({len(row) for row in rows}) > 1:
-        raise ValueError(
-            "Prompts of different lengths are generated from left-padded: set model.tokenizer.padding_side = 'left'."
-        )
     patterns = [t.label for t in plan.targets if t.value.shape.endswith("query, key]")]
     if patterns:
         raise ValueError(
@@ -49,7 +45,10 @@ def over_generation(
     tokens = torch.full((len(rows), max_new_tokens), -1, dtype=torch.long)
     mask = torch.zeros(len(rows), max_new_tokens, dtype=torch.bool)
     ends = _end_tokens(model, generation)
-    with tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar:
+    with (
+        left_padded(model),
+        tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar,
+    ):
         for batch in batches(model, rows, batch_size):
             width, count = batch.input_ids.shape[1], len(batch)
             with torch.no_grad(), warnings.catch_warnings():
