@@ -1,4 +1,4 @@
-"""Every Python block of the READMEs runs, says what the comments beside it promise, and every link leads somewhere."""
+"""The Python blocks of READMEs and docs run and print what is promised beside them; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+import nnterp
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]  # pages go on with a model and prompts
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
 
 
@@ -22,14 +27,17 @@ def name(readme: Path) -> str:
     return readme.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("readme", READMES, ids=name)
-def test_snippets_run(readme, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("readme", [*READMES, *(page for page in PAGES if snippets(page))], ids=name)
+def test_snippets_run(readme, tmp_path, capsys, monkeypatch, toy):
     program = snippets(readme)
     assert program, f"{name(readme)} shows no code"
     monkeypatch.chdir(tmp_path)  # nothing in the repository is found by accident, nothing is written into it
     file = tmp_path / "readme_snippets.py"
+    if not torch.cuda.is_available():
+        program = program.replace('device="cuda"', 'device="cpu"')
     file.write_text(program, encoding="utf-8")
-    runpy.run_path(str(file), run_name="readme")
+    given = {} if readme in READMES else {"model": toy, "prompts": PROMPTS, "nnterp": nnterp, "torch": torch}
+    runpy.run_path(str(file), given, run_name="readme")
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     for promised in PROMISE.findall(program):
         assert promised in printed
@@ -40,9 +48,7 @@ def test_the_main_readme_promises_something():
     assert len(PROMISE.findall(snippets(ROOT / "README.md"))) >= 3
 
 
-@pytest.mark.parametrize(
-    "page", [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: name(page)
-)
+@pytest.mark.parametrize("page", [*READMES, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: name(page))
 def test_links_inside_the_repository_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text))

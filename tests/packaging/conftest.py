@@ -16,11 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first, all on one worker, beside which the others run everything else."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker("packaging")
-            item.add_marker(pytest.mark.xdist_group("packaging"))
+    """The longest tests first: they stay on one worker, beside which the others run everything else."""
     items.sort(key=lambda item: item.get_closest_marker("packaging") is None)
 
 

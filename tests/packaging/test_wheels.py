@@ -8,6 +8,8 @@ from email.parser import Parser
 
 import pytest
 
+pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
+
 MODULES = {
     "nnterp-core": ("nnterp",),
     "nnterp-interventions": ("nnterp.interventions",),
