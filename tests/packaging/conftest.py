@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first: they stay on one worker, beside which the others run everything else."""
+    """The longest tests first, which keeps them in the first worker's share and out of the end."""
     items.sort(key=lambda item: item.get_closest_marker("packaging") is None)
 
 

@@ -8,7 +8,7 @@ from email.parser import Parser
 
 import pytest
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.packaging
 
 MODULES = {
     "nnterp-core": ("nnterp",),
