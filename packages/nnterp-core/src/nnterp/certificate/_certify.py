@@ -10,7 +10,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +65,14 @@ def certify(model: StandardizedTransformer) -> Certificate:
     )
 
 
-_version = cache(importlib.metadata.version)
+_VERSIONS: dict[str, str] = {}
+
+
+def _version(name: str) -> str:
+    """The version of an installed distribution; looked up once, because that reads files."""
+    if name not in _VERSIONS:
+        _VERSIONS[name] = importlib.metadata.version(name)
+    return _VERSIONS[name]
 
 
 class _Failed(Exception):
