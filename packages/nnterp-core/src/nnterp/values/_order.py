@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ def when(model: StandardizedTransformer, place: Place) -> float:
         KeyError: The probe never passed it.
     """
     ticks = findings(model).ticks
+    if isinstance(place, Site) and place.path == model.anatomy.ln_final:
+        return math.inf  # after the last layer, with which the probe ends
     if isinstance(place, Site):
         return ticks[place.path, (), place.side]
     if isinstance(place, Item):
