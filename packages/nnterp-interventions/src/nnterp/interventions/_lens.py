@@ -21,7 +21,7 @@ from nnterp.values._accessors import layer_index
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-READOUT_NUMBERS = 1 << 24  # logits that are held at a time
+READOUT_NUMBERS = 1 << 23  # logits that are held at a time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
