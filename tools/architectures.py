@@ -55,12 +55,7 @@ def examine(model_type: str) -> Row:
     """Load and certify one tiny model."""
     row = Row(model_type)
     try:
-        try:
-            model = StandardizedTransformer(
-                tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=True
-            )
-        except ValueError:  # no eager attention to switch to
-            model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
+        model = load(model_type)
     except RenamingError as error:
         text = str(error).split("\ncheck_renaming")[0]
         row.refused = " ".join(re.sub(r"^.*behave as the names found for it say:\s*", "", text, flags=re.S).split())
@@ -78,6 +73,14 @@ def examine(model_type: str) -> Row:
     support = model.support()
     row.inside = tuple(mark(support, value, anatomy.indices(role)) for _, value, role in INSIDE)
     return row
+
+
+def load(model_type: str) -> StandardizedTransformer:
+    """The tiny model, with attention probabilities where it has them."""
+    try:
+        return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
+    except (ValueError, RenamingError):  # no eager attention to switch to, or no probabilities in it
+        return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
 
 
 def mark(support, value: str, applicable: tuple[int, ...]) -> str:
