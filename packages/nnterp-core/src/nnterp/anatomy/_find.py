@@ -407,12 +407,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_moe(module: nn.Module) -> bool:
-    named = re.search(
-        r"MoE|Moe|MOE|Expert", re.sub(r"^.*?(?=[A-Z][a-z]*(?:MoE|Moe|MOE|Sparse))", "", type(module).__name__)
-    )
-    return any(name in dict(_children(module)) for name in ("experts", "router", "gate_router")) or (
-        named is not None and "experts" in " ".join(name for name, _ in module.named_parameters())
-    )
+    """Whether a feed-forward routes tokens to experts."""
+    return any(module._modules.get(name) is not None for name in ("experts", "router", "gate_router"))
 
 
 def _listed(module: nn.Module) -> str:
