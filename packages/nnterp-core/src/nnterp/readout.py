@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from nnterp.anatomy import Anatomy
 from nnterp.anatomy._sizes import text_config
 from nnterp.errors import ShapeError, Unavailable
+from nnterp.record import Record
 
 if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+    from nnterp.anatomy import Anatomy
+    from nnterp.traced_transformer import TracedTransformer
 
 # Config fields that act on the logits after the head, with what they do. Proven by the certificate, not believed.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -23,8 +21,7 @@ _DIVISORS = ("logits_scaling",)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(Record):
     """`softcap(scale * lm_head(ln_final(hidden)))`, the readout of most models.
 
     Attributes:
@@ -32,20 +29,8 @@ class Chain:
         softcap: The logits are `softcap * tanh(logits / softcap)`; None for none.
     """
 
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def declared(cls, config: Any) -> Chain:
-        """The chain a config declares."""
-        text = text_config(config)
-        scale = 1.0
-        for name in _MULTIPLIERS:
-            scale *= _number(text, name) or 1.0
-        for name in _DIVISORS:
-            scale /= _number(text, name) or 1.0
-        softcap = next((cap for name in _SOFTCAPS if (cap := _number(text, name))), None)
-        return cls(scale, softcap)
+    def __init__(self, scale: float = 1.0, softcap: float | None = None) -> None:
+        self.scale, self.softcap = scale, softcap
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
         """What happens to the head's output."""
@@ -64,13 +49,23 @@ class Chain:
         return " → ".join(steps)
 
 
+def declared_chain(config: Any) -> Chain:
+    """The chain a config declares."""
+    text = text_config(config)
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= _number(text, name) or 1.0
+    for name in _DIVISORS:
+        scale /= _number(text, name) or 1.0
+    return Chain(scale, next((cap for name in _SOFTCAPS if (cap := _number(text, name))), None))
+
+
 def _number(config: Any, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-@dataclass(frozen=True)
-class StreamLayout:
+class StreamLayout(Record):
     """Where batch and sequence stand in the tensors that layers hand on.
 
     Nearly always `[batch, seq, hidden]`. Models that carry several streams have further axes: Gemma 3n stacks them in
@@ -83,10 +78,8 @@ class StreamLayout:
         extra: Positions in front of the tokens that the model adds by itself (CPM-Ant's soft prompt).
     """
 
-    dims: int
-    batch: int
-    width: int
-    extra: int = 0
+    def __init__(self, dims: int, batch: int, width: int, extra: int = 0) -> None:
+        self.dims, self.batch, self.width, self.extra = dims, batch, width, extra
 
     @classmethod
     def of(cls, shape: torch.Size, batch: int, seq: int) -> StreamLayout | None:
@@ -121,16 +114,22 @@ class Readout:
             one tensor.
     """
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.chain = Chain.declared(module.config)
+    def __init__(self, anatomy: Anatomy, chain: Chain) -> None:
+        self.chain = chain
         self.way: Literal["chain", "replay"] | None = "chain"
         self.reason = ""
         self.layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
         self.returns: tuple[tuple[int | str | None, ...] | None, ...] = (None,) * anatomy.num_layers
+        self.adopt(anatomy)
+
+    def adopt(self, anatomy: Anatomy) -> None:
+        """Take over the paths of an anatomy."""
+        self.model_class = anatomy.model_class
+        self.ln_final, self.lm_head = anatomy.ln_final, anatomy.lm_head
+        self.layer_paths = tuple(block.path for block in anatomy.blocks)
 
     def __str__(self) -> str:
-        chain = str(self.chain) if self.anatomy.ln_final is not None else str(self.chain).removeprefix("ln_final → ")
+        chain = str(self.chain) if self.ln_final is not None else str(self.chain).removeprefix("ln_final → ")
         return {"chain": chain, "replay": "the model's own code after its last layer", None: self.reason}[self.way]
 
     def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -143,16 +142,14 @@ class Readout:
             return self.by_chain(module, hidden)
         if self.way == "replay":
             return self.by_replay(module, hidden)
-        raise Unavailable(
-            f"{self.anatomy.model_class}: hidden states cannot be projected on the vocabulary: {self.reason}."
-        )
+        raise Unavailable(f"{self.model_class}: hidden states cannot be projected on the vocabulary: {self.reason}.")
 
     def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """See `Chain`."""
-        if self.anatomy.ln_final is not None:
-            hidden = module.get_submodule(self.anatomy.ln_final)(hidden)
-        assert self.anatomy.lm_head is not None
-        return self.chain.finish(module.get_submodule(self.anatomy.lm_head)(hidden))
+        if self.ln_final is not None:
+            hidden = module.get_submodule(self.ln_final)(hidden)
+        assert self.lm_head is not None
+        return self.chain.finish(module.get_submodule(self.lm_head)(hidden))
 
     def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The model's forward on the hidden state, its layers standing aside."""
@@ -161,33 +158,37 @@ class Readout:
             hidden = hidden.reshape(-1, *shape[-2:]) if hidden.dim() > 1 else hidden.reshape(1, 1, -1)
         elif hidden.dim() != layout.dims:
             raise ShapeError(
-                f"{self.anatomy.model_class} carries several streams, so its hidden states have {layout.dims} axes, as "
+                f"{self.model_class} carries several streams, so its hidden states have {layout.dims} axes, as "
                 f"in layers_output; one of shape {list(shape)} cannot be read out."
             )
         rows, seq = hidden.shape[layout.batch : layout.batch + 2]
         embedding = module.get_input_embeddings().weight
         ids = torch.zeros((rows, seq), dtype=torch.long, device=embedding.device)
-        with self._layers_aside(module, hidden):
+        with _LayersAside(module, self, hidden):
             logits = module(input_ids=ids, use_cache=False).logits
         return logits.reshape(*shape[:-1], logits.shape[-1]) if layout.plain else logits
 
-    @contextlib.contextmanager
-    def _layers_aside(self, module: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-        """Every layer returns `hidden` instead of running."""
-        blocks = [module.get_submodule(block.path) for block in self.anatomy.blocks]
-        kept = [block.__dict__.get("forward") for block in blocks]
-        try:
-            for block, rest in zip(blocks, self.returns, strict=True):
-                block.__dict__["forward"] = lambda *args, _rest=rest, **kwargs: skipped_output(
-                    hidden, _rest, args, kwargs
-                )
-            yield
-        finally:
-            for block, forward in zip(blocks, kept, strict=True):
-                if forward is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = forward
+
+class _LayersAside:
+    """While it is open, every layer returns a hidden state instead of running."""
+
+    def __init__(self, module: nn.Module, readout: Readout, hidden: torch.Tensor) -> None:
+        self.blocks = [module.get_submodule(path) for path in readout.layer_paths]
+        self.kept = [block.__dict__.get("forward") for block in self.blocks]
+        self.returns, self.hidden = readout.returns, hidden
+
+    def __enter__(self) -> None:
+        for block, rest in zip(self.blocks, self.returns, strict=True):
+            block.__dict__["forward"] = lambda *args, _rest=rest, **kwargs: skipped_output(
+                self.hidden, _rest, args, kwargs
+            )
+
+    def __exit__(self, *_: Any) -> None:
+        for block, forward in zip(self.blocks, self.kept, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
 
 
 def skipped_output(
@@ -200,7 +201,7 @@ def skipped_output(
     return (stream, *through)
 
 
-def project_on_vocab(model: StandardizedTransformer, hidden: torch.Tensor) -> torch.Tensor:
+def project_on_vocab(model: TracedTransformer, hidden: torch.Tensor) -> torch.Tensor:
     """`model.project_on_vocab`: inside a trace or outside of one.
 
     Inside, the modules run apart from the traced forward pass: nothing of it is counted or served.
@@ -208,7 +209,7 @@ def project_on_vocab(model: StandardizedTransformer, hidden: torch.Tensor) -> to
     interleaver = model.interleaver
     if not interleaver.interleaving:
         model.dispatch()
-        return model.readout.project(model._module, hidden.to(_device(model._module, model.anatomy)))
+        return model.readout.project(model._module, hidden.to(_device(model._module, model.readout)))
     interleaver.interleaving = False
     try:
         return model.readout.project(model._module, hidden)
@@ -216,9 +217,9 @@ def project_on_vocab(model: StandardizedTransformer, hidden: torch.Tensor) -> to
         interleaver.interleaving = True
 
 
-def _device(module: nn.Module, anatomy: Anatomy) -> torch.device:
+def _device(module: nn.Module, readout: Readout) -> torch.device:
     """Where the readout begins: with the final norm, or the head."""
-    for path in (anatomy.ln_final, anatomy.lm_head):
+    for path in (readout.ln_final, readout.lm_head):
         parameter = next(module.get_submodule(path).parameters(), None) if path is not None else None
         if parameter is not None:
             return parameter.device

@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from nnterp.anatomy._sizes import text_config
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.readout import skipped_output
-from nnterp.values import get_value, read_value
 from nnterp.values._accessors import layer_index, require_running
 
 if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+    from nnterp.traced_transformer import TracedTransformer
 
 
-def skip_layers(model: StandardizedTransformer, start: int, end: int, skip_with: torch.Tensor | None) -> None:
+def skip_layers(model: TracedTransformer, start: int, end: int, skip_with: torch.Tensor | None) -> None:
     """See `StandardizedTransformer.skip_layers`."""
     first = layer_index(start, model.num_layers, "skip_layers(start_layer)")
     last = layer_index(end, model.num_layers, "skip_layers(end_layer)")
     if last < first:
         raise ValueError(f"skip_layers({start}, {end}): the last layer to skip comes before the first.")
     require_running(model, "skip_layers()")
-    entering = read_value(model, get_value("layers_input"), first)
+    entering = model.layers_input[first]
     stream = entering if skip_with is None else skip_with
     if stream.shape != entering.shape:
         raise ShapeError(
@@ -33,30 +33,30 @@ def skip_layers(model: StandardizedTransformer, start: int, end: int, skip_with:
     stream = stream.to(device=entering.device, dtype=entering.dtype)
     require_skippable(model, range(first, last + 1))
     for layer in range(first, last + 1):
-        envoy = model.envoy(model.anatomy.blocks[layer].path)
+        envoy = model.envoy(model.layer_paths[layer])
         rest = model.readout.returns[layer]
         args, kwargs = envoy.inputs if rest is not None else ((), {})
         envoy.skip(skipped_output(stream, rest, args, kwargs))
 
 
-def require_skippable(model: StandardizedTransformer, layers: range) -> None:
+def require_skippable(model: TracedTransformer, layers: range) -> None:
     """Raise for layers that later ones borrow from: their keys and values, or the keys they picked.
 
     Raises:
         Unavailable: Such a layer would be skipped while one that borrows from it still runs.
     """
-    for source, borrowers, what in lenders(model):
+    for source, borrowers, what in model.lenders:
         running = [i for i in borrowers if i not in layers]
         if source in layers and running:
             raise Unavailable(
-                f"Layer {source} of {model.anatomy.model_class} cannot be skipped alone: layers {running} use {what}. "
+                f"Layer {source} of {model.model_class} cannot be skipped alone: layers {running} use {what}. "
                 f"Skip these too, or set layers_output[{source}] to what should leave it."
             )
 
 
-def lenders(model: StandardizedTransformer) -> list[tuple[int, list[int], str]]:
+def lenders(module: nn.Module, count: int) -> list[tuple[int, list[int], str]]:
     """(layer, the layers that borrow from it, what they borrow), as the config declares it."""
-    config, count = text_config(model._module.config), model.num_layers
+    config = text_config(module.config)
     found = []
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     if shared:  # Gemma 3n and 4: the last layer of each type before the sharing ones lends them its keys and values

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.errors import ShapeError
-from nnterp.values import get_value, read_value, write_value
 from nnterp.values._accessors import layer_index, require_running
 
 if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+    from nnterp.traced_transformer import TracedTransformer
 
 
 def steer(
-    model: StandardizedTransformer,
+    model: TracedTransformer,
     layers: int | Iterable[int],
     vector: torch.Tensor,
     factor: float,
@@ -26,9 +25,8 @@ def steer(
     """See `StandardizedTransformer.steer`. The stream is replaced, not edited in place."""
     require_running(model, "steer()")
     wanted: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
-    value = get_value("layers_output")
     for layer in sorted({layer_index(i, model.num_layers, "steer(layers=...)") for i in wanted}):
-        stream = read_value(model, value, layer)
+        stream = model.layers_output[layer]
         step = factor * vector.to(device=stream.device, dtype=stream.dtype)
         where = _where(token_positions, batch_index)
         new = stream.clone()
@@ -40,7 +38,7 @@ def steer(
                 f"vector of shape {list(vector.shape)} at token_positions={token_positions}, batch_index={batch_index} "
                 f"does not fit ({error})."
             ) from error
-        write_value(model, value, new, layer)
+        model.layers_output[layer] = new
 
 
 def _where(token_positions: Any, batch_index: Any) -> Any:

@@ -48,8 +48,8 @@ def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> No
         with model.trace(batch):
             for rows, seed, name, layer in edits:
                 value = VALUES[name]
-                tensor = read_value(model, value, layer)
-                write_value(model, value, disturbed(tensor, rows, seed, batch.shape[0]), layer)
+                tensor = read_value(model, value.label, layer)
+                write_value(model, value.label, disturbed(tensor, rows, seed, batch.shape[0]), layer)
             written = model.logits.save()
     except Exception as problem:
         checks.say(WRITES, False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")

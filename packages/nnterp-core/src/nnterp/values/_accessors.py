@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
+from nnterp.errors import OutsideTraceError, ShapeError
+from nnterp.values._label import Label
 from nnterp.values._places import Place, Sum, reflattened, unflattened
-from nnterp.values._table import Value
 
 if TYPE_CHECKING:
     from nnsight import Envoy
 
-    from nnterp.standardized_transformer import StandardizedTransformer
+    from nnterp.traced_transformer import TracedTransformer
+    from nnterp.values._table import Value
 
 
 class LayerAccessor:
@@ -31,7 +32,7 @@ class LayerAccessor:
         ShapeError: The tensor written has another shape than what it replaces.
     """
 
-    def __init__(self, model: StandardizedTransformer, value: Value) -> None:
+    def __init__(self, model: TracedTransformer, value: Label) -> None:
         self._model = model
         self._value = value
 
@@ -57,21 +58,14 @@ class LayerAccessor:
 class ModuleListAccessor:
     """The modules playing one part in each layer: `model.attentions[i]`, `model.mlps[i]`, `model.mixers[i]`."""
 
-    def __init__(self, model: StandardizedTransformer, role: str, name: str) -> None:
+    def __init__(self, model: TracedTransformer, role: str, name: str) -> None:
         self._model = model
         self._role = role
         self._name = name
 
     def __getitem__(self, layer: int) -> Envoy:
         index = layer_index(layer, self._model.num_layers, self._name)
-        part = self._model.anatomy.part(self._role, index)
-        if part.path is None:
-            raise Unavailable(
-                f"{self._name}[{layer}] is no module of its own in {self._model.anatomy.model_class}: the part enters "
-                f"at {part.entry} and leaves at {part.exit}. Read {self._name}_input[{layer}] and "
-                f"{self._name}_output[{layer}]."
-            )
-        return self._model.envoy(part.path)
+        return self._model.envoy(self._model.module_path(self._role, index))
 
     def __call__(self, layer: int) -> Envoy:
         return self[layer]
@@ -100,7 +94,7 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
     return index % num_layers
 
 
-def read_value(model: StandardizedTransformer, value: Value, layer: int | None = None) -> torch.Tensor:
+def read_value(model: TracedTransformer, value: Label | Value, layer: int | None = None) -> torch.Tensor:
     """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run.
 
     A value that is a sum or a multiple of what modules return is a new tensor; it has to be assigned to have an effect.
@@ -114,7 +108,7 @@ def read_value(model: StandardizedTransformer, value: Value, layer: int | None =
     return tensor if tensor.dim() >= value.axes else unflattened(model, tensor)
 
 
-def write_value(model: StandardizedTransformer, value: Value, tensor: torch.Tensor, layer: int | None = None) -> None:
+def write_value(model: TracedTransformer, value: Label | Value, tensor: torch.Tensor, layer: int | None = None) -> None:
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
     try:
@@ -142,17 +136,17 @@ def _require_tensor(tensor: Any, label: str, shape: str) -> None:
         raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
 
 
-def _locate(model: StandardizedTransformer, value: Value, layer: int | None) -> tuple[str, Place]:
+def _locate(model: TracedTransformer, value: Label | Value | Value, layer: int | None) -> tuple[str, Place]:
     label, index = value.name, None
     if value.per_layer:
         index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]
         label = f"{value.name}[{layer}]"
-    place = value.place(model, index)
+    place = model.place(value.name, index)
     require_running(model, label)
     return label, place
 
 
-def require_running(model: StandardizedTransformer, label: str) -> None:
+def require_running(model: TracedTransformer, label: str) -> None:
     """Raise unless a forward pass of `model` is running."""
     if not model.interleaver.interleaving:
         raise OutsideTraceError(

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from nnterp.anatomy import Layer, Part
+from nnterp.values._layouts import Layout
 from nnterp.values._operations import Operation, Operations, same, tensors
-from nnterp.values._places import Everywhere, Inside, Place, Site, View
+from nnterp.values._places import Everywhere, Inside, Place, Site, over
 
 PROBE_ROWS = 2
 PROBE_LENGTH = 11  # a prime: no product of heads and widths is mistaken for it
@@ -80,48 +81,9 @@ def find_attention(
     return _Search(layer, paths, current, eager or current, out, heads, tolerance).attention()
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How a model keeps a tensor that nnterp shows with batch first, then positions, then heads."""
-
-    name: str
-    heads: int = 0
-
-    def show(self, x: torch.Tensor) -> torch.Tensor:
-        if self.name == "[batch, heads, seq, dim]":
-            return x.transpose(1, 2)
-        if self.name == "[batch, heads, dim, seq]":
-            return x.permute(0, 3, 1, 2)
-        if self.name == "[batch × heads, seq, dim]":
-            return x.view(-1, self.heads, *x.shape[1:]).transpose(1, 2)
-        if self.name == "[batch × heads, dim, seq]":
-            return x.view(-1, self.heads, *x.shape[1:]).permute(0, 3, 1, 2)
-        if self.name == "[batch, seq, heads × dim]":
-            return x.unflatten(-1, (self.heads, -1))
-        if self.name == "[batch × heads, query, key]":
-            return x.view(-1, self.heads, *x.shape[1:])
-        return x
-
-    def back(self, value: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
-        if self.name == "[batch, heads, seq, dim]":
-            return value.transpose(1, 2)
-        if self.name == "[batch, heads, dim, seq]":
-            return value.permute(0, 2, 3, 1)
-        if self.name == "[batch × heads, seq, dim]":
-            return value.transpose(1, 2).reshape(was.shape)
-        if self.name == "[batch × heads, dim, seq]":
-            return value.permute(0, 2, 3, 1).reshape(was.shape)
-        if self.name in ("[batch, seq, heads × dim]", "[batch × heads, query, key]"):
-            return value.reshape(was.shape)
-        return value
-
-    def over(self, place: Place) -> Place:
-        return place if self.name.startswith("[batch, seq, heads,") else View(place, self.name, self.show, self.back)
-
-
 def split_heads(place: Place, heads: int) -> Place:
     """`[batch, seq, heads × dim]` shown as `[batch, seq, heads, dim]`."""
-    return _Layout("[batch, seq, heads × dim]", heads).over(place)
+    return over(place, Layout("[batch, seq, heads × dim]", heads))
 
 
 @dataclass(frozen=True)
@@ -200,11 +162,11 @@ class _Search:
         for one in softmaxes:
             chosen = self.probabilities(one)
             layout = (
-                _Layout("[batch × heads, query, key]", heads)
+                Layout("[batch × heads, query, key]", heads)
                 if chosen.output.dim() == 3
-                else _Layout("[batch, seq, heads, ...]")
+                else Layout("[batch, seq, heads, ...]")
             )
-            places.append(layout.over(Inside(chosen.path, chosen.labels, "output")))
+            places.append(over(Inside(chosen.path, chosen.labels, "output"), layout))
             if one is softmax:
                 last, probs = chosen, self.by_head(chosen.output)
         self.found.places["attention_probabilities"] = places[0] if len(places) == 1 else Everywhere(tuple(places))
@@ -254,11 +216,13 @@ class _Search:
         heads = self.found.heads or 1
         if given is not None and pattern is not None and pattern.shape[-1] == keys:
             layout = (
-                _Layout("[batch × heads, query, key]", heads)
+                Layout("[batch × heads, query, key]", heads)
                 if given[1].dim() == 3
-                else _Layout("[batch, seq, heads, ...]")
+                else Layout("[batch, seq, heads, ...]")
             )
-            self.found.places["attention_scores"] = layout.over(Inside(softmax.path, softmax.labels, "input", given[0]))
+            self.found.places["attention_scores"] = over(
+                Inside(softmax.path, softmax.labels, "input", given[0]), layout
+            )
             return
         for operation in reversed(self.frame(softmax)):
             output = operation.output
@@ -271,11 +235,11 @@ class _Search:
                 and self.softmax_of(mine, self.by_head(softmax.output)[..., :keys])
             ):
                 layout = (
-                    _Layout("[batch × heads, query, key]", heads)
+                    Layout("[batch × heads, query, key]", heads)
                     if output.dim() == 3
-                    else _Layout("[batch, seq, heads, ...]")
+                    else Layout("[batch, seq, heads, ...]")
                 )
-                self.found.places["attention_scores"] = layout.over(Inside(operation.path, operation.labels, "output"))
+                self.found.places["attention_scores"] = over(Inside(operation.path, operation.labels, "output"), layout)
                 return
         self.found.reasons["attention_scores"] = (
             "no operation holds what the softmax is given, as one tensor over the keys"
@@ -332,7 +296,7 @@ class _Search:
     def alike(self, mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
         return theirs is not None and same(mine, theirs, max(self.tolerance * 100, 1e-3))
 
-    def layouts(self, tensor: torch.Tensor, keys: int) -> Iterator[tuple[_Layout, torch.Tensor]]:
+    def layouts(self, tensor: torch.Tensor, keys: int) -> Iterator[tuple[Layout, torch.Tensor]]:
         """The ways in which a tensor can hold one vector per position and head."""
         heads = self.found.heads or 1
         if tensor.dim() == 4 and tensor.shape[0] == PROBE_ROWS:
@@ -342,14 +306,14 @@ class _Search:
                 ("[batch, heads, dim, seq]", 3),
             ):
                 if tensor.shape[seq] == keys:
-                    layout = _Layout(name)
+                    layout = Layout(name)
                     shown = layout.show(tensor)
                     if heads % shown.shape[2] == 0:
                         yield layout, shown
         if tensor.dim() == 3 and tensor.shape[0] == PROBE_ROWS * heads:
             for name, seq in (("[batch × heads, seq, dim]", 1), ("[batch × heads, dim, seq]", 2)):
                 if tensor.shape[seq] == keys:
-                    layout = _Layout(name, heads)
+                    layout = Layout(name, heads)
                     yield layout, layout.show(tensor)
 
     def values(self, softmax: Operation, last: Operation, probs: torch.Tensor) -> None:
@@ -360,7 +324,7 @@ class _Search:
         after = [o.output for o in self.operations if o.began > last.began and isinstance(o.output, torch.Tensor)]
         if self.out is not None:
             after.append(self.out[1])
-        best: tuple[_Candidate, _Layout, torch.Tensor] | None = None
+        best: tuple[_Candidate, Layout, torch.Tensor] | None = None
         for candidate in self.entering(softmax):
             if best is not None and (best[0].both or not candidate.both):
                 continue
@@ -378,7 +342,7 @@ class _Search:
         made = torch.einsum("bhqk,bkhd->bqhd", probs.double(), self.repeated(shown, heads).double()).flatten(2)
         self.found.exact = self.out is not None and same(made, self.out[1].double(), max(self.tolerance * 10, 1e-4))
         self.found.kv_heads, self.found.value_dim = shown.shape[2], shown.shape[3]
-        self.found.places[name] = layout.over(candidate.place)
+        self.found.places[name] = over(candidate.place, layout)
 
     def is_product(self, made: torch.Tensor, observed: torch.Tensor) -> bool:
         if observed.numel() != made.numel():
@@ -414,7 +378,7 @@ class _Search:
             ]
             if len(streams) >= 3:
                 candidate, (layout, _) = streams[index]
-                self.found.places[name] = layout.over(candidate.place)
+                self.found.places[name] = over(candidate.place, layout)
                 return
         self.found.reasons[name] = (
             "queries, keys and values can only be told apart with the weights: call model.dispatch() first"
@@ -467,7 +431,7 @@ class _Search:
             return
         for name, place, layout in (("attention_queries", best[0], best[1]), ("attention_keys", best[2], best[3])):
             places = self.in_every_call(place, softmaxes)
-            shown = [layout.over(p) for p in places]
+            shown = [over(p, layout) for p in places]
             self.found.places[name] = shown[0] if len(shown) == 1 else Everywhere(tuple(shown))
 
     @staticmethod

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnterp.anatomy._layout import _ranges
 from nnterp.errors import Unavailable
-from nnterp.values._places import Everywhere, Inside, Item, Place, Site, Sum, View
-from nnterp.values._serve import Declared, ReadOnly, ThroughOut
+from nnterp.values._places import Declared, Everywhere, Inside, Item, Place, ReadOnly, Site, Sum, ThroughOut, View
 from nnterp.values._table import VALUES, Value
 
 if TYPE_CHECKING:

@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnterp.errors import Unavailable
-from nnterp.values._places import Everywhere, Inside, Item, Place, Site, Sum, View, added
-from nnterp.values._serve import Declared, ReadOnly, ThroughOut, findings, through
+from nnterp.values._places import (
+    Declared,
+    Everywhere,
+    Inside,
+    Item,
+    Place,
+    ReadOnly,
+    Site,
+    Sum,
+    ThroughOut,
+    View,
+    added,
+    through,
+)
+from nnterp.values._serve import findings
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -22,7 +35,7 @@ def reads(model: StandardizedTransformer, place: Place) -> tuple[list[Place], Co
     """The tensors of the model that a value is made of, and how: a sum's terms are passed at different times."""
     if isinstance(place, View):
         inner, combine = reads(model, place.place)
-        return inner, lambda given: place.show(combine(given))
+        return inner, lambda given: place.layout.show(combine(given))
     if isinstance(place, Everywhere):
         return reads(model, place.places[0])
     if isinstance(place, ReadOnly):
@@ -69,7 +82,7 @@ def gradient_reads(model: StandardizedTransformer, place: Place, label: str) -> 
     """
     if isinstance(place, View):
         inner, combine = gradient_reads(model, place.place, label)
-        return inner, lambda given: place.show(combine(given))
+        return inner, lambda given: place.layout.show(combine(given))
     if isinstance(place, Everywhere):
         pieces = [gradient_reads(model, p, label) for p in place.places]
         return [p[0][0] for p in pieces], lambda given: added([f([g]) for g, (_, f) in zip(given, pieces, strict=True)])

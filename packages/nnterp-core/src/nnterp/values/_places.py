@@ -2,21 +2,24 @@
 
 A place reads and writes in the running forward pass. Reading gives a live tensor wherever the value is a tensor of the
 model itself (or a view of one), so that editing it in place edits the run; `Sum` makes a new tensor, which has to be
-assigned to have an effect.
+assigned to have an effect. Places travel to a remote worker, so nothing here needs more of a model than
+`TracedTransformer` has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from torch import nn
 
-from nnterp.errors import ShapeError
+from nnterp.errors import ShapeError, Unavailable
+from nnterp.record import Record
+from nnterp.values._layouts import Layout
 
 if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+    from nnterp.traced_transformer import TracedTransformer
 
 Side = Literal["input", "output"]
 
@@ -24,25 +27,24 @@ Side = Literal["input", "output"]
 class Place(Protocol):
     """What every place can do; `label` is what errors call the value."""
 
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """The value in the running forward pass."""
         ...
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace the value by a tensor of its shape, dtype and device."""
         ...
 
     def __str__(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(Record):
     """A module's edge, where it hands a tensor in or out."""
 
-    path: str
-    side: Side
+    def __init__(self, path: str, side: Side) -> None:
+        self.path, self.side = path, side
 
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """The tensor, or the first of several."""
         envoy = model.envoy(self.path)
         if self.side == "output":
@@ -50,7 +52,7 @@ class Site:
         args, kwargs = envoy.inputs
         return args_tensor(args, kwargs, label)[1]
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace the tensor; whatever is handed along with it stays."""
         envoy = model.envoy(self.path)
         if self.side == "output":
@@ -69,18 +71,17 @@ class Site:
         return f"{self.path}.{self.side}"
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(Record):
     """One entry of the tuple that a module returns."""
 
-    path: str
-    index: int
+    def __init__(self, path: str, index: int) -> None:
+        self.path, self.index = path, index
 
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """The entry."""
         return model.envoy(self.path).output[self.index]
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace the entry."""
         envoy = model.envoy(self.path)
         output = list(envoy.output)
@@ -91,8 +92,7 @@ class Item:
         return f"{self.path}.output[{self.index}]"
 
 
-@dataclass(frozen=True)
-class Inside:
+class Inside(Record):
     """An operation inside a module's forward, by nnsight's labels.
 
     Attributes:
@@ -103,19 +103,17 @@ class Inside:
         output.
     """
 
-    path: str
-    labels: tuple[str, ...]
-    side: Side = "output"
-    key: int | str | None = None
+    def __init__(self, path: str, labels: tuple[str, ...], side: Side = "output", key: int | str | None = None) -> None:
+        self.path, self.labels, self.side, self.key = path, labels, side, key
 
-    def operation(self, model: StandardizedTransformer) -> Any:
+    def operation(self, model: TracedTransformer) -> Any:
         """nnsight's handle of the operation."""
         source = model.envoy(self.path).source
         for label in self.labels[:-1]:
             source = getattr(source, label).source
         return getattr(source, self.labels[-1])
 
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """What the operation returns, or is called with."""
         operation = self.operation(model)
         if self.side == "output":
@@ -123,7 +121,7 @@ class Inside:
         args, kwargs = operation.inputs
         return kwargs[self.key] if isinstance(self.key, str) else args[self.key]
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace it."""
         operation = self.operation(model)
         if self.side == "output":
@@ -143,17 +141,17 @@ class Inside:
         return f"{self.path}.source.{'.source.'.join(self.labels)}{end}{which}"
 
 
-@dataclass(frozen=True)
-class Everywhere:
+class Everywhere(Record):
     """The same value computed several times over: read at the first place, written at all of them."""
 
-    places: tuple[Place, ...]
+    def __init__(self, places: tuple[Place, ...]) -> None:
+        self.places = places
 
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """From the first place."""
         return self.places[0].read(model, label)
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """At every place, in forward order."""
         for place in self.places:
             place.write(model, tensor, label)
@@ -162,41 +160,31 @@ class Everywhere:
         return " and ".join(str(place) for place in self.places)
 
 
-@dataclass(frozen=True)
-class View:
-    """Another shape of a place's tensor.
+class View(Record):
+    """Another shape of a place's tensor: `place` is where it is, `layout` how the model keeps it there."""
 
-    Attributes:
-        place: Where the tensor is.
-        name: The layout the model keeps it in, for `explain`.
-        show: From the model's layout to the value's; a view of the same memory wherever torch can make one.
-        back: From the value's layout to the model's, given the tensor that is replaced.
-    """
+    def __init__(self, place: Place, layout: Layout) -> None:
+        self.place, self.layout = place, layout
 
-    place: Place
-    name: str
-    show: Callable[[torch.Tensor], torch.Tensor]
-    back: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """The value in its own layout."""
-        shown = self.show(self.place.read(model, label))
+        shown = self.layout.show(self.place.read(model, label))
         group = self.group(model)
         return shown if group is None else shown.narrow(0, *group)
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace it, given in its own layout."""
         current = self.place.read(model, label)
         group = self.group(model)
         if group is not None:
-            whole = self.show(current).clone()
+            whole = self.layout.show(current).clone()
             whole[group[0] : group[0] + group[1]] = tensor
             tensor = whole
-        self.place.write(model, self.back(tensor, current), label)
+        self.place.write(model, self.layout.back(tensor, current), label)
 
-    def group(self, model: StandardizedTransformer) -> tuple[int, int] | None:
+    def group(self, model: TracedTransformer) -> tuple[int, int] | None:
         """This invoke's rows, where the model's layout hides them from nnsight, which then serves all rows."""
-        if not self.name.startswith("[batch ×"):
+        if not self.layout.name.startswith("[batch ×"):
             return None
         from nnsight.intervention.interleaver import Mediator
 
@@ -204,11 +192,15 @@ class View:
         return None if mine is None or batcher is None or not batcher.batching else (mine[0], mine[1])
 
     def __str__(self) -> str:
-        return f"{self.place} (kept as {self.name})"
+        return f"{self.place} (kept as {self.layout.name})"
 
 
-@dataclass(frozen=True, eq=False)
-class Sum:
+def over(place: Place, layout: Layout) -> Place:
+    """A place shown in the value's layout."""
+    return place if layout.name.startswith("[batch, seq, heads,") else View(place, layout)
+
+
+class Sum(Record):
     """Multiples of module outputs, added up; writing changes the last of them so that the sum becomes what is written.
 
     Attributes:
@@ -216,10 +208,18 @@ class Sum:
         constant: Added to the sum: one number per channel, or None.
     """
 
-    terms: tuple[tuple[str, float | torch.Tensor], ...]
-    constant: torch.Tensor | None = None
+    def __init__(
+        self, terms: tuple[tuple[str, float | torch.Tensor], ...], constant: torch.Tensor | None = None
+    ) -> None:
+        self.terms, self.constant = terms, constant
 
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
+    def __eq__(self, other: object) -> bool:  # factors may be tensors
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """The sum; the module's own tensor where it is one module's output as it is."""
         return self.total([Site(path, "output").read(model, label) for path, _ in self.terms])
 
@@ -228,7 +228,7 @@ class Sum:
         sum_ = added([scaled(tensor, factor) for tensor, (_, factor) in zip(given, self.terms, strict=True)])
         return sum_ if self.constant is None else sum_ + self.constant.to(sum_)
 
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Make the last term what the others leave; they are passed by then, so they are read on the way."""
         *others, (path, factor) = self.terms
         rest = [scaled(Site(p, "output").read(model, label), f) for p, f in others]
@@ -260,7 +260,91 @@ def _factor(factor: float | torch.Tensor) -> str:
     return "" if factor == 1.0 else f"{factor:g} × "
 
 
-def unflattened(model: StandardizedTransformer, tensor: torch.Tensor) -> torch.Tensor:
+class Declared(Record):
+    """Attention probabilities where the user's `RenameConfig(attn_prob_source=...)` says they are."""
+
+    def __init__(self, layer: int, source: Callable) -> None:
+        self.layer, self.source = layer, source
+
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
+        """The probabilities."""
+        return self.source(model.attentions[self.layer]).output
+
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Replace them."""
+        self.source(model.attentions[self.layer]).output = tensor
+
+    def __str__(self) -> str:
+        return f"RenameConfig(attn_prob_source={self.source!r})"
+
+
+class ReadOnly(Record):
+    """A place that can be read and not written."""
+
+    def __init__(self, place: Place, reason: str) -> None:
+        self.place, self.reason = place, reason
+
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
+        """The value."""
+        return self.place.read(model, label)
+
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Refused."""
+        raise Unavailable(f"{label} can be read but not written in {model.model_class}: {self.reason}.")
+
+    def __str__(self) -> str:
+        return f"{self.place} (read only)"
+
+
+class ThroughOut(Record):
+    """Each head's part of what W_O returns.
+
+    The projection is applied to one head at a time, the others at zero, less what it returns for zeros: right for any
+    module that is linear up to a bias, quantised or adapted ones included.
+    """
+
+    def __init__(self, heads: Place, path: str) -> None:
+        self.heads, self.path = heads, path
+
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
+        """`[batch, seq, heads, hidden]`; a new tensor."""
+        z = self.heads.read(model, label)
+        return through(model._module.get_submodule(self.path), z, model)
+
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Make W_O return their sum and its bias."""
+        z = self.heads.read(model, label)
+        envoy = model.envoy(self.path)
+        bias = through(model._module.get_submodule(self.path), z, model, bias_only=True)
+        output = envoy.output
+        envoy.output = (tensor.sum(2) + bias).reshape(output.shape)
+
+    def __str__(self) -> str:
+        return f"each head of {self.heads}, through {self.path}"
+
+
+def through(out: nn.Module, z: torch.Tensor, model: TracedTransformer, bias_only: bool = False) -> torch.Tensor:
+    """Heads `[batch, seq, heads, head_dim]` through W_O, apart from the running forward pass."""
+    batch, seq, heads, width = z.shape
+    interleaver = model.interleaver
+    running, interleaver.interleaving = interleaver.interleaving, False
+    try:
+        bias = out(z.new_zeros(1, 1, heads * width))
+        if bias_only:
+            return bias
+        weight = getattr(out, "weight", None)
+        if type(out) is nn.Linear and isinstance(weight, torch.Tensor) and weight.shape[1] == heads * width:
+            return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
+        alone = z.new_zeros(heads, batch, seq, heads, width)
+        index = torch.arange(heads, device=z.device)
+        alone[index, :, :, index] = z.permute(2, 0, 1, 3)
+        made = out(alone.reshape(heads * batch, seq, heads * width)) - bias
+        return made.view(heads, batch, seq, -1).permute(1, 2, 0, 3)
+    finally:
+        interleaver.interleaving = running
+
+
+def unflattened(model: TracedTransformer, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that has batch and positions in one axis, as `[batch, seq, ...]`: this invoke's rows of it, as a
     view."""
     from nnsight.intervention.interleaver import Mediator
@@ -274,7 +358,7 @@ def unflattened(model: StandardizedTransformer, tensor: torch.Tensor) -> torch.T
     return shaped if group is None or not batcher.batching else shaped.narrow(0, *group)
 
 
-def reflattened(model: StandardizedTransformer, tensor: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
+def reflattened(model: TracedTransformer, tensor: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
     """`[batch, seq, ...]` of this invoke put back among all rows, batch and positions in one axis as in `was`."""
     from nnsight.intervention.interleaver import Mediator
 

@@ -7,7 +7,8 @@ import torch
 from nnterp.errors import RenamingError, Unavailable
 from nnterp.values._accessors import LayerAccessor
 from nnterp.values._eager import is_eager
-from nnterp.values._serve import Declared, findings
+from nnterp.values._places import Declared
+from nnterp.values._serve import findings
 
 
 class AttentionProbabilitiesAccessor(LayerAccessor):
@@ -36,7 +37,7 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
 
         if allow_dispatch and not self._model.remote:
             self._model.dispatch()
-        place = self._value.place(self._model, layer % len(self))
+        place = self._model.place(self._value.name, layer % len(self))
         print(f"Attention probabilities of layer {layer} are read at\n  {place}")
         print(source_of(self._model, place))
 
@@ -65,7 +66,7 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
         if not have:
             raise Unavailable(f"Layer {layer} of {model.anatomy.model_class} has no attention.")
         for i in have:
-            place = self._value.place(model, i)
+            place = model.place(self._value.name, i)
             inside = findings(model).attention[i]
             heads = model.num_heads if isinstance(place, Declared) or inside is None else inside.heads
             if use_trace and model.dispatched:

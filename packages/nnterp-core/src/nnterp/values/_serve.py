@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
 
 from nnterp.anatomy._layout import _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._eager import is_eager
-from nnterp.values._places import Place, Site, Sum
+from nnterp.values._places import Declared, Place, ReadOnly, Site, Sum, ThroughOut
 
 if TYPE_CHECKING:
     from nnterp.certificate import Contribution, ResidualStructure
@@ -182,90 +178,3 @@ def _missing(model: StandardizedTransformer, layer: int, name: str, reason: str,
     )
     error.reason = reason  # type: ignore[attr-defined]
     return error
-
-
-@dataclass(frozen=True)
-class Declared:
-    """Attention probabilities where the user's `RenameConfig(attn_prob_source=...)` says they are."""
-
-    layer: int
-    source: Callable
-
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
-        """The probabilities."""
-        return self.source(model.attentions[self.layer]).output
-
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
-        """Replace them."""
-        self.source(model.attentions[self.layer]).output = tensor
-
-    def __str__(self) -> str:
-        return f"RenameConfig(attn_prob_source={self.source!r})"
-
-
-@dataclass(frozen=True)
-class ReadOnly:
-    """A place that can be read and not written."""
-
-    place: Place
-    reason: str
-
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
-        """The value."""
-        return self.place.read(model, label)
-
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
-        """Refused."""
-        raise Unavailable(f"{label} can be read but not written in {model.anatomy.model_class}: {self.reason}.")
-
-    def __str__(self) -> str:
-        return f"{self.place} (read only)"
-
-
-@dataclass(frozen=True)
-class ThroughOut:
-    """Each head's part of what W_O returns.
-
-    The projection is applied to one head at a time, the others at zero, less what it returns for zeros: right for any
-    module that is linear up to a bias, quantised or adapted ones included.
-    """
-
-    heads: Place
-    path: str
-
-    def read(self, model: StandardizedTransformer, label: str) -> torch.Tensor:
-        """`[batch, seq, heads, hidden]`; a new tensor."""
-        z = self.heads.read(model, label)
-        return through(model._module.get_submodule(self.path), z, model)
-
-    def write(self, model: StandardizedTransformer, tensor: torch.Tensor, label: str) -> None:
-        """Make W_O return their sum and its bias."""
-        z = self.heads.read(model, label)
-        envoy = model.envoy(self.path)
-        bias = through(model._module.get_submodule(self.path), z, model, bias_only=True)
-        output = envoy.output
-        envoy.output = (tensor.sum(2) + bias).reshape(output.shape)
-
-    def __str__(self) -> str:
-        return f"each head of {self.heads}, through {self.path}"
-
-
-def through(out: nn.Module, z: torch.Tensor, model: StandardizedTransformer, bias_only: bool = False) -> torch.Tensor:
-    """Heads `[batch, seq, heads, head_dim]` through W_O, apart from the running forward pass."""
-    batch, seq, heads, width = z.shape
-    interleaver = model.interleaver
-    running, interleaver.interleaving = interleaver.interleaving, False
-    try:
-        bias = out(z.new_zeros(1, 1, heads * width))
-        if bias_only:
-            return bias
-        weight = getattr(out, "weight", None)
-        if type(out) is nn.Linear and isinstance(weight, torch.Tensor) and weight.shape[1] == heads * width:
-            return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
-        alone = z.new_zeros(heads, batch, seq, heads, width)
-        index = torch.arange(heads, device=z.device)
-        alone[index, :, :, index] = z.permute(2, 0, 1, 3)
-        made = out(alone.reshape(heads * batch, seq, heads * width)) - bias
-        return made.view(heads, batch, seq, -1).permute(1, 2, 0, 3)
-    finally:
-        interleaver.interleaving = running

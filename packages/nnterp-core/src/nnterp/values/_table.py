@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nnterp.anatomy import Anatomy
 from nnterp.errors import Unavailable
 from nnterp.values import _serve
+from nnterp.values._label import Label
 from nnterp.values._places import Place, Side, Site
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Value:
         serve: For those, the function (model, layer) → `Place` that says where it is served.
         aliases: TransformerLens' names for it, `{}` standing for the layer.
         note: What has to be known to use it rightly, for the reference page.
-        axes: How many axes it has.
+        label: What an accessor has to know of it.
     """
 
     name: str
@@ -43,10 +44,15 @@ class Value:
     serve: Callable[[StandardizedTransformer, int], Place] | None = None
     aliases: tuple[str, ...] = ()
     note: str = ""
-    axes: int = field(init=False, default=0)
+    label: Label = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", self.shape.count(",") + 1)
+        object.__setattr__(self, "label", Label(self.name, self.shape, self.description, self.per_layer))
+
+    @property
+    def axes(self) -> int:
+        """How many axes it has."""
+        return self.label.axes
 
     def site(self, anatomy: Anatomy, layer: int | None = None) -> Site:
         """Where a value that is an edge of a part is served in one model.

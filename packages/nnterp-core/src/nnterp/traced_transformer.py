@@ -1,0 +1,331 @@
+"""`TracedTransformer`: the half of a standardized model that works inside a running forward pass, here or elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnsight import TransformersModel
+from nnsight.intervention.envoy import Envoy
+from torch._subclasses.fake_tensor import is_fake
+
+from nnterp.binding import envoy_at
+from nnterp.errors import PaddingError, ShapeError
+from nnterp.readout import Readout, project_on_vocab
+from nnterp.skipping import skip_layers
+from nnterp.steering import steer
+from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
+from nnterp.values._directory import Directory
+from nnterp.values._label import Label
+from nnterp.values._table import VALUES
+
+if TYPE_CHECKING:
+    from nnterp.values._places import Place
+
+
+class TracedTransformer(TransformersModel):
+    """What of a standardized model there is inside a forward pass: its names, values, and interventions.
+
+    A remote worker rebuilds it from its source in each request, around the model that it has loaded itself. So nothing
+    here finds or proves anything: where everything is served arrives in `directory`, which `StandardizedTransformer`,
+    the model that users make, knows how to fill.
+
+    Attributes:
+        num_layers: How many layers the residual stream has.
+        model_class: Name of the HuggingFace class.
+        layer_paths: Native path of each layer's module.
+        readout: How hidden states become logits, see `nnterp.readout.Readout`.
+        lenders: Layers that later ones borrow from, see `nnterp.skipping.require_skippable`.
+        directory: Where every value is served.
+        padding_is_exact: Whether a row of a padded batch equals the row alone.
+        positions_from_mask: Whether such a batch must be told its positions.
+    """
+
+    num_layers: int
+    model_class: str
+    layer_paths: tuple[str, ...]
+    readout: Readout
+    lenders: list[tuple[int, list[int], str]]
+    directory: Directory
+    padding_is_exact: bool
+    positions_from_mask: bool
+
+    if TYPE_CHECKING:
+        output: Any
+        embed_tokens: Envoy
+        layers: Envoy
+        ln_final: Envoy
+        lm_head: Envoy
+        token_embeddings: torch.Tensor
+        layers_input: LayerAccessor
+        layers_output: LayerAccessor
+        attentions_input: LayerAccessor
+        attentions_output: LayerAccessor
+        attention_queries: LayerAccessor
+        attention_keys: LayerAccessor
+        attention_values: LayerAccessor
+        attention_scores: LayerAccessor
+        attention_probabilities: LayerAccessor
+        attention_head_outputs: LayerAccessor
+        attention_head_contributions: LayerAccessor
+        attention_contributions: LayerAccessor
+        mixers_input: LayerAccessor
+        mixers_output: LayerAccessor
+        mixer_contributions: LayerAccessor
+        layers_mid: LayerAccessor
+        router_logits: LayerAccessor
+        router_choices: LayerAccessor
+        mlp_neurons: LayerAccessor
+        mlp_contributions: LayerAccessor
+        other_contributions: LayerAccessor
+        mlps_input: LayerAccessor
+        mlps_output: LayerAccessor
+        ln_final_output: torch.Tensor
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        args, kwargs = TransformersModel._batch(self, invokes, fn)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all()):
+            if not self.padding_is_exact:
+                raise PaddingError(
+                    f"These inputs have different lengths, and {self.model_class} does not give a padded row "
+                    "the numbers it gives the row alone (see the certificate's line on padding). Run them one at a "
+                    "time, or use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths "
+                    "together."
+                )
+            if not self.positions_from_mask:
+                kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
+        return args, kwargs
+
+    def _remoteable_class(self) -> type:
+        # A remote worker serves the plain nnsight model; the names are this client's affair.
+        return TransformersModel
+
+    def place(self, name: str, layer: int | None = None) -> Place:
+        """Where a value is served.
+
+        Raises:
+            Unavailable: The model, or this layer, does not have it.
+        """
+        return self.directory.place(name, layer, self.layer_paths)
+
+    def module_path(self, role: str, layer: int) -> str:
+        """Native path of the module that plays `role` ("self_attn", "mixer" or "mlp") in a layer.
+
+        Raises:
+            Unavailable: The layer has no such part, or it is no module of its own.
+        """
+        return self.directory.module_path(role, layer, self.layer_paths)
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def envoy(self, path: str) -> Envoy:
+        """The envoy of the module at a native path, as in `module.get_submodule(path)`."""
+        known = self.__dict__.setdefault("_envoys_by_path", {})
+        if path not in known:
+            known[path] = envoy_at(self, path)
+        return known[path]
+
+    @property
+    def attentions(self) -> ModuleListAccessor:
+        """The attention module of each layer that has one: `model.attentions[i]`."""
+        return ModuleListAccessor(self, "self_attn", "attentions")
+
+    @property
+    def mixers(self) -> ModuleListAccessor:
+        """The sequence mixer of each layer, of any kind: `model.mixers[i]`."""
+        return ModuleListAccessor(self, "mixer", "mixers")
+
+    @property
+    def mlps(self) -> ModuleListAccessor:
+        """The feed-forward module of each layer that has one: `model.mlps[i]`."""
+        return ModuleListAccessor(self, "mlp", "mlps")
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with softmax attention over their own stream."""
+        return self.directory.having("attentions_output")
+
+    # -- values that are not per layer -----------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[batch, seq, vocab]` of the running forward pass; may be assigned."""
+        require_running(self, "logits")
+        return self.output.logits
+
+    @logits.setter
+    def logits(self, tensor: torch.Tensor) -> None:
+        current = self.logits
+        if tensor.shape != current.shape:
+            raise ShapeError(
+                f"logits has shape {list(current.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
+        output: Any = self.output
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            output = dataclasses.replace(output, logits=tensor)
+        self.output = output
+
+    @property
+    def next_token_probs(self) -> torch.Tensor:
+        """Probabilities of the token after each row, `[batch, vocab]`, in the logits' dtype.
+
+        Raises:
+            ValueError: Rows are padded on the right, so their last position is not their last token.
+        """
+        logits = self.logits
+        if getattr(self.tokenizer, "padding_side", "left") == "right" and logits.shape[0] > 1:
+            raise ValueError(
+                "next_token_probs reads the last position of every row, but this tokenizer pads on the right, where "
+                "that may be padding. Set model.tokenizer.padding_side = 'left', or index model.logits yourself."
+            )
+        return logits[:, -1].softmax(-1)
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids of the running forward pass, `[batch, seq]`; read it before any layer."""
+        return self._model_input("input_ids")
+
+    @property
+    def input_size(self) -> torch.Size:
+        """`(batch, seq)` of the running forward pass; read it before any layer."""
+        return self.input_ids.shape
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """1 at tokens and 0 at padding, `[batch, seq]`; read it before any layer."""
+        return self._model_input("attention_mask")
+
+    def _model_input(self, name: str) -> torch.Tensor:
+        require_running(self, name)
+        given = self.inputs[1]
+        if name not in given:
+            raise KeyError(f"The model was not given {name}; it was given {', '.join(given) or 'nothing by name'}.")
+        return given[name]
+
+    # -- interventions on the running forward pass -----------------------------------------------------------------
+
+    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
+        """Skip one layer; see `skip_layers`."""
+        self.skip_layers(layer, layer, skip_with)
+
+    def skip_layers(
+        self,
+        start_layer: int,
+        end_layer: int,
+        skip_with: torch.Tensor | None = None,
+        layer_returns_tuple: bool | None = None,
+    ) -> None:
+        """Do not run layers `start_layer` to `end_layer`, both included.
+
+        Args:
+            start_layer: First layer to skip.
+            end_layer: Last layer to skip.
+            skip_with: What the skipped layers hand on, `[batch, seq, hidden]`; what enters `start_layer` if None.
+            layer_returns_tuple: Ignored; what a layer returns is known (a 1.x argument).
+
+        Raises:
+            IndexError: There is no such layer.
+            ValueError: `end_layer` comes before `start_layer`.
+            ShapeError: `skip_with` does not have the shape of the residual stream.
+        """
+        skip_layers(self, start_layer, end_layer, skip_with)
+
+    def steer(
+        self,
+        layers: int | list[int],
+        steering_vector: torch.Tensor,
+        factor: float = 1,
+        positions: Any = None,
+        token_positions: Any = None,
+        batch_index: Any = None,
+    ) -> None:
+        """Add `factor * steering_vector` to the residual stream leaving each of `layers`.
+
+        Args:
+            layers: The layer or layers; they are steered in forward order, each once.
+            steering_vector: `[hidden]`, or anything that broadcasts to what is steered.
+            factor: Strength.
+            positions: Deprecated, `token_positions`.
+            token_positions: Positions along the sequence; all if None.
+            batch_index: Rows of the batch; all if None. With `token_positions` as well, the two are paired.
+
+        Raises:
+            ShapeError: The vector does not broadcast to the stream.
+        """
+        if positions is not None:
+            if token_positions is not None:
+                raise ValueError(
+                    "Both `positions` (deprecated) and `token_positions` were given; give token_positions."
+                )
+            warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
+            token_positions = positions
+        steer(self, layers, steering_vector, factor, token_positions, batch_index)
+
+    # -- the vocabulary --------------------------------------------------------------------------------------------
+
+    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states: exactly what the model does after its last layer, final softcap and scales included.
+
+        Works inside a trace and outside (where it loads the weights if need be).
+
+        Args:
+            hidden_state: `[..., hidden]`, as in `layers_output`.
+
+        Returns:
+            `[..., vocab]` in the model's dtype, on the head's device.
+
+        Raises:
+            ShapeError: The last axis is not the model's hidden size.
+            Unavailable: It is not proven what this model does after its last layer.
+        """
+        width = self.readout.layout.width
+        if width and hidden_state.shape[-1] != width:
+            raise ShapeError(
+                f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}."
+            )
+        return project_on_vocab(self, hidden_state)
+
+    def get_topk_closest_tokens(
+        self, hidden_state: torch.Tensor, k: int = 5
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """The `k` most probable tokens of hidden states read out as if they left the last layer.
+
+        Args:
+            hidden_state: `[hidden]` or `[batch, hidden]`.
+            k: How many tokens.
+
+        Returns:
+            Token → probability, most probable first; a list of these for a batch.
+
+        Raises:
+            ShapeError: The hidden state has another number of axes or another width.
+        """
+        if hidden_state.dim() not in (1, 2):
+            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; give [hidden] or [batch, hidden].")
+        with torch.no_grad():
+            probs, tokens = self.project_on_vocab(hidden_state).float().softmax(-1).topk(k, dim=-1)
+        if hidden_state.dim() == 1:
+            return self.probs_to_dict(tokens, probs)
+        return [self.probs_to_dict(t, p) for t, p in zip(tokens, probs, strict=True)]
+
+    def probs_to_dict(self, tokens: torch.Tensor, probs: torch.Tensor) -> dict[str, float]:
+        """Token ids `[k]` and their probabilities `[k]` as token → probability."""
+        names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return dict(zip(names, probs.tolist(), strict=True))
+
+
+def _accessor(label: Label) -> property:
+    def read(self: TracedTransformer) -> Any:
+        return LayerAccessor(self, label) if label.per_layer else read_value(self, label)
+
+    def write(self: TracedTransformer, tensor: torch.Tensor) -> None:
+        write_value(self, label, tensor)
+
+    return property(read, None if label.per_layer else write, doc=f"{label.description} {label.shape}")
+
+
+for _value in VALUES.values():
+    setattr(TracedTransformer, _value.name, _accessor(_value.label))

@@ -1,0 +1,44 @@
+"""How models keep the tensors of attention, and how they are shown."""
+
+from __future__ import annotations
+
+import torch
+
+from nnterp.record import Record
+
+
+class Layout(Record):
+    """How a model keeps a tensor that nnterp shows with batch first, then positions, then heads."""
+
+    def __init__(self, name: str, heads: int = 0) -> None:
+        self.name, self.heads = name, heads
+
+    def show(self, x: torch.Tensor) -> torch.Tensor:
+        """From the model's layout to the value's; a view of the same memory wherever torch can make one."""
+        if self.name == "[batch, heads, seq, dim]":
+            return x.transpose(1, 2)
+        if self.name == "[batch, heads, dim, seq]":
+            return x.permute(0, 3, 1, 2)
+        if self.name == "[batch × heads, seq, dim]":
+            return x.view(-1, self.heads, *x.shape[1:]).transpose(1, 2)
+        if self.name == "[batch × heads, dim, seq]":
+            return x.view(-1, self.heads, *x.shape[1:]).permute(0, 3, 1, 2)
+        if self.name == "[batch, seq, heads × dim]":
+            return x.unflatten(-1, (self.heads, -1))
+        if self.name == "[batch × heads, query, key]":
+            return x.view(-1, self.heads, *x.shape[1:])
+        return x
+
+    def back(self, value: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
+        """From the value's layout to the model's, given the tensor that is replaced."""
+        if self.name == "[batch, heads, seq, dim]":
+            return value.transpose(1, 2)
+        if self.name == "[batch, heads, dim, seq]":
+            return value.permute(0, 2, 3, 1)
+        if self.name == "[batch × heads, seq, dim]":
+            return value.transpose(1, 2).reshape(was.shape)
+        if self.name == "[batch × heads, dim, seq]":
+            return value.permute(0, 2, 3, 1).reshape(was.shape)
+        if self.name in ("[batch, seq, heads × dim]", "[batch × heads, query, key]"):
+            return value.reshape(was.shape)
+        return value
