@@ -14,7 +14,6 @@ REFUSED = {
     "prophetnet": "no axes of it are batch and sequence",
     "reformer": "reversible residuals",
     "xlm": "parts of its layers in separate lists",
-    "xlnet": "no axes of it are batch and sequence",
 }
 
 # Layers that combine their parts otherwise than by adding multiples of them to one stream.

@@ -37,8 +37,9 @@ def whole(logits, cells):
 def hook(positions):
     def function(tensor):
         flat = tensor.dim() == 2  # OPT's feed-forward
+        sequence_first = not flat and tensor.shape[1] == 1 < tensor.shape[0]  # XLNet; prompts run one at a time here
         tensor = tensor.clone()
-        view = tensor if flat else tensor[0]
+        view = tensor if flat else tensor[:, 0] if sequence_first else tensor[0]
         for position in positions:
             view[position] = bend(view[position])
         return tensor

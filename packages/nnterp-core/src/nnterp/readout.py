@@ -69,17 +69,20 @@ class StreamLayout(Record):
     """Where batch and sequence stand in the tensors that layers hand on.
 
     Nearly always `[batch, seq, hidden]`. Models that carry several streams have further axes: Gemma 3n stacks them in
-    front (`[streams, batch, seq, hidden]`), DeepSeek-V4 behind (`[batch, seq, streams, hidden]`).
+    front (`[streams, batch, seq, hidden]`), DeepSeek-V4 behind (`[batch, seq, streams, hidden]`). XLNet keeps its
+    stream as `[seq, batch, hidden]`; nnterp shows and takes it batch first, like everybody's.
 
     Attributes:
         dims: Number of axes.
-        batch: Index of the batch axis; the sequence axis follows it.
+        batch: Index of the batch axis, as shown; the sequence axis follows it.
         width: Size of the last axis.
         extra: Positions in front of the tokens that the model adds by itself (CPM-Ant's soft prompt).
+        sequence_first: Whether the model itself keeps the stream as `[seq, batch, hidden]`.
     """
 
-    def __init__(self, dims: int, batch: int, width: int, extra: int = 0) -> None:
+    def __init__(self, dims: int, batch: int, width: int, extra: int = 0, sequence_first: bool = False) -> None:
         self.dims, self.batch, self.width, self.extra = dims, batch, width, extra
+        self.sequence_first = sequence_first
 
     @classmethod
     def of(cls, shape: torch.Size, batch: int, seq: int) -> StreamLayout | None:
@@ -90,14 +93,20 @@ class StreamLayout(Record):
         for axis in range(len(shape) - 2):
             if tuple(shape[axis : axis + 2]) == (batch, seq):
                 return cls(len(shape), axis, shape[-1])
+        if len(shape) == 3 and tuple(shape[:2]) == (seq, batch):
+            return cls(3, 0, shape[-1], sequence_first=True)
         if len(shape) == 3 and shape[0] == batch and seq < shape[1] < 2 * seq:
             return cls(3, 0, shape[-1], extra=shape[1] - seq)
         return None
 
     @property
     def plain(self) -> bool:
-        """Whether it is `[batch, seq, hidden]`."""
+        """Whether it is shown as `[batch, seq, hidden]`."""
         return self.dims == 3 and self.batch == 0
+
+    def native(self, stream: torch.Tensor) -> torch.Tensor:
+        """A stream as the model keeps it, from what is shown; a view."""
+        return stream.transpose(0, 1) if self.sequence_first else stream
 
 
 class Readout:
@@ -164,7 +173,7 @@ class Readout:
         rows, seq = hidden.shape[layout.batch : layout.batch + 2]
         embedding = module.get_input_embeddings().weight
         ids = torch.zeros((rows, seq), dtype=torch.long, device=embedding.device)
-        with _LayersAside(module, self, hidden):
+        with _LayersAside(module, self, layout.native(hidden)):
             logits = module(input_ids=ids, use_cache=False).logits
         return logits.reshape(*shape[:-1], logits.shape[-1]) if layout.plain else logits
 

@@ -32,6 +32,13 @@ def skip_layers(model: TracedTransformer, start: int, end: int, skip_with: torch
         )
     stream = stream.to(device=entering.device, dtype=entering.dtype)
     require_skippable(model, range(first, last + 1))
+    batcher = model.interleaver.batcher
+    if model.readout.layout.sequence_first and batcher is not None and batcher.batching:
+        raise Unavailable(
+            f"{model.model_class} keeps its stream as [seq, batch, hidden], so layers cannot be skipped in "
+            "several invokes of one trace: put the prompts into one invoke, or into traces of their own."
+        )
+    stream = model.readout.layout.native(stream)
     for layer in range(first, last + 1):
         envoy = model.envoy(model.layer_paths[layer])
         rest = model.readout.returns[layer]

@@ -35,7 +35,7 @@ from nnterp.values import (
     support,
 )
 from nnterp.values._directory import directory_of
-from nnterp.values._places import Place
+from nnterp.values._places import Place, Side
 
 
 class StandardizedTransformer(TracedTransformer):
@@ -119,6 +119,7 @@ class StandardizedTransformer(TracedTransformer):
         self.positions_from_mask = True  # whether such a batch must be told its positions
         self.repeated: frozenset[str] = frozenset()  # modules that run more than once in a forward pass
         self.run_order: dict[str, int] = {}  # when each module begins in a forward pass
+        self.sequence_first: frozenset[tuple[str, Side]] = frozenset()  # edges at which the sequence precedes the batch
         sizes = self.anatomy.sizes
         self.num_layers: int = sizes.num_layers
         self.hidden_size: int | None = sizes.hidden_size
@@ -255,6 +256,7 @@ class StandardizedTransformer(TracedTransformer):
         "residual_structures",
         "repeated",
         "run_order",
+        "sequence_first",
         "_certificate",
         "_envoys_by_path",
         "_findings",

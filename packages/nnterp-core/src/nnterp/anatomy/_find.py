@@ -268,6 +268,11 @@ class _Finder:
             for inner in (*_names.SELF_ATTN, *_names.MLP):
                 if _child(module, inner) is not None:
                     return Part.module(f"{name}.{inner}")
+            span = self.span(module)
+            if span is not None:
+                return Part(name, f"{name}.{span.entry}", f"{name}.{span.exit}")
+            if _child(module, _names.CLOSING_NORM) is not None:
+                return Part(name, name, name, f"{name}.{_names.CLOSING_NORM}")
         return Part.module(name)
 
     @staticmethod
@@ -381,7 +386,8 @@ class _At:
         if part is None:
             return None
         path = None if part.path is None else f"{self.layer}.{part.path}"
-        return Part(path, f"{self.layer}.{part.entry}", f"{self.layer}.{part.exit}")
+        closing = None if part.closing is None else f"{self.layer}.{part.closing}"
+        return Part(path, f"{self.layer}.{part.entry}", f"{self.layer}.{part.exit}", closing)
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:

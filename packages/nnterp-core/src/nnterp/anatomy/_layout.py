@@ -24,21 +24,33 @@ class Part:
     For nearly every model the three are one module. OPT's feed-forward has no module of its own: it enters at `fc1`
     and leaves at `fc2`, and `path` is None. BERT's attention module also holds the residual addition and its norm, so
     the sublayer proper leaves at `attention.output.dense`.
+
+    Attributes:
+        closing: Norm with which the module closes after it has added the stream by itself (XLNet's attention). The
+            sublayer proper then leaves at no module's edge, but at an operation in between.
+        leaves: nnsight's labels of that operation, from the forward of `exit` down. The certificate finds it.
     """
 
     path: str | None
     entry: str
     exit: str
+    closing: str | None = None
+    leaves: tuple[str, ...] = ()
 
     @classmethod
     def module(cls, path: str) -> Part:
         """A part that is one module."""
         return cls(path, path, path)
 
+    @property
+    def end(self) -> str:
+        """Where the sublayer proper leaves: the exit's path, or the operation's in it."""
+        return self.exit if not self.leaves else f"{self.exit}.source.{'.source.'.join(self.leaves)}"
+
     def __str__(self) -> str:
-        if self.path == self.entry == self.exit:
+        if self.path == self.entry == self.end:
             return self.path
-        span = f"{self.entry} → {self.exit}"
+        span = f"{self.entry} → {self.end}"
         return span if self.path is None else f"{self.path} ({span})"
 
 

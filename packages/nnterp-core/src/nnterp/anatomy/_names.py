@@ -45,4 +45,7 @@ MIXERS = ("linear_attn", "mamba", "conv", "mixer", "temporal_block", "mlstm_laye
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "ff")
 
 # Feed-forwards without a module of their own: (first projection, last projection).
-MLP_SPANS = (("fc1", "fc2"), ("intermediate", "output.dense"))
+MLP_SPANS = (("fc1", "fc2"), ("intermediate", "output.dense"), ("layer_1", "layer_2"))
+
+# The norm inside an attention module that adds the residual stream by itself (XLNet).
+CLOSING_NORM = "layer_norm"

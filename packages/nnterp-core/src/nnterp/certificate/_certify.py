@@ -23,6 +23,8 @@ from nnterp.certificate._recording import Call, Recording, evaluating, record, s
 from nnterp.certificate._residual import relative_error, solve_residual
 from nnterp.certificate._writes import is_large, prove_writes
 from nnterp.readout import StreamLayout
+from nnterp.values._operations import record_operations
+from nnterp.values._places import Side
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -296,6 +298,11 @@ class _Checks:
         model = self.model
         model.repeated = frozenset(path for path, calls in recording.calls.items() if len(calls) > 1)
         model.run_order = {path: calls[-1].began for path, calls in recording.calls.items()}
+        turned: set[tuple[str, Side]] = set()
+        for path, calls in recording.calls.items():
+            edges: tuple[tuple[Side, Any], ...] = (("input", calls[0].stream_in), ("output", calls[0].stream_out))
+            turned |= {(path, side) for side, x in edges if x is not None and self.batch_first(x) is not x}
+        model.sequence_first = frozenset(turned)
         outputs = [call.output for b in self.anatomy.blocks if (call := recording.call(b.path))]
         longest = max((len(o) for o in outputs if isinstance(o, (tuple, list))), default=0)
         if longest > 1 and recording.result.logits.device.type != "meta":
@@ -393,9 +400,14 @@ class _Checks:
         self.close(HIDDEN, pairs, _REMEDY_LAYERS)
 
     def own_positions(self, stream: torch.Tensor) -> torch.Tensor:
-        """A stream without the positions that the model puts in front of the tokens."""
+        """A stream batch first, without the positions that the model puts in front of the tokens."""
         extra = self.model.readout.layout.extra
-        return stream[:, extra:] if extra else stream
+        return stream[:, extra:] if extra else self.batch_first(stream)
+
+    def batch_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the probe's one row, batch first; its other axis order is told by the probe's length."""
+        turned = self.model.readout.layout.sequence_first and tuple(tensor.shape[:2]) == (self.length, 1)
+        return tensor.transpose(0, 1) if turned else tensor
 
     def ends(self, recording: Recording, made: torch.Tensor) -> list[torch.Tensor]:
         """What HuggingFace may call the last hidden state."""
@@ -509,9 +521,10 @@ class _Checks:
             return None if all(f is None for f in ends) else any(ends)
         call = recording.within(part.entry, layer)
         before = None if call is None else call.stream_out
-        after = self.recall(recording, layer, part.entry, _nudged)
+        after = self.recall(recording, layer, part.entry, self.nudged)
         if before is None or after is None or before.dim() < 2 or before.shape != after.shape:
             return None
+        before, after = self.batch_first(before), self.batch_first(after)
         if before.dim() == 2:  # positions and batch on one axis
             before, after = before[None], after[None]
         change = (after.double() - before.double()).abs().amax(dim=(0, -1))
@@ -520,6 +533,13 @@ class _Checks:
         if change.max() <= self.tolerance * before.double().abs().max().clamp(min=1e-30):
             return None
         return bool(torch.cat([change[:_NUDGED], change[_NUDGED + 1 :]]).max() > 1e-3 * change.max())
+
+    def nudged(self, x: torch.Tensor) -> torch.Tensor:
+        """The stream with one position replaced by another direction of about the same size."""
+        shown = self.batch_first(x)
+        where = (slice(None), _NUDGED) if x.dim() > 2 else (_NUDGED,)
+        shown[where] = shown[where].roll(1, -1) * 1.5 + 0.1 * shown[where].abs().mean()
+        return x
 
     def is_norm(self, recording: Recording, layer: Call, part: Part) -> bool:
         """Whether a part has no matrices and returns the same for twice its input."""
@@ -552,10 +572,11 @@ class _Checks:
 
     def residual(self, recording: Recording) -> None:
         """Input plus contributions is output, in the structure that was found."""
+        operations = self.ends_inside(recording)
         structures = []
         for block in self.anatomy.blocks:
             inside = [p for p in recording.calls if p.startswith(f"{block.path}.")]
-            structures.append(solve_residual(block, recording, inside, self.tolerance))
+            structures.append(solve_residual(block, recording, inside, self.tolerance, operations))
         self.model.residual_structures = tuple(structures)
         self.named_parts_read_the_stream(recording)
         idle = {b.index for b in self.anatomy.blocks} - {b.index for b in self.ran(recording)}
@@ -571,6 +592,42 @@ class _Checks:
         if named or not self.holds_more(recording, self.anatomy.blocks[index]):
             self.say(IDENTITY, False, first.error, detail, _REMEDY_PARTS)
         self.skip(IDENTITY, f"{detail}; contributions are unavailable there")
+
+    def ends_inside(self, recording: Recording) -> dict[str, Call]:
+        """Where parts leave whose module adds the stream by itself and normalises it before it returns.
+
+        It is the operation whose output, added to what the part is given, is what the norm is given. The anatomy is
+        told; what is returned are these operations as calls, by the ends of their parts.
+        """
+        parts = {p.exit: p for b in self.ran(recording) for p in (b.mixer, b.self_attn) if p is not None and p.closing}
+        if not parts:
+            return {}
+        inputs = self.forward_kwargs(self.probe_ids(1, self.length))
+        operations = record_operations(self.module, list(parts), lambda: self.module(**inputs), arguments=False)
+        found: dict[str, Call] = {}
+        for path, part in parts.items():
+            part_call, closing = recording.call(path), recording.call(part.closing)  # type: ignore[arg-type]
+            x = None if part_call is None else part_call.stream_in
+            mid = None if closing is None else closing.stream_in
+            if closing is None or x is None or mid is None or len(recording.calls[path]) > 1:
+                continue
+            for operation in sorted(operations.of(path), key=lambda o: -o.ended):
+                made = operation.output
+                if operation.times > 1 or not isinstance(made, torch.Tensor) or made.shape != x.shape:
+                    continue
+                if relative_error(x + made, mid) <= self.tolerance:
+                    parts[path] = dataclasses.replace(part, leaves=operation.labels)
+                    found[parts[path].end] = Call((), {}, made, closing.began - 1, closing.began)
+                    break
+
+        def told(part: Part | None) -> Part | None:
+            return None if part is None else parts.get(part.exit, part)
+
+        blocks = tuple(
+            dataclasses.replace(b, mixer=told(b.mixer), self_attn=told(b.self_attn)) for b in self.anatomy.blocks
+        )
+        self.model.adopt(dataclasses.replace(self.anatomy, blocks=blocks))
+        return found
 
     def named_parts_read_the_stream(self, recording: Recording) -> None:
         """A part the user named must be given the stream, as it is or normalised: the last projection of an MLP returns
@@ -741,13 +798,6 @@ _REMEDY_LAYERS = "RenameConfig(layers_name=...) must name the whole list of the 
 _REMEDY_PARTS = "name the parts with RenameConfig(attn_name=, mlp_name=)"
 _REMEDY_ENDS = "name the norm and the head with RenameConfig(ln_final_name=, lm_head_name=)"
 _REMEDY_ALL = "name the parts with RenameConfig(layers_name=, attn_name=, mlp_name=, ln_final_name=, lm_head_name=)"
-
-
-def _nudged(x: torch.Tensor) -> torch.Tensor:
-    """The stream with one position replaced by another direction of about the same size."""
-    where = (slice(None), _NUDGED) if x.dim() > 2 else (_NUDGED,)
-    x[where] = x[where].roll(1, -1) * 1.5 + 0.1 * x[where].abs().mean()
-    return x
 
 
 def _multiple(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:

@@ -10,7 +10,7 @@ it; with one coefficient for all channels, and with one for each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -78,7 +78,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def solve_residual(layer: Layer, recording: Recording, inside: Sequence[str], tolerance: float) -> ResidualStructure:
+def solve_residual(
+    layer: Layer,
+    recording: Recording,
+    inside: Sequence[str],
+    tolerance: float,
+    operations: Mapping[str, Call] | None = None,
+) -> ResidualStructure:
     """Find how one layer combines its parts.
 
     Args:
@@ -86,6 +92,7 @@ def solve_residual(layer: Layer, recording: Recording, inside: Sequence[str], to
         recording: A forward pass in which the modules at `inside` and the layer's parts were watched.
         inside: Paths of modules inside the layer whose outputs may be terms.
         tolerance: The largest relative error that counts as equal.
+        operations: For parts that leave inside their module, their ends (`Part.end`) and what was made there.
     """
     call = recording.call(layer.path)
     if call is None:
@@ -93,7 +100,7 @@ def solve_residual(layer: Layer, recording: Recording, inside: Sequence[str], to
     x, y = call.stream_in, call.stream_out
     if x is None or y is None or x.shape != y.shape:
         return ResidualStructure("unknown", reason="the layer's output does not have the shape of its input")
-    return _Solver(layer, recording, call, inside, x, y, tolerance).solve()
+    return _Solver(layer, recording, call, inside, x, y, tolerance, operations or {}).solve()
 
 
 class _Solver:
@@ -106,13 +113,14 @@ class _Solver:
         x: torch.Tensor,
         y: torch.Tensor,
         tolerance: float,
+        operations: Mapping[str, Call],
     ) -> None:
         self.layer, self.x, self.y, self.tolerance = layer, x, y, tolerance
         self.given: dict[str, torch.Tensor] = {}
         self.made: dict[str, torch.Tensor] = {}
         self.began: dict[str, int] = {}
-        for path in inside:
-            own = recording.within(path, call)
+        for path in (*inside, *(p for p in operations if p.startswith(f"{layer.path}."))):
+            own = operations.get(path) or recording.within(path, call)
             if own is None:
                 continue
             self.began[path] = own.began
@@ -158,6 +166,9 @@ class _Solver:
 
     def forms(self, part: Part) -> Iterator[str]:
         """The modules whose output may be what a part adds: after what follows it, itself, its last projection."""
+        if part.leaves:
+            yield part.end
+            return
         if part.exit in self.made:
             found, current = [part.exit], self.made[part.exit]
             for path in self.order:

@@ -11,7 +11,8 @@ from torch import nn
 from nnterp.certificate._recording import Recording, stream_in
 from nnterp.certificate._residual import relative_error
 from nnterp.errors import Unavailable
-from nnterp.values import VALUES, read_value, write_value
+from nnterp.values import VALUES, Value, read_value, write_value
+from nnterp.values._places import Site
 
 if TYPE_CHECKING:
     from nnterp.certificate._certify import _Checks
@@ -81,7 +82,7 @@ def _targets(checks: _Checks, recording: Recording) -> list[tuple[str, int | Non
     for value in VALUES.values():
         for layer in running if value.per_layer else [None]:
             try:
-                site = value.site(checks.anatomy, layer)
+                site = _hooked_site(checks, value, layer)
             except Unavailable:
                 continue
             calls = recording.calls.get(site.path)
@@ -91,6 +92,20 @@ def _targets(checks: _Checks, recording: Recording) -> list[tuple[str, int | Non
             assert call is not None
             found.append((call.began if site.side == "input" else call.ended, value.rank, value.name, layer))
     return [(name, layer) for _, _, name, layer in sorted(found, key=lambda entry: entry[:2])]
+
+
+def _hooked_site(checks: _Checks, value: Value, layer: int | None) -> Site:
+    """The module's edge at which a hook does what writing the value does.
+
+    What leaves a part inside its module (`Part.closing`) is added to the stream at once and given to the closing norm.
+    """
+    if not value.leaves_inside(checks.anatomy, layer):
+        return value.site(checks.anatomy, layer)
+    assert layer is not None
+    part = checks.anatomy.part(value.role, layer)
+    if not part.leaves:
+        raise Unavailable(f"{value.name}[{layer}] was not found.")
+    return Site(part.closing, "input")
 
 
 def _call_in_layer(checks: _Checks, recording: Recording, path: str, layer: int) -> Any:
@@ -160,15 +175,36 @@ def _by_hooks(
 
         return hook
 
+    def hook_sum(rows: tuple[int, ...], seed: int, now: Any, given: list[torch.Tensor]) -> Any:
+        """The norm is given the sum of what its part was given and of what leaves the part: the latter is disturbed."""
+
+        def hook(_: Any, args: tuple) -> Any:
+            if not now():
+                return None
+            left = args[0] - given[-1]
+            return (args[0] + disturbed(left, rows, seed, size) - left, *args[1:])
+
+        return hook
+
     try:
         for rows, seed, name, layer in edits:
-            site = VALUES[name].site(checks.anatomy, layer)
+            value = VALUES[name]
+            site = _hooked_site(checks, value, layer)
             target = checks.module.get_submodule(site.path)
             turn = 0
             if layer is not None:
                 call = _call_in_layer(checks, recording, site.path, layer)
                 turn = [c.began for c in recording.calls[site.path]].index(call.began)
-            if site.side == "output":
+            if value.leaves_inside(checks.anatomy, layer):
+                given: list[torch.Tensor] = []
+                part = checks.module.get_submodule(checks.anatomy.part(value.role, layer).entry)
+                handles.append(
+                    part.register_forward_pre_hook(
+                        lambda _, args, kwargs, given=given: given.append(stream_in(args, kwargs)), with_kwargs=True
+                    )
+                )
+                handles.append(target.register_forward_pre_hook(hook_sum(rows, seed, when(turn), given)))
+            elif site.side == "output":
                 handles.append(target.register_forward_hook(hook_output(rows, seed, when(turn))))
             else:
                 handles.append(target.register_forward_pre_hook(hook_input(rows, seed, when(turn)), with_kwargs=True))

@@ -65,9 +65,9 @@ def over_generation(
                                 for t in plan.after[i]:
                                     target = plan.targets[t]
                                     tensor = target.combine([seen[p] for p in target.parts])
-                                    taken[t] = last(tensor, count, target.label, target.value.axes).to(
-                                        device=device, dtype=dtype
-                                    )
+                                    own = width + len(steps) + model.readout.layout.extra
+                                    picked = last(tensor, count, target.label, target.value.axes, own)
+                                    taken[t] = picked.to(device=device, dtype=dtype)
                             steps.append(taken)
                     with tracer.invoke():
                         answer = tracer.result.save()
@@ -112,12 +112,18 @@ def over_generation(
     )
 
 
-def last(tensor: torch.Tensor, rows: int, label: str, axes: int) -> torch.Tensor:
-    """The last position of each row, `[rows, ...]`."""
+def last(tensor: torch.Tensor, rows: int, label: str, axes: int, length: int) -> torch.Tensor:
+    """The last position of each row, `[rows, ...]`; `length` is that of a row so far."""
     if tensor.dim() < axes and tensor.shape[0] % rows == 0:  # batch and positions in one axis
         tensor = tensor.view(rows, -1, *tensor.shape[1:])
     if tensor.shape[0] != rows or tensor.dim() != axes:
         raise ValueError(f"{label} has shape {list(tensor.shape)} for {rows} rows, so it has no entry per position.")
+    if tensor.shape[1] not in (1, length):
+        raise ValueError(
+            f"{label} has {tensor.shape[1]} positions in a step of the generation whose row has {length} tokens: this "
+            f"model puts tokens of its own into its steps (XLNet: one to be predicted), so its last position is not "
+            f"where a token was predicted from. Collect over the finished text instead."
+        )
     return tensor[:, -1].clone()
 
 

@@ -310,6 +310,9 @@ class _Search:
                     shown = layout.show(tensor)
                     if heads % shown.shape[2] == 0:
                         yield layout, shown
+        if tensor.dim() == 4 and tuple(tensor.shape[:2]) == (keys, PROBE_ROWS) and heads % tensor.shape[2] == 0:
+            layout = Layout("[seq, batch, heads, dim]")
+            yield layout, layout.show(tensor)
         if tensor.dim() == 3 and tensor.shape[0] == PROBE_ROWS * heads:
             for name, seq in (("[batch × heads, seq, dim]", 1), ("[batch × heads, dim, seq]", 2)):
                 if tensor.shape[seq] == keys:
@@ -348,7 +351,7 @@ class _Search:
         if observed.numel() != made.numel():
             return False
         tolerance = max(self.tolerance * 10, 1e-4)
-        shapes = (made, made.transpose(1, 2))
+        shapes = (made, made.transpose(1, 2), made.transpose(0, 1))
         return any(observed.shape == m.shape and same(m, observed.double(), tolerance) for m in shapes) or (
             observed.dim() == 3
             and any(

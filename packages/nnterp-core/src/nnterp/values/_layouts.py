@@ -1,4 +1,4 @@
-"""How models keep the tensors of attention, and how they are shown."""
+"""How models keep their tensors, and how they are shown."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Layout(Record):
         """From the model's layout to the value's; a view of the same memory wherever torch can make one."""
         if self.name == "[batch, heads, seq, dim]":
             return x.transpose(1, 2)
+        if self.name.startswith("[seq, batch"):
+            return x.transpose(0, 1)
         if self.name == "[batch, heads, dim, seq]":
             return x.permute(0, 3, 1, 2)
         if self.name == "[batch × heads, seq, dim]":
@@ -33,6 +35,8 @@ class Layout(Record):
         """From the value's layout to the model's, given the tensor that is replaced."""
         if self.name == "[batch, heads, seq, dim]":
             return value.transpose(1, 2)
+        if self.name.startswith("[seq, batch"):
+            return value.transpose(0, 1)
         if self.name == "[batch, heads, dim, seq]":
             return value.permute(0, 2, 3, 1)
         if self.name == "[batch × heads, seq, dim]":

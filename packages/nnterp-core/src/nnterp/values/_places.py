@@ -168,23 +168,36 @@ class View(Record):
 
     def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """The value in its own layout."""
-        shown = self.layout.show(self.place.read(model, label))
+        shown = self.layout.show(self.every_row(model, lambda: self.place.read(model, label)))
         group = self.group(model)
         return shown if group is None else shown.narrow(0, *group)
 
     def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Replace it, given in its own layout."""
-        current = self.place.read(model, label)
+        current = self.every_row(model, lambda: self.place.read(model, label))
         group = self.group(model)
         if group is not None:
             whole = self.layout.show(current).clone()
             whole[group[0] : group[0] + group[1]] = tensor
             tensor = whole
-        self.place.write(model, self.layout.back(tensor, current), label)
+        self.every_row(model, lambda: self.place.write(model, self.layout.back(tensor, current), label))
+
+    def every_row(self, model: TracedTransformer, act: Callable[[], Any]) -> Any:
+        """Act on the rows of all invokes: nnsight takes the first axis for the batch, whatever it is."""
+        if not self.layout.name.startswith("[seq, batch"):
+            return act()
+        from nnsight.intervention.interleaver import Mediator
+
+        worker = Mediator.current("a value")
+        mine, worker.batch_group = worker.batch_group, None
+        try:
+            return act()
+        finally:
+            worker.batch_group = mine
 
     def group(self, model: TracedTransformer) -> tuple[int, int] | None:
         """This invoke's rows, where the model's layout hides them from nnsight, which then serves all rows."""
-        if not self.layout.name.startswith("[batch ×"):
+        if not self.layout.name.startswith(("[batch ×", "[seq, batch")):
             return None
         from nnsight.intervention.interleaver import Mediator
 
@@ -198,6 +211,11 @@ class View(Record):
 def over(place: Place, layout: Layout) -> Place:
     """A place shown in the value's layout."""
     return place if layout.name.startswith("[batch, seq, heads,") else View(place, layout)
+
+
+def batch_first(place: Place) -> View:
+    """A stream that the model keeps sequence first, shown batch first."""
+    return View(place, Layout("[seq, batch, hidden]"))
 
 
 class Sum(Record):

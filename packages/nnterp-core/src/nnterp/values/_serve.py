@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nnterp.anatomy._layout import _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._eager import is_eager
-from nnterp.values._places import Declared, Place, ReadOnly, Site, Sum, ThroughOut
+from nnterp.values._places import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, batch_first
 
 if TYPE_CHECKING:
     from nnterp.certificate import Contribution, ResidualStructure
@@ -92,6 +92,29 @@ def router(index: int) -> Serve:
     return serve
 
 
+def end_inside(model: StandardizedTransformer, layer: int, role: str) -> Place:
+    """Where a part leaves whose module adds the stream by itself."""
+    part = model.anatomy.part(role, layer)
+    if not part.leaves:
+        reason = f"its module ({part.exit}) adds the stream and normalises it before it returns, and where it leaves "
+        reason += f"inside is found by the certificate: call model.{'validate' if model.dispatched else 'dispatch'}()"
+        raise _missing(model, layer, {"self_attn": "attentions_output"}.get(role, f"{role}s_output"), reason, ())
+    place = Inside(part.exit, part.leaves)
+    return batch_first(place) if model.readout.layout.sequence_first else place
+
+
+def batch_first_where_needed(model: StandardizedTransformer, place: Place) -> Place:
+    """A module's edge at which the model has the sequence before the batch, shown batch first."""
+    edges = model.sequence_first
+    inner = place.place if isinstance(place, ReadOnly) else place
+    turned = (isinstance(inner, Site) and (inner.path, inner.side) in edges) or (
+        isinstance(inner, Sum) and any((path, "output") in edges for path, _ in inner.terms)
+    )
+    if not turned:
+        return place
+    return ReadOnly(batch_first(inner), place.reason) if isinstance(place, ReadOnly) else batch_first(place)
+
+
 def contribution(role: str) -> Serve:
     """What a part adds to the stream, from the residual structure that was proven."""
 
@@ -109,6 +132,8 @@ def contribution(role: str) -> Serve:
             have = tuple(i for i, s in enumerate(model.residual_structures) if added(s) is not None)
             raise _missing(model, layer, _CONTRIBUTIONS[role], reason, have)
         terms = contribution.terms
+        if part is not None and part.leaves and [t.path for t in terms] == [part.end]:
+            return end_inside(model, layer, role)
         if role == "self_attn" and len(terms) > 1 and part is not None and model.anatomy.blocks[layer].mixer != part:
             own = tuple(t for t in terms if t.path == part.exit or t.path.startswith(f"{part.path}."))
             terms = own or terms

@@ -73,7 +73,15 @@ class Value:
         if self.role == "layer":
             return Site(anatomy.blocks[layer].path, self.side)
         part = anatomy.part(self.role, layer)
+        if self.leaves_inside(anatomy, layer):
+            raise Unavailable(f"{self.name}[{layer}] is no module's output: it leaves inside {part.exit}.")
         return Site(part.entry if self.side == "input" else part.exit, self.side)
+
+    def leaves_inside(self, anatomy: Anatomy, layer: int | None) -> bool:
+        """Whether it is what leaves a part inside the part's own module, see `Part.closing`."""
+        if self.side != "output" or not self.per_layer or self.role == "layer":
+            return False
+        return anatomy.part(self.role, layer or 0).closing is not None
 
     def place(self, model: StandardizedTransformer, layer: int | None = None) -> Place:
         """Where the value is served in one model; looked up once.
@@ -88,8 +96,14 @@ class Value:
             object.__setattr__(model, "_places", places)
         place = places.get(key)
         if place is None:
-            place = self.site(model.anatomy, layer) if self.side is not None else self.serve(model, layer or 0)  # type: ignore[misc]
-            places[key] = place
+            if self.side is None:
+                assert self.serve is not None
+                place = self.serve(model, layer or 0)
+            elif self.leaves_inside(model.anatomy, layer):
+                place = _serve.end_inside(model, layer or 0, self.role)
+            else:
+                place = self.site(model.anatomy, layer)
+            place = places[key] = _serve.batch_first_where_needed(model, place)
         return place
 
 
