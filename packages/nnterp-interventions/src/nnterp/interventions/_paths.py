@@ -11,19 +11,18 @@ import torch
 
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
-from nnterp.interventions._edits import Cell, Edit, forward_order, positions_axis, rows_of, write_edits
+from nnterp.interventions._edits import Cell, Edit, positions_axis, rows_of
 from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
+from nnterp.interventions._passing import Key, Passing, forward_order, forward_steps
 from nnterp.interventions._patching import Direction
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, forward_flags, within_memory
 from nnterp.interventions._states import States, states_of
 from nnterp.interventions._sweep import sweep
-from nnterp.values import get_value, read_value
+from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
-
-Key = tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +129,7 @@ class _Paths:
         self.model, self.senders, self.receivers, self.batch_size = model, senders, receivers, batch_size
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
-        self.held: list[Key] = []
+        self.held: list[tuple[str, int]] = []
         for block in model.anatomy.blocks[first : last + 1]:
             mixers = {"mixers_output": block.mixer}
             if block.self_attn is not None and block.self_attn != block.mixer:
@@ -171,33 +170,35 @@ class _Paths:
         """For each receiver what reaches it from each sender, `[senders, seq, ...]`."""
         model, size, every = self.model, (len(senders), len(row)), tuple(range(len(row)))
         edits: dict[Key, list[tuple[int, Edit]]] = {}
-        for key in self.held:
+        for name, layer in self.held:
+            held_key = name, layer
             for k, sender in enumerate(senders):
-                if key[1] >= sender.layer and not _speaks(model, sender, key):
-                    edits.setdefault(key, []).append((k, Edit(key[0], key[1], every, held[key])))
+                if layer >= sender.layer and not _speaks(model, sender, held_key):
+                    edits.setdefault(held_key, []).append((k, Edit(name, layer, every, held[held_key])))
         for k, sender in enumerate(senders):
             at = positions_of(model, sender, row, "the prompt")
-            key = (sender.value, sender.layer)
-            new = cut(sender, at, given[key])
-            edits.setdefault(key, []).append((k, edit_of(sender, at, new)))
+            new = cut(sender, at, given[sender.value, sender.layer])
+            edits.setdefault((sender.value, sender.layer), []).append((k, edit_of(sender, at, new)))
         wanted = [(r.value, r.layer) for r in self.receivers]
-        order = [(name, layer) for name, layer in forward_order(model, [*edits, *wanted]) if layer is not None]
-        stop = max(order.index(key) for key in wanted)
+        steps = forward_steps(model, [*edits, *wanted])
+        stop = max(k for k, step in enumerate(steps) if step.term is None and step.key in wanted)
         ids = torch.tensor([row.ids] * len(senders))
         arrived: dict[Key, torch.Tensor] = {}
         with model.trace({"input_ids": ids}, **forward_flags(model)) as tracer:
-            for name, layer in order[: stop + 1]:
-                if (name, layer) in edits:
-                    tensor = write_edits(model, name, layer, edits[name, layer], size, 0)
-                else:
-                    tensor = read_value(model, get_value(name), layer)
-                if (name, layer) in wanted:
-                    arrived[name, layer] = rows_of(tensor, *size, get_value(name)).clone().save()
+            passing = Passing(model)
+            for step in steps[: stop + 1]:
+                key = step.key
+                if step.term is not None:
+                    passing.hold(step)
+                    continue
+                tensor = passing.write(key, edits[key], size, 0) if key in edits else passing.read(key)
+                if key in wanted:
+                    arrived[key] = rows_of(tensor, *size, get_value(key[0])).clone().save()
             tracer.stop()
         return [arrived[key] for key in wanted]
 
 
-def _speaks(model: StandardizedTransformer, sender: Component, key: Key) -> bool:
+def _speaks(model: StandardizedTransformer, sender: Component, key: tuple[str, int]) -> bool:
     """Whether a held value is what the sender itself speaks through, in its own layer."""
     if key[1] != sender.layer:
         return False

@@ -9,9 +9,10 @@ import nnsight
 import torch
 
 from nnterp.inputs import Row
-from nnterp.interventions._edits import forward_order, rows_of
+from nnterp.interventions._edits import rows_of
+from nnterp.interventions._passing import Passing, forward_steps
 from nnterp.interventions._running import forward_flags
-from nnterp.values import get_value, read_value
+from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -35,7 +36,8 @@ def states_of(
         at each prompt's last token, float32 `[prompts, vocab]`, on the CPU.
     """
     model.dispatch()
-    flags, order = forward_flags(model), forward_order(model, keys)
+    flags, steps = forward_flags(model), forward_steps(model, keys)
+    order = [step.key for step in steps if step.term is None]
     found: list[States] = [{} for _ in rows]
     logits: dict[int, torch.Tensor] = {}
     lengths: dict[int, list[int]] = {}
@@ -44,10 +46,12 @@ def states_of(
     for length, chosen in lengths.items():
         ids = torch.tensor([rows[i].ids for i in chosen])
         with model.trace({"input_ids": ids}, **flags):
-            kept = []
-            for name, layer in order:
-                value = get_value(name)
-                kept.append(rows_of(read_value(model, value, layer), len(chosen), length, value).clone())
+            kept, passing = [], Passing(model)
+            for step in steps:
+                if step.term is not None:
+                    passing.hold(step)
+                    continue
+                kept.append(rows_of(passing.read(step.key), len(chosen), length, get_value(step.key[0])).clone())
             nnsight.save(kept)
             last = model.logits[:, -1].float().cpu().save()
         for k, i in enumerate(chosen):

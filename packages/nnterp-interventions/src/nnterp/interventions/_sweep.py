@@ -18,15 +18,8 @@ import nnsight
 import torch
 
 from nnterp.inputs import Row
-from nnterp.interventions._edits import (
-    Cell,
-    Edit,
-    apply_edits,
-    forward_order,
-    positions_axis,
-    rows_of,
-    write_edits,
-)
+from nnterp.interventions._edits import Cell, Edit, apply_edits, positions_axis, rows_of
+from nnterp.interventions._passing import Passing, forward_steps
 from nnterp.interventions._running import (
     AUTO_ROWS,
     AUTO_TOKENS,
@@ -218,16 +211,20 @@ class _Run:
             flags = continued(model, base.cache, which, offset) if offset else forward_flags(model)
             reduce, layers, cells = self.reduce, self.layers, list(tile.cells)
             by_hidden = self.reads_hidden(groups)
-            steps = forward_order(model, groups)
+            steps = forward_steps(model, groups)
             project = by_hidden and self.remote  # otherwise many tiles are read out at once, outside of the trace
             made: dict[str, torch.Tensor] = {}
             with model.trace({"input_ids": ids}, remote=self.remote, **flags) as tracer:
                 if entering is not None:
                     model.skip_layers(0, start - 1, skip_with=entering)
                 hidden = entering
-                for name, layer in steps:
-                    new = write_edits(model, name, layer, groups[name, layer], size, offset)
-                    if name == "layers_output" and layer == layers - 1:
+                passing = Passing(model)
+                for step in steps:
+                    if step.term is not None:
+                        passing.hold(step)
+                        continue
+                    new = passing.write(step.key, groups[step.key], size, offset)
+                    if step.key == ("layers_output", layers - 1):
                         hidden = new
                 if by_hidden:
                     if start < layers and ("layers_output", layers - 1) not in groups:
