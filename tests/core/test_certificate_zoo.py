@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
-from nnterp import StandardizedTransformer
-from nnterp.certificate._certify import HIDDEN, IDENTITY, PADDING, READOUT
+from nnterp import RenameConfig, StandardizedTransformer
+from nnterp.anatomy import find_anatomy
+from nnterp.certificate._certify import CONSECUTIVE, HIDDEN, IDENTITY, PADDING, READOUT
 from nnterp.errors import RenamingError
 from nnterp.testing import LEFT_PADDING_INEXACT, model_types, multimodal_model_types, tiny_model, tiny_tokenizer
 
 REFUSED = {
-    "blt": "3 stacks of layers",
     "hrm_text": "2 stacks of layers",
     "prophetnet": "no axes of it are batch and sequence",
     "reformer": "reversible residuals",
@@ -96,3 +97,44 @@ def test_training_mode_is_given_back():
     before = [m.training for m in module.modules()]
     StandardizedTransformer(module, tokenizer=tiny_tokenizer())
     assert [m.training for m in module.modules()] == before
+
+
+def test_of_several_stacks_the_one_that_makes_the_logits_is_named():
+    """BLT: bytes are encoded, patches transformed, and a decoder over bytes makes the logits."""
+    model = StandardizedTransformer(
+        tiny_model("blt", decoder_config={"intermediate_size": 72}), tokenizer=tiny_tokenizer()
+    )
+    anatomy = model.anatomy
+    assert anatomy.layers == "model.local_decoder.layers"
+    assert anatomy.other_stacks == ("model.local_encoder.layers", "model.global_transformer.layers")
+    assert anatomy.between == tuple(f"model.local_decoder.cross_attn_layers.{i}" for i in (1, 2, 3))
+    assert model.intermediate_size == 72
+    assert "model.local_decoder.cross_attn_layers.*" in model.certificate[CONSECUTIVE].detail
+    assert "model.global_transformer.layers  (before these layers" in str(anatomy)
+    with torch.no_grad(), model.trace(torch.arange(20, 32)[None]):  # native names reach the other stacks
+        patches = model.model.global_transformer.layers[-1].output.save()
+        added = model.model.local_decoder.cross_attn_layers[1].output[0].save()
+        read = model.layers_input[1].save()
+    assert patches.shape[-1] == 64
+    with torch.no_grad(), model.trace(torch.arange(20, 32)[None]):
+        written = model.layers_output[0].save()
+    torch.testing.assert_close(read, written + added)
+
+
+@pytest.mark.parametrize("stack", ["local_encoder", "global_transformer", "patcher"])
+def test_another_stack_is_not_taken_for_it(stack):
+    with pytest.raises(RenamingError):
+        StandardizedTransformer(
+            tiny_model("blt"),
+            tokenizer=tiny_tokenizer(),
+            rename_config=RenameConfig(layers_name=f"model.{stack}.layers"),
+        )
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "nemotron_h", "gpt2", "blt"])
+def test_a_layer_left_out_is_not_what_is_added_between_layers(model_type):
+    module = tiny_model(model_type)
+    layers = module.get_submodule(find_anatomy(module).layers)
+    module.add_module("gapped", nn.ModuleList([layers[0], *layers[2:]]))
+    with pytest.raises(RenamingError, match="each layer reads what the layer before it wrote"):
+        StandardizedTransformer(module, tokenizer=tiny_tokenizer(), rename_config=RenameConfig(layers_name="gapped"))

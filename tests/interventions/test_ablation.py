@@ -175,3 +175,12 @@ def test_bad_input(tiny):
         ablate(model, PROMPTS, mlp)
     with pytest.raises(ValueError, match="entries for 1 prompts"):
         path_patching(model, CLEAN, CORRUPTED, mlp, "logits", target_probability([1, 2]))
+
+
+def test_paths_past_modules_between_layers_are_refused(tiny):
+    """BLT adds to the stream between its layers: what is held would not be all that stands between."""
+    prompts = [[20, 21, 22, 23], [20, 25, 22, 23]]
+    with pytest.raises(Unavailable, match=r"between its layers \(model\.local_decoder\.cross_attn_layers\.1\)"):
+        path_patching(
+            tiny("blt"), prompts[:1], prompts[1:], Component("mlps_output", 0), "logits", lambda x: x[:, -1].sum(-1)
+        )

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from nnterp.anatomy import _names
 from nnterp.anatomy._layout import Anatomy, Layer, Part
@@ -44,6 +46,7 @@ class _Finder:
         for path, module in self.model.named_modules():
             self.paths.setdefault(id(module), path)
         self.absent: dict[str, str] = {}
+        self.other_stacks: tuple[str, ...] = ()
         self.missing: list[tuple[str, str]] = []
         name = type(self.model).__name__
         self.prefix = re.sub(r"(For[A-Z].*|LMHead.*|WithLMHead.*|Decoder)$", "", name)
@@ -65,8 +68,9 @@ class _Finder:
             ln_final=norm,
             lm_head=head,
             blocks=blocks,
-            sizes=read_sizes(config, len(blocks), self.rename),
+            sizes=read_sizes(self.config_of(layers), len(blocks), self.rename),
             absent=MappingProxyType(dict(self.absent)),
+            other_stacks=self.other_stacks,
         )
 
     # -- the model's own parts -------------------------------------------------------------------------------------
@@ -100,12 +104,24 @@ class _Finder:
             )
         stacks = {path.rpartition(".")[2]: path for path in lists}
         if len(lists) > 1 and len(stacks) == 1:
+            # Of a chain of stacks, the decoder's stream makes the logits; the readout's proof has the last word.
+            decoders = [path for path in lists if "decoder" in path]
+            if len(decoders) == 1 and not getattr(self.model.config, "is_encoder_decoder", False):
+                self.other_stacks = tuple(path for path in lists if path != decoders[0])
+                return decoders[0]
             raise AnatomyError(
                 f"{type(self.model).__name__} has {len(lists)} stacks of layers ({', '.join(lists)}), so there is no "
                 "one residual stream from embedding to logits. To work on one of them, name it: "
                 f"RenameConfig(layers_name={lists[0]!r})."
             )
         return max(lists, key=lambda path: sum(p.numel() for p in self.model.get_submodule(path).parameters()))
+
+    def config_of(self, layers: str) -> Any:
+        """The config that speaks of the layers: of one stack among several, its own."""
+        if not self.other_stacks:
+            return self.model.config
+        owners = (self.model.get_submodule(path) for path in _ancestors(layers))
+        return next(owner.config for owner in owners if isinstance(getattr(owner, "config", None), PreTrainedConfig))
 
     def block_lists(self) -> Iterator[str]:
         """Outermost ModuleLists whose entries are blocks (hold modules of their own)."""

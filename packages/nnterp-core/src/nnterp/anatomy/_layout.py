@@ -97,6 +97,10 @@ class Anatomy:
         blocks: One `Layer` per layer, in the order of the residual stream.
         sizes: The model's dimensions.
         absent: For each role the model does not have, why.
+        other_stacks: Further stacks of layers (BLT's byte encoder and its transformer over patches). They run before
+            the layers named here, on streams of their own, and keep their native names.
+        between: Modules that add to the stream between one layer and the next (BLT's cross-attention to the patches).
+            The certificate finds them.
     """
 
     model_class: str
@@ -108,6 +112,8 @@ class Anatomy:
     blocks: tuple[Layer, ...]
     sizes: Sizes
     absent: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    other_stacks: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -155,6 +161,11 @@ class Anatomy:
             for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
                 if part is not None and not (role == "mixer" and part == block.self_attn):
                     rows.append((f"  .{role}", _generic(str(part))))
+        if self.between:
+            adding = ", ".join(dict.fromkeys(map(_generic, self.between)))
+            rows.append(("between layers", f"{adding}  (added to the stream)"))
+        if self.other_stacks:
+            rows.append(("other stacks", f"{', '.join(self.other_stacks)}  (before these layers, by native names)"))
         return rows
 
     @property

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnterp.anatomy import Layer, Part
+from nnterp.anatomy._layout import _generic
 from nnterp.anatomy._sizes import text_config
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._recording import Call, Recording, evaluating, record, static_experts, stream_out
@@ -356,21 +357,58 @@ class _Checks:
     # -- the stream ------------------------------------------------------------------------------------------------
 
     def consecutive(self, recording: Recording) -> None:
+        """What a layer is given is what the one before it returned, or that and what one module in between adds."""
         blocks = self.ran(recording)
-        pairs = []
+        pairs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        between: list[str] = []
         for before, after in itertools.pairwise(blocks):
             given, made = recording.call(after.path), recording.call(before.path)
             assert given is not None
             assert made is not None
-            if given.stream_in is not None and made.stream_out is not None:
-                pairs.append((f"between {before.path} and {after.path}", given.stream_in, made.stream_out))
-        self.close(CONSECUTIVE, pairs, _REMEDY_LAYERS)
+            if given.stream_in is None or made.stream_out is None:
+                continue
+            stream = made.stream_out
+            if relative_error(stream, given.stream_in) > self.tolerance:
+                path = self.adds_between(recording, made, given)
+                if path is not None:
+                    between.append(path)
+                    stream = stream + recording.calls[path][0].stream_out
+            pairs.append((f"between {before.path} and {after.path}", given.stream_in, stream))
+        detail = f"and what {', '.join(dict.fromkeys(map(_generic, between)))} adds" if between else ""
+        self.close(CONSECUTIVE, pairs, _REMEDY_LAYERS, detail)
+        if tuple(between) != self.anatomy.between:
+            self.model.adopt(dataclasses.replace(self.anatomy, between=tuple(between)))
+
+    def adds_between(self, recording: Recording, before: Call, after: Call) -> str | None:
+        """The module outside of all layers whose output, added to what a layer returned, is what the next is given.
+
+        Layers left out of the list are no such modules, nor is anything in them.
+        """
+        kinds = tuple({type(self.module.get_submodule(block.path)) for block in self.anatomy.blocks})
+        for path, calls in recording.calls.items():
+            call = calls[0]
+            made = call.stream_out
+            if len(calls) > 1 or not before.ended < call.began < call.ended < after.began or made is None:
+                continue
+            if made.shape != after.stream_in.shape or any(isinstance(m, kinds) for m in self.holding(path)):  # type: ignore[union-attr]
+                continue
+            if relative_error(before.stream_out + made, after.stream_in) <= self.tolerance:  # type: ignore[operator,arg-type]
+                return path
+        return None
+
+    def holding(self, path: str) -> Iterator[nn.Module]:
+        """A module and all those that hold it."""
+        while path:
+            yield self.module.get_submodule(path)
+            path = path.rpartition(".")[0]
 
     def hidden_states(self, recording: Recording, hidden: tuple[torch.Tensor, ...] | None) -> None:
         blocks = self.ran(recording)
         if hidden is None:
             self.skip(HIDDEN, "the model does not return hidden states")
             return
+        if self.anatomy.other_stacks:  # HuggingFace returns those of several stacks, in the order in which they run
+            hidden = hidden[-len(blocks) :]
         if len(hidden) not in (len(blocks), len(blocks) + 1):
             self.say(
                 HIDDEN,
@@ -397,7 +435,7 @@ class _Checks:
                 if several and relative_error(made, state) > self.tolerance:
                     continue  # several streams are merged after the last layer; the readout line covers it
             pairs.append((block.path, made, state))
-        self.close(HIDDEN, pairs, _REMEDY_LAYERS)
+        self.close(HIDDEN, pairs, _REMEDY_LAYERS, "the last of those it returns" if self.anatomy.other_stacks else "")
 
     def own_positions(self, stream: torch.Tensor) -> torch.Tensor:
         """A stream batch first, without the positions that the model puts in front of the tokens."""
@@ -752,8 +790,9 @@ class _Checks:
             for name, child in self.module.get_submodule(block.path).named_modules():
                 if name and name.count(".") < 3 and not isinstance(child, nn.ModuleList) and not _LISTED.search(name):
                     paths.add(f"{block.path}.{name}")
+        owner = anatomy.layers.rpartition(".")[0]
         for path, child in self.module.named_modules():
-            leaf = not any(child.children())
+            leaf = not any(child.children()) or (bool(anatomy.other_stacks) and path.startswith(f"{owner}."))
             if path and leaf and not path.startswith(blocks) and not _TOWER.search(path) and path.count(".") < 4:
                 paths.add(path)
         return paths

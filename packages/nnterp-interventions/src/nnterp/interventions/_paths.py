@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from nnterp.errors import Unavailable
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
 from nnterp.interventions._edits import Cell, Edit, positions_axis, rows_of
@@ -79,6 +80,11 @@ def path_patching(
     if [len(row) for row in pair[0]] != [len(row) for row in pair[1]]:
         raise ValueError("Clean and corrupted prompts go in pairs of equally many tokens.")
     model.dispatch()
+    if model.anatomy.between:
+        raise Unavailable(
+            f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "
+            "holding mixers and feed-forwards still leaves more than the direct path: path patching is not served for it."
+        )
     senders = [check(model, c) for c in ([sender] if isinstance(sender, Component) else sender)]
     if isinstance(receivers, str) and receivers != "logits":
         raise ValueError(f'receivers are components or "logits", not {receivers!r}.')
