@@ -1,10 +1,10 @@
-"""Attention's inside on every architecture: equal to HuggingFace's own, and causal when written."""
+"""Attention's inside on every architecture: served, and equal to HuggingFace's own (see also test_plain_attention)."""
 
 import pytest
 import torch
 
 from nnterp.errors import Unavailable
-from nnterp.testing import NOT_CAUSAL, model_types
+from nnterp.testing import model_types
 from nnterp.values import VALUES
 from nnterp.values._serve import findings
 
@@ -18,7 +18,6 @@ TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM | NO_ATTENTION]
 
 # What no place serves, with the reason in words of the model's own code.
 UNSERVED = {
-    "diffllama": {"attention_values"},  # averaged in two halves, by two calls of the attention function
     "reformer": {
         "attention_probabilities",
         "attention_queries",
@@ -27,9 +26,6 @@ UNSERVED = {
         "attention_head_outputs",
     },
     "prophetnet": {"attention_values", "attention_head_outputs"},
-    "deepseek_v4": {"attention_head_outputs"},  # groups of heads pass a low rank before the last projection
-    "jetmoe": {"attention_head_outputs"},  # each token's heads are chosen and projected by experts
-    "xlnet": {"attention_head_outputs"},  # W_O is a parameter that an einsum contracts, not a module
 }
 # HuggingFace returns other tensors, or none, as this model's attentions.
 NOT_RETURNED = set()
@@ -101,11 +97,15 @@ def test_head_outputs_are_probabilities_times_values(model_type):
     model, tokens = wrapped(model_type), ids()
     module = model._module
     layer = have(model, "attention_head_outputs")[-1]
-    out = findings(model).attention[layer].out
-    with hooked(module, z=(out, "input")) as plain, torch.no_grad():
-        module(**arguments(module, tokens))
+    inside = findings(model).attention[layer]
     z = read(model, "attention_head_outputs", layer, tokens)
-    assert torch.equal(z.flatten(2), plain["z"].reshape(z.shape).flatten(2))
+    if inside.out is not None:
+        out = inside.out if inside.before_out is None else inside.before_out[0]
+        with hooked(module, z=(out, "input")) as plain, torch.no_grad():
+            module(**arguments(module, tokens))
+        assert torch.equal(z.flatten(2), plain["z"].reshape(z.shape).flatten(2))
+    else:
+        assert model_type in ("jetmoe", "xlnet")  # experts, or an einsum with a parameter, follow the heads
 
     with torch.no_grad(), model.trace(tokens, use_cache=False):
         first = model.attention_probabilities[layer]
@@ -119,27 +119,19 @@ def test_head_outputs_are_probabilities_times_values(model_type):
     assert (others - were).abs().max() < 1e-5, "writing one head's probabilities moved another head's output"
 
 
-@pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.parametrize("name", ["attention_queries", "attention_keys", "attention_values", "attention_head_outputs"])
-def test_writes_are_causal(model_type, name):
-    """Written under the model's own attention (sdpa where it has it): changes its position, and no earlier one."""
-    if name in UNSERVED.get(model_type, ()):
-        pytest.skip("not served")
-    proven = model_type == "xlnet"  # what leaves its attention is served once the certificate has found it
-    model, tokens = wrapped(model_type, eager=False, check=proven), ids()
+def test_writes_of_xlnet(name):
+    """Its attention is made of einsums, sequence first, which test_plain_attention does not follow."""
+    model, tokens = wrapped("xlnet", eager=False, check=True), ids()
     layer, position = have(model, name)[0], 6
     with torch.no_grad(), model.trace(tokens, use_cache=False):
         new = getattr(model, name)[layer].clone().save()
         new[:, position] = new[:, position].roll(1, -1) * 1.5
         getattr(model, name)[layer] = new
         changed = model.attentions_output[layer].clone().save()
-    plain = read(model, "attentions_output", layer, tokens)
-    assert new.shape[0] == 2
-    assert new.shape[1] >= LENGTH
-    moved = (changed - plain).abs()
-    moved = moved.reshape(2, -1, moved.shape[-1]).amax(dim=(0, 2))
-    assert moved[position:].max() > 1e-5
-    if model_type not in NOT_CAUSAL and new.shape[1] == LENGTH:
-        assert moved[:position].max() < 1e-5
-    if name in ("attention_queries", "attention_head_outputs") and new.shape[1] == LENGTH:
+    moved = (changed - read(model, "attentions_output", layer, tokens)).abs().amax(dim=(0, 2))
+    assert new.shape[:2] == (2, LENGTH)
+    assert moved[position] > 1e-5
+    if name in ("attention_queries", "attention_head_outputs"):
         assert moved[position + 1 :].max() < 1e-5
+        assert moved[:position].max() < 1e-5

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nnterp.anatomy import Layer, Part
-from nnterp.values._layouts import Layout
+from nnterp.values._layouts import PARTS, Layout
 from nnterp.values._operations import Operation, Operations, same, tensors
 from nnterp.values._places import Everywhere, Inside, Place, Site, over
 
@@ -33,6 +33,8 @@ class Attention:
         kv_heads: Key and value heads, where they were found.
         value_dim: Width of one head's values, where they were found.
         out: Path of the projection that ends attention (W_O), if one does.
+        before_out: (path, shape of one position's input) of a projection that stands between the heads and W_O.
+        out_heads: Heads in what W_O (or what stands before it) is given.
         exact: Whether the input of W_O is the probabilities times the values, which proves its heads.
         places: Value name → place.
         reasons: Value name → why it has none.
@@ -42,6 +44,8 @@ class Attention:
     kv_heads: int | None = None
     value_dim: int | None = None
     out: str | None = None
+    before_out: tuple[str, tuple[int, ...]] | None = None
+    out_heads: int | None = None
     exact: bool = False
     places: dict[str, Place] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -81,9 +85,9 @@ def find_attention(
     return _Search(layer, paths, current, eager or current, out, heads, tolerance).attention()
 
 
-def split_heads(place: Place, heads: int) -> Place:
-    """`[batch, seq, heads × dim]` shown as `[batch, seq, heads, dim]`."""
-    return over(place, Layout("[batch, seq, heads × dim]", heads))
+def split_heads(place: Place, heads: int, grouped: bool = False) -> Place:
+    """`[batch, seq, heads × dim]` shown as `[batch, seq, heads, dim]`; `grouped` if the last axis is cut in groups."""
+    return over(place, Layout("[batch, seq, groups, ...]" if grouped else "[batch, seq, heads × dim]", heads))
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class _Search:
         self.out: tuple[str, torch.Tensor] | None = out
         self.tolerance: float = tolerance
         self.found = Attention(heads=heads, out=out[0] if out else None)
+        self.product: torch.Tensor | None = None  # probabilities times values, [batch, query, heads, dim]
         self.operations = [o for p in paths for o in eager.of(p)]
         self.operations.sort(key=lambda o: o.began)
         self.known = {(o.path, o.labels): o for p in paths for o in current.of(p)}
@@ -170,18 +175,17 @@ class _Search:
             if one is softmax:
                 last, probs = chosen, self.by_head(chosen.output)
         self.found.places["attention_probabilities"] = places[0] if len(places) == 1 else Everywhere(tuple(places))
-        if len(softmaxes) == 1:
-            self.scores(softmax, probs.shape[-1])
+        scores = [p for p in (self.scores(one, probs.shape[-1]) for one in softmaxes) if p is not None]
+        if len(scores) == len(softmaxes):
+            self.found.places["attention_scores"] = scores[0] if len(scores) == 1 else Everywhere(tuple(scores))
         else:
-            self.found.reasons["attention_scores"] = f"the scores are computed {len(softmaxes)} times over"
-        self.values(softmax, last, probs)
-        if len(softmaxes) > 1 and "attention_values" in self.found.places:
-            del self.found.places["attention_values"]
-            self.found.reasons["attention_values"] = (
-                f"the values are averaged in {len(softmaxes)} parts, by as many calls"
+            self.found.reasons["attention_scores"] = (
+                "no operation holds what the softmax is given, as one tensor over the keys"
             )
-            self.found.value_dim = (self.found.value_dim or 0) * len(softmaxes)
-        self.queries_and_keys(softmaxes, probs)
+        keys = self.queries_and_keys(softmaxes, probs)
+        values = self.values(softmax, last, probs, keys)
+        if len(softmaxes) > 1 and "attention_values" in self.found.places:
+            self.values_in_parts(softmaxes, values)
 
     def by_head(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if tensor.dim() == 4 else tensor.reshape(PROBE_ROWS, -1, *tensor.shape[1:])
@@ -209,7 +213,7 @@ class _Search:
                 chosen = operation
         return chosen
 
-    def scores(self, softmax: Operation, keys: int) -> None:
+    def scores(self, softmax: Operation, keys: int) -> Place | None:
         """What the softmax is given, without the column of a sink."""
         given = next(((k, t) for k, t in tensors(softmax) if self.is_pattern(t)), None)
         pattern = None if given is None else self.by_head(given[1])
@@ -220,10 +224,7 @@ class _Search:
                 if given[1].dim() == 3
                 else Layout("[batch, seq, heads, ...]")
             )
-            self.found.places["attention_scores"] = over(
-                Inside(softmax.path, softmax.labels, "input", given[0]), layout
-            )
-            return
+            return over(Inside(softmax.path, softmax.labels, "input", given[0]), layout)
         for operation in reversed(self.frame(softmax)):
             output = operation.output
             if operation.ended >= softmax.began or not isinstance(output, torch.Tensor) or not self.is_pattern(output):
@@ -239,11 +240,8 @@ class _Search:
                     if output.dim() == 3
                     else Layout("[batch, seq, heads, ...]")
                 )
-                self.found.places["attention_scores"] = over(Inside(operation.path, operation.labels, "output"), layout)
-                return
-        self.found.reasons["attention_scores"] = (
-            "no operation holds what the softmax is given, as one tensor over the keys"
-        )
+                return over(Inside(operation.path, operation.labels, "output"), layout)
+        return None
 
     def softmax_of(self, scores: torch.Tensor, probs: torch.Tensor) -> bool:
         """Whether normalising `scores` gives `probs` up to one factor per row (a sink takes a share of every row)."""
@@ -319,17 +317,21 @@ class _Search:
                     layout = Layout(name, heads)
                     yield layout, layout.show(tensor)
 
-    def values(self, softmax: Operation, last: Operation, probs: torch.Tensor) -> None:
+    def values(
+        self, softmax: Operation, last: Operation, probs: torch.Tensor, of_keys: Inside | None
+    ) -> tuple[_Candidate, Layout, torch.Tensor] | None:
         name, keys, heads = "attention_values", probs.shape[-1], probs.shape[1]
         if probs.device.type == "meta":
             self.by_position(softmax, 2, name, keys)
-            return
+            return None
         after = [o.output for o in self.operations if o.began > last.began and isinstance(o.output, torch.Tensor)]
         if self.out is not None:
             after.append(self.out[1])
         best: tuple[_Candidate, Layout, torch.Tensor] | None = None
         for candidate in self.entering(softmax):
             if best is not None and (best[0].both or not candidate.both):
+                continue
+            if candidate.place == of_keys:  # where keys serve as values, they are handed on as both
                 continue
             for layout, shown in self.layouts(candidate.tensor, keys):
                 made = torch.einsum("bhqk,bkhd->bqhd", probs.double(), self.repeated(shown, heads).double())
@@ -340,12 +342,60 @@ class _Search:
             self.found.reasons[name] = (
                 "no tensor was seen whose average under the probabilities is what attention goes on with"
             )
-            return
+            return None
         candidate, layout, shown = best
-        made = torch.einsum("bhqk,bkhd->bqhd", probs.double(), self.repeated(shown, heads).double()).flatten(2)
-        self.found.exact = self.out is not None and same(made, self.out[1].double(), max(self.tolerance * 10, 1e-4))
+        self.product = torch.einsum("bhqk,bkhd->bqhd", probs.double(), self.repeated(shown, heads).double())
+        self.found.exact = self.out is not None and same(
+            self.product.flatten(2), self.out[1].double(), max(self.tolerance * 10, 1e-4)
+        )
         self.found.kv_heads, self.found.value_dim = shown.shape[2], shown.shape[3]
         self.found.places[name] = over(candidate.place, layout)
+        return best
+
+    def values_in_parts(
+        self, softmaxes: list[Operation], first: tuple[_Candidate, Layout, torch.Tensor] | None
+    ) -> None:
+        """Values that several calls average a part of each: where the parts are still one tensor.
+
+        DiffLlama's heads are as wide as two (Ye et al. 2024, "Differential Transformer", section 2.1): its calls are
+        given one half of the value heads each, and what they return is put side by side.
+        """
+        name, count = "attention_values", len(softmaxes)
+        del self.found.places[name]
+        if first is None:
+            self.found.reasons[name] = "how its parts belong together can only be told with the weights"
+            return
+        self.found.exact, self.found.kv_heads, self.product = False, None, None
+        self.found.value_dim = first[2].shape[-1] * count
+        candidate, layout, _ = first
+        parts = [
+            layout.show(tensor)
+            for place in self.in_every_call(candidate.place, softmaxes)
+            for operation in self.operations
+            if (operation.path, operation.labels) == (place.path, place.labels)
+            for key, tensor in tensors(operation)
+            if key == place.key
+        ]
+        for operation in sorted(self.operations, key=lambda o: -o.began):
+            if operation.began > softmaxes[0].began or operation.times > 1 or len(parts) != count:
+                continue
+            for whole in self.arguments(operation):
+                if whole.both and whole.tensor.dim() == 4 and self.is_whole(whole.tensor, parts):
+                    self.found.kv_heads = whole.tensor.shape[1] // count
+                    self.found.places[name] = over(whole.place, Layout(PARTS, count))
+                    return
+        self.found.reasons[name] = f"the values are averaged in {count} parts, by as many calls"
+
+    def is_whole(self, tensor: torch.Tensor, parts: list[torch.Tensor]) -> bool:
+        """Whether the parts are a tensor cut along its heads, each repeated."""
+        heads, count = tensor.shape[1], len(parts)
+        if heads % count or tensor.shape[0] != PROBE_ROWS or tensor.shape[2] != parts[0].shape[1]:
+            return False
+        return all(
+            part.shape[2] % mine.shape[2] == 0
+            and same(mine.repeat(1, 1, part.shape[2] // mine.shape[2], 1), part, self.tolerance)
+            for mine, part in zip(tensor.transpose(1, 2).chunk(count, dim=2), parts, strict=True)
+        )
 
     def is_product(self, made: torch.Tensor, observed: torch.Tensor) -> bool:
         if observed.numel() != made.numel():
@@ -387,14 +437,15 @@ class _Search:
             "queries, keys and values can only be told apart with the weights: call model.dispatch() first"
         )
 
-    def queries_and_keys(self, softmaxes: list[Operation], probs: torch.Tensor) -> None:
+    def queries_and_keys(self, softmaxes: list[Operation], probs: torch.Tensor) -> Inside | None:
+        """Find both; returns where the keys are."""
         softmax = softmaxes[0]
         heads, keys = probs.shape[1], probs.shape[-1]
         queries = probs.shape[2]
         if probs.device.type == "meta":
             self.by_position(softmax, 0, "attention_queries", keys)
             self.by_position(softmax, 1, "attention_keys", keys)
-            return
+            return None
         scores = [
             self.by_head(o.output).double()
             for o in self.operations
@@ -431,11 +482,12 @@ class _Search:
         if best is None:
             why = "no two tensors were seen whose product gives the scores, alone or with a bias by distance"
             self.found.reasons["attention_queries"] = self.found.reasons["attention_keys"] = why
-            return
+            return None
         for name, place, layout in (("attention_queries", best[0], best[1]), ("attention_keys", best[2], best[3])):
             places = self.in_every_call(place, softmaxes)
             shown = [over(p, layout) for p in places]
             self.found.places[name] = shown[0] if len(shown) == 1 else Everywhere(tuple(shown))
+        return best[2]
 
     @staticmethod
     def in_every_call(place: Inside, softmaxes: list[Operation]) -> list[Inside]:
@@ -474,15 +526,35 @@ class _Search:
         name, heads = "attention_head_outputs", self.found.heads
         if self.out is None:
             reason = "attention does not end in one projection (W_O) whose input holds the heads side by side"
+            place = self.averaged()
+            if place is not None:
+                self.found.places[name] = place
+                self.found.reasons["attention_head_contributions"] = reason
+                return
         elif not heads or self.out[1].shape[-1] % heads:
             reason = (
                 f"the input of {self.out[0]} has width {self.out[1].shape[-1]}, which is no multiple of {heads} heads"
             )
         else:
+            self.found.out_heads = heads
             self.found.places[name] = split_heads(Site(self.out[0], "input"), heads)
             self.found.places["attention_head_contributions"] = self.found.places[name]
             return
         self.found.reasons[name] = self.found.reasons["attention_head_contributions"] = reason
+
+    def averaged(self) -> Place | None:
+        """Where the probabilities times the values are returned, however attention is computed."""
+        if self.product is None:
+            return None
+        tolerance = max(self.tolerance * 10, 1e-4)
+        for operation in sorted(self.operations, key=lambda o: -o.ended):
+            for key, tensor in returned(operation) if operation.times == 1 else ():
+                if not tensor.is_floating_point() or not self.returned_in_both(operation, key, tensor):
+                    continue
+                for layout, shown in self.layouts(tensor, self.product.shape[1]):
+                    if shown.shape == self.product.shape and same(shown.double(), self.product, tolerance):
+                        return over(Inside(operation.path, operation.labels, "output", key), layout)
+        return None
 
 
 def returned(operation: Operation) -> Iterator[tuple[int | None, torch.Tensor]]:

@@ -21,7 +21,6 @@ from nnterp.values._places import (
     ThroughOut,
     View,
     added,
-    through,
 )
 from nnterp.values._serve import findings
 
@@ -42,7 +41,7 @@ def reads(model: StandardizedTransformer, place: Place) -> tuple[list[Place], Co
         return reads(model, place.place)
     if isinstance(place, ThroughOut):
         inner, combine = reads(model, place.heads)
-        return inner, lambda given: through(model._module.get_submodule(place.path), combine(given), model)
+        return inner, lambda given: place.through(model, combine(given))
     if isinstance(place, Sum):
         sites: list[Place] = [Site(path, "output") for path, _ in place.terms]
         return sites, place.total
@@ -87,9 +86,8 @@ def gradient_reads(model: StandardizedTransformer, place: Place, label: str) -> 
         pieces = [gradient_reads(model, p, label) for p in place.places]
         return [p[0][0] for p in pieces], lambda given: added([f([g]) for g, (_, f) in zip(given, pieces, strict=True)])
     if isinstance(place, ThroughOut):
-        _, combine = reads(model, place.heads)
         inside = findings(model).attention
-        heads = next(a.heads for a in inside if a is not None and a.out == place.path)
+        heads = next(a.out_heads for a in inside if a is not None and a.out == place.path)
         assert heads is not None
         return [Site(place.path, "output")], lambda given: given[0].unsqueeze(2).expand(-1, -1, heads, -1)
     if isinstance(place, Sum):

@@ -319,47 +319,59 @@ class ThroughOut(Record):
 
     The projection is applied to one head at a time, the others at zero, less what it returns for zeros: right for any
     module that is linear up to a bias, quantised or adapted ones included.
+
+    Attributes:
+        heads: Where the heads are.
+        path: W_O.
+        before: (path, shape of one position's input) of a projection that stands between them.
     """
 
-    def __init__(self, heads: Place, path: str) -> None:
-        self.heads, self.path = heads, path
+    def __init__(self, heads: Place, path: str, before: tuple[str, tuple[int, ...]] | None = None) -> None:
+        self.heads, self.path, self.before = heads, path, before
 
     def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
         """`[batch, seq, heads, hidden]`; a new tensor."""
-        z = self.heads.read(model, label)
-        return through(model._module.get_submodule(self.path), z, model)
+        return self.through(model, self.heads.read(model, label))
 
     def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
         """Make W_O return their sum and its bias."""
-        z = self.heads.read(model, label)
+        bias = self.through(model, self.heads.read(model, label), bias_only=True)
         envoy = model.envoy(self.path)
-        bias = through(model._module.get_submodule(self.path), z, model, bias_only=True)
         output = envoy.output
         envoy.output = (tensor.sum(2) + bias).reshape(output.shape)
 
+    def through(self, model: TracedTransformer, z: torch.Tensor, bias_only: bool = False) -> torch.Tensor:
+        """Heads `[batch, seq, heads, head_dim]` through W_O, apart from the running forward pass."""
+        out = model._module.get_submodule(self.path)
+        batch, seq, heads, width = z.shape
+        interleaver = model.interleaver
+        running, interleaver.interleaving = interleaver.interleaving, False
+        try:
+            bias = self.project(model, z.new_zeros(1, 1, heads * width))
+            if bias_only:
+                return bias
+            weight = getattr(out, "weight", None)
+            plain = type(out) is nn.Linear and self.before is None
+            if plain and isinstance(weight, torch.Tensor) and weight.shape[1] == heads * width:
+                return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
+            alone = z.new_zeros(heads, batch, seq, heads, width)
+            index = torch.arange(heads, device=z.device)
+            alone[index, :, :, index] = z.permute(2, 0, 1, 3)
+            made = self.project(model, alone.reshape(heads * batch, seq, heads * width)) - bias
+            return made.view(heads, batch, seq, -1).permute(1, 2, 0, 3)
+        finally:
+            interleaver.interleaving = running
+
+    def project(self, model: TracedTransformer, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq, heads × head_dim]` to what W_O returns of it."""
+        if self.before is not None:
+            path, shape = self.before
+            x = model._module.get_submodule(path)(x.reshape(*x.shape[:2], *shape)).flatten(2)
+        return model._module.get_submodule(self.path)(x)
+
     def __str__(self) -> str:
-        return f"each head of {self.heads}, through {self.path}"
-
-
-def through(out: nn.Module, z: torch.Tensor, model: TracedTransformer, bias_only: bool = False) -> torch.Tensor:
-    """Heads `[batch, seq, heads, head_dim]` through W_O, apart from the running forward pass."""
-    batch, seq, heads, width = z.shape
-    interleaver = model.interleaver
-    running, interleaver.interleaving = interleaver.interleaving, False
-    try:
-        bias = out(z.new_zeros(1, 1, heads * width))
-        if bias_only:
-            return bias
-        weight = getattr(out, "weight", None)
-        if type(out) is nn.Linear and isinstance(weight, torch.Tensor) and weight.shape[1] == heads * width:
-            return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
-        alone = z.new_zeros(heads, batch, seq, heads, width)
-        index = torch.arange(heads, device=z.device)
-        alone[index, :, :, index] = z.permute(2, 0, 1, 3)
-        made = out(alone.reshape(heads * batch, seq, heads * width)) - bias
-        return made.view(heads, batch, seq, -1).permute(1, 2, 0, 3)
-    finally:
-        interleaver.interleaving = running
+        first = "" if self.before is None else f"{self.before[0]} and "
+        return f"each head of {self.heads}, through {first}{self.path}"
 
 
 def unflattened(model: TracedTransformer, tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from nnterp.values._attention import (
     without_first_head,
 )
 from nnterp.values._eager import eagerly, is_eager
-from nnterp.values._operations import Operations, record_operations
+from nnterp.values._operations import Operations, record_operations, same
 from nnterp.values._places import Everywhere, Inside, Item, Place, Site, View
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Probe:
             found.routers.append(self.router(block, edges))
             found.ends.update(self.ends(block, edges))
         if eager is not None and found.attention:
-            self.prove_heads(found.attention)
+            self.prove_heads(found.attention, edges)
         return found
 
     def edges(self, only: set[str] | None = None) -> _Edges:
@@ -150,16 +150,22 @@ class Probe:
         )
         return find_attention(block, paths, current, eager, out, self.model.num_heads, self.tolerance)
 
-    def prove_heads(self, attention: list[Attention | None]) -> None:
-        """Where W_O's input is not simply probabilities times values, find its heads by what one of them moves."""
-        proven: dict[tuple, int | None] = {}
-        for inside in attention:
+    def prove_heads(self, attention: list[Attention | None], edges: _Edges) -> None:
+        """Where W_O's input is not simply probabilities times values, find its heads by what one of them moves.
+
+        Where they are mixed before W_O, by one more projection (DeepSeek-V4's, of groups of heads), they are that one's
+        input.
+        """
+        proven: dict[tuple, tuple[int | None, int | None]] = {}
+        for inside, block in zip(attention, self.blocks, strict=True):
             if inside is None or inside.exact or inside.out is None or "attention_head_outputs" not in inside.places:
                 continue
             operations = _operations_of(inside.places.get("attention_probabilities"))
             heads = inside.heads or 0
             if not operations or heads < 2 or self.on_meta:
                 continue
+            assert block.self_attn is not None
+            feeding = edges.feeding(block.self_attn, inside.out, self.tolerance)
             kind = (
                 *(o.labels for o in operations),
                 *(_generic(o.path) for o in operations),
@@ -175,23 +181,29 @@ class Probe:
                         self.run()
                     with after:
                         record_operations(self.module, paths, self.run, edits=edits)
-                shape = (PROBE_ROWS, -1, before.given[inside.out].shape[-1])
-                proven[kind] = heads_of(
-                    before.given[inside.out].reshape(shape),
-                    after.given[inside.out].reshape(shape),
-                    heads,
-                    inside.value_dim,
-                )
-            count = proven[kind]
+                counts = [
+                    heads_of(before.given[path].flatten(2), after.given[path].flatten(2), heads, inside.value_dim)
+                    if path is not None and before.given[path].dim() > 2
+                    else None
+                    for path in (inside.out, feeding)
+                ]
+                proven[kind] = counts[0], counts[1]
+            direct, grouped = proven[kind]
             names = ("attention_head_outputs", "attention_head_contributions")
+            inside.out_heads = direct or grouped
+            if direct is None and grouped is not None and feeding is not None:
+                inside.before_out = (feeding, tuple(edges.given[feeding].shape[2:]))
             for name in names:
-                if count is None:
+                if inside.out_heads is None:
                     del inside.places[name]
                     inside.reasons[name] = (
                         f"the heads are mixed before the projection that ends attention ({inside.out})"
                     )
-                elif count != heads:
-                    inside.places[name] = split_heads(Site(inside.out, "input"), count)
+                elif direct is None:
+                    assert feeding is not None
+                    inside.places[name] = split_heads(Site(feeding, "input"), inside.out_heads, grouped=True)
+                elif direct != heads:
+                    inside.places[name] = split_heads(Site(inside.out, "input"), direct)
 
     def neurons(self, block: Layer, edges: _Edges) -> Place | str:
         if block.mlp is None:
@@ -357,6 +369,15 @@ class _Edges:
     def arguments(self, part: Part) -> list[torch.Tensor]:
         """All floating tensors a part was called with."""
         return self.all_given.get(part.path or part.entry, [])
+
+    def feeding(self, part: Part, path: str, tolerance: float) -> str | None:
+        """The linear module whose output, as it is, another one of the part is given."""
+        entering = self.given[path]
+        for other, _, made in reversed(self.linears(part)):
+            alike = other != path and made.numel() == entering.numel() and made.shape[:2] == entering.shape[:2]
+            if alike and same(made.flatten(2), entering.flatten(2), tolerance):
+                return other
+        return None
 
     def linears(self, part: Part) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """(path, input, output) of the linear modules of a part, in the order in which they ended."""

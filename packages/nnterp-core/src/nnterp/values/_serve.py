@@ -63,7 +63,7 @@ def head_contributions(model: StandardizedTransformer, layer: int) -> Place:
     assert inside is not None
     assert inside.out is not None
     assert inside.heads is not None
-    return ThroughOut(place, inside.out)
+    return ThroughOut(place, inside.out, inside.before_out)
 
 
 def neurons(model: StandardizedTransformer, layer: int) -> Place:

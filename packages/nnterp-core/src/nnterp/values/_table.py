@@ -195,7 +195,10 @@ VALUES: dict[str, Value] = {
             "Values.",
             _serve.attention("attention_values"),
             ("blocks.{}.attn.hook_v",),
-            "As many heads as the model has key-value heads. With a cache, the values of all tokens so far.",
+            "As many heads as the model has key-value heads. With a cache, the values of all tokens so far. Models "
+            "whose attention is no function of its own (BLOOM, MPT, BERT, ...) pass them where they meet the "
+            "probabilities, after these. DiffLlama's heads average vectors twice as wide, of half as many "
+            "heads: a new tensor there.",
         ),
         _inner(
             "attention_scores",
