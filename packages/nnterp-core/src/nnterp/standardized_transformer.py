@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import html
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.gradients import Gradients, gradients
 from nnterp.readout import Readout, declared_chain
 from nnterp.skipping import lenders
-from nnterp.traced_transformer import TracedTransformer
+from nnterp.traced_transformer import TracedTransformer, arriving
 from nnterp.values import (
     VALUES,
     AttentionProbabilitiesAccessor,
@@ -248,7 +247,7 @@ class StandardizedTransformer(TracedTransformer):
         for name in self._STAYS_HERE:
             state.pop(name, None)
         state["directory"] = directory_of(self)
-        return copyreg.__newobj__, (TracedTransformer,), state  # type: ignore[attr-defined]
+        return arriving, (), state
 
     _STAYS_HERE = (
         "anatomy",

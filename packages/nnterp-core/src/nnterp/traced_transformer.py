@@ -317,6 +317,11 @@ class TracedTransformer(TransformersModel):
         return dict(zip(names, probs.tolist(), strict=True))
 
 
+def arriving() -> TracedTransformer:
+    """An empty one, on the worker, to be filled with what was sent."""
+    return TracedTransformer.__new__(TracedTransformer)
+
+
 def _accessor(label: Label) -> property:
     def read(self: TracedTransformer) -> Any:
         return LayerAccessor(self, label) if label.per_layer else read_value(self, label)

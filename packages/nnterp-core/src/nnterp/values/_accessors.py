@@ -136,7 +136,7 @@ def _require_tensor(tensor: Any, label: str, shape: str) -> None:
         raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
 
 
-def _locate(model: TracedTransformer, value: Label | Value | Value, layer: int | None) -> tuple[str, Place]:
+def _locate(model: TracedTransformer, value: Label | Value, layer: int | None) -> tuple[str, Place]:
     label, index = value.name, None
     if value.per_layer:
         index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]

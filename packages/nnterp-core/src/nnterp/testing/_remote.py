@@ -1,0 +1,173 @@
+"""A strict stand-in for a remote service: requests are serialised and run where the client's libraries are not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType, TracebackType
+from typing import Any
+from unittest import mock
+
+import cloudpickle
+import torch
+from nnsight.intervention.backends.remote import RemoteError
+from nnsight.modeling.mixins.remotable import Remotable
+from nnsight.ndif import pull_env
+from nnsight.schema.request import RequestModel
+from nnsight.tracing.backend import Backend
+from nnsight.tracing.tracer import save
+from nnsight.tracing.util import push
+
+from ._worker import read, write
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one request sent.
+
+    Attributes:
+        size: Bytes sent, compressed as nnsight compresses them.
+        raw: Bytes before compression.
+        bytecode: Functions that travelled as bytecode because they have no source; another version of Python on the
+            other side cannot run these.
+    """
+
+    size: int
+    raw: int
+    bytecode: tuple[str, ...]
+
+
+class RemoteWorker:
+    """A child process that serves one checkpoint as a remote service would: nnsight, its model, and nothing of yours.
+
+    The block is serialised as for a real request; the child cannot import the packages in `blocked`, so whatever is
+    needed of them must have travelled; and what the block saved comes back, nothing else.
+
+    >>> with RemoteWorker(folder) as worker, worker.serving():
+    ...     with model.trace("The Eiffel Tower is in", remote=True):
+    ...         last = model.layers_output[-1][:, -1].save()
+    >>> worker.requests[-1].size
+
+    Args:
+        folder: The checkpoint, with its tokenizer.
+        blocked: Top-level packages that the worker does not have.
+
+    Attributes:
+        requests: A `Request` for each that was sent.
+
+    Raises:
+        RuntimeError: The worker could not load the checkpoint; carries what it printed.
+        nnsight.intervention.backends.remote.RemoteError: A request failed on the worker; carries its traceback. (Raised
+            by the request.)
+    """
+
+    def __init__(self, folder: str | Path, blocked: Sequence[str] = ("nnterp",)) -> None:
+        self.requests: list[Request] = []
+        self._said = tempfile.TemporaryFile()
+        script = Path(__file__).with_name("_worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(script), str(folder), ",".join(blocked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        self._ready = False
+
+    def __enter__(self) -> RemoteWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    @property
+    def backend(self) -> Backend:
+        """For `model.trace(..., backend=worker.backend)` on one model."""
+        return _Strict(self)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[RemoteWorker]:
+        """Answer every `remote=True` inside the block, in place of the real service."""
+
+        def backend(model: Remotable, remote: Any, blocking: bool, job_id: str | None, verbose: bool) -> Backend:
+            if remote == "local" or not blocking:
+                raise ValueError("RemoteWorker answers remote=True, blocking=True.")
+            return _Strict(self, model)
+
+        with mock.patch.object(Remotable, "_remote_backend", backend):
+            yield self
+
+    def answer(self, blob: bytes, env: dict[str, Any]) -> dict[str, Any]:
+        """What the worker makes of one serialised request.
+
+        Raises:
+            RemoteError: It failed there.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if not self._ready:
+            if read(self._process.stdout) != b"ready":
+                raise RuntimeError(f"The worker did not start:\n{self._printed()}")
+            self._ready = True
+        for message in (json.dumps(env).encode(), blob):
+            write(self._process.stdin, message)
+        result = read(self._process.stdout)
+        if result is None:
+            raise RuntimeError(f"The worker died:\n{self._printed()}")
+        told = torch.load(io.BytesIO(result), weights_only=False)
+        if "error" in told:
+            raise RemoteError(told["error"])
+        return told["saved"]
+
+    def _printed(self) -> str:
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace")[-4000:]
+
+
+class _Strict(Backend):
+    def __init__(self, worker: RemoteWorker, model: Any = None) -> None:
+        self.worker, self.model = worker, model
+
+    def __call__(self, tracer: Any) -> None:
+        import zstandard
+
+        pull_env()
+        with _bytecode_seen() as bytecode:
+            raw = RequestModel.serialize(tracer)
+        blob = zstandard.ZstdCompressor(level=6).compress(raw)
+        self.worker.requests.append(Request(len(blob), len(raw), tuple(bytecode)))
+        model = self.model if self.model is not None else tracer.envoy
+        saved = self.worker.answer(blob, model._remoteable_get_env())
+        for value in saved.values():
+            save(value)
+        push(tracer.info.frame, saved)
+
+
+@contextlib.contextmanager
+def _bytecode_seen() -> Iterator[list[str]]:
+    """Names of the functions that are serialised as bytecode inside the block."""
+    seen: list[str] = []
+    reduce = cloudpickle.CloudPickler._dynamic_function_reduce
+
+    def noted(self: Any, function: FunctionType) -> Any:
+        seen.append(f"{function.__module__}.{function.__qualname__}")
+        return reduce(self, function)
+
+    with mock.patch.object(cloudpickle.CloudPickler, "_dynamic_function_reduce", noted):
+        yield seen
