@@ -35,6 +35,10 @@ class InsideTraceError(RuntimeError):
     """A function that runs the model itself was called inside a trace of the same model."""
 
 
+class RemoteModelError(RuntimeError):
+    """Something was asked for that runs here, of a model whose weights are on a remote service."""
+
+
 class ShapeError(ValueError):
     """A tensor written into the model does not have the shape of what it replaces."""
 

@@ -17,11 +17,12 @@ from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.binding import bind_names
 from nnterp.certificate import Certificate, ResidualStructure, certify
 from nnterp.collection import Collected, collect
-from nnterp.errors import InsideTraceError, Unavailable
+from nnterp.errors import InsideTraceError, RemoteModelError, Unavailable
 from nnterp.gradients import Gradients, gradients
 from nnterp.readout import Readout, declared_chain
 from nnterp.skipping import lenders
-from nnterp.traced_transformer import TracedTransformer, arriving
+from nnterp.traced_transformer import TracedTransformer, arriving, travel_by_value
+from nnterp.twin import learn_from_twin, twin_of
 from nnterp.values import (
     VALUES,
     AttentionProbabilitiesAccessor,
@@ -127,6 +128,8 @@ class StandardizedTransformer(TracedTransformer):
         self.head_dim: int | None = sizes.head_dim
         self.intermediate_size: int | None = sizes.intermediate_size
         self.vocab_size: int | None = sizes.vocab_size
+        if remote:
+            travel_by_value()
         if check_renaming:
             self.validate().raise_if_failed()
 
@@ -137,12 +140,31 @@ class StandardizedTransformer(TracedTransformer):
 
         Raises:
             CertificateError: With the weights, a line of the certificate fails.
+            RemoteModelError: The model was loaded with `remote=True`.
         """
         if self.dispatched:
             return
+        if self.remote:
+            raise RemoteModelError(
+                f"{self.repo_id or self.model_class} was loaded with remote=True, so its weights are never loaded "
+                "here, and what was asked for runs here. Pass remote=True to it as well, or load the model without."
+            )
         TransformersModel.dispatch(self)
+        self.__dict__.pop("_places", None)
         if self.check_renaming:
             self.validate().raise_if_failed()
+
+    @property
+    def twin(self) -> StandardizedTransformer | str:
+        """A narrow model of the same code with random weights, which is proven while this one's are not here.
+
+        Built when it is first needed; where there is none, the reason. See `nnterp.twin`.
+        """
+        return twin_of(self)
+
+    def learn_from_twin(self) -> None:
+        """Take over what the twin proves about the code, while the weights are not here."""
+        learn_from_twin(self)
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -187,9 +209,25 @@ class StandardizedTransformer(TracedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("trace()")
-        if not kwargs.get("remote") and kwargs.get("backend") is None:
+        if kwargs.get("remote") or kwargs.get("backend") is not None:
+            travel_by_value()
+        else:
             self.dispatch()
         return TransformersModel.trace(self, *inputs, **kwargs)
+
+    def session(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's `session`: several traces in one block, and, with `remote=True`, in one request."""
+        travel_by_value()
+        return TransformersModel.session(self, *args, **kwargs)
+
+    def scan(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's `scan`: shapes without weights. Values inside layers are looked up before it begins."""
+        if not self.dispatched:
+            self.learn_from_twin()
+        return TransformersModel.scan(self, *args, **kwargs)
+
+    def prepare_run(self) -> None:
+        """Nothing to do: what a layer must serve was prepared when it was proven."""
 
     def adopt(self, anatomy: Anatomy) -> None:
         """Take another anatomy for this model's, as the certificate does when the order of modules corrects a name."""
@@ -243,6 +281,7 @@ class StandardizedTransformer(TracedTransformer):
 
         What found and proved it stays here.
         """
+        self.learn_from_twin()
         state = TransformersModel.__getstate__(self)
         for name in self._STAYS_HERE:
             state.pop(name, None)
@@ -259,10 +298,12 @@ class StandardizedTransformer(TracedTransformer):
         "_certificate",
         "_envoys_by_path",
         "_findings",
+        "_learned",
         "_mid",
         "_places",
         "_prefix_free_tokenizer",
         "_probabilities_check",
+        "_twin",
     )
 
     # -- the table of values ----------------------------------------------------------------------------------------

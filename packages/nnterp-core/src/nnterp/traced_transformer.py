@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.binding import envoy_at
-from nnterp.errors import PaddingError, ShapeError
+from nnterp.errors import PaddingError, ShapeError, Unavailable
 from nnterp.readout import Readout, project_on_vocab
 from nnterp.skipping import skip_layers
 from nnterp.steering import steer
 from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
 from nnterp.values._directory import Directory
 from nnterp.values._label import Label
+from nnterp.values._mid import bracket_one
+from nnterp.values._places import Inside
 from nnterp.values._table import VALUES
 
 if TYPE_CHECKING:
@@ -86,6 +90,7 @@ class TracedTransformer(TransformersModel):
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
         args, kwargs = TransformersModel._batch(self, invokes, fn)
+        self.prepare_run()
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all()):
             if not self.padding_is_exact:
@@ -98,6 +103,14 @@ class TracedTransformer(TransformersModel):
             if not self.positions_from_mask:
                 kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
+
+    def prepare_run(self) -> None:
+        """Have operations served that a layer which has begun could not serve any more."""
+        for layer in range(self.num_layers):
+            with contextlib.suppress(Unavailable):
+                place = self.place("layers_mid", layer)
+                if isinstance(place, Inside):
+                    bracket_one(self._module.get_submodule(place.path), place.labels[0])
 
     def _remoteable_class(self) -> type:
         # A remote worker serves the plain nnsight model; the names are this client's affair.
@@ -315,6 +328,11 @@ class TracedTransformer(TransformersModel):
         """Token ids `[k]` and their probabilities `[k]` as token → probability."""
         names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
         return dict(zip(names, probs.tolist(), strict=True))
+
+
+def travel_by_value() -> None:
+    """Have this library sent along as source with remote requests: a worker does not have it."""
+    nnsight.register("nnterp")
 
 
 def arriving() -> TracedTransformer:

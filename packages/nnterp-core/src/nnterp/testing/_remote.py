@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, TracebackType
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import cloudpickle
@@ -71,7 +71,7 @@ class RemoteWorker:
 
     def __init__(self, folder: str | Path, blocked: Sequence[str] = ("nnterp",)) -> None:
         self.requests: list[Request] = []
-        self._said = tempfile.TemporaryFile()
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         script = Path(__file__).with_name("_worker.py")
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(script), str(folder), ",".join(blocked)],

@@ -285,3 +285,78 @@ def tiny_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if "max_position_embeddings" in rope:
         rope["max_position_embeddings"] = POSITIONS
     return rope
+
+
+# Fields whose rule would change what the layers are, or how many heads there are.
+_KEPT_NARROW = frozenset(
+    [
+        *(name for name, value in RULES.items() if value in (HEADS, KV_HEADS) and "head" in name and "dim" not in name),
+        *("floor_scale", "is_decoder", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+        *("n_layers_per_attn_res_block", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+        *("dim_model_base", "query_pre_attn_scalar", "linear_num_key_heads", "linear_num_value_heads"),
+        *(name for name, value in RULES.items() if isinstance(value, float)),
+    ]
+)
+_WIDTH = "hidden_size"
+
+
+def narrow_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration of the same architecture, as deep and with as many heads, but narrow: small enough to run.
+
+    Kinds of layers, heads, caps, scales and multipliers are the configuration's own; widths, the vocabulary and the
+    number of experts are those of a tiny model.
+
+    Raises:
+        Exception: Whatever the configuration's own validation makes of it.
+    """
+    data = config.to_dict()
+    aliases = {native: name for name, native in config.attribute_map.items()}
+
+    def stated(*names: str) -> int:
+        return max(
+            (v for n in names if isinstance(v := getattr(config, n, None), int) and not isinstance(v, bool)), default=0
+        )
+
+    heads = stated("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+    old_width = stated(_WIDTH, "d_model", "n_embd", "embed_dim")
+    width = heads * (8 if heads >= 32 else 16) if heads else HIDDEN
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if isinstance(inner, PreTrainedConfig):
+            data[key] = narrow_config(inner).to_dict()
+    for name, value in data.items():
+        if name in config.sub_configs or aliases.get(name, name) in _KEPT_NARROW or name in _KEPT_NARROW:
+            continue
+        rule = name in RULES or name.endswith(("_token_id", "_token_index"))
+        if not rule or value is None or isinstance(value, (bool, float, str, dict)):
+            continue
+        new = _ruled(name)
+        if isinstance(value, list) and not isinstance(new, list):
+            new = [new] if name.endswith("_token_id") else value
+        data[name] = width if new == HIDDEN and value == old_width else new
+    if isinstance(data.get("head_dim"), int) and heads:
+        data["head_dim"] = width // heads
+    n_heads = next(
+        (n for n in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads") if isinstance(data.get(n), int)), None
+    )
+    expand = next((data[n] for n in ("mamba_expand", "expand") if isinstance(data.get(n), (int, float))), None)
+    d_head = next((n for n in ("mamba_d_head", "mamba_head_dim", "mamba_headdim") if n in data), None)
+    if n_heads and expand and d_head:
+        data[d_head] = int(expand * width) // data[n_heads]
+    if isinstance(data.get("rope_parameters"), dict):
+        data["rope_parameters"] = _narrow_rope(tiny_rope(data["rope_parameters"]), width // heads if heads else None)
+    data.pop("auto_map", None)
+    data["dtype"] = "float32"
+    return type(config).from_dict(data)
+
+
+def _narrow_rope(rope: dict[str, Any], head_dim: int | None) -> dict[str, Any]:
+    """Sections of the rotary half of a head must add up to it."""
+    rope = {k: _narrow_rope(v, head_dim) if isinstance(v, dict) else v for k, v in rope.items()}
+    sections = rope.get("mrope_section")
+    if sections and head_dim:
+        half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        small = [max(1, s * half // sum(sections)) for s in sections]
+        small[0] += half - sum(small)
+        rope["mrope_section"] = small
+    return rope

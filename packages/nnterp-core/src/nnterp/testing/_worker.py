@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import traceback
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 
 class Blocker:
@@ -27,13 +27,13 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r} (the worker does not have it)", name=name)
 
 
-def read(stream: BinaryIO) -> bytes | None:
+def read(stream: IO[bytes]) -> bytes | None:
     """The next message; None when the client is gone."""
     header = stream.read(8)
     return stream.read(struct.unpack(">Q", header)[0]) if len(header) == 8 else None
 
 
-def write(stream: BinaryIO, message: bytes) -> None:
+def write(stream: IO[bytes], message: bytes) -> None:
     """Send a message."""
     stream.write(struct.pack(">Q", len(message)) + message)
     stream.flush()

@@ -21,12 +21,22 @@ _EAGER_ONLY = ("attention_scores", "attention_probabilities")
 
 
 def findings(model: StandardizedTransformer) -> Findings:
-    """What the probe found in a model; it is run when it is first needed, and again once the weights are there."""
+    """What the probe found in a model, or, without its weights, in its narrow twin; run when it is first needed.
+
+    Raises:
+        Unavailable: The weights are not loaded, and there is no twin.
+    """
     from nnterp.values._probe import find_inside
 
     kept = model.__dict__.get("_findings")
     if kept is None or kept[0] != model.dispatched:
-        kept = (model.dispatched, find_inside(model))
+        if model.dispatched:
+            found = find_inside(model)
+        elif isinstance(twin := model.twin, str):
+            raise Unavailable(f"The inside of {model.model_class}'s layers is told by its numbers, and {twin}.")
+        else:
+            found = findings(twin)
+        kept = (model.dispatched, found)
         object.__setattr__(model, "_findings", kept)
     return kept[1]
 
@@ -188,8 +198,9 @@ def residual(model: StandardizedTransformer, layer: int) -> ResidualStructure:
     Raises:
         Unavailable: It is not proven: without weights, or with the check turned off.
     """
+    model.learn_from_twin()
     if not model.residual_structures:
-        why = "the weights are not loaded: call model.dispatch()" if not model.dispatched else "call model.validate()"
+        why = model.twin if not model.dispatched else "call model.validate()"
         raise Unavailable(f"What a layer adds to the residual stream is proven with its weights; {why}.")
     return model.residual_structures[layer]
 
