@@ -162,6 +162,13 @@ class StandardizedTransformer(TracedTransformer):
         """
         return twin_of(self)
 
+    def prepare(self, remote: Any = False) -> None:
+        """Be ready for a run: load the weights, or, for a run elsewhere, learn what can be learnt without them."""
+        if remote:
+            self.learn_from_twin()
+        else:
+            self.dispatch()
+
     def learn_from_twin(self) -> None:
         """Take over what the twin proves about the code, while the weights are not here."""
         learn_from_twin(self)

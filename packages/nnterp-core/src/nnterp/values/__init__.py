@@ -3,19 +3,22 @@
 from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, read_value, write_value
 from nnterp.values._aliases import canonical
 from nnterp.values._explain import Support, explain, support
+from nnterp.values._label import Label
 from nnterp.values._mid import prepare
 from nnterp.values._probabilities import AttentionProbabilitiesAccessor
-from nnterp.values._table import VALUES, Value, get_value
+from nnterp.values._table import VALUES, Value, get_label, get_value
 
 __all__ = [
     "VALUES",
     "AttentionProbabilitiesAccessor",
+    "Label",
     "LayerAccessor",
     "ModuleListAccessor",
     "Support",
     "Value",
     "canonical",
     "explain",
+    "get_label",
     "get_value",
     "prepare",
     "read_value",

@@ -346,6 +346,21 @@ VALUES: dict[str, Value] = {
 }
 
 
+LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}
+
+
+def get_label(name: str) -> Label:
+    """What accessors know of the value called `name`: light enough to be sent along with a remote request.
+
+    Raises:
+        ValueError: No such value; lists the names there are.
+    """
+    try:
+        return LABELS[name]
+    except KeyError:
+        raise ValueError(f"There is no value called {name!r}; there are: {', '.join(LABELS)}.") from None
+
+
 def get_value(name: str) -> Value:
     """The row called `name`.
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from nnterp.errors import ShapeError
-from nnterp.values import Value, get_value
+from nnterp.record import Record
+from nnterp.values import Label, Value, get_label, get_value
 
 POSITION_AXES = ("seq", "query", "keys")
 UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
 
 
-@dataclass(frozen=True)
-class Edit:
+class Edit(Record):
     """One value of one layer, replaced at some positions, for some heads.
 
     Attributes:
@@ -28,11 +28,15 @@ class Edit:
         heads: Entries of the value's head (or neuron) axis; all if None.
     """
 
-    value: str
-    layer: int | None
-    positions: tuple[int, ...]
-    new: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-    heads: tuple[int, ...] | None = None
+    def __init__(
+        self,
+        value: str,
+        layer: int | None,
+        positions: tuple[int, ...],
+        new: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
+        heads: tuple[int, ...] | None = None,
+    ) -> None:
+        self.value, self.layer, self.positions, self.new, self.heads = value, layer, positions, new, heads
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,12 @@ def first_layer(edit: Edit, num_layers: int) -> int:
     return edit.layer + 1 if edit.value == "layers_output" else edit.layer
 
 
-def axes_of(value: Value) -> tuple[str, ...]:
+def axes_of(value: Label | Value) -> tuple[str, ...]:
     """Names of a value's axes, the batch first."""
     return tuple(axis.strip() for axis in value.shape.strip("[]").split(","))
 
 
-def axis_index(value: Value, names: Sequence[str]) -> int | None:
+def axis_index(value: Label | Value, names: Sequence[str]) -> int | None:
     """Which axis of one row of a value (the batch left out) bears one of these names."""
     return next((i for i, axis in enumerate(axes_of(value)[1:]) if axis in names), None)
 
@@ -76,7 +80,7 @@ def positions_axis(name: str) -> int:
     Raises:
         ValueError: None does.
     """
-    value = get_value(name)
+    value = get_label(name)
     axis = axis_index(value, POSITION_AXES)
     if axis is None:
         raise ValueError(
@@ -91,7 +95,7 @@ def units_axis(name: str) -> int:
     Raises:
         ValueError: None does; names values that have one.
     """
-    value = get_value(name)
+    value = get_label(name)
     axis = axis_index(value, UNIT_AXES)
     if axis is None:
         raise ValueError(
@@ -101,7 +105,7 @@ def units_axis(name: str) -> int:
     return axis
 
 
-def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Value) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Label | Value) -> torch.Tensor:
     """A view of a value with one entry per row of a batch of `rows` prompts of `seq` tokens.
 
     OPT's feed-forward has batch and positions in one axis.
@@ -125,7 +129,7 @@ def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Value) -> torch.Te
 
 def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
     """Where an edit falls in one row whose positions begin at `offset`."""
-    value = get_value(edit.value)
+    value = get_label(edit.value)
     where: list[Any] = [slice(None)] * (len(axes_of(value)) - 1)
     at = positions_axis(edit.value)
     positions = torch.tensor([p - offset for p in edit.positions], device=device)
@@ -139,7 +143,7 @@ def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
     return tuple(where)
 
 
-def _begin(value: Value, row: torch.Tensor, seq: int, offset: int) -> int:
+def _begin(value: Label | Value, row: torch.Tensor, seq: int, offset: int) -> int:
     """Which position of the prompt one row of a value begins with, in a forward pass of the `seq` from `offset` on.
 
     Keys and values of attention may hold those of the positions before as well, or not.
@@ -166,7 +170,7 @@ def apply_edits(
     copy = tensor.clone()
     value = None
     for row, edit in edits:
-        value = value or get_value(edit.value)
+        value = value or get_label(edit.value)
         view = rows_of(copy, *size, value)[row]
         index = index_of(edit, _begin(value, view, size[1], offset), copy.device)
         new = edit.new(view[index]) if callable(edit.new) else edit.new

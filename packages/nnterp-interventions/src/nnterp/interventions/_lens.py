@@ -15,7 +15,7 @@ from nnterp.interventions._results import Result, describe_run, prompt_labels, t
 from nnterp.interventions._running import BatchSize, forward_flags, in_batches
 from nnterp.interventions._tokens import groups_per_prompt
 from nnterp.positions import Positions, resolve
-from nnterp.values import get_value, read_value
+from nnterp.record import Record
 from nnterp.values._accessors import layer_index
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class LensResult(Result):
     figure: ClassVar[str] = "lens"
 
 
-@dataclass(frozen=True)
-class Reduction:
+class Reduction(Record):
     """What is made of the logits before they are let go.
 
     Attributes:
@@ -48,12 +47,17 @@ class Reduction:
         entropy: Of the next-token distribution, in nats.
     """
 
-    probs: bool = False
-    inverse: bool = False
-    top_k: int | None = None
-    targets: torch.Tensor | None = None
-    ranks: bool = False
-    entropy: bool = False
+    def __init__(
+        self,
+        probs: bool = False,
+        inverse: bool = False,
+        top_k: int | None = None,
+        targets: torch.Tensor | None = None,
+        ranks: bool = False,
+        entropy: bool = False,
+    ) -> None:
+        self.probs, self.inverse, self.top_k = probs, inverse, top_k
+        self.targets, self.ranks, self.entropy = targets, ranks, entropy
 
     def __call__(self, logits: torch.Tensor, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of float32 logits `[n, vocab]`, whose rows belong to `prompts` `[n]`."""
@@ -206,11 +210,10 @@ def _run(
     progress: bool | None,
 ) -> dict[str, torch.Tensor]:
     """Every reduced tensor as `[prompts, layers, positions, ...]`, gaps filled with NaN or -1."""
-    if not remote:
-        model.dispatch()
+    model.prepare(remote)
     flags = forward_flags(model)
     width = max(len(w) for w in where)
-    value, order = get_value("layers_output"), sorted(set(layers))
+    order = sorted(set(layers))
     back = None if order == layers else torch.tensor([order.index(layer) for layer in layers])
     whole: dict[str, torch.Tensor] = {}
 
@@ -222,11 +225,12 @@ def _run(
         owner = torch.tensor(batch.indices)[row_index]
         if not len(row_index):
             return
+        size = batch.input_ids.shape
         with model.trace(batch.encoding, remote=remote, **flags) as tracer:
             states = []
             for layer in order:
-                stream = read_value(model, value, layer)
-                require_stream(stream, batch.input_ids.shape)
+                stream = model.layers_output[layer]
+                require_stream(stream, size)
                 states.append(stream[row_index.to(stream.device), seq_index.to(stream.device)])
             hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, hidden]
             found = nnsight.save(_read_out(model, hidden, owner, reduction))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from nnterp.interventions._edits import Edit, apply_edits
-from nnterp.values import get_value, read_value, write_value
+from nnterp.record import Record
+from nnterp.values import get_label, get_value, read_value, write_value
 from nnterp.values._order import reads, when
 from nnterp.values._places import Site, Sum
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 Key = tuple[str, int | None]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Record):
     """Something to do in a forward pass.
 
     Attributes:
@@ -29,8 +28,8 @@ class Step:
             the value itself is there to be read and edited.
     """
 
-    key: Key
-    term: int | None = None
+    def __init__(self, key: Key, term: int | None = None) -> None:
+        self.key, self.term = key, term
 
 
 def forward_steps(model: StandardizedTransformer, keys: Iterable[Key]) -> list[Step]:
@@ -71,26 +70,25 @@ class Passing:
         """Keep one of the tensors that a value is made of."""
         name, layer = step.key
         assert step.term is not None
-        terms, _ = reads(self.model, get_value(name).place(self.model, layer))
+        terms, _ = reads(self.model, self.model.place(name, layer))
         self.held.setdefault(step.key, []).append(terms[step.term].read(self.model, f"{name}[{layer}]"))
 
     def read(self, key: Key) -> torch.Tensor:
         """A value, once its last tensor is there."""
         name, layer = key
         if key not in self.held:
-            return read_value(self.model, get_value(name), layer)
-        terms, combine = reads(self.model, get_value(name).place(self.model, layer))
+            return read_value(self.model, get_label(name), layer)
+        terms, combine = reads(self.model, self.model.place(name, layer))
         return combine([*self.held[key], terms[-1].read(self.model, f"{name}[{layer}]")])
 
     def write(self, key: Key, edits: list[tuple[int, Edit]], size: tuple[int, int], offset: int) -> torch.Tensor:
         """Put edits of one value into the pass; returns what the value is now."""
         name, layer = key
-        value = get_value(name)
-        place = value.place(self.model, layer)
+        place = self.model.place(name, layer)
         current = self.read(key)
         new = apply_edits(current, edits, size, offset)
         if not isinstance(place, Sum):
-            write_value(self.model, value, new, layer)
+            write_value(self.model, get_label(name), new, layer)
             return new
         # The terms are passed one after the other: the last of them takes what changes.
         path, factor = place.terms[-1]

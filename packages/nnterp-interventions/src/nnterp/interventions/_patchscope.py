@@ -19,7 +19,7 @@ from nnterp.interventions._running import BatchSize, bar, forward_flags, in_batc
 from nnterp.interventions._sweep import sweep
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnterp.positions import resolve
-from nnterp.values import get_value, read_value
+from nnterp.values import get_label, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -183,10 +183,10 @@ def patchscope_generate(
         for row, (k, source) in enumerate(some):
             edit = Edit("layers_output", chosen[k], at, latents[k, source])
             edits.setdefault(chosen[k], []).append((row, edit))
-        encoding = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        encoding, size = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (len(some), len(target))
         with model.generate(encoding, max_new_tokens=max_length, remote=remote, **generation) as tracer:
             for layer in sorted(edits):
-                Passing(model).write(("layers_output", layer), edits[layer], (len(some), len(target)), 0)
+                Passing(model).write(("layers_output", layer), edits[layer], size, 0)
             written = tracer.result.save()
         made.update({cell: row.cpu() for cell, row in zip(some, written, strict=True)})
 
@@ -278,9 +278,8 @@ def last_states(
     progress: bool | None,
 ) -> torch.Tensor:
     """A value of layers at each prompt's own last token, `[layers, prompts, hidden]`, where the model computes it."""
-    if not remote:
-        model.dispatch()
-    value, flags, order = get_value(name), forward_flags(model), sorted(set(layers))
+    model.prepare(remote)
+    label, flags, order = get_label(name), forward_flags(model), sorted(set(layers))
     kept: list[torch.Tensor | None] = [None] * len(rows)
 
     def step(batch: Batch) -> None:
@@ -288,7 +287,7 @@ def last_states(
         with model.trace(batch.encoding, remote=remote, **flags) as tracer:
             states = []
             for layer in order:
-                tensor = read_value(model, value, layer)
+                tensor = read_value(model, label, layer)
                 states.append(tensor[count.to(tensor.device), last.to(tensor.device)])
             stacked = torch.stack([state.to(states[-1].device) for state in states], dim=1).save()
             tracer.stop()

@@ -31,7 +31,7 @@ from nnterp.interventions._running import (
 )
 from nnterp.interventions._shortcuts import Shortcuts, continued, new_cache, prove, stored
 from nnterp.interventions._tiles import Tile, plan
-from nnterp.values import get_value, read_value
+from nnterp.values import get_label, get_value, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -88,8 +88,7 @@ def sweep(
         `[cells, ...]` for each name, on the CPU.
     """
     check_batch_size(batch_size)
-    if not remote:
-        model.dispatch()
+    model.prepare(remote)
     if shortcuts is None:
         shortcuts = Shortcuts() if remote else prove(model)
     at = [len(row) - 1 for row in rows] if read_at is None else list(read_at)
@@ -193,6 +192,9 @@ class _Run:
 
     def tile(self, base: Base, tile: Tile, which: torch.Tensor) -> None:
         """Run one batch and keep what is made of it."""
+        if self.remote:
+            self.tile_elsewhere(base, tile, which)
+            return
         model, offset, start = self.model, tile.position, tile.layer
         size = (len(tile.cells), base.ids.shape[1] - offset)
         groups = self.edits_of(tile)
@@ -212,9 +214,8 @@ class _Run:
             reduce, layers, cells = self.reduce, self.layers, list(tile.cells)
             by_hidden = self.reads_hidden(groups)
             steps = forward_steps(model, groups)
-            project = by_hidden and self.remote  # otherwise many tiles are read out at once, outside of the trace
             made: dict[str, torch.Tensor] = {}
-            with model.trace({"input_ids": ids}, remote=self.remote, **flags) as tracer:
+            with model.trace({"input_ids": ids}, **flags) as tracer:
                 if entering is not None:
                     model.skip_layers(0, start - 1, skip_with=entering)
                 hidden = entering
@@ -230,15 +231,30 @@ class _Run:
                     if start < layers and ("layers_output", layers - 1) not in groups:
                         hidden = read_value(model, get_value("layers_output"), layers - 1)
                     last = _at(hidden, at, size[1], "layers_output").save()
-                    if project:
-                        made = nnsight.save(_on_cpu(reduce(model.project_on_vocab(last).float(), cells)))
                     tracer.stop()
                 else:
                     made = nnsight.save(_on_cpu(reduce(_at(model.logits, at, size[1], "logits").float(), cells)))
-            if by_hidden and not project:
-                self.wait(cells, last)
+            if by_hidden:
+                self.wait(cells, last)  # many tiles are read out at once
             else:
                 self.keep(cells, made)
+
+    def tile_elsewhere(self, base: Base, tile: Tile, which: torch.Tensor) -> None:
+        """Run one batch of whole prompts on a remote service, where what is made of the logits is made as well."""
+        model, reduce, cells = self.model, self.reduce, list(tile.cells)
+        ids, groups = base.ids[which], self.edits_of(tile)
+        rows, seq = ids.shape
+        at = torch.tensor([self.read_at[self.cells[i].prompt] for i in cells])
+        steps = forward_steps(model, groups)
+        with model.trace({"input_ids": ids}, remote=self.remote, **forward_flags(model)):
+            passing = Passing(model)
+            for step in steps:
+                if step.term is not None:
+                    passing.hold(step)
+                else:
+                    passing.write(step.key, groups[step.key], (rows, seq), 0)
+            made = nnsight.save(_on_cpu(reduce(_at(model.logits, at, seq, "logits").float(), cells)))
+        self.keep(cells, made)
 
     def wait(self, cells: list[int], hidden: torch.Tensor) -> None:
         """Hidden states `[cells, hidden]` are read out together with those of other tiles: the head is large."""
@@ -289,7 +305,7 @@ class _Run:
 def _at(tensor: torch.Tensor, at: torch.Tensor, seq: int, name: str) -> torch.Tensor:
     """One position of each row: `[rows, ...]`."""
     if name != "logits":
-        tensor = rows_of(tensor, len(at), seq, get_value(name))
+        tensor = rows_of(tensor, len(at), seq, get_label(name))
         tensor = tensor.movedim(1 + positions_axis(name), 1)
     return tensor[torch.arange(len(at), device=tensor.device), at.to(tensor.device)]
 
