@@ -14,6 +14,7 @@ import torch
 
 from nnterp.module_accessor import ModuleAccessor
 from nnterp.standardized_transformer import StandardizedTransformer
+from nnterp.traced_transformer import TracedTransformer
 
 __all__ = [
     "GetModuleOutput",
@@ -65,14 +66,14 @@ def get_layer(nn_model: Any, layer: int) -> Any:
 
 def get_layer_input(nn_model: Any, layer: int) -> torch.Tensor:
     """The residual stream entering a layer, `[batch, seq, hidden]`; inside a trace."""
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         return nn_model.layers_input[layer]
     return get_layer(nn_model, layer).input
 
 
 def get_layer_output(nn_model: Any, layer: int) -> torch.Tensor:
     """The residual stream leaving a layer, `[batch, seq, hidden]`; inside a trace."""
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         return nn_model.layers_output[layer]
     return _first(get_layer(nn_model, layer).output)
 
@@ -80,27 +81,25 @@ def get_layer_output(nn_model: Any, layer: int) -> torch.Tensor:
 def get_attention(nn_model: Any, layer: int) -> Any:
     """The attention module of a layer."""
     return (
-        nn_model.attentions[layer]
-        if isinstance(nn_model, StandardizedTransformer)
-        else get_layer(nn_model, layer).self_attn
+        nn_model.attentions[layer] if isinstance(nn_model, TracedTransformer) else get_layer(nn_model, layer).self_attn
     )
 
 
 def get_attention_output(nn_model: Any, layer: int) -> torch.Tensor:
     """What the attention of a layer returns, `[batch, seq, hidden]`; inside a trace."""
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         return nn_model.attentions_output[layer]
     return _first(get_attention(nn_model, layer).output)
 
 
 def get_mlp(nn_model: Any, layer: int) -> Any:
     """The feed-forward module of a layer."""
-    return nn_model.mlps[layer] if isinstance(nn_model, StandardizedTransformer) else get_layer(nn_model, layer).mlp
+    return nn_model.mlps[layer] if isinstance(nn_model, TracedTransformer) else get_layer(nn_model, layer).mlp
 
 
 def get_mlp_output(nn_model: Any, layer: int) -> torch.Tensor:
     """What the feed-forward of a layer returns, `[batch, seq, hidden]`; inside a trace."""
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         return nn_model.mlps_output[layer]
     return _first(get_mlp(nn_model, layer).output)
 
@@ -125,21 +124,21 @@ def project_on_vocab(nn_model: Any, h: torch.Tensor) -> torch.Tensor:
 
     For a `StandardizedTransformer` exactly what the model does after its last layer, final softcap and scales included.
     """
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         return nn_model.project_on_vocab(h)
     return get_unembed(nn_model)(get_unembed_norm(nn_model)(h))
 
 
 def get_next_token_probs(nn_model: Any) -> torch.Tensor:
     """Probabilities after the last position of each row, `[batch, vocab]`; inside a trace."""
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         return nn_model.next_token_probs
     return get_logits(nn_model)[:, -1].softmax(-1)
 
 
 def set_layer_output(nn_model: Any, layer: int, tensor: torch.Tensor) -> None:
     """Replace the residual stream leaving a layer; inside a trace."""
-    if isinstance(nn_model, StandardizedTransformer):
+    if isinstance(nn_model, TracedTransformer):
         nn_model.layers_output[layer] = tensor
         return
     module = get_layer(nn_model, layer)

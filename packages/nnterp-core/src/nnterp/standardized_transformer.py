@@ -357,6 +357,7 @@ class StandardizedTransformer(TracedTransformer):
         reduce: Any = None,
         progress: bool = True,
         max_new_tokens: int | None = None,
+        remote: Any = False,
         **generation: Any,
     ) -> Collected:
         """Read values of many prompts: plain tensors, in one pass that stops after the last layer needed.
@@ -381,6 +382,7 @@ class StandardizedTransformer(TracedTransformer):
             progress: Show a progress bar when there is more than one batch.
             max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
                 `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
+            remote: Run on the remote service, a request for each batch; what is reduced is reduced there.
             **generation: Settings of the generation, as in `generate`.
 
         Returns:
@@ -406,6 +408,7 @@ class StandardizedTransformer(TracedTransformer):
             reduce,
             progress,
             max_new_tokens,
+            remote,
             **generation,
         )
 

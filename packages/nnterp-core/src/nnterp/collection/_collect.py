@@ -34,15 +34,21 @@ def collect(
     reduce: Reduce = None,
     progress: bool = True,
     max_new_tokens: int | None = None,
+    remote: Any = False,
     **generation: Any,
 ) -> Collected:
     """See `StandardizedTransformer.collect`."""
     model.require_no_trace("collect()")
-    model.dispatch()
+    model.prepare(remote)
     if isinstance(reduce, str) and reduce not in ("mean", "sum"):
         raise ValueError(f"reduce is 'mean', 'sum', a function or None, not {reduce!r}.")
     rows = encode(model, prompts)
     if max_new_tokens is not None:
+        if remote:
+            raise ValueError(
+                "collect() over a generation does not run remotely. Generate first, and collect the values of the "
+                "whole text: prompts and what was generated, as token ids."
+            )
         return _over_generation(
             model, rows, values, layers, positions, batch_size, device, dtype, progress, max_new_tokens, generation
         )
@@ -59,7 +65,7 @@ def collect(
     ):
         for batch in batches(model, rows, batch_size):
             try:
-                result.put(batch, _one_batch(model, plan, result, batch))
+                result.put(batch, _one_batch(model, plan, result, batch, remote))
             except BaseException as error:
                 if result.done:
                     error.collected = result.collected(model)  # type: ignore[attr-defined]
@@ -117,24 +123,42 @@ def positions_of(
     return chosen, single
 
 
-def _one_batch(model: StandardizedTransformer, plan: Plan, result: _Result, batch: Batch) -> dict[int, torch.Tensor]:
+def _one_batch(
+    model: StandardizedTransformer, plan: Plan, result: _Result, batch: Batch, remote: Any
+) -> dict[int, torch.Tensor]:
     """One forward pass as far as it is needed: what each target is made into."""
-    picked = result.pick(batch)
+    picked, reduce, dtype = result.pick(batch), result.reduce, result.dtype
+    device = torch.device("cpu") if remote else result.device
+    targets = [(t.combine, t.parts, t.label, t.value.shape) for t in plan.targets]
+    steps = list(zip(plan.reads, plan.after, plan.last_use, strict=True))
     inputs = {**batch.encoding, **no_cache(model)}
-    with torch.no_grad(), model.trace(inputs) as tracer:
+    with torch.no_grad(), model.trace(inputs, remote=remote) as tracer:
         seen: dict[int, torch.Tensor] = {}
         taken: dict[int, torch.Tensor] = {}
         taken.save()  # type: ignore[attr-defined]  # every object has it in a trace
-        for i, place in enumerate(plan.reads):
+        for i, (place, complete, dropped) in enumerate(steps):
             seen[i] = place.read(model, str(place))
-            for t in plan.after[i]:
-                target = plan.targets[t]
-                tensor = target.combine([seen[p] for p in target.parts])
-                taken[t] = result.reduced(select(tensor, picked, target.label, target.value.shape))
-            for p in plan.last_use[i]:
+            for t in complete:
+                combine, parts, label, shape = targets[t]
+                tensor = select(combine([seen[p] for p in parts]), picked, label, shape)
+                taken[t] = _reduced(tensor, reduce, device, dtype)
+            for p in dropped:
                 del seen[p]
         tracer.stop()
     return taken
+
+
+def _reduced(tensor: torch.Tensor, reduce: Reduce, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    """What leaves the trace: on the result's device and in its dtype, reduced first."""
+    if callable(reduce):
+        rows = tensor.shape[0]
+        tensor = reduce(tensor)
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1 or tensor.shape[0] != rows:
+            got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"reduce must keep the first axis, which is the {rows} prompts of the batch; it returned {got}."
+            )
+    return tensor.detach().to(device=device, dtype=dtype)
 
 
 class _Result:
@@ -169,23 +193,11 @@ class _Result:
         lengths = torch.tensor([len(row) for row in batch.rows])
         return Selection(index, mask, whole, self.single, (rows, seq), starts, lengths)
 
-    def reduced(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What leaves the trace: on the result's device and in its dtype, reduced first."""
-        if callable(self.reduce):
-            rows = tensor.shape[0]
-            tensor = self.reduce(tensor)
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1 or tensor.shape[0] != rows:
-                got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                raise ValueError(
-                    f"reduce must keep the first axis, which is the {rows} prompts of the batch; it returned {got}."
-                )
-        return tensor.to(device=self.device, dtype=self.dtype)
-
     def put(self, batch: Batch, taken: dict[int, torch.Tensor]) -> None:
         """Write a batch to where its prompts belong."""
         indices = torch.tensor(batch.indices, device=self.device)
-        for t, tensor in taken.items():
-            target = self.plan.targets[t]
+        for t, read in taken.items():
+            target, tensor = self.plan.targets[t], read.to(self.device)
             if self.over_prompts:
                 self.add(t, target, tensor, batch)
                 continue

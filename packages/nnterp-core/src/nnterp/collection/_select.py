@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from nnterp.record import Record
 
-@dataclass(frozen=True)
-class Selection:
+
+class Selection(Record):
     """Positions of the rows of one batch.
 
     Attributes:
@@ -20,13 +19,18 @@ class Selection:
         starts, lengths: Where each row's first token stands, and how many it has.
     """
 
-    index: torch.Tensor
-    mask: torch.Tensor
-    whole: bool
-    single: bool
-    shape: tuple[int, ...]
-    starts: torch.Tensor
-    lengths: torch.Tensor
+    def __init__(
+        self,
+        index: torch.Tensor,
+        mask: torch.Tensor,
+        whole: bool,
+        single: bool,
+        shape: tuple[int, ...],
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> None:
+        self.index, self.mask, self.whole, self.single = index, mask, whole, single
+        self.shape, self.starts, self.lengths = shape, starts, lengths
 
 
 def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> torch.Tensor:

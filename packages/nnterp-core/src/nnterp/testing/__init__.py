@@ -15,6 +15,7 @@ from ._facts import (
     POSITION_IDS_NEEDED,
     POSITION_IDS_OFFSET,
 )
+from ._remote import RemoteWorker, Request
 from ._tokenizer import tiny_tokenizer
 from ._zoo import model_types, multimodal_model_types, tiny_checkpoint, tiny_model, unavailable_model_types
 
@@ -26,6 +27,8 @@ __all__ = [
     "NO_CACHE",
     "POSITION_IDS_NEEDED",
     "POSITION_IDS_OFFSET",
+    "RemoteWorker",
+    "Request",
     "model_types",
     "multimodal_model_types",
     "tiny_checkpoint",

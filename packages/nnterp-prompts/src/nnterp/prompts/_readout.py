@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -14,6 +13,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.inputs import Batch, Row, batches, encode, pad
 from nnterp.prompts._plan import Question
+from nnterp.record import Record
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -23,8 +23,7 @@ PLACES = 256  # positions whose logits exist at the same time
 _RANKED = 64  # questions compared with the whole vocabulary at the same time
 
 
-@dataclass
-class Inquiry:
+class Inquiry(Record):
     """Questions about at most `PLACES` positions of one batch, as tensors.
 
     Attributes:
@@ -34,11 +33,10 @@ class Inquiry:
         extra: True where `tokens` is filled up.
     """
 
-    rows: torch.Tensor
-    columns: torch.Tensor
-    place: torch.Tensor
-    tokens: torch.Tensor
-    extra: torch.Tensor
+    def __init__(
+        self, rows: torch.Tensor, columns: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor, extra: torch.Tensor
+    ) -> None:
+        self.rows, self.columns, self.place, self.tokens, self.extra = rows, columns, place, tokens, extra
 
 
 def inquiries(batch: Batch, questions: Sequence[Sequence[Question]]) -> list[Inquiry]:
@@ -174,11 +172,11 @@ def answer_all(
 
 def projects(model: StandardizedTransformer, remote: Any) -> bool:
     """Whether `project_on_vocab(last layer)` is proven to be the model's logits, for `[batch, seq, hidden]` streams."""
-    if not remote:
-        model.dispatch()
-    if model in _LAST_LAYER_IDLE:
+    model.prepare(remote)
+    proven = model if model.dispatched else model.twin
+    if model in _LAST_LAYER_IDLE or isinstance(proven, str):
         return False
-    certificate = model.certificate
+    certificate = proven.certificate
     if certificate is None or not certificate.complete or model.readout.way is None:
         return False
     return all("project_on_vocab" not in line.name or line.status == "passed" for line in certificate.lines)

@@ -167,8 +167,7 @@ def _check_call(
 
 def _can_teach(model: StandardizedTransformer, plan: Plan, remote: Any) -> bool:
     """Whether all tokens of an answer can be read in one row, or each needs a row that ends before it."""
-    if not remote:
-        model.dispatch()
+    model.prepare(remote)
     if not model.padding_is_exact:
         return False
     longest = max((row for sheet in plan.sheets for row in sheet.rows), key=len)
