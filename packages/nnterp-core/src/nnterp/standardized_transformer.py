@@ -214,18 +214,29 @@ class StandardizedTransformer(TracedTransformer):
 
         Raises:
             InsideTraceError: Called inside a trace of this model.
+            RemoteModelError: The model was loaded with `remote=True`, and the trace is not remote.
+            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does.
         """
         self.require_no_trace("trace()")
         if kwargs.get("remote") or kwargs.get("backend") is not None:
-            travel_by_value()
+            self._prepare_request()
         else:
             self.dispatch()
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's `session`: several traces in one block, and, with `remote=True`, in one request."""
-        travel_by_value()
+        if kwargs.get("remote") or kwargs.get("backend") is not None:
+            self._prepare_request()
         return TransformersModel.session(self, *args, **kwargs)
+
+    def _prepare_request(self) -> None:
+        if getattr(self.tokenizer, "padding_side", "left") != "left":
+            raise ValueError(
+                f"The tokenizer pads on the {self.tokenizer.padding_side}, and a remote worker pads on the left, with a "
+                "tokenizer of its own. Set model.tokenizer.padding_side = 'left'."
+            )
+        travel_by_value()
 
     def scan(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's `scan`: shapes without weights. Values inside layers are looked up before it begins."""

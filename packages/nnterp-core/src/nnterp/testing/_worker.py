@@ -42,8 +42,11 @@ def write(stream: IO[bytes], message: bytes) -> None:
 def answer(model: Any, blob: bytes, env: dict[str, Any]) -> dict[str, Any]:
     """Run one request: what its block saved, or the error it ended with."""
     from nnsight.schema.request import RequestModel
+    from nnsight.tracing.globals import BLOCKS, SOURCES
     from nnsight.tracing.tracer import _saves, dec, inc
 
+    for remembered in (BLOCKS, SOURCES):  # nnsight reads a file once, and each request brings its own lines of it
+        remembered.clear()
     try:
         tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), compress=True)
         model._remoteable_set_env(env)

@@ -1,0 +1,98 @@
+"""Every function that takes `remote=`, on a worker without this library, equal to the same call here."""
+
+import pytest
+import torch
+
+from nnterp import nnsight_utils
+from nnterp.interventions import (
+    logit_lens,
+    patchscope_generate,
+    patchscope_lens,
+    repeat_prompt,
+)
+from nnterp.prompts import Prompt, next_token_probs, run_prompts
+
+PROMPTS = ["The capital of France is", "A cat", "Hello there my friend, how are"]
+
+
+def tensors(result):
+    """Every tensor of a result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if hasattr(result, "tensors"):
+        return tensors(result.tensors)
+    if hasattr(result, "items"):
+        return [t for _, value in result.items() for t in tensors(value)]
+    if isinstance(result, (list, tuple)):
+        return [t for value in result for t in tensors(value)]
+    return []
+
+
+def questions(model):
+    return [
+        Prompt.from_strings(text, {"first": ["Paris", "dog"], "second": "house"}, model.tokenizer) for text in PROMPTS
+    ]
+
+
+CALLS = {
+    "logit_lens": lambda m, r: logit_lens(m, PROMPTS, remote=r),
+    "logit_lens, inverse": lambda m, r: logit_lens(m, PROMPTS, remote=r, return_inv_logits=True),
+    "logit_lens, reduced": lambda m, r: logit_lens(
+        m, PROMPTS, remote=r, top_k=3, entropy=True, positions=[-1, -2], layers=[2, 0]
+    ),
+    "patchscope_lens": lambda m, r: patchscope_lens(m, PROMPTS, repeat_prompt(), layers=[1, 2], remote=r),
+    "patchscope_generate": lambda m, r: patchscope_generate(
+        m, PROMPTS[:2], repeat_prompt(), max_length=3, layers=[1, 2], remote=r, do_sample=False
+    ),
+    "collect, last token": lambda m, r: m.collect(
+        PROMPTS,
+        ["mlp_neurons" if m.model_class != "JambaForCausalLM" else "mlps_output", "layers_output", "layers_mid"],
+        positions=-1,
+        remote=r,
+    ),
+    "collect, attention": lambda m, r: m.collect(
+        PROMPTS,
+        ["attention_head_outputs", "attention_contributions", "attention_head_contributions", "attention_keys"],
+        positions=[-1, 0],
+        remote=r,
+    ),
+    "collect, probabilities": lambda m, r: m.collect(PROMPTS, "attention_probabilities", remote=r),
+    "collect, everywhere": lambda m, r: m.collect(PROMPTS, "layers_output", batch_size=2, remote=r, progress=False),
+    "collect, mean": lambda m, r: m.collect(PROMPTS, "layers_output", reduce="mean", remote=r),
+    "collect, function": lambda m, r: m.collect(PROMPTS, "layers_output", reduce=lambda t: t.norm(dim=-1), remote=r),
+    "next_token_probs": lambda m, r: next_token_probs(m, PROMPTS, remote=r),
+    "run_prompts": lambda m, r: run_prompts(m, questions(m), batch_size=2, remote=r).log_probs,
+    "run_prompts, lens": lambda m, r: (
+        run_prompts(m, questions(m), batch_size=2, remote=r, get_probs_func=logit_lens).log_probs
+    ),
+    "run_prompts, sequence": lambda m, r: (
+        run_prompts(m, questions(m), batch_size=2, remote=r, scoring="sequence").log_probs
+    ),
+    "get_token_activations": lambda m, r: nnsight_utils.get_token_activations(m, PROMPTS, remote=r),
+    "get_token_activations, attention": lambda m, r: nnsight_utils.get_token_activations(
+        m, PROMPTS, m.attention_layers, nnsight_utils.get_attention_output, remote=r
+    ),
+    "collect_token_activations_batched": lambda m, r: nnsight_utils.collect_token_activations_batched(
+        m, PROMPTS, 3, remote=r, use_session=False
+    ),
+    "collect_last_token_activations_session": lambda m, r: nnsight_utils.collect_last_token_activations_session(
+        m, PROMPTS, 2, remote=r
+    ),
+    "compute_next_token_probs": lambda m, r: nnsight_utils.compute_next_token_probs(m, PROMPTS, remote=r),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_equal_to_the_same_call_here(pair, call):
+    before = len(pair.worker.requests)
+    actual, expected = tensors(CALLS[call](pair.there, True)), tensors(CALLS[call](pair.here, False))
+    requests = pair.worker.requests[before:]
+    assert requests, "nothing was sent"
+    assert expected
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.device.type == "cpu"
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5, equal_nan=True)
+    print(f"{call}: {len(requests)} requests of at most {max(r.size for r in requests)} bytes")
+    assert max(r.size for r in requests) < 60_000
+    assert {name for r in requests for name in r.bytecode} == set()
