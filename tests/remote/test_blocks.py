@@ -1,4 +1,4 @@
-"""Blocks of every kind on a worker: sessions, generation, several inputs, early stops, gradients; and what goes wrong."""
+"""Blocks of every kind on a worker: sessions, generation, several inputs, gradients; and what goes wrong."""
 
 import nnsight
 import pytest

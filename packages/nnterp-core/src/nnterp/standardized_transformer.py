@@ -233,7 +233,7 @@ class StandardizedTransformer(TracedTransformer):
     def _prepare_request(self) -> None:
         if getattr(self.tokenizer, "padding_side", "left") != "left":
             raise ValueError(
-                f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left, with its own. "
+                f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "
                 "Set model.tokenizer.padding_side = 'left'."
             )
         travel_by_value()

@@ -16,9 +16,9 @@ from types import FunctionType, TracebackType
 from typing import IO, Any
 from unittest import mock
 
-import cloudpickle
 import torch
 from nnsight.intervention.backends.remote import RemoteError
+from nnsight.intervention.serialization import CustomCloudPickler
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
@@ -35,13 +35,11 @@ class Request:
 
     Attributes:
         size: Bytes sent, compressed as nnsight compresses them.
-        raw: Bytes before compression.
         bytecode: Functions that travelled as bytecode because they have no source; another version of Python on the
             other side cannot run these.
     """
 
     size: int
-    raw: int
     bytecode: tuple[str, ...]
 
 
@@ -145,13 +143,10 @@ class _Strict(Backend):
         self.worker, self.model = worker, model
 
     def __call__(self, tracer: Any) -> None:
-        import zstandard
-
         pull_env()
         with _bytecode_seen() as bytecode:
-            raw = RequestModel.serialize(tracer)
-        blob = zstandard.ZstdCompressor(level=6).compress(raw)
-        self.worker.requests.append(Request(len(blob), len(raw), tuple(bytecode)))
+            blob = RequestModel.serialize(tracer, compress=True)
+        self.worker.requests.append(Request(len(blob), tuple(bytecode)))
         model = self.model if self.model is not None else tracer.envoy
         saved = self.worker.answer(blob, model._remoteable_get_env())
         for value in saved.values():
@@ -163,11 +158,12 @@ class _Strict(Backend):
 def _bytecode_seen() -> Iterator[list[str]]:
     """Names of the functions that are serialised as bytecode inside the block."""
     seen: list[str] = []
-    reduce = cloudpickle.CloudPickler._dynamic_function_reduce
+    pickler: Any = CustomCloudPickler.__base__  # nnsight falls back on it where a function has no source
+    reduce = pickler._dynamic_function_reduce
 
     def noted(self: Any, function: FunctionType) -> Any:
         seen.append(f"{function.__module__}.{function.__qualname__}")
         return reduce(self, function)
 
-    with mock.patch.object(cloudpickle.CloudPickler, "_dynamic_function_reduce", noted):
+    with mock.patch.object(pickler, "_dynamic_function_reduce", noted):
         yield seen

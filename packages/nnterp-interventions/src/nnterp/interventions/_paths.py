@@ -83,7 +83,7 @@ def path_patching(
     if model.anatomy.between:
         raise Unavailable(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "
-            "holding mixers and feed-forwards still leaves more than the direct path: path patching is not served for it."
+            "holding mixers and feed-forwards still leaves more than the direct path: path patching is not served."
         )
     senders = [check(model, c) for c in ([sender] if isinstance(sender, Component) else sender)]
     if isinstance(receivers, str) and receivers != "logits":
