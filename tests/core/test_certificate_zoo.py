@@ -12,7 +12,6 @@ from nnterp.testing import LEFT_PADDING_INEXACT, model_types, multimodal_model_t
 
 REFUSED = {
     "hrm_text": "2 stacks of layers",
-    "prophetnet": "no axes of it are batch and sequence",
     "reformer": "reversible residuals",
     "xlm": "parts of its layers in separate lists",
 }

@@ -34,12 +34,13 @@ def whole(logits, cells):
     return {"logits": logits}
 
 
-def hook(positions):
+def hook(positions, streams=1):
     def function(tensor):
         flat = tensor.dim() == 2  # OPT's feed-forward
         sequence_first = not flat and tensor.shape[1] == 1 < tensor.shape[0]  # XLNet; prompts run one at a time here
         tensor = tensor.clone()
         view = tensor if flat else tensor[:, 0] if sequence_first else tensor[0]
+        view = view.unflatten(0, (streams, -1)).transpose(0, 1) if streams > 1 else view  # ProphetNet
         for position in positions:
             view[position] = bend(view[position])
         return tensor
@@ -77,7 +78,9 @@ def some_cells(model):
 
 
 def slow(model, prompt, edits, position=-1):
-    return logits_with(model, PROMPTS[prompt], [(n, layer, hook(at)) for n, layer, at in edits])[position]
+    return logits_with(
+        model, PROMPTS[prompt], [(n, layer, hook(at, model.readout.layout.streams)) for n, layer, at in edits]
+    )[position]
 
 
 def close(found, expected):

@@ -12,7 +12,7 @@ from .values_reference import ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NO_RESIDUAL_STREAM = {"hrm_text", "xlm", "prophetnet", "reformer"}  # refused at load, with the reason
+NO_RESIDUAL_STREAM = {"hrm_text", "xlm", "reformer"}  # refused at load, with the reason
 TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM]
 
 

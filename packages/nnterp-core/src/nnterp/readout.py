@@ -10,6 +10,7 @@ from torch import nn
 from nnterp.anatomy._sizes import text_config
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.record import Record
+from nnterp.values._layouts import Layout
 
 if TYPE_CHECKING:
     from nnterp.anatomy import Anatomy
@@ -70,7 +71,8 @@ class StreamLayout(Record):
 
     Nearly always `[batch, seq, hidden]`. Models that carry several streams have further axes: Gemma 3n stacks them in
     front (`[streams, batch, seq, hidden]`), DeepSeek-V4 behind (`[batch, seq, streams, hidden]`). XLNet keeps its
-    stream as `[seq, batch, hidden]`; nnterp shows and takes it batch first, like everybody's.
+    stream as `[seq, batch, hidden]`; nnterp shows and takes it batch first, like everybody's. ProphetNet keeps a main
+    stream and the streams that predict one after the other on the sequence axis; they are shown as DeepSeek-V4's are.
 
     Attributes:
         dims: Number of axes.
@@ -78,35 +80,58 @@ class StreamLayout(Record):
         width: Size of the last axis.
         extra: Positions in front of the tokens that the model adds by itself (CPM-Ant's soft prompt).
         sequence_first: Whether the model itself keeps the stream as `[seq, batch, hidden]`.
+        streams: How many streams the model itself keeps one after the other, `[batch, streams × seq, hidden]`.
     """
 
-    def __init__(self, dims: int, batch: int, width: int, extra: int = 0, sequence_first: bool = False) -> None:
+    def __init__(
+        self, dims: int, batch: int, width: int, extra: int = 0, sequence_first: bool = False, streams: int = 1
+    ) -> None:
         self.dims, self.batch, self.width, self.extra = dims, batch, width, extra
-        self.sequence_first = sequence_first
+        self.sequence_first, self.streams = sequence_first, streams
 
     @classmethod
     def of(cls, shape: torch.Size, batch: int, seq: int) -> StreamLayout | None:
         """The layout of a stream recorded for an input of `[batch, seq]`; None if no axes are those of the input.
 
-        More positions than tokens are taken for a soft prompt, which the readout line then proves or refutes.
+        More positions than tokens are taken for streams one after the other if they are a multiple of the tokens, and
+        for a soft prompt else; HuggingFace's own hidden states and the readout then prove or refute that.
         """
         for axis in range(len(shape) - 2):
             if tuple(shape[axis : axis + 2]) == (batch, seq):
                 return cls(len(shape), axis, shape[-1])
         if len(shape) == 3 and tuple(shape[:2]) == (seq, batch):
             return cls(3, 0, shape[-1], sequence_first=True)
-        if len(shape) == 3 and shape[0] == batch and seq < shape[1] < 2 * seq:
-            return cls(3, 0, shape[-1], extra=shape[1] - seq)
-        return None
+        if len(shape) != 3 or shape[0] != batch or shape[1] < seq:
+            return None
+        if shape[1] % seq == 0:
+            return cls(4, 0, shape[-1], streams=shape[1] // seq)
+        return cls(3, 0, shape[-1], extra=shape[1] - seq)
 
     @property
     def plain(self) -> bool:
         """Whether it is shown as `[batch, seq, hidden]`."""
         return self.dims == 3 and self.batch == 0
 
+    @property
+    def kept(self) -> Layout | None:
+        """How the model keeps the stream, where it is not as shown."""
+        if self.sequence_first:
+            return Layout("[seq, batch, hidden]")
+        return Layout("[batch, streams × seq, hidden]", self.streams) if self.streams > 1 else None
+
+    def shown(self, stream: torch.Tensor) -> torch.Tensor:
+        """A stream as it is shown, from how the model keeps it; a view."""
+        return stream if self.kept is None else self.kept.show(stream)
+
     def native(self, stream: torch.Tensor) -> torch.Tensor:
-        """A stream as the model keeps it, from what is shown; a view."""
-        return stream.transpose(0, 1) if self.sequence_first else stream
+        """A stream as the model keeps it, from what is shown."""
+        return stream if self.kept is None else self.kept.back(stream, stream)
+
+    def is_kept(self, shape: torch.Size, batch: int, seq: int) -> bool:
+        """Whether a tensor of this shape, recorded for an input of `[batch, seq]`, is kept as the stream is."""
+        if self.sequence_first:
+            return tuple(shape[:2]) == (seq, batch)
+        return self.streams > 1 and len(shape) == 3 and tuple(shape[:2]) == (batch, self.streams * seq)
 
 
 class Readout:

@@ -119,7 +119,7 @@ class StandardizedTransformer(TracedTransformer):
         self.positions_from_mask = True  # whether such a batch must be told its positions
         self.repeated: frozenset[str] = frozenset()  # modules that run more than once in a forward pass
         self.run_order: dict[str, int] = {}  # when each module begins in a forward pass
-        self.sequence_first: frozenset[tuple[str, Side]] = frozenset()  # edges at which the sequence precedes the batch
+        self.kept_as_stream: frozenset[tuple[str, Side]] = frozenset()  # edges laid out as layers are
         sizes = self.anatomy.sizes
         self.num_layers: int = sizes.num_layers
         self.hidden_size: int | None = sizes.hidden_size
@@ -312,7 +312,7 @@ class StandardizedTransformer(TracedTransformer):
         "residual_structures",
         "repeated",
         "run_order",
-        "sequence_first",
+        "kept_as_stream",
         "_certificate",
         "_envoys_by_path",
         "_findings",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
 
 PROBE_LENGTH, SHORT_LENGTH = 10, 6  # longer than the windows of tiny models, so that they bite
-PROBE_LENGTH_LARGE, SHORT_LENGTH_LARGE = 8, 5  # where tokens are what the certificate costs
+PROBE_LENGTH_LARGE, SHORT_LENGTH_LARGE = 7, 5  # where tokens are what the certificate costs
 
 PARTS = "parts found, run once and in order, with the stream's shape"
 HIDDEN = "layers_output equals HuggingFace's hidden states"
@@ -233,6 +233,9 @@ class _Checks:
         wrong += self.order_of_ends(recording, previous)
         idle = [b.index for b in self.anatomy.blocks if b not in blocks]
         detail = f"{self.anatomy.num_layers} layers" + (f", of which {idle} run only with an image" if idle else "")
+        kept = self.model.readout.layout.kept
+        if kept is not None:
+            detail += f"; the stream is kept as {kept.name.replace('streams', str(self.model.readout.layout.streams))}"
         remedy = "nnterp cannot serve such a model" if impossible else _REMEDY_ALL
         self.say(PARTS, not wrong, detail="; ".join(wrong[:3]) if wrong else detail, remedy=remedy)
         self.remember(recording, blocks)
@@ -299,11 +302,11 @@ class _Checks:
         model = self.model
         model.repeated = frozenset(path for path, calls in recording.calls.items() if len(calls) > 1)
         model.run_order = {path: calls[-1].began for path, calls in recording.calls.items()}
-        turned: set[tuple[str, Side]] = set()
+        kept: set[tuple[str, Side]] = set()
         for path, calls in recording.calls.items():
             edges: tuple[tuple[Side, Any], ...] = (("input", calls[0].stream_in), ("output", calls[0].stream_out))
-            turned |= {(path, side) for side, x in edges if x is not None and self.batch_first(x) is not x}
-        model.sequence_first = frozenset(turned)
+            kept |= {(path, side) for side, x in edges if x is not None and self.is_kept(x)}
+        model.kept_as_stream = frozenset(kept)
         outputs = [call.output for b in self.anatomy.blocks if (call := recording.call(b.path))]
         longest = max((len(o) for o in outputs if isinstance(o, (tuple, list))), default=0)
         if longest > 1 and recording.result.logits.device.type != "meta":
@@ -419,7 +422,7 @@ class _Checks:
         entering = recording.call(blocks[0].path)
         assert entering is not None
         # Most models begin with the embeddings, some (Mamba, RWKV) with what leaves the first layer.
-        start = None if entering.stream_in is None else self.own_positions(entering.stream_in)
+        start = None if entering.stream_in is None else self.main_stream(entering.stream_in)
         begins_with_input = start is not None and relative_error(start, hidden[0]) <= self.tolerance
         own = hidden[1:] if begins_with_input else hidden[: len(blocks)]
         pairs = []
@@ -428,24 +431,39 @@ class _Checks:
             made = None if call is None else call.stream_out
             if made is None:
                 continue
-            made = self.own_positions(made) if made.shape[1] != state.shape[1] else made
+            made = self.main_stream(made) if made.shape[1] != state.shape[1] else made
             if block is blocks[-1]:  # HuggingFace returns the last one normalised, or not, by model
                 several = made.dim() > 3
                 made = min(self.ends(recording, made), key=lambda c: relative_error(c, state))
                 if several and relative_error(made, state) > self.tolerance:
                     continue  # several streams are merged after the last layer; the readout line covers it
             pairs.append((block.path, made, state))
-        self.close(HIDDEN, pairs, _REMEDY_LAYERS, "the last of those it returns" if self.anatomy.other_stacks else "")
+        streams = self.model.readout.layout.streams
+        detail = f"the first of {streams} streams" if streams > 1 else ""
+        self.close(
+            HIDDEN, pairs, _REMEDY_LAYERS, "the last of those it returns" if self.anatomy.other_stacks else detail
+        )
 
     def own_positions(self, stream: torch.Tensor) -> torch.Tensor:
-        """A stream batch first, without the positions that the model puts in front of the tokens."""
-        extra = self.model.readout.layout.extra
-        return stream[:, extra:] if extra else self.batch_first(stream)
+        """A stream as it is shown, without the positions that the model puts in front of the tokens."""
+        layout = self.model.readout.layout
+        if layout.extra:
+            return stream[:, layout.extra :]
+        return layout.shown(stream) if self.is_kept(stream) else stream
+
+    def is_kept(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of the probe's one row has the layout of the model's own stream; told by its lengths."""
+        return self.model.readout.layout.is_kept(tensor.shape, 1, self.length)
 
     def batch_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the probe's one row, batch first; its other axis order is told by the probe's length."""
-        turned = self.model.readout.layout.sequence_first and tuple(tensor.shape[:2]) == (self.length, 1)
+        """A tensor of the probe's one row with the batch in front."""
+        turned = self.model.readout.layout.sequence_first and self.is_kept(tensor)
         return tensor.transpose(0, 1) if turned else tensor
+
+    def main_stream(self, stream: torch.Tensor) -> torch.Tensor:
+        """Of several streams that the model keeps one after the other, the first, which is HuggingFace's."""
+        stream = self.own_positions(stream)
+        return stream[:, :, 0] if self.model.readout.layout.streams > 1 else stream
 
     def ends(self, recording: Recording, made: torch.Tensor) -> list[torch.Tensor]:
         """What HuggingFace may call the last hidden state."""
@@ -849,7 +867,12 @@ def _multiple(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
 
 
 def _monotone(raw: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether logits rank tokens as the head's output does, up to a sign: true of scales and softcaps."""
+    """Whether logits rank tokens as the head's output does, up to a sign: true of scales and softcaps.
+
+    Of a head that unembeds several streams, one output must.
+    """
+    if raw.dim() == logits.dim() + 1:
+        return any(_monotone(one, logits) for axis in range(raw.dim() - 1) for one in raw.unbind(axis))
     if raw.shape != logits.shape:
         return False
     row, out = raw.reshape(-1, raw.shape[-1])[-1].double(), logits.reshape(-1, logits.shape[-1])[-1].double()

@@ -9,6 +9,7 @@ written next year is found like GPT-2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -199,17 +200,34 @@ class _Search:
         ]
 
     def probabilities(self, softmax: Operation) -> Operation:
-        """The last operation that still holds the softmax's numbers (without the column of a sink)."""
+        """The last operation that still holds the softmax's numbers (without the column of a sink).
+
+        One that runs after a product was already given them (ProphetNet reshapes its for the output) holds a copy.
+        """
         chosen = softmax
         whole = self.by_head(softmax.output)
         options = [whole, whole[..., :-1]]
+
+        def holds(tensor: torch.Tensor) -> bool:
+            return self.is_pattern(tensor) and any(same(self.by_head(tensor), o, self.tolerance) for o in options)
+
+        used = min(
+            (
+                o.began
+                for o in self.frame(softmax)
+                if o.began > softmax.ended and o.called in _PRODUCTS and any(holds(t) for _, t in tensors(o))
+            ),
+            default=math.inf,
+        )
         for operation in self.frame(softmax):
             output = operation.output
-            if operation.began <= softmax.began or not isinstance(output, torch.Tensor) or not self.is_pattern(output):
+            if not softmax.began < operation.began < used:
+                continue
+            if not isinstance(output, torch.Tensor) or not self.is_pattern(output):
                 continue
             if output.shape[0] * (output.shape[1] if output.dim() == 4 else 1) != whole.shape[0] * whole.shape[1]:
                 continue
-            if any(same(self.by_head(output), option, self.tolerance) for option in options):
+            if holds(output):
                 chosen = operation
         return chosen
 

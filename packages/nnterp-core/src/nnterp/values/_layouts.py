@@ -14,7 +14,7 @@ class Layout(Record):
 
     Attributes:
         name: Its axes.
-        heads: How many heads (or parts of a head) share an axis with something else.
+        heads: How many heads (or parts of a head, or streams) share an axis with something else.
     """
 
     def __init__(self, name: str, heads: int = 0) -> None:
@@ -26,6 +26,8 @@ class Layout(Record):
             return x.transpose(1, 2)
         if self.name.startswith("[seq, batch"):
             return x.transpose(0, 1)
+        if self.name == "[batch, streams × seq, hidden]":
+            return x.unflatten(1, (self.heads, -1)).transpose(1, 2)
         if self.name == "[batch, heads, dim, seq]":
             return x.permute(0, 3, 1, 2)
         if self.name == "[batch × heads, seq, dim]":
@@ -48,6 +50,8 @@ class Layout(Record):
             return value.transpose(1, 2)
         if self.name.startswith("[seq, batch"):
             return value.transpose(0, 1)
+        if self.name == "[batch, streams × seq, hidden]":
+            return value.transpose(1, 2).flatten(1, 2)
         if self.name == "[batch, heads, dim, seq]":
             return value.permute(0, 2, 3, 1)
         if self.name == "[batch × heads, seq, dim]":

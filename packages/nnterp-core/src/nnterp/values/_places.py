@@ -213,11 +213,6 @@ def over(place: Place, layout: Layout) -> Place:
     return place if layout.name.startswith("[batch, seq, heads,") else View(place, layout)
 
 
-def batch_first(place: Place) -> View:
-    """A stream that the model keeps sequence first, shown batch first."""
-    return View(place, Layout("[seq, batch, hidden]"))
-
-
 class Sum(Record):
     """Multiples of module outputs, added up; writing changes the last of them so that the sum becomes what is written.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from nnterp.anatomy._layout import _ranges
+from nnterp.anatomy._layout import Part, _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._eager import is_eager
-from nnterp.values._places import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, batch_first
+from nnterp.values._places import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, View
 
 if TYPE_CHECKING:
     from nnterp.certificate import Contribution, ResidualStructure
@@ -109,20 +109,27 @@ def end_inside(model: StandardizedTransformer, layer: int, role: str) -> Place:
         reason = f"its module ({part.exit}) adds the stream and normalises it before it returns, and where it leaves "
         reason += f"inside is found by the certificate: call model.{'validate' if model.dispatched else 'dispatch'}()"
         raise _missing(model, layer, {"self_attn": "attentions_output"}.get(role, f"{role}s_output"), reason, ())
-    place = Inside(part.exit, part.leaves)
-    return batch_first(place) if model.readout.layout.sequence_first else place
+    return as_shown(model, Inside(part.exit, part.leaves))
 
 
-def batch_first_where_needed(model: StandardizedTransformer, place: Place) -> Place:
-    """A module's edge at which the model has the sequence before the batch, shown batch first."""
-    edges = model.sequence_first
-    inner = place.place if isinstance(place, ReadOnly) else place
-    turned = (isinstance(inner, Site) and (inner.path, inner.side) in edges) or (
-        isinstance(inner, Sum) and any((path, "output") in edges for path, _ in inner.terms)
-    )
-    if not turned:
+def as_shown(model: StandardizedTransformer, place: Place) -> Place:
+    """A place at which the model keeps the stream in a layout of its own, in that which is shown."""
+    kept, edges = model.readout.layout.kept, model.kept_as_stream
+    if kept is None:
         return place
-    return ReadOnly(batch_first(inner), place.reason) if isinstance(place, ReadOnly) else batch_first(place)
+    if isinstance(place, ReadOnly):
+        return ReadOnly(as_shown(model, place.place), place.reason)
+    own = (
+        (isinstance(place, Site) and (place.path, place.side) in edges)
+        or (isinstance(place, Sum) and any((path, "output") in edges for path, _ in place.terms))
+        or (isinstance(place, Inside) and any(place.path == p.exit and place.labels == p.leaves for p in ended(model)))
+    )
+    return View(place, kept) if own else place
+
+
+def ended(model: StandardizedTransformer) -> Iterator[Part]:
+    """The parts that leave inside their modules."""
+    yield from (p for b in model.anatomy.blocks for p in (b.mixer, b.self_attn) if p is not None and p.leaves)
 
 
 def contribution(role: str) -> Serve:

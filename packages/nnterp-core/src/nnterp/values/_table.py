@@ -103,7 +103,7 @@ class Value:
                 place = _serve.end_inside(model, layer or 0, self.role)
             else:
                 place = self.site(model.anatomy, layer)
-            place = places[key] = _serve.batch_first_where_needed(model, place)
+            place = places[key] = _serve.as_shown(model, place)
         return place
 
 
