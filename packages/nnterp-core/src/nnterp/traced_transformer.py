@@ -82,6 +82,7 @@ class TracedTransformer(TransformersModel):
         router_logits: LayerAccessor
         router_choices: LayerAccessor
         mlp_neurons: LayerAccessor
+        shared_expert_neurons: LayerAccessor
         mlp_contributions: LayerAccessor
         other_contributions: LayerAccessor
         mlps_input: LayerAccessor

@@ -630,6 +630,7 @@ def ends_in(
     result: torch.Tensor,
     given: list[torch.Tensor],
     tolerance: float,
+    multiples: bool = False,
 ) -> tuple[str, torch.Tensor] | None:
     """The projection that ends a part, and what it was given.
 
@@ -641,6 +642,7 @@ def ends_in(
         result: What the part returns.
         given: What it was called with.
         tolerance: The largest relative error that counts as equal.
+        multiples: Whether what it returned may be multiplied by one number first (Falcon-H1).
     """
     for path, entering, made in reversed(candidates):
         if made.numel() != result.numel():
@@ -650,4 +652,8 @@ def ends_in(
             return path, entering
         if any(same(made + residual, result, tolerance) for residual in given if residual.shape == made.shape):
             return path, entering
+        if multiples and made.device.type != "meta":
+            factor = (made.double() * result).sum() / made.double().square().sum().clamp(min=1e-30)
+            if factor.abs() > 1e-6 and same(made.double() * factor, result.double(), tolerance):
+                return path, entering
     return None

@@ -41,7 +41,7 @@ def prepare(model: StandardizedTransformer) -> None:
     if not wanted or not model.dispatched:
         return
     with probing(model) as device:
-        probe = Probe(model, device, shape=(1, 3))
+        probe = Probe(model, device, shape=(1, 5))
         paths = list(dict.fromkeys(path for between in wanted.values() for path in between.paths))
         only = {path for between in wanted.values() for path in between.edges()}
         operations, edges = _run(model, probe, paths, only, {})
@@ -126,8 +126,8 @@ class _Between:
     def proven(self, path: str, labels: tuple[str, ...], operations: Operations, edges: Any, tolerance: float) -> bool:
         """Whether the operation, moved, has moved what both readers of the stream read.
 
-        The feed-forward must be given what was moved, and the residual path must carry it: as it is, or scaled by the
-        factors that it is scaled by when nothing is moved.
+        The feed-forward must be given what was moved, and the residual path must carry it: as it is, or scaled and
+        shifted per channel as when nothing is moved.
         """
         moved = next(o.output for o in operations.of(path) if o.labels == labels)
         given, after = edges.input(self.structure.mid), self.carried(edges)
@@ -141,7 +141,12 @@ class _Between:
             return True
         stream, carried = (t.reshape(-1, t.shape[-1]) for t in self.before)
         factor = (stream * carried).sum(0) / stream.square().sum(0).clamp(min=1e-30)
-        return same(after, moved * factor, tolerance)
+        if same(after, moved * factor, tolerance):
+            return True
+        apart = stream - stream.mean(0)
+        factor = (apart * carried).sum(0) / apart.square().sum(0).clamp(min=1e-30)
+        shift = carried.mean(0) - factor * stream.mean(0)
+        return same(after, moved * factor + shift, tolerance)
 
     def carried(self, edges: Any) -> torch.Tensor | None:
         """The layer's output without what its feed-forward, and modules after it, add."""

@@ -38,6 +38,7 @@ class Findings:
     Attributes:
         attention: Per layer, None where there is none.
         neurons: Per layer, the input of the projection that ends the feed-forward, or the reason why there is none.
+        shared_neurons: The same of the expert that runs on all tokens.
         routers: Per layer of experts, (router logits, chosen experts): places, or reasons.
         ends: Modules inside a part that return what the part itself returns → the part's exit.
         ticks, texts: See `Operations`.
@@ -45,6 +46,7 @@ class Findings:
 
     attention: list[Attention | None] = field(default_factory=list)
     neurons: list[Place | str] = field(default_factory=list)
+    shared_neurons: list[Place | str] = field(default_factory=list)
     routers: list[tuple[Place | str, Place | str]] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
     ticks: dict[tuple[str, tuple[str, ...], str], int] = field(default_factory=dict)
@@ -108,6 +110,7 @@ class Probe:
         for block in self.blocks:
             found.attention.append(self.attention(block, attention_paths.get(block.index), edges, current, eager))
             found.neurons.append(self.neurons(block, edges))
+            found.shared_neurons.append(self.shared_neurons(block, edges))
             found.routers.append(self.router(block, edges))
             found.ends.update(self.ends(block, edges))
         if eager is not None and found.attention:
@@ -211,14 +214,39 @@ class Probe:
         if block.mixture_of_experts:
             return "a mixture of experts has no one set of neurons: each expert runs on the tokens routed to it"
         result = edges.output(block.mlp.exit)
-        found = (
-            None
-            if result is None
-            else ends_in(edges.linears(block.mlp), result, edges.arguments(block.mlp), self.tolerance)
-        )
-        if found is None:
-            return f"the feed-forward ({block.mlp}) does not end in one projection"
-        return Site(found[0], "input")
+        if result is None:
+            return "the layer does not run on text"
+        linears = edges.linears(block.mlp)
+        found = ends_in(linears, result, edges.arguments(block.mlp), self.tolerance, multiples=True)
+        if found is not None:
+            return Site(found[0], "input")
+        for path, _, made in linears:  # RWKV's is gated by another projection of its input
+            for other, _, gate in linears:
+                alike = other != path and made.shape == gate.shape == result.shape
+                if alike and same(made * gate.sigmoid(), result, self.tolerance):
+                    return Site(path, "input")
+        return f"the feed-forward ({block.mlp}) does not end in one projection"
+
+    def shared_neurons(self, block: Layer, edges: _Edges) -> Place | str:
+        """The neurons of the expert that runs on all tokens, beside those that are chosen."""
+        if block.mlp is None or not block.mixture_of_experts:
+            return "the layer has no mixture of experts"
+        result = edges.output(block.mlp.exit)
+        others = [p.path or p.entry for p in (block.self_attn, block.mixer, block.mlp) if p is not None]
+        mixers = tuple(f"{path}." for path in others[:-1])
+        for path in edges.order if result is not None else ():
+            inner = path.removeprefix(f"{block.path}.")
+            one_of_many = any(piece.isdigit() for piece in inner.split("."))
+            if inner == path or one_of_many or path in others or path.startswith(mixers) or path not in edges.made:
+                continue
+            linears = edges.linears(Part(path, path, path))
+            made = edges.made[path]
+            if len(linears) < 2 or made.numel() != result.numel() or made.shape[-1] != result.shape[-1]:
+                continue
+            found = ends_in(linears, made, edges.all_given.get(path, []), self.tolerance, multiples=True)
+            if found is not None:
+                return Site(found[0], "input")
+        return "no expert that runs on all tokens, and ends in one projection, was seen"
 
     def ends(self, block: Layer, edges: _Edges) -> Iterator[tuple[str, str]]:
         for part in (block.self_attn, block.mixer, block.mlp):

@@ -76,16 +76,18 @@ def head_contributions(model: StandardizedTransformer, layer: int) -> Place:
     return ThroughOut(place, inside.out, inside.before_out)
 
 
-def neurons(model: StandardizedTransformer, layer: int) -> Place:
-    """The input of the projection that ends the feed-forward."""
-    model.anatomy.part("mlp", layer)
-    found = findings(model).neurons
-    place = found[layer]
-    if isinstance(place, str):
-        raise _missing(
-            model, layer, "mlp_neurons", place, tuple(i for i, p in enumerate(found) if not isinstance(p, str))
-        )
-    return place
+def neurons(name: str) -> Serve:
+    """The input of the projection that ends the feed-forward, or the expert that runs on all tokens."""
+
+    def serve(model: StandardizedTransformer, layer: int) -> Place:
+        model.anatomy.part("mlp", layer)
+        found = findings(model).neurons if name == "mlp_neurons" else findings(model).shared_neurons
+        place = found[layer]
+        if isinstance(place, str):
+            raise _missing(model, layer, name, place, tuple(i for i, p in enumerate(found) if not isinstance(p, str)))
+        return place
+
+    return serve
 
 
 def router(index: int) -> Serve:
