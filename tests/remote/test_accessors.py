@@ -169,8 +169,13 @@ def test_what_a_request_weighs(pair, record_property):
     print(f"{pair.here.model_class}: {request.size} bytes sent")
     record_property("bytes_sent", request.size)
     assert request.size < 40_000
+    assert request.bytecode == ()
 
 
-def test_nothing_travels_as_bytecode(pair):
-    assert pair.worker.requests
-    assert {name for request in pair.worker.requests for name in request.bytecode} == set()
+def test_what_travels_as_bytecode_is_noticed(pairs):
+    one, scope = pairs("gpt2"), {}
+    exec("def doubled(x):\n    return 2 * x", scope)
+    doubled, model = scope["doubled"], one.there
+    with one.worker.serving(), torch.no_grad(), model.trace(PROMPT, remote=True):
+        doubled(model.layers_output[1]).save()
+    assert any("doubled" in name for name in one.worker.requests[-1].bytecode)
