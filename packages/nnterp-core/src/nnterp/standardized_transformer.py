@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,6 +37,7 @@ from nnterp.values import (
 )
 from nnterp.values._directory import directory_of
 from nnterp.values._places import Place, Side
+from nnterp.values._serve import findings
 
 
 class StandardizedTransformer(TracedTransformer):
@@ -242,6 +244,8 @@ class StandardizedTransformer(TracedTransformer):
         """nnsight's `scan`: shapes without weights. Values inside layers are looked up before it begins."""
         if not self.dispatched:
             self.learn_from_twin()
+            with contextlib.suppress(Unavailable):
+                findings(self)
         return TransformersModel.scan(self, *args, **kwargs)
 
     def prepare_run(self) -> None:

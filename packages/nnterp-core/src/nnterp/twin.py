@@ -66,12 +66,12 @@ def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
     twin = StandardizedTransformer(
         module, tokenizer=tiny_tokenizer(), rename_config=model.rename_config, check_renaming=False
     )
-    difference = _difference(model.anatomy, twin.anatomy)
-    if difference:
-        return f"a narrow twin of it is built differently: {difference}"
     certificate = twin.validate()
     if not certificate.ok:
         return f"its narrow twin is not proven: {certificate.failures[0]}"
+    difference = _difference(model.anatomy, twin.anatomy)
+    if difference:
+        return f"a narrow twin of it is built differently: {difference}"
     return twin
 
 

@@ -298,6 +298,12 @@ _KEPT_NARROW = frozenset(
     ]
 )
 _WIDTH = "hidden_size"
+_STATE_HEADS = (
+    ("mamba_n_heads", "mamba_d_head"),
+    ("mamba_num_heads", "mamba_head_dim"),
+    ("n_mamba_heads", "mamba_headdim"),
+    ("num_heads", "head_dim"),
+)
 
 
 def narrow_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -313,13 +319,15 @@ def narrow_config(config: PreTrainedConfig) -> PreTrainedConfig:
     aliases = {native: name for name, native in config.attribute_map.items()}
 
     def stated(*names: str) -> int:
-        return max(
-            (v for n in names if isinstance(v := getattr(config, n, None), int) and not isinstance(v, bool)), default=0
-        )
+        values = (data.get(config.attribute_map.get(name, name)) for name in names)
+        return max((v for v in values if isinstance(v, int) and not isinstance(v, bool)), default=0)
 
     heads = stated("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
     old_width = stated(_WIDTH, "d_model", "n_embd", "embed_dim")
-    width = heads * (8 if heads >= 32 else 16) if heads else HIDDEN
+    if data.get("expand") and data.get("state_size"):  # heads of a state space: many, and as narrow as can be
+        width = 2 * HIDDEN
+    else:
+        width = heads * (8 if heads >= 32 else 16) if heads else HIDDEN
     for key in config.sub_configs:
         inner = getattr(config, key, None)
         if isinstance(inner, PreTrainedConfig):
@@ -334,15 +342,17 @@ def narrow_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, list) and not isinstance(new, list):
             new = [new] if name.endswith("_token_id") else value
         data[name] = width if new == HIDDEN and value == old_width else new
-    if isinstance(data.get("head_dim"), int) and heads:
+    if data.get("kv_lora_rank"):  # latent attention: what is called the head's size is its rotary part
+        data.pop("head_dim", None)
+    elif isinstance(data.get("head_dim"), int) and heads:
         data["head_dim"] = width // heads
-    n_heads = next(
-        (n for n in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads") if isinstance(data.get(n), int)), None
-    )
-    expand = next((data[n] for n in ("mamba_expand", "expand") if isinstance(data.get(n), (int, float))), None)
-    d_head = next((n for n in ("mamba_d_head", "mamba_head_dim", "mamba_headdim") if n in data), None)
-    if n_heads and expand and d_head:
-        data[d_head] = int(expand * width) // data[n_heads]
+    expand = next((data[name] for name in ("mamba_expand", "expand") if data.get(name)), None)
+    for n_heads, d_head in _STATE_HEADS:
+        if expand and data.get(n_heads) and d_head in data:  # its heads share out the expanded stream
+            data[d_head] = int(expand * width) // data[n_heads]
+            if data.get("mamba_d_ssm"):
+                data["mamba_d_ssm"] = data[d_head] * data[n_heads]
+            break
     if isinstance(data.get("rope_parameters"), dict):
         data["rope_parameters"] = _narrow_rope(tiny_rope(data["rope_parameters"]), width // heads if heads else None)
     data.pop("auto_map", None)
