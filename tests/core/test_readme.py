@@ -13,6 +13,7 @@ import nnterp
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
+# docs/remote.md runs against a worker: see tests/remote/test_page.py
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]  # pages go on with a model and prompts
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
@@ -27,7 +28,9 @@ def name(readme: Path) -> str:
     return readme.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("readme", [*READMES, *(page for page in PAGES if snippets(page))], ids=name)
+@pytest.mark.parametrize(
+    "readme", [*READMES, *(page for page in PAGES if snippets(page) and page.name != "remote.md")], ids=name
+)
 def test_snippets_run(readme, tmp_path, capsys, monkeypatch, toy):
     program = snippets(readme)
     assert program, f"{name(readme)} shows no code"

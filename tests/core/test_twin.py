@@ -1,5 +1,6 @@
 """What a narrow twin proves, without the weights, is what the weights prove; and nothing is guessed where it cannot."""
 
+import nnsight
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -11,9 +12,12 @@ from nnterp.testing import tiny_checkpoint, tiny_tokenizer
 from nnterp.values import VALUES
 
 # One of every build: fused and split projections, grouped heads, latent attention, experts, hybrids, odd layouts.
-TYPES = """afmoe bart bert bloom codegen cohere2 deepseek_v3 diffllama falcon falcon_h1 gemma2 gemma3_text glm4 gpt2
-gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite jamba lfm2 llama llama4_text mamba mamba2 mixtral mpt nemotron_h olmo2
-openai-gpt opt phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta rwkv stablelm xglm zamba2""".split()
+TYPES = """
+afmoe bart bert bloom codegen cohere2 deepseek_v3 deepseek_v4 diffllama falcon falcon_h1 gemma2 gemma3_text
+gemma3n_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite jamba lfm2 llama llama4_text mamba
+mamba2 mixtral mpt nemotron_h olmo2 openai-gpt opt phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta
+rwkv stablelm xglm xlnet zamba2
+""".split()
 
 LEARNED = ("contributions", "layers_mid")
 
@@ -50,6 +54,7 @@ def test_it_proves_what_the_weights_prove(model_type, tmp_path):
     assert without.readout.way == there.readout.way
     assert str(without.readout) == str(there.readout)
     assert without.readout.returns == there.readout.returns
+    assert without.readout.layout == there.readout.layout
     assert [s.kind for s in without.residual_structures] == [s.kind for s in there.residual_structures]
 
 
@@ -110,8 +115,8 @@ def test_shapes_are_found_without_weights_as_well(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path)
     model = StandardizedTransformer(folder)
     with model.scan("The capital of France is"):
-        queries = tuple(model.attention_queries[1].shape)
-        heads = tuple(model.attention_head_outputs[1].shape)
+        queries = nnsight.save(tuple(model.attention_queries[1].shape))
+        heads = nnsight.save(tuple(model.attention_head_outputs[1].shape))
     assert not model.dispatched
     config = AutoConfig.from_pretrained(folder)
     assert queries[2:] == (config.num_attention_heads, config.head_dim)

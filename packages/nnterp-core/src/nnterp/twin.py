@@ -9,13 +9,15 @@ layer, whether padding is exact) holds for the model, whose code is the same.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnterp.anatomy import Anatomy
+from nnterp.anatomy import Anatomy, Layer
 from nnterp.certificate import Contribution, ResidualStructure
+from nnterp.readout import StreamLayout
 from nnterp.values._eager import is_eager, make_eager
 
 if TYPE_CHECKING:
@@ -42,6 +44,11 @@ def learn_from_twin(model: StandardizedTransformer) -> None:
     twin = twin_of(model)
     if isinstance(twin, str):
         return
+    model.adopt(dataclasses.replace(twin.anatomy, sizes=model.anatomy.sizes))
+    model.kept_as_stream = twin.kept_as_stream
+    layout, narrow = twin.readout.layout, twin.hidden_size or 1
+    width = layout.width // narrow * (model.hidden_size or 0)
+    model.readout.layout = StreamLayout(**{**layout.__dict__, "width": width})
     model.residual_structures = tuple(_of_the_code(s, model._module.config) for s in twin.residual_structures)
     model.padding_is_exact, model.positions_from_mask = twin.padding_is_exact, twin.positions_from_mask
     model.readout.way, model.readout.reason = twin.readout.way, twin.readout.reason
@@ -77,13 +84,28 @@ def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
 
 def _difference(mine: Anatomy, its: Anatomy) -> str:
     """What differs between two anatomies beside their widths."""
-    for name in ("embed_tokens", "ln_final", "lm_head", "blocks"):
+    for name in ("embed_tokens", "ln_final", "lm_head"):
         if getattr(mine, name) != getattr(its, name):
             return f"its {name} is {str(getattr(its, name))[:100]}"
+    for one, other in itertools.zip_longest(map(_named, mine.blocks), map(_named, its.blocks)):
+        if one != other:
+            return f"a layer of it is {str(other)[:200]}"
     for name in ("num_heads", "num_kv_heads"):
         if getattr(mine.sizes, name) != getattr(its.sizes, name):
             return f"its {name} is {getattr(its.sizes, name)}"
     return ""
+
+
+def _named(block: Layer) -> Layer:
+    """A layer as it is known without numbers."""
+    return dataclasses.replace(
+        block,
+        **{
+            role: dataclasses.replace(part, leaves=())
+            for role in ("mixer", "self_attn", "mlp")
+            if (part := getattr(block, role)) is not None
+        },
+    )
 
 
 def _of_the_code(structure: ResidualStructure, config: Any) -> ResidualStructure:
