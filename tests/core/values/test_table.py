@@ -14,7 +14,9 @@ from .values_reference import ids, wrapped
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SERVED = [
-    n for n in VALUES if n not in ("router_logits", "router_choices", "other_contributions", "shared_expert_neurons")
+    n
+    for n in VALUES
+    if n not in ("router_logits", "router_choices", "other_contributions", "shared_expert_neurons", "mixer_states")
 ]
 
 

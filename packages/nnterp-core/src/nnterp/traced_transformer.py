@@ -78,6 +78,7 @@ class TracedTransformer(TransformersModel):
         mixers_input: LayerAccessor
         mixers_output: LayerAccessor
         mixer_contributions: LayerAccessor
+        mixer_states: LayerAccessor
         layers_mid: LayerAccessor
         router_logits: LayerAccessor
         router_choices: LayerAccessor

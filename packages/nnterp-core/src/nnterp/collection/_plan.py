@@ -65,6 +65,8 @@ def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layer
     rows: dict[str, Value] = {}
     for name in wanted:
         value, named = canonical(name)
+        if value.name == "mixer_states":
+            raise ValueError("mixer_states have no positions, and belong to a run with a cache: read them in a trace.")
         rows[value.name] = value
         mine = asked.setdefault(value.name, [])
         if not value.per_layer:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nnterp.anatomy._layout import _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._places import Declared, Everywhere, Inside, Item, Place, ReadOnly, Site, Sum, ThroughOut, View
+from nnterp.values._states import State
 from nnterp.values._table import VALUES, Value
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def explain(model: StandardizedTransformer, value: Value, layer: int | None) -> 
 
 def source_of(model: StandardizedTransformer, place: Place) -> str:
     """The source lines at which a place is: the operation's own, or where its module is called from."""
-    if isinstance(place, (View, ReadOnly)):
+    if isinstance(place, (View, ReadOnly, State)):
         return source_of(model, place.place)
     if isinstance(place, ThroughOut):
         return source_of(model, place.heads)

@@ -232,9 +232,11 @@ class Probe:
         if block.mlp is None or not block.mixture_of_experts:
             return "the layer has no mixture of experts"
         result = edges.output(block.mlp.exit)
+        if result is None:
+            return "the layer does not run on text"
         others = [p.path or p.entry for p in (block.self_attn, block.mixer, block.mlp) if p is not None]
         mixers = tuple(f"{path}." for path in others[:-1])
-        for path in edges.order if result is not None else ():
+        for path in edges.order:
             inner = path.removeprefix(f"{block.path}.")
             one_of_many = any(piece.isdigit() for piece in inner.split("."))
             if inner == path or one_of_many or path in others or path.startswith(mixers) or path not in edges.made:
@@ -428,7 +430,8 @@ def is_linear(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """In eval mode and with the global random state unchanged."""
+    """In eval mode, with the global random state and the states that modules keep (RecurrentGemma's) unchanged."""
+    kept = [(m, dict(vars(m))) for m in module.modules()]
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -438,6 +441,17 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+        for m, before in kept:
+            for name in held(m):
+                if name in before:
+                    m.__dict__[name] = before[name]
+                else:
+                    del m.__dict__[name]
+
+
+def held(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that a module holds and that are neither parameters nor buffers."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from nnterp.anatomy._layout import Part, _ranges
 from nnterp.errors import Unavailable
@@ -28,16 +30,26 @@ def findings(model: StandardizedTransformer) -> Findings:
     """
     from nnterp.values._probe import find_inside
 
-    kept = model.__dict__.get("_findings")
+    return looked_up(model, "_findings", find_inside)
+
+
+def looked_up(model: StandardizedTransformer, name: str, find: Callable[[StandardizedTransformer], Any]) -> Any:
+    """What `find` finds in a model, or, without its weights, in its narrow twin; kept under `name`.
+
+    Raises:
+        Unavailable: The weights are not loaded, and there is no twin.
+    """
+    kept = model.__dict__.get(name)
     if kept is None or kept[0] != model.dispatched:
         if model.dispatched:
-            found = find_inside(model)
-        elif isinstance(twin := model.twin, str):
-            raise Unavailable(f"The inside of {model.model_class}'s layers is told by its numbers, and {twin}.")
+            found = find(model)
         else:
-            found = findings(twin)
+            with unset_fake_temporarily():  # also inside a scan, which runs on fake tensors
+                if isinstance(twin := model.twin, str):
+                    raise Unavailable(f"The inside of {model.model_class}'s layers is told by its numbers, and {twin}.")
+                found = looked_up(twin, name, find)
         kept = (model.dispatched, found)
-        object.__setattr__(model, "_findings", kept)
+        object.__setattr__(model, name, kept)
     return kept[1]
 
 
@@ -88,6 +100,19 @@ def neurons(name: str) -> Serve:
         return place
 
     return serve
+
+
+def state(model: StandardizedTransformer, layer: int) -> Place:
+    """The state that a mixer keeps for the next token."""
+    from nnterp.values._states import find_states
+
+    model.anatomy.part("mixer", layer)
+    found = looked_up(model, "_states", find_states)
+    place = found[layer]
+    if isinstance(place, str):
+        have = tuple(i for i, p in enumerate(found) if not isinstance(p, str))
+        raise _missing(model, layer, "mixer_states", place, have)
+    return place
 
 
 def router(index: int) -> Serve:

@@ -240,6 +240,19 @@ VALUES: dict[str, Value] = {
             ("blocks.{}.attn.hook_result",),
             f"Their sum over heads and the bias of W_O make `attentions_output`. {_NEW}",
         ),
+        _inner(
+            "mixer_states",
+            "mixer",
+            "[batch, ...]",
+            1.8,
+            "The recurrent state of a linear attention or state space mixer after the last position.",
+            _serve.state,
+            (),
+            "In runs with a cache (`use_cache=True`), to which it is handed: writing it changes what the next tokens "
+            "go on from, and nothing of this forward pass. Its axes are the mixer's own: `[batch, channels, state]` in "
+            "Mamba, `[batch, heads, key, value]` in delta rules. Some models change it in place after the prompt, and "
+            "then it is served for the prompt only.",
+        ),
         _edge("attentions_output", "self_attn", "output", _STREAM, 2, "What the attention module returns."),
         _edge("mixers_output", "mixer", "output", _STREAM, 2, "What the sequence mixer of any kind returns."),
         _inner(
