@@ -111,8 +111,8 @@ class _Finder:
                 return decoders[0]
             raise AnatomyError(
                 f"{type(self.model).__name__} has {len(lists)} stacks of layers ({', '.join(lists)}), so there is no "
-                "one residual stream from embedding to logits. To work on one of them, name it: "
-                f"RenameConfig(layers_name={lists[0]!r})."
+                "one residual stream from embedding to logits. If the layers of one of them run once in a forward "
+                f"pass, it can be named: RenameConfig(layers_name={lists[0]!r})."
             )
         return max(lists, key=lambda path: sum(p.numel() for p in self.model.get_submodule(path).parameters()))
 

@@ -42,6 +42,10 @@ def prepare(model: StandardizedTransformer) -> None:
         return
     with probing(model) as device:
         probe = Probe(model, device, shape=(1, 5))
+        _as_in_the_first_of_its_kind(model, probe, wanted, found)
+        wanted = {i: between for i, between in wanted.items() if found[i] is None}
+        if not wanted:
+            return
         paths = list(dict.fromkeys(path for between in wanted.values() for path in between.paths))
         only = {path for between in wanted.values() for path in between.edges()}
         operations, edges = _run(model, probe, paths, only, {})
@@ -64,12 +68,53 @@ def prepare(model: StandardizedTransformer) -> None:
 MAX_TRIES = 6  # operations that hold the stream's numbers are few, and the first is nearly always the one
 
 
+def _as_in_the_first_of_its_kind(
+    model: StandardizedTransformer, probe: Any, wanted: dict[int, _Between], found: list[Place | None]
+) -> None:
+    """Layers of one kind have one code: search the first of each, and prove the operation in all of them at once.
+
+    The search runs no further than the layers that are searched. What is not proven this way is left to be searched.
+    """
+    kinds: dict[tuple, list[int]] = {}
+    for index, between in wanted.items():
+        kinds.setdefault(between.kind(model._module), []).append(index)
+    first = [indices[0] for indices in kinds.values()]
+    if len(first) == len(wanted):
+        return
+    searched = [wanted[i] for i in first]
+    paths = list(dict.fromkeys(path for between in searched for path in between.paths))
+    only = {path for between in searched for path in between.edges()}
+    operations, edges = _run(model, probe, paths, only, {}, until=wanted[max(first)].layer)
+    trying: dict[int, tuple[str, tuple[str, ...]]] = {}
+    for indices in kinds.values():
+        one = wanted[indices[0]]
+        one.find(operations, edges, probe.tolerance)
+        if one.options:
+            path, labels = one.options[0]
+            trying |= {i: (wanted[i].layer + path.removeprefix(one.layer), labels) for i in indices}
+        one.options = []
+    if not trying:
+        return
+    paths = list(dict.fromkeys(path for path, _ in trying.values()))
+    only = {path for i in trying for path in wanted[i].edges()}
+    operations, edges = _run(model, probe, paths, only, dict.fromkeys(trying.values(), _moved))
+    for index, (path, labels) in trying.items():
+        proven = wanted[index].proven(path, labels, operations, edges, probe.tolerance)
+        if proven and bracket_one(model._module.get_submodule(path), labels[0]):
+            found[index] = Inside(path, labels)
+
+
 def _run(
-    model: StandardizedTransformer, probe: Any, paths: list[str], only: set[str], edits: dict
+    model: StandardizedTransformer,
+    probe: Any,
+    paths: list[str],
+    only: set[str],
+    edits: dict,
+    until: str | None = None,
 ) -> tuple[Operations, Any]:
     with (edges := probe.edges(only)):
         operations = record_operations(
-            model._module, paths, probe.run, drill=lambda function: False, edits=edits, arguments=False
+            model._module, paths, lambda: probe.run(until), drill=lambda function: False, edits=edits, arguments=False
         )
     return operations, edges
 
@@ -101,6 +146,12 @@ class _Between:
         self.options: list[tuple[str, tuple[str, ...]]] = []
         self.before: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def kind(self, root: nn.Module) -> tuple:
+        """What layers that run the same code have in common."""
+        within = [path.removeprefix(self.layer) for path in (*self.paths, *self.edges())]
+        classes = [type(root.get_submodule(path)) for path in self.paths]
+        return (self.structure.kind, *within, *classes)
+
     def edges(self) -> list[str]:
         """The modules whose inputs and outputs the proof reads."""
         parts = [part for part in (self.structure.mlp, self.structure.other) if part is not None]
@@ -129,9 +180,12 @@ class _Between:
         The feed-forward must be given what was moved, and the residual path must carry it: as it is, or scaled and
         shifted per channel as when nothing is moved.
         """
-        moved = next(o.output for o in operations.of(path) if o.labels == labels)
+        operation = next((o for o in operations.of(path) if o.labels == labels), None)
+        if operation is None or operation.times > 1 or not isinstance(operation.output, torch.Tensor):
+            return False
+        moved = operation.output
         given, after = edges.input(self.structure.mid), self.carried(edges)
-        if given is None or after is None or self.before is None or given.numel() != moved.numel():
+        if given is None or after is None or given.numel() != moved.numel():
             return False
         if not same(given.reshape(moved.shape), moved, tolerance * 10):
             return False
@@ -139,6 +193,8 @@ class _Between:
         tolerance = max(tolerance * 10, 1e-4)
         if same(after, moved, tolerance):
             return True
+        if self.before is None:  # what carries it when nothing is moved was not seen
+            return False
         stream, carried = (t.reshape(-1, t.shape[-1]) for t in self.before)
         factor = (stream * carried).sum(0) / stream.square().sum(0).clamp(min=1e-30)
         if same(after, moved * factor, tolerance):

@@ -121,11 +121,12 @@ class Probe:
         """What enters and leaves the layers' modules (or only those at some paths), while the block runs."""
         return _Edges(self.module, self.blocks, only)
 
-    def run(self) -> None:
-        """One forward pass of the plain module, as far as the end of the last layer."""
-        last = self.module.get_submodule(self.blocks[-1].path)
+    def run(self, until: str | None = None) -> None:
+        """One forward pass of the plain module, as far as the end of the last layer, or of the layer at `until`."""
+        path = self.blocks[-1].path if until is None else until
+        last = self.module.get_submodule(path)
         once = sum(self.module.get_submodule(block.path) is last for block in self.blocks) == 1
-        if not once or self.blocks[-1].path in self.model.repeated:
+        if not once or path in self.model.repeated:
             self.module(**self.inputs)
             return
 
