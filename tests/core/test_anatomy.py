@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from nnterp import ModuleAccessor, RenameConfig, StandardizedTransformer, get_rename_dict
 from nnterp.anatomy import find_anatomy
@@ -240,3 +241,32 @@ def test_multimodal_text_tower_is_found(tiny):
     model = tiny("gemma3")
     assert model.anatomy.layers == "model.language_model.layers"
     assert model.certificate.ok
+
+
+@pytest.mark.parametrize(
+    ("model_type", "unstated"),
+    [
+        ("gpt2", {"n_inner": None}),
+        ("gptj", {"n_inner": None}),
+        ("gpt_bigcode", {"n_inner": None}),
+        ("gpt_neo", {"intermediate_size": None}),
+        ("bloom", {}),
+        ("mpt", {}),
+        ("openai-gpt", {}),
+        ("ctrl", {}),
+        ("xlstm", {}),
+    ],
+)
+def test_the_width_of_the_feed_forward_is_read_off_its_weights(model_type, unstated):
+    """Configs that do not state it, in matrices either way round: as many as there are neurons."""
+    model = StandardizedTransformer(tiny_model(model_type, **unstated), tokenizer=tiny_tokenizer())
+    with torch.no_grad(), model.trace(torch.arange(20, 26)[None]):
+        neurons = model.mlp_neurons[0].save()
+    assert model.intermediate_size == neurons.shape[-1]
+
+
+def test_feed_forwards_of_several_widths_have_no_one_width():
+    module = tiny_model("mpt")
+    ffn = module.transformer.blocks[1].ffn
+    ffn.up_proj, ffn.down_proj = nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False)
+    assert find_anatomy(module).sizes.intermediate_size is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig
 from nnterp.anatomy import _names
 from nnterp.anatomy._layout import Anatomy, Layer, Part
 from nnterp.anatomy._rename import RenameConfig
-from nnterp.anatomy._sizes import read_sizes
+from nnterp.anatomy._sizes import Sizes, inner_width, read_sizes
 from nnterp.errors import AnatomyError
 
 
@@ -68,7 +69,7 @@ class _Finder:
             ln_final=norm,
             lm_head=head,
             blocks=blocks,
-            sizes=read_sizes(self.config_of(layers), len(blocks), self.rename),
+            sizes=self.sizes(layers, blocks),
             absent=MappingProxyType(dict(self.absent)),
             other_stacks=self.other_stacks,
         )
@@ -115,6 +116,17 @@ class _Finder:
                 f"pass, it can be named: RenameConfig(layers_name={lists[0]!r})."
             )
         return max(lists, key=lambda path: sum(p.numel() for p in self.model.get_submodule(path).parameters()))
+
+    def sizes(self, layers: str, blocks: tuple[Layer, ...]) -> Sizes:
+        """What the config states, and the width of the feed-forwards, which GPT-2 and its kin do not state."""
+        sizes = read_sizes(self.config_of(layers), len(blocks), self.rename)
+        if sizes.intermediate_size is not None or sizes.hidden_size is None:
+            return sizes
+        ends = [(b.mlp.entry, b.mlp.exit) for b in blocks if b.mlp is not None and not b.mixture_of_experts]
+        modules = (
+            [m for path in dict.fromkeys(pair) for m in self.model.get_submodule(path).modules()] for pair in ends
+        )
+        return dataclasses.replace(sizes, intermediate_size=inner_width(modules, sizes.hidden_size))
 
     def config_of(self, layers: str) -> Any:
         """The config that speaks of the layers: of one stack among several, its own."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
+
+import torch
+from torch import nn
 
 from nnterp.anatomy._rename import RenameConfig
 
@@ -68,13 +72,6 @@ def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
     head_dim = _lookup(text, None, HEAD_DIM)
     if head_dim is None and hidden and heads and not _varies(text, HEAD_DIM):
         head_dim = hidden // heads
-    intermediate = _lookup(text, None, INTERMEDIATE_SIZE)
-    if (
-        intermediate is None
-        and hidden
-        and getattr(text, "model_type", "") in ("gpt2", "gptj", "gpt_neo", "codegen", "bloom")
-    ):
-        intermediate = 4 * hidden
     return Sizes(
         num_layers=num_layers,
         hidden_size=hidden,
@@ -82,8 +79,34 @@ def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=intermediate,
+        intermediate_size=_lookup(text, None, INTERMEDIATE_SIZE),
     )
+
+
+def inner_width(feed_forwards: Iterable[Iterable[nn.Module]], hidden: int) -> int | None:
+    """The width of feed-forwards, read off their matrices: what they map the stream to and from.
+
+    Args:
+        feed_forwards: The modules of each.
+        hidden: Width of the stream.
+
+    Returns:
+        None where the feed-forwards disagree, or have no such matrices.
+    """
+    widths = set()
+    for modules in feed_forwards:
+        found = [shape for module in modules if hidden in (shape := _matrix(module))]
+        # A gate and what it gates may share one matrix, which is then twice as wide.
+        widths.add(min((sum(shape) - hidden for shape in found), default=None))
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _matrix(module: nn.Module) -> tuple[int, ...]:
+    """The two widths of a linear module, whichever way round; `()` for any other module."""
+    if isinstance(width := getattr(module, "in_features", None), int):  # of a quantised one too
+        return (width, module.out_features)  # type: ignore[return-value]
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else ()
 
 
 def _varies(config: Any, names: tuple[str, ...]) -> bool:
