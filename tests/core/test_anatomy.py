@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from nnterp import ModuleAccessor, RenameConfig, StandardizedTransformer, get_rename_dict
@@ -270,3 +271,23 @@ def test_feed_forwards_of_several_widths_have_no_one_width():
     ffn = module.transformer.blocks[1].ffn
     ffn.up_proj, ffn.down_proj = nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False)
     assert find_anatomy(module).sizes.intermediate_size is None
+
+
+@pytest.mark.parametrize("name", ["Musicgen", "MusicgenMelody"])
+def test_rows_that_are_read_as_one_sequence_are_refused(name):
+    """Built from its decoder's config, it runs; rows of codes are no rows of its stream."""
+    config = getattr(transformers, f"{name}DecoderConfig")(
+        vocab_size=64,
+        num_hidden_layers=2,
+        ffn_dim=96,
+        num_attention_heads=4,
+        hidden_size=64,
+        max_position_embeddings=64,
+    )
+    module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        made = module(input_ids=torch.arange(32).view(4, 8), output_hidden_states=True)
+    assert made.logits.shape[0] == 4
+    assert made.hidden_states[1].shape[0] == 1
+    with pytest.raises(AnatomyError, match=r"4 tables .* rows of its input are no rows"):
+        StandardizedTransformer(module, tokenizer=tiny_tokenizer())

@@ -155,6 +155,12 @@ class _Finder:
         except (NotImplementedError, AttributeError):
             module = None
         path = self.paths.get(id(module)) if module is not None else None
+        if isinstance(module, nn.ModuleList):
+            raise AnatomyError(
+                f"{type(self.model).__name__} embeds its input with {len(module)} tables ({path}), one for each of as "
+                "many rows of codes that it reads as one sequence: rows of its input are no rows of a residual stream, "
+                "so nnterp cannot serve it."
+            )
         if path is None:
             found = [p for p, m in self.model.named_modules() if isinstance(m, nn.Embedding)]
             named = [p for p in found if p.rpartition(".")[2] in _names.EMBED_TOKENS]

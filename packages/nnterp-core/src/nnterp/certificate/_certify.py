@@ -225,12 +225,11 @@ class _Checks:
         impossible = (
             [] if reference is None or first is None else [*self.two_streams(first), *self.stream_layout(reference)]
         )
-        wrong = [*impossible, *wrong]
         for role in ("embed_tokens", "ln_final", "lm_head"):
             path = getattr(self.anatomy, role)
             if path is not None and not recording.calls.get(path):
                 wrong.append(f"{role} ({path}) did not run")
-        wrong += self.order_of_ends(recording, previous)
+        wrong = impossible or [*wrong, *self.order_of_ends(recording, previous)]
         idle = [b.index for b in self.anatomy.blocks if b not in blocks]
         detail = f"{self.anatomy.num_layers} layers" + (f", of which {idle} run only with an image" if idle else "")
         kept = self.model.readout.layout.kept

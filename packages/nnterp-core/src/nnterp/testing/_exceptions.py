@@ -146,18 +146,23 @@ MULTIMODAL: tuple[str, ...] = (
 
 # Members of the causal-LM mapping that no configuration makes a working text model.
 UNAVAILABLE: dict[str, str] = {
-    "gemma3n": "its vision tower needs the timm package; gemma3n_text is the language model alone",
+    "gemma3n": (
+        "its vision tower needs the packages timm, torchvision and Pillow, and its config takes no other tower; "
+        "gemma3n_text is the language model alone"
+    ),
     "gemma4_assistant": "a drafting head: its forward requires the embeddings and key-value states of a target model",
     "gemma4_unified_assistant": (
         "a drafting head: its forward requires the embeddings and key-value states of a target model"
     ),
     "musicgen": (
         "the mapping gives MusicgenForCausalLM, which takes a MusicgenDecoderConfig, the composite MusicgenConfig: "
-        "AutoModelForCausalLM.from_config fails on a missing field (and its tokens are audio codes)"
+        "AutoModelForCausalLM.from_config fails on a missing field. Built by hand it is refused: it reads 4 rows of "
+        "audio codes as one sequence, so rows of its input are no rows of its residual stream"
     ),
     "musicgen_melody": (
         "the mapping gives MusicgenMelodyForCausalLM, which takes a MusicgenMelodyDecoderConfig, the "
-        "composite MusicgenMelodyConfig: AutoModelForCausalLM.from_config fails on a missing field (and its tokens are "
-        "audio codes)"
+        "composite MusicgenMelodyConfig: AutoModelForCausalLM.from_config fails on a missing field. Built by hand it "
+        "is refused: it reads 4 rows of audio codes as one sequence, so rows of its input are no rows of its residual "
+        "stream"
     ),
 }
