@@ -9,7 +9,7 @@ from nnterp.inputs import encode
 from nnterp.interventions._edits import Cell, Edit
 from nnterp.interventions._shortcuts import Shortcuts, prove
 from nnterp.interventions._sweep import sweep
-from nnterp.interventions._tiles import plan
+from nnterp.interventions._tiles import Span, plan
 from nnterp.testing import model_types
 from nnterp.values import get_value
 
@@ -119,7 +119,9 @@ def test_shortcuts_are_taken_where_they_should_be(tiny):
         "falcon",
     ):
         taken = prove(tiny(model_type))
-        assert (taken.prefix, taken.skip, taken.readout) == (True, True, True), (model_type, taken.reasons)
+        assert (taken.prefix, taken.skip, taken.readout, taken.ragged) == (True,) * 4, (model_type, taken.reasons)
+        assert taken.join == (model_type != "bloom"), "its position bias is made for each row"
+        assert taken.tail == (model_type not in ("opt", "falcon")), "they do not broadcast"
     assert prove(tiny("gemma2")).window == 8
     assert not prove(tiny("gemma2")).within(8).prefix
     for model_type in ("mamba", "jamba", "lfm2", "qwen3_next"):
@@ -131,11 +133,14 @@ def test_shortcuts_are_taken_where_they_should_be(tiny):
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("readout", [False, True])
-def test_every_combination_of_shortcuts_is_exact(tiny, prefix, skip, readout):
+@pytest.mark.parametrize("others", [(), ("ragged",), ("join", "tail"), ("join", "tail", "ragged")])
+def test_every_combination_of_shortcuts_is_exact(tiny, prefix, skip, readout, others):
     model = tiny("llama")
     specs = some_cells(model)
     cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
-    found = sweep(model, encode(model, PROMPTS), cells, whole, shortcuts=Shortcuts(prefix, skip, readout))["logits"]
+    more = {"ragged": "ragged" in others, "join": "join" in others and skip, "tail": "tail" in others and readout}
+    shortcuts = Shortcuts(prefix, skip, readout, **more)
+    found = sweep(model, encode(model, PROMPTS), cells, whole, shortcuts=shortcuts)["logits"]
     for (prompt, edits), own in zip(specs, found, strict=True):
         close(own, slow(model, prompt, edits))
 
@@ -203,12 +208,17 @@ def test_an_edit_of_the_wrong_shape_says_both_shapes(tiny):
         sweep(model, encode(model, PROMPTS[:1]), cells, whole)
 
 
-def test_plan_covers_every_cell_once_and_keeps_its_bounds():
-    begins = [(p, layer) for p in range(16) for layer in range(1, 13)]
-    tiles = plan(begins, 16, 12, most_rows=20, most_tokens=64)
-    assert sorted(i for tile in tiles for i in tile.cells) == list(range(len(begins)))
+@pytest.mark.parametrize("join", [False, True])
+def test_plan_covers_every_cell_once_and_keeps_its_bounds(join):
+    spans = [Span(p, layer, end) for end in (16, 11) for p in range(end) for layer in range(1, 13)]
+    tiles = plan(spans, 12, most_rows=20, most_tokens=64, join=join)
+    assert sorted(i for tile in tiles for i in tile.cells) == list(range(len(spans)))
     for tile in tiles:
         assert len(tile.cells) <= 20
-        assert len(tile.cells) * (16 - tile.position) <= 64 or len(tile.cells) == 1
-        assert all(begins[i][0] >= tile.position and begins[i][1] >= tile.layer for i in tile.cells)
-    assert plan([], 16, 12, 4, 64) == []
+        assert len(tile.cells) * (tile.end - tile.position) <= 64 or len(tile.cells) == 1 or tile.layers[0] == 12
+        assert list(tile.layers) == sorted(tile.layers)
+        for i, layer in zip(tile.cells, tile.layers, strict=True):
+            assert spans[i].position >= tile.position
+            assert spans[i].end <= tile.end
+            assert spans[i].layer == layer if join else spans[i].layer >= layer == tile.layers[0]
+    assert plan([], 12, 4, 64) == []

@@ -51,6 +51,11 @@ class Cell:
         """The first position that may differ from the unedited run."""
         return min((min(edit.positions) for edit in self.edits), default=1 << 30)
 
+    @property
+    def last_position(self) -> int:
+        """The last position that is edited; -1 if none is."""
+        return max((max(edit.positions) for edit in self.edits), default=-1)
+
     def first_layer(self, num_layers: int) -> int:
         """The first layer whose run may differ from the unedited one."""
         return min((first_layer(edit, num_layers) for edit in self.edits), default=num_layers)
@@ -116,6 +121,8 @@ def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Label | Value) -> 
     axes = len(axes_of(value))
     if tensor.dim() < axes and tensor.shape[0] == rows * seq:
         return tensor.unflatten(0, (rows, seq))
+    if rows > 1 and tensor.dim() == axes and tensor.shape[:2] == (1, rows * seq):  # rows that joined on the way
+        return tensor[0].unflatten(0, (rows, seq))
     batch_first = tensor.shape[0] == rows
     if batch_first and tensor.dim() > axes:  # several streams side by side, before or after batch and positions
         batch_first = tensor.shape[1] == seq and tuple(tensor.shape[1:3]) != (rows, seq)

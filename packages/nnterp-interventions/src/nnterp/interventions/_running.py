@@ -29,6 +29,12 @@ def forward_flags(model: StandardizedTransformer) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in accepts or open_ended else {}
 
 
+def filled(rows: Sequence[Row]) -> torch.Tensor:
+    """Token ids of prompts, `[prompts, seq]`; the shorter ones go on with their last token."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row.ids + row.ids[-1:] * (width - len(row)) for row in rows])
+
+
 def check_batch_size(batch_size: BatchSize) -> None:
     """Raise unless it is "auto" or positive.
 
@@ -81,7 +87,7 @@ def within_memory(run: Callable[[], None], rows: int) -> bool:
         run()
         return True
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if rows == 1 or not _is_out_of_memory(error):
+        if rows == 1 or not is_out_of_memory(error):
             raise
         logger.warning("out of memory with {} rows, going on with half as many", rows)
     gc.collect()
@@ -90,7 +96,8 @@ def within_memory(run: Callable[[], None], rows: int) -> bool:
     return False
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in any of torch's ways."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 PROBE_LENGTH = 12
 PROBE_LAYERS = 6
 SHORTEST_PROBE = 6
+_NAMES = ("prefix", "skip", "readout", "join", "tail", "ragged")
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 _proven: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, Shortcuts]] = weakref.WeakKeyDictionary()
 
@@ -36,6 +38,10 @@ class Shortcuts:
         prefix: Positions before the first edited one come from the key-value cache.
         skip: Layers before the first edited one are skipped.
         readout: The forward pass stops after the last layer, and only what is read is projected on the vocabulary.
+        join: Rows that begin at later layers join a running batch there.
+        tail: The last feed-forward runs only at the positions that are read.
+        ragged: Shorter prompts share a batch with longer ones, filled up on the right, and positions after those that
+            are read are left out.
         window: Prompts must be shorter than this for `prefix`.
         reasons: Why something is not taken.
     """
@@ -43,6 +49,9 @@ class Shortcuts:
     prefix: bool = False
     skip: bool = False
     readout: bool = False
+    join: bool = False
+    tail: bool = False
+    ragged: bool = False
     window: int | None = None
     reasons: tuple[str, ...] = ()
 
@@ -76,12 +85,16 @@ def continued(
     cache: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None,
     which: torch.Tensor,
     length: int,
+    counts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Keywords of a forward pass that goes on after `length` positions of some rows of a cache."""
+    """Keywords of a forward pass that goes on after `length` positions of some rows of a cache.
+
+    With `counts`, only so many of the first rows run in each layer; where none does, one passes by.
+    """
     assert cache is not None
     copy = new_cache(model)
     for layer, (keys, values) in enumerate(cache):
-        own = which.to(keys.device)
+        own = (which if counts is None else which[: max(1, counts[layer])]).to(keys.device)
         copy.update(keys[own, :, :length], values[own, :, :length], layer)
     return {"past_key_values": copy, "use_cache": True}
 
@@ -93,30 +106,45 @@ def _prove(model: StandardizedTransformer) -> Shortcuts:
     if length < SHORTEST_PROBE:
         plain, length = False, PROBE_LENGTH
         reasons.append(f"its window of {window} positions is too short to try")
-    rows = [Row(tuple(ids.tolist())) for ids in _probe_ids(model, 2, length)]
+    rows = [Row(tuple(ids.tolist())) for ids in _probe_ids(model, 3, length)]
+    rows[2] = Row(rows[2].ids[: length - 2])
     cells = _probe_cells(model, length)
     try:
         expected = _logits(model, rows, cells, Shortcuts())
     except Exception as failure:
         return Shortcuts(reasons=(*reasons, f"the probe itself fails: {type(failure).__name__}: {str(failure)[:120]}"))
-    trials = [Shortcuts(plain, plain, True), Shortcuts(plain, False, True), Shortcuts(False, plain, True)]
-    trials += [Shortcuts(False, False, True), Shortcuts(plain, plain, False), Shortcuts(plain, False, False)]
-    for trial in dict.fromkeys(trials):
-        if trial == Shortcuts() or (trial.readout and model.readout.way is None):
-            continue
-        try:
-            error = _error(_logits(model, rows, cells, trial), expected)
-        except Exception as failure:
-            reasons.append(f"{_named(trial)}: {type(failure).__name__}: {str(failure)[:120]}")
-            continue
-        if error <= max(1e-4, 8 * torch.finfo(model._module.dtype).eps):
-            return replace(trial, window=window, reasons=tuple(reasons))
-        reasons.append(f"{_named(trial)}: off by {error:.1e}")
-    return Shortcuts(reasons=tuple(reasons))
+
+    def holds(trial: Shortcuts) -> bool:
+        if trial.readout and model.readout.way is None:
+            return False
+        # Two rows a batch, so that every layer that is tried is skipped to; all, so that they join and are filled up.
+        for batch_size in (2, len(cells)) if trial.join or trial.ragged else (2,):
+            try:
+                error = _error(_logits(model, rows, cells, trial, batch_size), expected)
+            except Exception as failure:
+                reasons.append(f"{_named(trial)}: {type(failure).__name__}: {str(failure)[:120]}")
+                return False
+            if error > max(1e-4, 8 * torch.finfo(model._module.dtype).eps):
+                reasons.append(f"{_named(trial)}: off by {error:.1e}")
+                return False
+        return True
+
+    padded = model.padding_is_exact
+    whole = Shortcuts(plain, plain, True, plain, True, padded)
+    if holds(whole):
+        return replace(whole, window=window, reasons=tuple(reasons))
+    trials = [(plain, plain, True), (plain, False, True), (False, plain, True), (False, False, True)]
+    trials += [(plain, plain, False), (plain, False, False), (False, False, False)]
+    best = next((t for own in dict.fromkeys(trials) if (t := Shortcuts(*own)) == Shortcuts() or holds(t)), Shortcuts())
+    for name in ("ragged", "join", "tail"):
+        trial = replace(best, **{name: True})  # type: ignore[arg-type]
+        if {"ragged": padded, "join": best.skip, "tail": best.readout}[name] and holds(trial):
+            best = trial
+    return replace(best, window=window, reasons=tuple(reasons))
 
 
 def _named(trial: Shortcuts) -> str:
-    names = [name for name in ("prefix", "skip", "readout") if getattr(trial, name)]
+    names = [name for name in _NAMES if getattr(trial, name)]
     return " and ".join(names)
 
 
@@ -172,7 +200,7 @@ def _probe_ids(model: StandardizedTransformer, rows: int, length: int) -> torch.
 
 
 def _probe_cells(model: StandardizedTransformer, length: int) -> list[Cell]:
-    """Noise in the middle of the residual stream of two prompts, at layers from the first to the last."""
+    """Noise in the residual stream of three prompts, from before the first layer to after the last."""
     count = min(PROBE_LAYERS, model.num_layers)
     layers = sorted({round(k * (model.num_layers - 1) / max(1, count - 1)) for k in range(count)})
     generator = torch.Generator().manual_seed(12)
@@ -182,21 +210,22 @@ def _probe_cells(model: StandardizedTransformer, length: int) -> list[Cell]:
         scale = stream.float().pow(2).mean().sqrt().to(stream.dtype)
         return stream + scale * noise.to(stream.device, stream.dtype)
 
-    return [
-        Cell(prompt, (Edit("layers_output", layer, (length // 2,), disturb),))
-        for prompt in range(2)
-        for layer in layers
-    ]
+    middle = (length // 2,)
+    cells = [Cell(0, (Edit("layers_input", 0, middle, disturb),)), Cell(1, ())]
+    for prompt, own in ((0, layers), (1, layers[::2]), (2, layers[1::2])):
+        cells += [Cell(prompt, (Edit("layers_output", layer, middle, disturb),)) for layer in own]
+    return cells
 
 
-def _logits(model: StandardizedTransformer, rows: list[Row], cells: list[Cell], trial: Shortcuts) -> torch.Tensor:
+def _logits(
+    model: StandardizedTransformer, rows: list[Row], cells: list[Cell], trial: Shortcuts, batch_size: int = 2
+) -> torch.Tensor:
     from nnterp.interventions._sweep import sweep
 
-    # Two rows a batch: the two prompts at one layer, so that every layer that is tried is skipped to.
     def whole(logits: torch.Tensor, _: list[int]) -> dict[str, torch.Tensor]:
         return {"logits": logits}
 
-    return sweep(model, rows, cells, whole, shortcuts=trial, batch_size=2, progress=False)["logits"]
+    return sweep(model, rows, cells, whole, shortcuts=trial, batch_size=batch_size, progress=False)["logits"]
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,15 +2,16 @@
 
 Every cell is one prompt's forward pass with some edits. Cells run as rows of one batch, each with its own edits. What
 the unedited run has in common with a cell is not computed again: positions before the first edited one come from the
-key-value cache, layers before the first edited one are skipped, and logits are computed only where they are read. Each
-shortcut is taken only where `nnterp.interventions._shortcuts` has proven it; otherwise the cells are rows of plain
-forward passes. Rows of one batch have equal length, so nothing is padded.
+key-value cache, layers before the first edited one are skipped (rows join a running batch at the layer where they
+begin), and logits are computed only where they are read. Each shortcut is taken only where
+`nnterp.interventions._shortcuts` has proven it; otherwise the cells are rows of plain forward passes. Prompts of
+different lengths share a batch, filled up on the right, where that is proven as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,41 +19,27 @@ import nnsight
 import torch
 
 from nnterp.inputs import Row
-from nnterp.interventions._edits import Cell, Edit, apply_edits, positions_axis, rows_of
-from nnterp.interventions._passing import Passing, forward_steps
+from nnterp.interventions._batch import Base, Batch, BatchRun, Reduce, run_elsewhere
+from nnterp.interventions._edits import Cell, axes_of
 from nnterp.interventions._running import (
     AUTO_ROWS,
     AUTO_TOKENS,
     BatchSize,
     bar,
     check_batch_size,
+    filled,
     forward_flags,
+    is_out_of_memory,
     within_memory,
 )
-from nnterp.interventions._shortcuts import Shortcuts, continued, new_cache, prove, stored
-from nnterp.interventions._tiles import Tile, plan
-from nnterp.values import get_label, get_value, read_value
+from nnterp.interventions._shortcuts import Shortcuts, new_cache, prove, stored
+from nnterp.interventions._tiles import Span, plan
+from nnterp.values import get_value, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 READOUT_NUMBERS = 1 << 24  # logits that are held at a time
-Reduce = Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Base:
-    """Unedited runs of prompts of one length.
-
-    Attributes:
-        ids: `[prompts, seq]`.
-        streams: Residual stream after each layer, `[prompts, seq, hidden]` each; empty if no layer is to be skipped.
-        cache: Keys and values of each layer, `[prompts, heads, seq, head_dim]`; None if no prefix is to be shared.
-    """
-
-    ids: torch.Tensor
-    streams: tuple[torch.Tensor, ...] = ()
-    cache: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
 
 
 @torch.no_grad()
@@ -82,20 +69,25 @@ def sweep(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         what: What the bar says.
-        shortcuts: What may be taken; decided by proof if None.
+        shortcuts: What is taken, come what may; if None, what is proven, and less of it where an edit does not fit it.
 
     Returns:
         `[cells, ...]` for each name, on the CPU.
     """
     check_batch_size(batch_size)
     model.prepare(remote)
+    yielding = shortcuts is None
     if shortcuts is None:
         shortcuts = Shortcuts() if remote else prove(model)
     at = [len(row) - 1 for row in rows] if read_at is None else list(read_at)
-    run = _Run(model, rows, cells, reduce, at, remote, batch_size, shortcuts)
+    run = _Run(model, rows, cells, reduce, at, remote, batch_size, shortcuts, yielding)
     with bar(len(cells), what, progress) as shown:
         run.everything(shown)
     return run.results
+
+
+class _Again(Exception):
+    """Cells that are left are to be run once more, with fewer shortcuts."""
 
 
 class _Run:
@@ -109,72 +101,82 @@ class _Run:
         remote: bool,
         batch_size: BatchSize,
         shortcuts: Shortcuts,
+        yielding: bool,
     ) -> None:
         self.model, self.rows, self.cells, self.reduce = model, rows, cells, reduce
-        self.read_at, self.remote, self.shortcuts = read_at, remote, shortcuts
+        self.read_at, self.remote, self.shortcuts = read_at, remote, _fitting(shortcuts, cells)
         self.most_rows = AUTO_ROWS if batch_size == "auto" else batch_size
         self.most_tokens = AUTO_TOKENS if batch_size == "auto" else 1 << 60
         self.results: dict[str, torch.Tensor] = {}
         self.waiting: list[tuple[list[int], torch.Tensor]] = []  # cells and their last hidden states, not yet read out
+        self.yielding = yielding
+        self.done: set[int] = set()
         self.most_readouts = max(16, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
         self.layers = model.num_layers
 
     def everything(self, shown: Any) -> None:
-        """Groups of prompts of one length, a bounded number at a time."""
+        """Groups of prompts, of one length where the model is not exact otherwise, a bounded number at a time."""
         of_prompt: dict[int, list[int]] = {}
         for i, cell in enumerate(self.cells):
             of_prompt.setdefault(cell.prompt, []).append(i)
-        by_length: dict[int, list[int]] = {}
-        for prompt in of_prompt:
-            by_length.setdefault(len(self.rows[prompt]), []).append(prompt)
-        for length in sorted(by_length, reverse=True):
-            prompts = by_length[length]
-            while prompts:
-                size = max(1, min(self.most_rows, self.most_tokens // length))
-                chosen = prompts[:size]
-                indices = [i for prompt in chosen for i in of_prompt[prompt]]
-                if not self.group(chosen, indices, length, shown):
-                    self.most_rows = max(1, len(chosen) // 2)
-                    continue
-                prompts = prompts[size:]
+        prompts = sorted(of_prompt, key=lambda prompt: -len(self.rows[prompt]))
+        while prompts:
+            longest = len(self.rows[prompts[0]])
+            chosen = prompts[: max(1, min(self.most_rows, self.most_tokens // longest))]
+            if not self.shortcuts.ragged:
+                chosen = [prompt for prompt in chosen if len(self.rows[prompt]) == longest]
+            try:
+                enough = self.group(chosen, [i for prompt in chosen for i in of_prompt[prompt]], shown)
+            except _Again:
+                continue
+            if not enough:
+                self.most_rows = max(1, len(chosen) // 2)
+                continue
+            prompts = prompts[len(chosen) :]
         self.read_out()
 
-    def group(self, prompts: list[int], indices: list[int], length: int, shown: Any) -> bool:
-        """The cells of some prompts of one length; False if memory does not suffice for their unedited runs."""
+    def group(self, prompts: list[int], indices: list[int], shown: Any) -> bool:
+        """The cells of some prompts; False if memory does not suffice for their unedited runs."""
+        length = max(len(self.rows[prompt]) for prompt in prompts)
         taken = self.shortcuts.within(length)
-        begins = {i: self.begin(self.cells[i], taken) for i in indices}
-        needs_stream = any(layer > 0 for _, layer in begins.values())
-        needs_cache = any(position > 0 for position, _ in begins.values())
+        spans = {i: self.span(self.cells[i], taken, length) for i in indices}
+        needs_stream = any(span.layer > 0 for span in spans.values())
+        needs_cache = any(span.position > 0 for span in spans.values())
         place = {prompt: k for k, prompt in enumerate(prompts)}
         found: list[Base] = []
-        if not within_memory(lambda: found.append(self.base(prompts, needs_stream, needs_cache)), len(prompts)):
+        if not within_memory(
+            lambda: found.append(self.base(prompts, needs_stream, needs_cache, taken.join)), len(prompts)
+        ):
             return False
-        waiting = indices
+        waiting = [i for i in indices if i not in self.done]
         device = self.model._module.device.type
         while waiting:
-            starts = [begins[i] for i in waiting]
-            done: set[int] = set()
-            for tile in plan(starts, length, self.layers, self.most_rows, self.most_tokens, device):
-                own = replace(tile, cells=tuple(waiting[k] for k in tile.cells))
-                which = torch.tensor([place[self.cells[i].prompt] for i in own.cells])
-                if not within_memory(partial(self.tile, found[0], own, which), len(own.cells)):
-                    self.most_rows = max(1, len(own.cells) // 2)
+            own_spans = [spans[i] for i in waiting]
+            for tile in plan(own_spans, self.layers, self.most_rows, self.most_tokens, device, taken.join):
+                own = [waiting[k] for k in tile.cells]
+                cells = [self.cells[i] for i in own]
+                which, at = [place[cell.prompt] for cell in cells], [self.read_at[cell.prompt] for cell in cells]
+                batch = Batch(cells, own, which, at, tile.layers, tile.position, tile.end)
+                if not within_memory(partial(self.batch, found[0], batch, taken), len(own)):
+                    self.most_rows = max(1, len(own) // 2)
                     break
-                done.update(own.cells)
-                shown.update(len(own.cells))
-            waiting = [i for i in waiting if i not in done]
+                self.done.update(own)
+                shown.update(len(own))
+            waiting = [i for i in waiting if i not in self.done]
         return True
 
-    def begin(self, cell: Cell, taken: Shortcuts) -> tuple[int, int]:
-        """The first position and layer that must run for a cell."""
-        position = min(cell.first_position, self.read_at[cell.prompt]) if taken.prefix else 0
+    def span(self, cell: Cell, taken: Shortcuts, length: int) -> Span:
+        """What must run for a cell."""
+        at = self.read_at[cell.prompt]
+        position = min(cell.first_position, at) if taken.prefix else 0
         layer = cell.first_layer(self.layers) if taken.skip else 0
-        return position, layer
+        end = max(at, cell.last_position) + 1 if taken.ragged else length
+        return Span(position, layer, end)
 
-    def base(self, prompts: list[int], needs_stream: bool, needs_cache: bool) -> Base:
+    def base(self, prompts: list[int], needs_stream: bool, needs_cache: bool, needs_first: bool) -> Base:
         """The unedited runs, as far as they are shared."""
         model = self.model
-        ids = torch.tensor([self.rows[prompt].ids for prompt in prompts])
+        ids = filled([self.rows[prompt] for prompt in prompts])
         if not needs_stream and not needs_cache:
             return Base(ids)
         cache = new_cache(model) if needs_cache else None
@@ -182,6 +184,8 @@ class _Run:
         value = get_value("layers_output")
         with model.trace({"input_ids": ids}, **flags) as tracer:
             streams = []
+            if needs_stream:
+                streams.append(read_value(model, get_value("layers_input"), 0) if needs_first else None)
             for layer in range(self.layers):
                 stream = read_value(model, value, layer)
                 if needs_stream:
@@ -190,71 +194,27 @@ class _Run:
             tracer.stop()
         return Base(ids, tuple(streams), stored(cache) if cache is not None else None)
 
-    def tile(self, base: Base, tile: Tile, which: torch.Tensor) -> None:
-        """Run one batch and keep what is made of it."""
-        if self.remote:
-            self.tile_elsewhere(base, tile, which)
-            return
-        model, offset, start = self.model, tile.position, tile.layer
-        size = (len(tile.cells), base.ids.shape[1] - offset)
-        groups = self.edits_of(tile)
-        at = torch.tensor([self.read_at[self.cells[i].prompt] - offset for i in tile.cells])
-        entering: torch.Tensor | None = None
-        if start > 0:
-            entering = base.streams[start - 1][which.to(base.streams[start - 1].device), offset:]
-            skipped = groups.pop(("layers_output", start - 1), None)
-            if skipped:
-                entering = apply_edits(entering, skipped, size, offset)
-        if start == self.layers and not groups and self.shortcuts.readout:
-            assert entering is not None
-            self.wait(list(tile.cells), _at(entering, at, size[1], "layers_output"))
-        else:
-            ids = base.ids[which, offset:]
-            flags = continued(model, base.cache, which, offset) if offset else forward_flags(model)
-            reduce, layers, cells = self.reduce, self.layers, list(tile.cells)
-            by_hidden = self.reads_hidden(groups)
-            steps = forward_steps(model, groups)
-            made: dict[str, torch.Tensor] = {}
-            with model.trace({"input_ids": ids}, **flags) as tracer:
-                if entering is not None:
-                    model.skip_layers(0, start - 1, skip_with=entering)
-                hidden = entering
-                passing = Passing(model)
-                for step in steps:
-                    if step.term is not None:
-                        passing.hold(step)
-                        continue
-                    new = passing.write(step.key, groups[step.key], size, offset)
-                    if step.key == ("layers_output", layers - 1):
-                        hidden = new
-                if by_hidden:
-                    if start < layers and ("layers_output", layers - 1) not in groups:
-                        hidden = read_value(model, get_value("layers_output"), layers - 1)
-                    last = _at(hidden, at, size[1], "layers_output").save()
-                    tracer.stop()
-                else:
-                    made = nnsight.save(_on_cpu(reduce(_at(model.logits, at, size[1], "logits").float(), cells)))
-            if by_hidden:
-                self.wait(cells, last)  # many tiles are read out at once
-            else:
-                self.keep(cells, made)
+    def batch(self, base: Base, batch: Batch, taken: Shortcuts) -> None:
+        """Run one batch and keep what is made of it.
 
-    def tile_elsewhere(self, base: Base, tile: Tile, which: torch.Tensor) -> None:
-        """Run one batch of whole prompts on a remote service, where what is made of the logits is made as well."""
-        model, reduce, cells = self.model, self.reduce, list(tile.cells)
-        ids, groups = base.ids[which], self.edits_of(tile)
-        rows, seq = ids.shape
-        at = torch.tensor([self.read_at[self.cells[i].prompt] for i in cells])
-        steps = forward_steps(model, groups)
-        with model.trace({"input_ids": ids}, remote=self.remote, **forward_flags(model)):
-            passing = Passing(model)
-            for step in steps:
-                if step.term is not None:
-                    passing.hold(step)
-                else:
-                    passing.write(step.key, groups[step.key], (rows, seq), 0)
-            made = nnsight.save(_on_cpu(reduce(_at(model.logits, at, seq, "logits").float(), cells)))
-        self.keep(cells, made)
+        Raises:
+            _Again: It failed, and the values that are edited may not fit what was left out; now less is.
+        """
+        if self.remote:
+            self.keep(list(batch.indices), run_elsewhere(self.model, base, batch, self.remote, self.reduce))
+            return
+        try:
+            hidden, made = BatchRun(self.model, base, batch, taken).run(self.reduce)
+        except Exception as error:
+            plainer = replace(self.shortcuts, join=False, tail=False, ragged=False)
+            if not self.yielding or is_out_of_memory(error) or plainer == self.shortcuts:
+                raise
+            self.shortcuts = plainer
+            raise _Again from error
+        if hidden is None:
+            self.keep(list(batch.indices), made)
+        else:
+            self.wait(list(batch.indices), hidden)
 
     def wait(self, cells: list[int], hidden: torch.Tensor) -> None:
         """Hidden states `[cells, hidden]` are read out together with those of other tiles: the head is large."""
@@ -288,27 +248,12 @@ class _Run:
                 self.results[name] = torch.empty((len(self.cells), *tensor.shape[1:]), dtype=tensor.dtype)
             self.results[name][cells] = tensor.cpu()
 
-    def reads_hidden(self, groups: dict[tuple[str, int | None], Any]) -> bool:
-        """Whether logits can be made of the last layer's output at the positions that are read."""
-        after = any(layer is None and get_value(name).rank > 0 for name, layer in groups)
-        return self.shortcuts.readout and not after
 
-    def edits_of(self, tile: Tile) -> dict[tuple[str, int | None], list[tuple[int, Edit]]]:
-        """Edits with their rows, by value and layer."""
-        groups: dict[tuple[str, int | None], list[tuple[int, Edit]]] = {}
-        for row, i in enumerate(tile.cells):
-            for edit in self.cells[i].edits:
-                groups.setdefault((edit.value, edit.layer), []).append((row, edit))
-        return groups
-
-
-def _at(tensor: torch.Tensor, at: torch.Tensor, seq: int, name: str) -> torch.Tensor:
-    """One position of each row: `[rows, ...]`."""
-    if name != "logits":
-        tensor = rows_of(tensor, len(at), seq, get_label(name))
-        tensor = tensor.movedim(1 + positions_axis(name), 1)
-    return tensor[torch.arange(len(at), device=tensor.device), at.to(tensor.device)]
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+def _fitting(shortcuts: Shortcuts, cells: Sequence[Cell]) -> Shortcuts:
+    """Without those that edits of these values do not fit."""
+    edits = [edit for cell in cells for edit in cell.edits]
+    if any(edit.layer is None for edit in edits):  # before or after all layers
+        shortcuts = replace(shortcuts, join=False)
+    if any("key" in axes_of(get_value(edit.value)) for edit in edits):  # one entry for every position of the prompt
+        shortcuts = replace(shortcuts, ragged=False)
+    return shortcuts
