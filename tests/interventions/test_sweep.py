@@ -222,3 +222,60 @@ def test_plan_covers_every_cell_once_and_keeps_its_bounds(join):
             assert spans[i].end <= tile.end
             assert spans[i].layer == layer if join else spans[i].layer >= layer == tile.layers[0]
     assert plan([], 12, 4, 64) == []
+
+
+def test_prompts_of_different_lengths_share_a_batch(tiny):
+    """Edits at the same place of prompts of four lengths: one batch, and the unedited runs they share."""
+    model = tiny("llama")
+    prompts = [list(range(40, 40 + length)) for length in (4, 9, 6, 7)]
+    rows = encode(model, prompts)
+    cells = [Cell(p, (Edit("layers_output", layer, (1,), bend),)) for p in range(4) for layer in range(3)]
+    ran = []
+    handle = model._module.register_forward_pre_hook(
+        lambda m, args, kwargs: ran.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        prove(model)
+        ran.clear()
+        found = sweep(model, rows, cells, whole)["logits"]
+        assert ran == [(4, 9), (1, 8)], "the unedited runs; then what follows the shared first token"
+        ran.clear()
+        apart = sweep(model, rows, cells, whole, shortcuts=Shortcuts(True, True, True))["logits"]
+        assert len(ran) >= 8
+    finally:
+        handle.remove()
+    for cell, own, alone in zip(cells, found, apart, strict=True):
+        edit = cell.edits[0]
+        expected = logits_with(model, prompts[cell.prompt], [(edit.value, edit.layer, hook((1,)))])[-1]
+        close(own, expected)
+        close(alone, expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "rwkv", "bart"])
+def test_lengths_are_not_mixed_where_padding_is_not_exact(tiny, model_type):
+    model = tiny(model_type)
+    assert not model.padding_is_exact
+    assert not prove(model).ragged
+
+
+def test_a_value_that_does_not_fit_a_shortcut_is_run_without_it(tiny, monkeypatch):
+    """Whatever goes wrong in a batch with joined rows, what is left is run plainly, and what is done is kept."""
+    from nnterp.interventions._batch import BatchRun
+
+    model = tiny("llama")
+    specs = some_cells(model)
+    cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
+    prove(model)
+    run, failed = BatchRun.run, []
+
+    def failing(self, *args):
+        if self.taken.join and self.batch.offset:
+            failed.append(True)
+            raise RuntimeError("the shape of this does not fit")
+        return run(self, *args)
+
+    monkeypatch.setattr(BatchRun, "run", failing)
+    found = sweep(model, encode(model, PROMPTS), cells, whole)["logits"]
+    assert len(failed) == 1
+    for (prompt, edits), own in zip(specs, found, strict=True):
+        close(own, slow(model, prompt, edits))

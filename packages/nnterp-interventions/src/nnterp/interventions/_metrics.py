@@ -127,6 +127,8 @@ def metric_name(metric: Any) -> str:
 
 def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.Tensor:
     """A metric of logits whose rows belong to several prompts, `[n]`."""
+    if len(set(prompts)) == 1:
+        return bound(logits, prompts[0])
     made = torch.empty(len(prompts), device=logits.device)
     for prompt in dict.fromkeys(prompts):
         rows = [i for i, own in enumerate(prompts) if own == prompt]

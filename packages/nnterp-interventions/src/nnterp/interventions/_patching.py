@@ -184,18 +184,16 @@ class _Grid:
         """The cells of some pairs, one value at a time."""
         model = self.model
         into, source = [self.into[i] for i in chosen], [self.source[i] for i in chosen]
+        denoising, own = self.direction == "denoising", list(range(len(chosen)))
         for v, name in enumerate(self.names):
             states, from_logits = states_of(model, source, [(name, layer) for layer in self.layers])
+            cells: list[Cell] = []
+            places = []
             if v == 0:
-                _, into_logits = states_of(model, into, [])
-                clean_logits = from_logits if self.direction == "denoising" else into_logits
+                clean_logits = from_logits if denoising else states_of(model, into, [])[1]
                 bound = bind_some(metric, model, len(self.clean), clean_logits, chosen)
-                own = list(range(len(chosen)))
-                from_scores, into_scores = by_prompt(bound, from_logits, own), by_prompt(bound, into_logits, own)
-                denoising = self.direction == "denoising"
-                runs[0, list(chosen)] = from_scores if denoising else into_scores
-                runs[1, list(chosen)] = into_scores if denoising else from_scores
-            cells, places = [], []
+                runs[0 if denoising else 1, list(chosen)] = by_prompt(bound, from_logits, own)
+                cells += [Cell(k, ()) for k in own]  # as it was
             for k, i in enumerate(chosen):
                 for place, cell in self.cells(i, k, name, states[k]):
                     cells.append(cell)
@@ -203,8 +201,10 @@ class _Grid:
 
             reduce = scored(bound, cells)
             found = sweep(model, into, cells, reduce, batch_size=batch_size, progress=False)["scores"]
-            scores[tuple(torch.tensor(places).T)] = found
-            shown.update(len(cells))
+            if v == 0:
+                runs[1 if denoising else 0, list(chosen)] = found[: len(own)]
+            scores[tuple(torch.tensor(places).T)] = found[len(found) - len(places) :]
+            shown.update(len(places))
 
     def cells(self, pair: int, prompt: int, name: str, states: States) -> Iterator[tuple[tuple[int, ...], Cell]]:
         """Each cell of one pair and one value, with its place in the grid."""

@@ -93,9 +93,19 @@ def continued(
     """
     assert cache is not None
     copy = new_cache(model)
-    for layer, (keys, values) in enumerate(cache):
-        own = (which if counts is None else which[: max(1, counts[layer])]).to(keys.device)
-        copy.update(keys[own, :, :length], values[own, :, :length], layer)
+    one = bool((which == which[0]).all())
+    for index, (keys, values) in enumerate(cache):
+        own = (which if counts is None else which[: max(1, counts[index])]).to(keys.device)
+        if one:  # not copied before the model puts its own keys behind them
+            own_keys, own_values = (kept[own[0], :, :length].expand(len(own), -1, -1, -1) for kept in (keys, values))
+        else:
+            own_keys, own_values = keys[own, :, :length], values[own, :, :length]
+        layer = copy.layers[index] if index < len(copy.layers) else None
+        if isinstance(layer, DynamicLayer) and type(layer) is DynamicLayer:
+            layer.lazy_initialization(own_keys, own_values)
+            layer.keys, layer.values = own_keys, own_values
+        else:
+            copy.update(own_keys, own_values, index)
     return {"past_key_values": copy, "use_cache": True}
 
 

@@ -9,10 +9,11 @@ import nnsight
 import torch
 
 from nnterp.inputs import Row
-from nnterp.interventions._edits import rows_of
+from nnterp.interventions._edits import POSITION_AXES, axes_of, rows_of
 from nnterp.interventions._passing import Passing, forward_steps
-from nnterp.interventions._running import forward_flags
-from nnterp.values import get_value
+from nnterp.interventions._running import filled, forward_flags
+from nnterp.interventions._shortcuts import prove
+from nnterp.values import get_value, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -28,7 +29,7 @@ def states_of(
 
     Args:
         model: The model.
-        rows: The prompts; those of one length share a forward pass.
+        rows: The prompts; they share a forward pass, where they are of different lengths only if that is proven exact.
         keys: Names of values, with their layers.
 
     Returns:
@@ -36,25 +37,46 @@ def states_of(
         at each prompt's last token, float32 `[prompts, vocab]`, on the CPU.
     """
     model.dispatch()
+    taken = prove(model)
     flags, steps = forward_flags(model), forward_steps(model, keys)
     order = [step.key for step in steps if step.term is None]
     found: list[States] = [{} for _ in rows]
     logits: dict[int, torch.Tensor] = {}
-    lengths: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
-        lengths.setdefault(len(row), []).append(i)
-    for length, chosen in lengths.items():
-        ids = torch.tensor([rows[i].ids for i in chosen])
-        with model.trace({"input_ids": ids}, **flags):
+        groups.setdefault(0 if taken.ragged else len(row), []).append(i)
+    stream = get_value("layers_output")
+    for chosen in groups.values():
+        ids = filled([rows[i] for i in chosen])
+        count, width = ids.shape
+        place, at = torch.arange(count), torch.tensor([len(rows[i]) - 1 for i in chosen])
+        with model.trace({"input_ids": ids}, **flags) as tracer:
             kept, passing = [], Passing(model)
             for step in steps:
                 if step.term is not None:
                     passing.hold(step)
                     continue
-                kept.append(rows_of(passing.read(step.key), len(chosen), length, get_value(step.key[0])).clone())
+                kept.append(rows_of(passing.read(step.key), count, width, get_value(step.key[0])).clone())
             nnsight.save(kept)
-            last = model.logits[:, -1].float().cpu().save()
+            if taken.readout:
+                whole = read_value(model, stream, model.num_layers - 1)
+                last = whole[place.to(whole.device), at.to(whole.device)].save()
+                tracer.stop()
+            else:
+                whole = model.logits
+                last = whole[place.to(whole.device), at.to(whole.device)].save()
+        last = (model.project_on_vocab(last) if taken.readout else last).float().cpu()
         for k, i in enumerate(chosen):
-            found[i] = {(name, layer): tensor[k] for (name, layer), tensor in zip(order, kept, strict=True)}  # type: ignore[misc]
+            for (name, layer), tensor in zip(order, kept, strict=True):
+                assert layer is not None
+                found[i][name, layer] = own_part(tensor[k], name, len(rows[i]), width)
             logits[i] = last[k]
     return found, torch.stack([logits[i] for i in range(len(rows))])
+
+
+def own_part(tensor: torch.Tensor, name: str, length: int, width: int) -> torch.Tensor:
+    """What of one row of a value, in a batch filled up to `width` positions, belongs to a prompt of `length`."""
+    for axis, label in enumerate(axes_of(get_value(name))[1:]):
+        if label in (*POSITION_AXES, "key") and tensor.shape[axis] == width:
+            tensor = tensor.narrow(axis, 0, length)
+    return tensor

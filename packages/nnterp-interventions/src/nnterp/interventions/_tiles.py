@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # Costs are counted in tokens passing one layer. A layer's weights have to be read however few tokens pass it, which
 # costs as much as some more tokens; a forward pass costs a little on top.
-LAYER_OVERHEAD = {"cpu": 16}
+LAYER_OVERHEAD = {"cpu": 32}
 LAYER_OVERHEAD_ELSEWHERE = 1024
 PASS_OVERHEAD = 16
 BANDS = (1, 2, 3, 4, 6, 8)  # into how many bands of layers cells are tried to be cut
