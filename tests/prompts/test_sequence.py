@@ -89,7 +89,18 @@ def answer_logs_by_beginnings(module, tokenizer, prompt, answer):
 
 
 # Attention in both directions, keys chosen with a look at all of them, streams side by side, a last layer that idles.
-ODD = ["cpmant", "paligemma", "deepseek_v32", "axk2", "deepseek_v4", "gemma3n_text", "mllama"]
+ODD = [
+    "cpmant",
+    "paligemma",
+    "deepseek_v32",
+    "axk2",
+    "deepseek_v4",
+    "gemma3n_text",
+    "mllama",
+    "xlnet",
+    "prophetnet",
+    "blt",
+]
 
 
 @pytest.mark.parametrize("model_type", ODD)
