@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ import transformers
 from tqdm import tqdm
 
 from nnterp import StandardizedTransformer
+from nnterp.anatomy import Anatomy
 from nnterp.certificate._certify import IDENTITY, PADDING, READOUT
 from nnterp.errors import RenamingError
 from nnterp.testing import model_types, multimodal_model_types, tiny_model, tiny_tokenizer, unavailable_model_types
@@ -27,12 +29,17 @@ from nnterp.testing import model_types, multimodal_model_types, tiny_model, tiny
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
 COMMAND = "uv run python tools/architectures.py"
 
-# The columns on the inside of layers: heading, value, and the part that a layer must have for the value to apply.
-INSIDE = (
-    ("pattern", "attention_probabilities", "self_attn"),
-    ("q, k, v", "attention_queries", "self_attn"),
-    ("z", "attention_head_outputs", "self_attn"),
-    ("neurons", "mlp_neurons", "mlp"),
+# The columns on the inside of layers: heading, values that all have to be there, and the layers they apply to.
+INSIDE: tuple[tuple[str, tuple[str, ...], Callable[[Anatomy], Iterable[int]]], ...] = (
+    ("scores, pattern", ("attention_scores", "attention_probabilities"), lambda a: a.indices("self_attn")),
+    (
+        "q, k, v",
+        ("attention_queries", "attention_keys", "attention_values"),
+        lambda a: a.indices("self_attn"),
+    ),
+    ("z", ("attention_head_outputs",), lambda a: a.indices("self_attn")),
+    ("state", ("mixer_states",), lambda a: sorted({*a.indices("mixer")} - {*a.indices("self_attn")})),
+    ("neurons", ("mlp_neurons",), lambda a: [b.index for b in a.blocks if b.mlp and not b.mixture_of_experts]),
 )
 
 
@@ -71,7 +78,7 @@ def examine(model_type: str) -> Row:
     row.identity = identity.detail if identity.status == "passed" else "–"
     row.readout = certificate[READOUT].detail if certificate[READOUT].status == "passed" else "–"
     support = model.support()
-    row.inside = tuple(mark(support, value, anatomy.indices(role)) for _, value, role in INSIDE)
+    row.inside = tuple(mark(support, values, tuple(applies(anatomy))) for _, values, applies in INSIDE)
     return row
 
 
@@ -83,11 +90,11 @@ def load(model_type: str) -> StandardizedTransformer:
         return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
 
 
-def mark(support, value: str, applicable: tuple[int, ...]) -> str:
-    """Whether a value is there on every layer where it can be meant."""
+def mark(support, values: tuple[str, ...], applicable: tuple[int, ...]) -> str:
+    """Whether values are there on every layer where they can be meant."""
     if not applicable:
         return ""
-    have = set(support.layers.get(value, ()))
+    have = set(applicable).intersection(*(support.layers.get(value, ()) for value in values))
     return "✓" if have >= set(applicable) else (f"{len(have)}/{len(applicable)}" if have else "–")
 
 
@@ -115,8 +122,9 @@ def page(rows: list[Row], multimodal: list[Row]) -> str:
         "certificate](../certificate.md).",
         "* **sum**: how a layer's parts are added to the residual stream, solved for and proven.",
         "* **readout**: how `project_on_vocab` makes logits of a hidden state, proven equal to the model's.",
-        "* **pattern, q, k, v, z, neurons**: whether these values are served on every layer that has the part (eager "
-        "attention).",
+        "* **scores, pattern, q, k, v, z**: whether these values are served on every layer with softmax attention "
+        "(scores and pattern under eager attention); **state**: the same of the recurrent state of mixers of other kinds; "
+        "**neurons**: of feed-forwards that are no mixture of experts. See [values](../values.md).",
         "",
     ]
     heading = ["model type", "class", "layers", "certificate", "padding", "sum", "readout", *(h for h, _, _ in INSIDE)]

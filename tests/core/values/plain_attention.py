@@ -34,13 +34,14 @@ class PlainAttention(TorchFunctionMode):
         layers: The modules of the layers.
         rows, length: The batch.
         edits: "q", "k", "v", "scores", "probs" or "z" → a function of the tensor as `[batch, heads, positions, ...]`,
-            for the attention of layer `where`.
+            for the attentions of layer `where`.
+        number: Which of its attentions alone, if it has several.
     """
 
-    def __init__(self, layers, rows, length, edits=None, where=0):
+    def __init__(self, layers, rows, length, edits=None, where=0, number=None):
         super().__init__()
         self.layers, self.rows, self.length = layers, rows, length
-        self.edits, self.where = edits or {}, where
+        self.edits, self.where, self.number = edits or {}, where, number
         self.calls = {i: [] for i in range(len(layers))}
         self.products = []
         self.layer = None
@@ -78,8 +79,15 @@ class PlainAttention(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def edited(self, what, tensor):
-        edit = self.edits.get(what) if self.layer == self.where else None
+        done = len(self.calls[self.layer]) - (what in ("v", "z") and self.unfinished())
+        here = self.layer == self.where and self.number in (None, done)
+        edit = self.edits.get(what) if here else None
         return tensor if edit is None else edit(self.by_head(tensor)).reshape(tensor.shape)
+
+    def unfinished(self):
+        """Whether a softmax has run whose product with the values is still to come."""
+        calls = self.calls[self.layer]
+        return bool(calls) and calls[-1].z is None
 
     def by_head(self, tensor):
         return tensor if tensor.dim() == 4 else tensor.reshape(self.rows, -1, *tensor.shape[1:])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 REFUSED = {"blt", "hrm_text", "xlm", "prophetnet", "reformer"}  # nnterp does not load them
 NO_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
-TWO_A_LAYER = {"longcat_flash"}  # named by no value
+TWO_A_LAYER = {"longcat_flash"}  # tested on its own
 EINSUMS = {"xlnet"}  # contracted by einsum, with a term of relative positions: see test_attention
 TYPES = [t for t in model_types() if t not in REFUSED | NO_ATTENTION | TWO_A_LAYER | EINSUMS]
 
@@ -130,6 +130,52 @@ def test_changed_outputs_are_what_the_last_projection_is_given(model_type):
     assert torch.equal(z.flatten(2), kept["z"].flatten(2))
     average = shown("z", calls[layer])
     assert z.shape != average.shape or (z - average).abs().max() > 1e-3
+
+
+def test_several_attentions_in_a_layer():
+    """LongCat-Flash's layers hold two, indexed with the layer and their number in it."""
+    model, tokens = wrapped("longcat_flash", eager=False), ids(2, LENGTH)
+    assert model.attention_layers == ()
+    assert "attention_head_outputs[0, 1]" in str(model.support())
+    with eagerly(model._module):
+        calls, clean = plain(model._module, model.anatomy, tokens)
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            found = {}
+            found.save()
+            for layer in range(model.num_layers):
+                for number in range(2):
+                    for letter, name in LETTERS.items():
+                        found[letter, layer, number] = getattr(model, name)[layer, number].clone()
+                    contributions = model.attention_head_contributions[layer, number]
+                    found["out", layer, number] = model.attentions_output[layer, number].clone()
+                    found["sum", layer, number] = contributions.sum(2)
+        for layer in range(model.num_layers):
+            assert len(calls[layer]) == 2
+            for number, call in enumerate(calls[layer]):
+                for letter in LETTERS:
+                    assert_equal(found[letter, layer, number], shown(letter, [call]), letter)
+                out, made = found["out", layer, number], found["sum", layer, number]
+                torch.testing.assert_close(made, out, atol=1e-5, rtol=1e-4)
+        for letter, name in LETTERS.items():
+            edit = changed(letter)
+            for number in range(2):
+                _, expected = plain(model._module, model.anatomy, tokens, edits={letter: edit}, where=1, number=number)
+                with torch.no_grad(), model.trace(tokens, use_cache=False):
+                    value = getattr(model, name)[1, number]
+                    if letter in ("scores", "probs"):
+                        getattr(model, name)[1, number] = edit(value)
+                    else:
+                        getattr(model, name)[1, number] = edit(value.transpose(1, 2)).transpose(1, 2)
+                    written = model.logits.save()
+                scale = expected.abs().max()
+                assert (expected - clean).abs().max() > 1e-4 * scale, letter
+                assert (written - expected).abs().max() < 1e-5 * scale, letter
+    with pytest.raises(IndexError, match="holds 2 attentions"), model.trace(tokens):
+        model.attention_queries[0, 2].save()
+    with pytest.raises(Unavailable, match="one index"), model.trace(tokens):
+        model.layers_output[0, 1].save()
+    with pytest.raises(Unavailable, match="hold one at most"), wrapped("llama", eager=False).trace(tokens):
+        wrapped("llama", eager=False).attention_queries[0, 1].save()
 
 
 def projection(model, layer):

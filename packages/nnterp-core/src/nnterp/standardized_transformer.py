@@ -265,7 +265,7 @@ class StandardizedTransformer(TracedTransformer):
 
     # -- where everything is ---------------------------------------------------------------------------------------
 
-    def place(self, name: str, layer: int | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
         """Where a value is served; looked up once.
 
         Raises:

@@ -118,7 +118,7 @@ class TracedTransformer(TransformersModel):
         # A remote worker serves the plain nnsight model; the names are this client's affair.
         return TransformersModel
 
-    def place(self, name: str, layer: int | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
         """Where a value is served.
 
         Raises:

@@ -267,7 +267,20 @@ class _Finder:
                 mixer, mlp = None, mlp or mixer
         moe = mlp is not None and _is_moe(block.get_submodule(mlp.path or mlp.entry))
         at = _At(path)
-        return Layer(index, path, kind, at(mixer), at(self_attn), at(mlp), moe)
+        several = tuple(part for part in map(at, self.several(block)) if part is not None)
+        return Layer(index, path, kind, at(mixer), at(self_attn), at(mlp), moe, several)
+
+    def several(self, block: nn.Module) -> list[Part]:
+        """The attentions of a layer that keeps a list of them."""
+        if self.rename.ignore_attn:
+            return []
+        lists = [(name, _child(block, name)) for name in _names.SELF_ATTN]
+        return [
+            Part.module(f"{name}.{i}")
+            for name, module in lists
+            if isinstance(module, nn.ModuleList)
+            for i in range(len(module))
+        ]
 
     def part(self, block: nn.Module, asked: Iterable[str], known: tuple[str, ...], classes: str | None) -> Part | None:
         for name in (*asked, *known):
@@ -294,7 +307,11 @@ class _Finder:
     def unwrap(self, name: str, module: nn.Module) -> Part | None:
         """The sublayer proper inside a module that may also hold its norm and its residual addition."""
         if isinstance(module, nn.ModuleList):
-            self.absent.setdefault("self_attn", f"a layer holds {len(module)} attentions ({name})")
+            self.absent.setdefault(
+                "self_attn",
+                f"a layer holds {len(module)} attentions ({name}): index them with the layer and their number in it, "
+                "as in attention_head_outputs[0, 1]",
+            )
             return None
         if _child(module, "self") is not None and _child(module, "output.dense") is not None:
             return Part(name, f"{name}.self", f"{name}.output.dense")

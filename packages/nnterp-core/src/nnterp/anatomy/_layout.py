@@ -68,6 +68,8 @@ class Layer:
             other.
         mlp: The position-wise part, if there is one.
         mixture_of_experts: Whether `mlp` routes tokens to experts.
+        attentions: The softmax attentions of a layer that holds several, one after the other (LongCat-Flash), in their
+            order; empty for a layer with one at most.
     """
 
     index: int
@@ -77,6 +79,7 @@ class Layer:
     self_attn: Part | None
     mlp: Part | None
     mixture_of_experts: bool = False
+    attentions: tuple[Part, ...] = ()
 
     @property
     def description(self) -> str:

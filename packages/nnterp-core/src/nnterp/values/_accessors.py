@@ -22,7 +22,9 @@ class LayerAccessor:
     """A per-layer value of a model, indexed by layer, readable and writable inside a trace.
 
     `model.layers_output[i]` is the tensor of layer `i` (negative indices count from the last layer), on the device and
-    in the dtype the model computes it; assigning replaces it for the rest of the forward pass.
+    in the dtype the model computes it; assigning replaces it for the rest of the forward pass. In a model whose layers
+    hold several attentions one after the other (LongCat-Flash), values of attention are indexed with the layer and the
+    attention's number in it: `model.attention_head_outputs[i, 1]`.
 
     Raises (on indexing):
         IndexError: The model has no such layer.
@@ -36,10 +38,10 @@ class LayerAccessor:
         self._model = model
         self._value = value
 
-    def __getitem__(self, layer: int) -> torch.Tensor:
+    def __getitem__(self, layer: int | tuple[int, int]) -> torch.Tensor:
         return read_value(self._model, self._value, layer)
 
-    def __setitem__(self, layer: int, tensor: torch.Tensor) -> None:
+    def __setitem__(self, layer: int | tuple[int, int], tensor: torch.Tensor) -> None:
         write_value(self._model, self._value, tensor, layer)
 
     def __call__(self, layer: int) -> torch.Tensor:
@@ -94,7 +96,9 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
     return index % num_layers
 
 
-def read_value(model: TracedTransformer, value: Label | Value, layer: int | None = None) -> torch.Tensor:
+def read_value(
+    model: TracedTransformer, value: Label | Value, layer: int | tuple[int, int] | None = None
+) -> torch.Tensor:
     """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run.
 
     A value that is a sum or a multiple of what modules return is a new tensor; it has to be assigned to have an effect.
@@ -108,7 +112,9 @@ def read_value(model: TracedTransformer, value: Label | Value, layer: int | None
     return tensor if tensor.dim() >= value.axes else unflattened(model, tensor)
 
 
-def write_value(model: TracedTransformer, value: Label | Value, tensor: torch.Tensor, layer: int | None = None) -> None:
+def write_value(
+    model: TracedTransformer, value: Label | Value, tensor: torch.Tensor, layer: int | tuple[int, int] | None = None
+) -> None:
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
     try:
@@ -136,9 +142,13 @@ def _require_tensor(tensor: Any, label: str, shape: str) -> None:
         raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
 
 
-def _locate(model: TracedTransformer, value: Label | Value, layer: int | None) -> tuple[str, Place]:
-    label, index = value.name, None
-    if value.per_layer:
+def _locate(model: TracedTransformer, value: Label | Value, layer: int | tuple[int, int] | None) -> tuple[str, Place]:
+    label = value.name
+    index: int | tuple[int, int] | None = None
+    if isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer
+        index = layer_index(layer[0], model.num_layers, value.name), layer[1]
+        label = f"{value.name}[{layer[0]}, {layer[1]}]"
+    elif value.per_layer:
         index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]
         label = f"{value.name}[{layer}]"
     place = model.place(value.name, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from nnterp.errors import Unavailable
@@ -22,10 +23,10 @@ class Directory:
             is not per layer).
     """
 
-    def __init__(self, entries: dict[str, list[tuple[Any, str, tuple[int, ...] | None]]]) -> None:
+    def __init__(self, entries: dict[str, list[tuple[Any, str, tuple[Any, ...] | None]]]) -> None:
         self.entries = entries
 
-    def place(self, name: str, layer: int | None, layer_paths: tuple[str, ...]) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | None, layer_paths: tuple[str, ...]) -> Place:
         """Where a value is served.
 
         Raises:
@@ -35,7 +36,9 @@ class Directory:
             if layers is None or layer in layers:
                 if found is None:
                     raise Unavailable(reason)
-                return found if layer is None else relocated(found, _LAYER, layer_paths[layer])
+                if layer is None:
+                    return found
+                return relocated(found, _LAYER, layer_paths[layer[0] if isinstance(layer, tuple) else layer])
         raise Unavailable(f"{name} of layer {layer} was not looked up before the request was sent.")
 
     def module_path(self, role: str, layer: int, layer_paths: tuple[str, ...]) -> str:
@@ -48,7 +51,8 @@ class Directory:
 
     def having(self, name: str) -> tuple[int, ...]:
         """The layers that have something."""
-        return tuple(sorted(i for found, _, layers in self.entries[name] if found is not None for i in layers or ()))
+        served = [layers or () for found, _, layers in self.entries[name] if found is not None]
+        return tuple(sorted(i for layers in served for i in layers if isinstance(i, int)))
 
 
 def directory_of(model: StandardizedTransformer) -> Directory:
@@ -58,18 +62,24 @@ def directory_of(model: StandardizedTransformer) -> Directory:
     entries = {}
     for value in VALUES.values():
         if value.per_layer:
-            entries[value.name] = _per_layer(model, lambda layer, name=value.name: model.place(name, layer))
+            several = [(b.index, i) for b in model.anatomy.blocks for i in range(len(b.attentions))]
+            at = [*range(model.num_layers), *(several if value.role == "self_attn" else ())]
+            entries[value.name] = _per_layer(model, lambda layer, name=value.name: model.place(name, layer), at)
         else:
             found, reason = _or_reason(lambda name=value.name: model.place(name))
             entries[value.name] = [(found, reason, None)]
     for role in ("self_attn", "mixer", "mlp"):
-        entries[role] = _per_layer(model, lambda layer, role=role: model.module_path(role, layer))
+        layers = range(model.num_layers)
+        entries[role] = _per_layer(model, lambda layer, role=role: model.module_path(role, layer), layers)
     return Directory(entries)
 
 
-def _per_layer(model: StandardizedTransformer, look_up: Any) -> list[tuple[Any, str, tuple[int, ...] | None]]:
-    groups: dict[tuple[Any, str], list[int]] = {}
-    for layer, path in enumerate(model.layer_paths):
+def _per_layer(
+    model: StandardizedTransformer, look_up: Any, at: Iterable[int | tuple[int, int]]
+) -> list[tuple[Any, str, tuple[Any, ...] | None]]:
+    groups: dict[tuple[Any, str], list[Any]] = {}
+    for layer in at:
+        path = model.layer_paths[layer[0] if isinstance(layer, tuple) else layer]
         found, reason = _or_reason(lambda layer=layer: look_up(layer))
         reason = reason.replace(f"Layer {layer} of", "A layer of").replace(path, _LAYER)
         groups.setdefault((relocated(found, path, _LAYER), reason), []).append(layer)

@@ -24,6 +24,9 @@ as it was.
 Shapes have the batch first and positions second, whatever the model does inside; patterns are `[batch, heads, query,
 key]`. Rows are padded on the tokenizer's side; `model.collect` counts positions over each prompt's own tokens instead.
 
+In LongCat-Flash, whose layers hold two attentions one after the other, values of attention are indexed with the layer
+and the attention's number in it, in a trace: `model.attention_head_outputs[3, 1]`.
+
 `model.support()` says which of them a model has on which layers, and why not on the others. `model.explain(name,
 layer=3)` prints where one is read: the native module or operation, its source lines, its layout.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Findings:
     Attributes:
         attention: Per layer, None where there is none.
         neurons: Per layer, the input of the projection that ends the feed-forward, or the reason why there is none.
+        several: (layer, number) → one attention of a layer that holds several.
         shared_neurons: The same of the expert that runs on all tokens.
         routers: Per layer of experts, (router logits, chosen experts): places, or reasons.
         ends: Modules inside a part that return what the part itself returns → the part's exit.
@@ -45,6 +47,7 @@ class Findings:
     """
 
     attention: list[Attention | None] = field(default_factory=list)
+    several: dict[tuple[int, int], Attention | None] = field(default_factory=dict)
     neurons: list[Place | str] = field(default_factory=list)
     shared_neurons: list[Place | str] = field(default_factory=list)
     routers: list[tuple[Place | str, Place | str]] = field(default_factory=list)
@@ -94,12 +97,19 @@ class Probe:
 
     def findings(self) -> Findings:
         attention_paths = {b.index: watched(self.module, b.self_attn) for b in self.blocks if b.self_attn is not None}
+        several = {
+            (b.index, i): dataclasses.replace(b, self_attn=part, mixer=part)
+            for b in self.blocks
+            for i, part in enumerate(b.attentions)
+        }
+        several_paths = {at: watched(self.module, block.self_attn) for at, block in several.items() if block.self_attn}
         layer_paths = [b.path for b in self.blocks]
-        paths = [*dict.fromkeys([*layer_paths, *(p for ps in attention_paths.values() for p in ps)])]
+        inside = [*attention_paths.values(), *several_paths.values()]
+        paths = [*dict.fromkeys([*layer_paths, *(p for ps in inside for p in ps)])]
         with (edges := self.edges()):
             current = record_operations(self.module, paths, self.run)
         eager: Operations | None = current
-        if not is_eager(self.module) and attention_paths:
+        if not is_eager(self.module) and inside:
             try:
                 with eagerly(self.module):
                     eager = record_operations(self.module, paths, self.run)
@@ -113,8 +123,10 @@ class Probe:
             found.shared_neurons.append(self.shared_neurons(block, edges))
             found.routers.append(self.router(block, edges))
             found.ends.update(self.ends(block, edges))
+        for at, block in several.items():
+            found.several[at] = self.attention(block, several_paths[at], edges, current, eager)
         if eager is not None and found.attention:
-            self.prove_heads(found.attention, edges)
+            self.prove_heads([*found.attention, *found.several.values()], [*self.blocks, *several.values()], edges)
         return found
 
     def edges(self, only: set[str] | None = None) -> _Edges:
@@ -154,14 +166,14 @@ class Probe:
         )
         return find_attention(block, paths, current, eager, out, self.model.num_heads, self.tolerance)
 
-    def prove_heads(self, attention: list[Attention | None], edges: _Edges) -> None:
+    def prove_heads(self, attention: list[Attention | None], blocks: list[Layer], edges: _Edges) -> None:
         """Where W_O's input is not simply probabilities times values, find its heads by what one of them moves.
 
         Where they are mixed before W_O, by one more projection (DeepSeek-V4's, of groups of heads), they are that one's
         input.
         """
         proven: dict[tuple, tuple[int | None, int | None]] = {}
-        for inside, block in zip(attention, self.blocks, strict=True):
+        for inside, block in zip(attention, blocks, strict=True):
             if inside is None or inside.exact or inside.out is None or "attention_head_outputs" not in inside.places:
                 continue
             operations = _operations_of(inside.places.get("attention_probabilities"))

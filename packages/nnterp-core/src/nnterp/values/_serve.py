@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from nnterp.anatomy._layout import Part, _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._eager import is_eager
-from nnterp.values._places import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, View
+from nnterp.values._places import Declared, Inside, Place, ReadOnly, Side, Site, Sum, ThroughOut, View
 
 if TYPE_CHECKING:
     from nnterp.certificate import Contribution, ResidualStructure
@@ -58,12 +58,7 @@ def attention(name: str) -> Serve:
 
     def serve(model: StandardizedTransformer, layer: int) -> Place:
         model.anatomy.part("self_attn", layer)
-        if name in _EAGER_ONLY and not is_eager(model._module):
-            raise Unavailable(
-                f"{name} exist only where attention is computed eagerly, and this model was loaded with "
-                f"attn_implementation={model._module.config._attn_implementation!r}. Load it with "
-                f"StandardizedTransformer(..., enable_attention_probs=True)."
-            )
+        require_eager(model, name)
         config = model.rename_config
         if name == "attention_probabilities" and config is not None and config.attn_prob_source is not None:
             return Declared(layer, config.attn_prob_source)
@@ -76,6 +71,53 @@ def attention(name: str) -> Serve:
         raise _missing(model, layer, name, inside.reasons.get(name, "it was not found"), have)
 
     return serve
+
+
+def require_eager(model: StandardizedTransformer, name: str) -> None:
+    """Raise for a value that there is only where attention is computed eagerly, if it is not."""
+    if name in _EAGER_ONLY and not is_eager(model._module):
+        raise Unavailable(
+            f"{name} exist only where attention is computed eagerly, and this model was loaded with "
+            f"attn_implementation={model._module.config._attn_implementation!r}. Load it with "
+            f"StandardizedTransformer(..., enable_attention_probs=True)."
+        )
+
+
+def one_of_several(model: StandardizedTransformer, name: str, side: Side | None, layer: int, number: int) -> Place:
+    """A value of one attention of a layer that holds several.
+
+    Args:
+        model: The model.
+        name: The value.
+        side: Whether it enters or leaves the attention; None for what is inside it.
+        layer: The layer.
+        number: Which of its attentions, from 0.
+
+    Raises:
+        IndexError: The layer holds fewer attentions.
+        Unavailable: It holds one at most, or this one does not have the value; says why.
+    """
+    parts = model.anatomy.blocks[layer].attentions
+    if not parts:
+        raise Unavailable(
+            f"{name}[{layer}, {number}]: a second index is for layers that hold several attentions, and those of "
+            f"{model.model_class} hold one at most. Use {name}[{layer}]."
+        )
+    if not 0 <= number < len(parts):
+        raise IndexError(f"{name}[{layer}, {number}]: the layer holds {len(parts)} attentions, from 0.")
+    if side is not None:
+        return Site(parts[number].entry if side == "input" else parts[number].exit, side)
+    require_eager(model, name)
+    found = findings(model).several
+    inside = found[layer, number]
+    if inside is None or name not in inside.places:
+        reason = "it was not found" if inside is None else inside.reasons.get(name, "it was not found")
+        raise _missing(model, layer, f"{name} of its attention {number}", reason, ())
+    place = inside.places[name]
+    if name == "attention_head_contributions":
+        assert inside.out is not None
+        return ThroughOut(place, inside.out, inside.before_out)
+    return place
 
 
 def head_contributions(model: StandardizedTransformer, layer: int) -> Place:

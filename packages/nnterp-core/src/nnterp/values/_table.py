@@ -83,8 +83,12 @@ class Value:
             return False
         return anatomy.part(self.role, layer or 0).closing is not None
 
-    def place(self, model: StandardizedTransformer, layer: int | None = None) -> Place:
+    def place(self, model: StandardizedTransformer, layer: int | tuple[int, int] | None = None) -> Place:
         """Where the value is served in one model; looked up once.
+
+        Args:
+            model: The model.
+            layer: The layer; for one of several attentions in a layer, the layer and its number in it.
 
         Raises:
             Unavailable: The model, or this layer, does not have it; says why, and which layers do.
@@ -96,7 +100,11 @@ class Value:
             object.__setattr__(model, "_places", places)
         place = places.get(key)
         if place is None:
-            if self.side is None:
+            if isinstance(layer, tuple):
+                if self.role != "self_attn" or self.name == "attention_contributions":
+                    raise Unavailable(f"{self.name}{list(layer)}: {self.name} has one index, the layer's.")
+                place = _serve.one_of_several(model, self.name, self.side, *layer)
+            elif self.side is None:
                 assert self.serve is not None
                 place = self.serve(model, layer or 0)
             elif self.leaves_inside(model.anatomy, layer):
