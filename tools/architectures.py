@@ -29,6 +29,7 @@ from nnterp.testing import model_types, multimodal_model_types, tiny_model, tiny
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
 COMMAND = "uv run python tools/architectures.py"
 
+STATEFUL = ("linear_attention", "state_space", "convolution", "recurrent")
 # The columns on the inside of layers: heading, values that all have to be there, and the layers they apply to.
 INSIDE: tuple[tuple[str, tuple[str, ...], Callable[[Anatomy], Iterable[int]]], ...] = (
     ("scores, pattern", ("attention_scores", "attention_probabilities"), lambda a: a.indices("self_attn")),
@@ -38,7 +39,7 @@ INSIDE: tuple[tuple[str, tuple[str, ...], Callable[[Anatomy], Iterable[int]]], .
         lambda a: a.indices("self_attn"),
     ),
     ("z", ("attention_head_outputs",), lambda a: a.indices("self_attn")),
-    ("state", ("mixer_states",), lambda a: sorted({*a.indices("mixer")} - {*a.indices("self_attn")})),
+    ("state", ("mixer_states",), lambda a: [b.index for b in a.blocks if b.kind in STATEFUL]),
     ("neurons", ("mlp_neurons",), lambda a: [b.index for b in a.blocks if b.mlp and not b.mixture_of_experts]),
 )
 
@@ -123,8 +124,8 @@ def page(rows: list[Row], multimodal: list[Row]) -> str:
         "* **sum**: how a layer's parts are added to the residual stream, solved for and proven.",
         "* **readout**: how `project_on_vocab` makes logits of a hidden state, proven equal to the model's.",
         "* **scores, pattern, q, k, v, z**: whether these values are served on every layer with softmax attention "
-        "(scores and pattern under eager attention); **state**: the same of the recurrent state of mixers of other kinds; "
-        "**neurons**: of feed-forwards that are no mixture of experts. See [values](../values.md).",
+        "(scores and pattern under eager attention); **state**: the same of the recurrent state of mixers of other "
+        "kinds; **neurons**: of feed-forwards that are no mixture of experts. See [values](../values.md).",
         "",
     ]
     heading = ["model type", "class", "layers", "certificate", "padding", "sum", "readout", *(h for h, _, _ in INSIDE)]
