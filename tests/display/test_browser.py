@@ -70,6 +70,7 @@ def every_figure():
         "wall": display.plot_attention(causal(3, 4, n, n), texts),
         "tokens": display.plot_tokens(texts, torch.linspace(-1, 1, n), name="<b>loss</b> (nats)"),
         "patching": display.plot_patching(torch.linspace(-1, 1, 6 * n).view(6, n), texts, score="<s>score</s>"),
+        "components": display.plot_components(torch.linspace(-1, 1, n), texts, score="<s>score</s>"),
         "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=words[:3]),
         "generated": display.plot_patchscope([words[:8], words[8:16]]),
         "topk": display.plot_topk_tokens(lens.transpose(0, 1)[:4], tokenizer, show=False),
@@ -241,7 +242,9 @@ def test_hostile_texts_cannot_leave_the_script_they_are_stored_in(figures):
 
 def test_figures_of_the_toy_checkpoints_results(toy, browser, tmp_path):
     from nnterp.interventions import (
+        ablate,
         activation_patching,
+        components,
         logit_difference,
         logit_lens,
         logit_lens_table,
@@ -262,6 +265,8 @@ def test_figures_of_the_toy_checkpoints_results(toy, browser, tmp_path):
     figures = {
         "targets": targets.plot(),
         "patching": patched.normalized().plot(tokenizer=toy.tokenizer),
+        "ablation": ablate(toy, clean, components(toy, "attention_head_outputs", heads="all"), progress=False).plot(),
+        "bars": ablate(toy, clean, components(toy, "mlps_output", positions=-1), progress=False).plot(),
         "patchscope": patchscope_table(toy, ["The capital of France"], progress=False).plot(tokenizer=toy.tokenizer),
         "certificate": display.plot_certificate(toy.certificate),
         "topk": display.plot_topk_tokens(logit_lens(toy, text, progress=False), toy.tokenizer, show=False),

@@ -254,3 +254,18 @@ def test_certificate_figure(tiny):
         display.escape(line.name) for line in certificate.lines
     ]
     assert list(table.cells.values[2]) == [row[2] for row in certificate.rows()]
+
+
+def test_components_from_numbers():
+    figure = display.plot_components(torch.tensor([3.0, 1.0]), ["<b>a</b>", "c"], baseline=2.0, score="nats")
+    bars = figure.data[0]
+    assert list(bars.x) == [1.0, -1.0]
+    assert bars.marker.cmax == -bars.marker.cmin == 1.0
+    assert "&lt;b&gt;" in figure.layout.yaxis.ticktext[0]
+    assert bars.hovertext[1] == "c<br>change of nats -1.0000<br>nats 1.0000"
+    with pytest.raises(ValueError, match="components has 1 entries"):
+        display.plot_components(torch.rand(2), ["a"])
+    with pytest.raises(TypeError, match="no argument 'prompts'"):
+        display.plot_components(torch.rand(2), prompts="mean")
+    same = display.plot_components(torch.zeros(2))
+    assert same.data[0].marker.cmax == 1.0

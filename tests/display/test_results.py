@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from nnterp import display, plugins
-from nnterp.interventions import activation_patching, logit_lens, logit_lens_table, patchscope_lens, patchscope_table
+from nnterp.interventions import (
+    Component,
+    ablate,
+    activation_patching,
+    components,
+    logit_lens,
+    logit_lens_table,
+    patchscope_lens,
+    patchscope_table,
+    path_patching,
+    target_probability,
+)
 
 PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]
 
@@ -26,7 +37,8 @@ def lens(model):
 
 
 def test_every_figure_is_registered():
-    expected = {"lens", "targets", "attention", "tokens", "patching", "patchscope", "certificate"}
+    expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths"}
+    expected |= {"patchscope", "certificate"}
     assert set(plugins.names(plugins.FIGURES)) >= expected
     for name in expected:
         assert callable(plugins.load(plugins.FIGURES, name))
@@ -104,8 +116,6 @@ def test_patchscope_result_is_the_patchscope(model):
 
 
 def test_patching_result_by_position_and_by_head(model):
-    from nnterp.interventions import target_probability
-
     clean = model.tokenizer("The capital of France is")["input_ids"]
     corrupted = [*clean[:3], clean[3] + 1, *clean[4:]]
     metric = target_probability(40)
@@ -131,3 +141,49 @@ def test_patching_result_by_position_and_by_head(model):
     figure = heads.plot()
     assert np.allclose(figure.data[0].z, heads["scores"][0])
     assert figure.layout.xaxis.title.text == "head"
+
+
+def test_ablation_of_heads_is_a_map_of_what_changes(model):
+    heads = components(model, "attention_head_outputs", [0, 2], "all")
+    result = ablate(model, PROMPTS, heads, "mean", target_probability(40), progress=False)
+    change = result["scores"] - result["baseline"][:, None]
+    figure = result.plot(prompts=PROMPTS[1])
+    assert np.allclose(figure.data[0].z, change[1].view(2, -1), atol=1e-7)
+    assert figure.layout.xaxis.title.text == "head"
+    assert list(figure.layout.yaxis.ticktext) == ["0", "2"]
+    assert "change of target probability" in figure.data[0].hovertext[1][2]
+    assert figure.data[0].hovertext[1][2].startswith("layer 2<br>head 2<br>")
+    assert figure.layout.title.text.startswith("Ablation (mean, prompt The Eiffel Tower")
+    mean = result.plot(prompts="mean")
+    assert np.allclose(mean.data[0].z, change.mean(0).view(2, -1), atol=1e-7)
+    with pytest.raises(ValueError, match=r"2 prompts: choose one with prompts=..."):
+        result.plot()
+
+
+def test_ablation_of_several_kinds_and_of_sets(model):
+    parts = components(model, "mixer_contributions") + components(model, "mlp_contributions")
+    result = ablate(model, PROMPTS[0], parts, progress=False)
+    figure = result.plot()
+    assert np.allclose(figure.data[0].z, result["scores"][0].view(2, -1).T, atol=1e-6)
+    assert list(figure.layout.xaxis.ticktext) == ["mixer", "mlp"]
+    assert figure.layout.xaxis.title.text == "part (contributions)"
+    sets = [[Component("mixer_contributions", 1), Component("mlp_contributions", 1)], Component("mlps_output", 0)]
+    bars = ablate(model, PROMPTS[0], sets, progress=False)
+    figure = bars.plot()
+    assert np.allclose(figure.data[0].x, bars["scores"][0], atol=1e-6)
+    assert list(figure.layout.yaxis.ticktext)[1] == "mlps_output[0]"
+    assert figure.data[0].hovertext[0].startswith("mixer_contributions[1] and mlp_contributions[1]<br>change of kl")
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_paths_are_measured_from_the_run_patched_into(model, direction):
+    clean = model.tokenizer("The capital of France is")["input_ids"]
+    corrupted = [*clean[:3], clean[3] + 1, *clean[4:]]
+    senders = [Component("mlps_output", 0), Component("attention_head_outputs", 1, 2, positions=-1)]
+    result = path_patching(
+        model, clean, corrupted, senders, "logits", target_probability(40), direction=direction, progress=False
+    )
+    into = result["corrupted" if direction == "denoising" else "clean"]
+    figure = result.plot()
+    assert np.allclose(figure.data[0].x, result["scores"][0] - into, atol=1e-7)
+    assert list(figure.layout.yaxis.ticktext) == ["mlps_output[0]", "attention_head_outputs[1] head 2 at -1"]

@@ -8,10 +8,12 @@ from nnterp.interventions import (
     Result,
     ablate,
     activation_patching,
+    components,
     logit_difference,
     logit_lens,
     logit_lens_table,
     patchscope_table,
+    path_patching,
 )
 
 CLEAN, CORRUPTED = [11, 42, 57, 93, 130, 200], [11, 42, 99, 93, 130, 201]
@@ -43,11 +45,12 @@ def test_figures(tiny):
         patchscope_table(model, [CLEAN, CORRUPTED], layers=[0, 2]),
         activation_patching(model, CLEAN, CORRUPTED, metric).normalized(),
         activation_patching(model, CLEAN, CORRUPTED, metric, "attention_head_outputs", heads="all"),
+        ablate(model, CLEAN, Component("mlps_output", 1)),
+        ablate(model, CLEAN, components(model, "attention_head_outputs", heads="all"), "mean", metric),
+        path_patching(model, CLEAN, CORRUPTED, Component("mlps_output", 1), "logits", metric),
     ]
     for result in results:
         assert isinstance(result.plot(), Figure)
-    with pytest.raises(NotImplementedError, match="no figure of a AblationResult"):
-        ablate(model, CLEAN, Component("mlps_output", 1)).plot()
 
 
 def test_batches_are_bounded(tiny):

@@ -6,6 +6,7 @@ with labels, or the result objects of `nnterp.interventions`, whose `.plot()` ca
 
 from nnterp.display._attention import plot_attention
 from nnterp.display._certificate import plot_certificate
+from nnterp.display._components import plot_components
 from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
 from nnterp.display._lens import plot_lens
 from nnterp.display._patching import plot_patching
@@ -26,6 +27,7 @@ __all__ = [
     "escape",
     "plot_attention",
     "plot_certificate",
+    "plot_components",
     "plot_lens",
     "plot_patching",
     "plot_patchscope",

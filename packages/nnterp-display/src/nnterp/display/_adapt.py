@@ -215,7 +215,7 @@ def sweep(result: Any, choose: Mapping[str, Any]) -> tuple[np.ndarray, dict[str,
     )
     averaged = [axis for axis, label in choose.items() if label == "mean" and axis not in taken]
     fixed = ", ".join(filter(None, [fixed, *(f"mean over {axis}" for axis in averaged)]))
-    score = _score_name(result, name)
+    score = score_name(result, name)
     title = title_of(result, f"{_sweep_name(result)}{f' ({fixed})' if fixed else ''}")
     return array, {
         "columns": labels,
@@ -325,7 +325,7 @@ def _sweep_name(result: Any) -> str:
     return f"{name} of {values[0]}" if isinstance(values, list) and len(values) == 1 else name
 
 
-def _score_name(result: Any, name: str) -> str:
+def score_name(result: Any, name: str) -> str:
     arguments = (getattr(result, "about", None) or {}).get("arguments", {})
     metric = arguments.get("metric")
     return str(metric).replace("_", " ") if isinstance(metric, str) and "<" not in metric else name.replace("_", " ")
