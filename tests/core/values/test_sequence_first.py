@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
@@ -192,3 +193,22 @@ def test_what_leaves_attention_waits_for_its_proof():
         left = model.attentions_output[0].save()
     assert left.shape == (1, 5, 64)
     assert str(VALUES["attentions_output"].place(model, 0)).startswith("transformer.layer.0.rel_attn.source.")
+
+
+def test_a_norm_at_the_beginning_of_attention_closes_nothing():
+    """It bears the name of the norm with which XLNet's attention ends, and normalises what attention is given."""
+    module = tiny_model("gpt2")
+    for block in module.transformer.h:
+        block.attn.layer_norm = nn.LayerNorm(64)
+        block.attn.forward = lambda x, *args, m=block.attn, **kwargs: type(m).forward(
+            m, m.layer_norm(x), *args, **kwargs
+        )
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    assert model.anatomy.blocks[0].self_attn.closing is None
+    assert model.certificate["input + contributions == output"].status == "passed"
+    kept = []
+    handle = module.transformer.h[1].attn.register_forward_hook(lambda m, a, out: kept.append(out[0].clone()))
+    with torch.no_grad(), model.trace(ids(1, 5)):
+        left = model.attentions_output[1].save()
+    handle.remove()
+    torch.testing.assert_close(left, kept[0])

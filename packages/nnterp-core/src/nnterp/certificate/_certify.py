@@ -133,6 +133,7 @@ class _Checks:
                 ids = torch.zeros((1, self.length), dtype=torch.long, device="meta")
                 recording = record(self.module, self.forward_kwargs(ids), self.watched())
                 self.final_norm_by_order(recording)
+                self.closing_norms_by_order(recording)
                 self.parts(recording)
         except _Failed:
             return
@@ -147,6 +148,7 @@ class _Checks:
         hidden = getattr(recording.result, "hidden_states", None)
         try:
             self.final_norm_by_order(recording)
+            self.closing_norms_by_order(recording)
             self.parts(recording)
             self.consecutive(recording)
             self.hidden_states(recording, hidden)
@@ -187,6 +189,35 @@ class _Checks:
             absent.pop("ln_final", None)
         if path != self.anatomy.ln_final:
             self.model.adopt(dataclasses.replace(self.anatomy, ln_final=path, absent=absent))
+
+    def closing_norms_by_order(self, recording: Recording) -> None:
+        """A norm inside an attention module closes it if nothing runs in the module after it; else it only looks so."""
+
+        def told(part: Part | None) -> Part | None:
+            if part is None or part.closing is None:
+                return part
+            call, closing = recording.call(part.exit), recording.call(part.closing)
+            last = (
+                call is not None
+                and closing is not None
+                and not any(
+                    closing.ended < c.began < call.ended
+                    for path, calls in recording.calls.items()
+                    if path.startswith(f"{part.exit}.")
+                    for c in calls
+                )
+            )
+            return part if last else dataclasses.replace(part, closing=None)
+
+        self.tell(told)
+
+    def tell(self, told: Callable[[Part | None], Part | None]) -> None:
+        """Change the parts of all layers by what was seen of them."""
+        blocks = tuple(
+            dataclasses.replace(b, mixer=told(b.mixer), self_attn=told(b.self_attn)) for b in self.anatomy.blocks
+        )
+        if blocks != self.anatomy.blocks:
+            self.model.adopt(dataclasses.replace(self.anatomy, blocks=blocks))
 
     def may_feed(self, recording: Recording, norm: str, head: Call) -> bool:
         """Whether a norm returns what the head is given; without weights, something of its shape."""
@@ -675,13 +706,7 @@ class _Checks:
                     found[parts[path].end] = Call((), {}, made, closing.began - 1, closing.began)
                     break
 
-        def told(part: Part | None) -> Part | None:
-            return None if part is None else parts.get(part.exit, part)
-
-        blocks = tuple(
-            dataclasses.replace(b, mixer=told(b.mixer), self_attn=told(b.self_attn)) for b in self.anatomy.blocks
-        )
-        self.model.adopt(dataclasses.replace(self.anatomy, blocks=blocks))
+        self.tell(lambda part: None if part is None else parts.get(part.exit, part))
         return found
 
     def named_parts_read_the_stream(self, recording: Recording) -> None:
