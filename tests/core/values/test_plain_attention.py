@@ -15,10 +15,10 @@ from .values_reference import arguments, hooked, ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-REFUSED = {"blt", "hrm_text", "xlm", "prophetnet", "reformer"}  # nnterp does not load them
+REFUSED = {"hrm_text", "xlm", "reformer"}  # nnterp does not load them
 NO_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 TWO_A_LAYER = {"longcat_flash"}  # tested on its own
-EINSUMS = {"xlnet"}  # contracted by einsum, with a term of relative positions: see test_attention
+EINSUMS = {"xlnet", "prophetnet"}  # contracted by einsum, with terms of relative positions: see test_attention
 TYPES = [t for t in model_types() if t not in REFUSED | NO_ATTENTION | TWO_A_LAYER | EINSUMS]
 
 # What attention averages is changed before W_O, and z is what W_O is given.

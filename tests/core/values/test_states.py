@@ -48,8 +48,10 @@ def test_states_are_what_the_cache_keeps(model_type):
     with torch.no_grad(), model.trace(tokens, use_cache=True):
         found = [model.mixer_states[i].clone() for i in layers]
         found.save()
+        after = model.mixers_output[layers[-1]].save()  # a state does not stand in the way of what comes after it
         logits = model.logits.save()
     assert torch.equal(logits, plain.logits)
+    assert after.shape[:2] == tokens.shape
     for layer, state in zip(layers, found, strict=True):
         assert state.shape[0] == 2
         torch.testing.assert_close(state.to(kept(cache_of(plain), layer)), kept(cache_of(plain), layer))
@@ -100,8 +102,11 @@ def test_where_there_is_none():
         with pytest.raises(Unavailable, match=why), model.trace(ids()):
             model.mixer_states[0].save()
     model = wrapped("mamba", eager=False)
-    with pytest.raises(OutOfOrderError, match="use_cache=True"), torch.no_grad(), model.trace(ids(), use_cache=False):
+    with pytest.raises(Unavailable, match="use_cache=True"), torch.no_grad(), model.trace(ids(), use_cache=False):
         model.mixer_states[0].save()
+    model = wrapped("minimax", eager=False)
+    with pytest.raises(OutOfOrderError, match="use_cache=True"), torch.no_grad(), model.trace(ids(), use_cache=False):
+        model.mixer_states[1].save()
     with pytest.raises(ValueError, match="read them in a trace"):
         model.collect("a", "mixer_states", progress=False)
 
@@ -109,5 +114,44 @@ def test_where_there_is_none():
 def test_explained(capsys):
     wrapped("mamba", eager=False).explain("mixer_states", 1)
     shown = capsys.readouterr().out
-    assert "update_recurrent_state" in shown
+    assert "recurrent state of layer 1" in shown
+    assert "MambaMixer" in shown
+    wrapped("minimax", eager=False).explain("mixer_states", 1)
+    shown = capsys.readouterr().out
+    assert "set_linear_cache" in shown
     assert "-->" in shown
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_states_of_generated_tokens(model_type):
+    """After the prompt and after every token: what plain steps leave in the cache; and each invoke has its own rows."""
+    model, tokens = wrapped(model_type, eager=False), ids()
+    module, layer = model._module, model.support()["mixer_states"][-1]
+    with torch.no_grad(), model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False) as tracer:
+        seen = []
+        seen.save()
+        for _ in tracer.iter[:3]:
+            seen.append(model.mixer_states[layer].clone())
+        text = tracer.result.save()
+    expected = []
+
+    def keep(_, args, kwargs, output):
+        caches = [x for x in (*args, *kwargs.values()) if hasattr(x, "get_seq_length")]
+        expected.append(kept(caches[0], layer).clone())
+
+    handle = module.get_submodule(model.anatomy.blocks[layer].path).register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        plain = module.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    handle.remove()
+    assert torch.equal(text, plain)
+    assert len(seen) == len(expected) == 3
+    for mine, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(mine.to(theirs), theirs)
+    assert (seen[0] - seen[1]).abs().max() > 1e-5
+
+    with torch.no_grad(), model.trace(use_cache=True) as tracer:
+        with tracer.invoke(tokens[:1]):
+            first = model.mixer_states[layer].clone().save()
+        with tracer.invoke(tokens[1:]):
+            second = model.mixer_states[layer].clone().save()
+    torch.testing.assert_close(torch.cat([first, second]), seen[0], atol=1e-5, rtol=1e-4)

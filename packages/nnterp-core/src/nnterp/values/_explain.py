@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nnterp.anatomy._layout import _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._places import Declared, Everywhere, Inside, Item, Place, ReadOnly, Site, Sum, ThroughOut, View
-from nnterp.values._states import State
+from nnterp.values._states import Kept, State
 from nnterp.values._table import VALUES, Value
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def source_of(model: StandardizedTransformer, place: Place) -> str:
         return _module_line(model, place.path)
     if isinstance(place, Declared):
         return str(place.source)
+    if isinstance(place, Kept):
+        return _module_line(model, place.path)
     if isinstance(place, Inside):
         return _operation_lines(model, place)
     return ""

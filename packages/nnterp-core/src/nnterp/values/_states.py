@@ -1,7 +1,9 @@
 """The recurrent state of linear attention and state space layers: what such a layer hands to the cache.
 
-The state is the argument of the call by which a mixer keeps it: a method of transformers' cache that is neither of keys
-and values nor of a convolution's inputs; or, in models that keep it on the module itself, what is assigned there.
+It is found by the call with which a mixer keeps it: a method of transformers' cache that is neither of keys and values
+nor of a convolution's inputs. Where that is the cache's own recurrent state, it is read there when the mixer has ended,
+for many mixers change it in place at the tokens after the prompt; otherwise what the call is given is served. In models
+that keep it on the module itself, it is what is assigned there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from nnterp.anatomy import Layer
+from nnterp.errors import Unavailable
 from nnterp.record import Record
 from nnterp.values._attention import returned, watched
 from nnterp.values._operations import Operation, record_operations, same, tensors
@@ -50,6 +53,42 @@ class State(Record):
         return f"{self.place} (in runs with a cache)"
 
 
+class Kept(Record):
+    """A state in transformers' cache, as a module leaves it there: after the prompt, and after every token.
+
+    Attributes:
+        path: The module, which is handed the cache.
+        layer: The cache's number of its layer.
+    """
+
+    def __init__(self, path: str, layer: int) -> None:
+        self.path, self.layer = path, layer
+
+    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
+        """The cache's own tensor, once the module has ended; this invoke's rows of it."""
+        from nnsight.intervention.interleaver import Mediator
+
+        mediator, envoy = Mediator.current("a value"), model.envoy(self.path)
+        caches = mediator.__dict__.setdefault("_nnterp_caches", {})
+        if self.path not in caches:  # one run has one cache, and what the module was called with is passed only once
+            args, kwargs = envoy.inputs
+            caches[self.path] = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        if caches[self.path] is None:
+            raise Unavailable(f"{label}: states are kept in runs with a cache only. Run it with use_cache=True.")
+        envoy.output  # noqa: B018  (the state is there when the module has ended)
+        state = caches[self.path].layers[self.layer].recurrent_states[0]
+        group, batcher = mediator.batch_group, model.interleaver.batcher
+        return state if group is None or batcher is None or not batcher.batching else state.narrow(0, *group)
+
+    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
+        """Replace what the cache keeps: the next tokens go on from it."""
+        with torch.no_grad():
+            self.read(model, label).copy_(tensor)
+
+    def __str__(self) -> str:
+        return f"the cache's recurrent state of layer {self.layer}, as {self.path} leaves it (in runs with a cache)"
+
+
 def find_states(model: StandardizedTransformer) -> list[Place | str]:
     """Per layer, where its state is served, or why it is not."""
     from nnterp.values._probe import Probe, held, probing
@@ -74,7 +113,7 @@ def find_states(model: StandardizedTransformer) -> list[Place | str]:
                 o for part in parts[block.index] for path in watched(model._module, part) for o in operations.of(path)
             ]
             place = next(_handed_on(mine), None) or next(_assigned(model._module, mine, before), None)
-            found.append(State(place) if place is not None else _reason(block, mine))
+            found.append(place if place is not None else _reason(block, mine))
         for key, text in operations.texts.items():
             findings(model).texts.setdefault(key, text)
     return found
@@ -88,13 +127,17 @@ def _has_states(module: nn.Module) -> bool:
 
 
 def _handed_on(operations: list[Operation]) -> Iterator[Place]:
+    """What is handed to the cache; transformers' own is read itself, for it may be changed in place later on."""
     for operation in operations:
         owner = getattr(operation.function, "__self__", None)
         if not isinstance(owner, Cache) or operation.called in _OTHERS or operation.times > 1:
             continue
+        number = operation.kwargs.get("layer_idx", operation.args[1] if len(operation.args) > 1 else None)
+        if operation.called == "update_recurrent_state" and isinstance(number, int):
+            yield Kept(operation.path, number)
         for key, tensor in tensors(operation):
             if tensor.is_floating_point() and tensor.dim() >= 2:
-                yield Inside(operation.path, operation.labels, "input", key)
+                yield State(Inside(operation.path, operation.labels, "input", key))
 
 
 def _assigned(
@@ -109,7 +152,7 @@ def _assigned(
                 continue
             for key, tensor in returned(operation):
                 if state.device.type != "meta" and same(tensor, state, 0.0):
-                    yield Inside(operation.path, operation.labels, "output", key)
+                    yield State(Inside(operation.path, operation.labels, "output", key))
 
 
 def _reason(block: Layer, operations: list[Operation]) -> str:

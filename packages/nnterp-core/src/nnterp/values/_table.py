@@ -258,8 +258,7 @@ VALUES: dict[str, Value] = {
             (),
             "In runs with a cache (`use_cache=True`), to which it is handed: writing it changes what the next tokens "
             "go on from, and nothing of this forward pass. Its axes are the mixer's own: `[batch, channels, state]` in "
-            "Mamba, `[batch, heads, key, value]` in delta rules. Some models change it in place after the prompt, and "
-            "then it is served for the prompt only.",
+            "Mamba, `[batch, heads, key, value]` in delta rules.",
         ),
         _edge("attentions_output", "self_attn", "output", _STREAM, 2, "What the attention module returns."),
         _edge("mixers_output", "mixer", "output", _STREAM, 2, "What the sequence mixer of any kind returns."),
