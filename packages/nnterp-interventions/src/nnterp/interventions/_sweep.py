@@ -39,7 +39,8 @@ from nnterp.values import get_value, read_value
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-READOUT_NUMBERS = 1 << 24  # logits that are held at a time
+READOUT_NUMBERS = 1 << 24  # logits that are held at a time, at most
+READOUT_BATCHES = 4  # batches whose last hidden states wait for each other, at most
 
 
 @torch.no_grad()
@@ -111,7 +112,8 @@ class _Run:
         self.waiting: list[tuple[list[int], torch.Tensor]] = []  # cells and their last hidden states, not yet read out
         self.yielding = yielding
         self.done: set[int] = set()
-        self.most_readouts = max(16, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
+        fitting = READOUT_NUMBERS // (model.vocab_size or 1 << 16)
+        self.most_readouts = max(16, min(fitting, READOUT_BATCHES * self.most_rows))
         self.layers = model.num_layers
 
     def everything(self, shown: Any) -> None:

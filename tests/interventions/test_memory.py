@@ -1,0 +1,97 @@
+"""What a sweep holds at a time: bounded by its batch, whatever the number of its cells."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nnterp.interventions import (
+    TargetPrompt,
+    ablate,
+    activation_patching,
+    components,
+    logit_difference,
+    patchscope_table,
+)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors made while it is on, and the most that are there at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.gone, key)
+        return result
+
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def peak(run):
+    with Held() as held:
+        run()
+    return held.peak
+
+
+def prompts(count, length=6, first=20):
+    return [[(first + 7 * i + 3 * k) % 480 + 10 for k in range(length)] for i in range(count)]
+
+
+def patching(model, count, batch_size):
+    metric = logit_difference(5, 9)
+    return lambda: activation_patching(model, prompts(count), prompts(count, first=90), metric, batch_size=batch_size)
+
+
+def ablating(model, count, batch_size):
+    what = components(model, "mlps_output", positions=-1) * 3
+    return lambda: ablate(model, prompts(count), what, "zero", logit_difference(5, 9), batch_size=batch_size)
+
+
+def reading(model, count, batch_size):
+    target = TargetPrompt("The capital of France is", -1)
+    return lambda: patchscope_table(model, prompts(count), target, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("what", "model_type"), [(patching, "llama"), (ablating, "llama"), (reading, "llama"), (patching, "mamba")]
+)
+def test_memory_does_not_grow_with_the_cells(tiny, what, model_type):
+    model = tiny(model_type)
+    what(model, 1, 8)()  # what is found out once
+    some, more = peak(what(model, 8, 8)), peak(what(model, 24, 8))
+    assert more < 1.25 * some, f"{some} bytes for 8 prompts, {more} for 24"
+    wide = peak(what(model, 24, 32))
+    assert wide > 1.3 * more, f"the count does not see the batch: {more} bytes in batches of 8, {wide} in batches of 32"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom"])
+def test_no_more_rows_than_asked_for(tiny, model_type):
+    """Rows that join on the way count as well."""
+    model, rows = tiny(model_type), []
+    patching(model, 1, 5)()  # what is found out once
+    handles = [
+        model._module.get_submodule(block.path).register_forward_hook(
+            lambda m, args, out: rows.append(len(out if isinstance(out, torch.Tensor) else out[0]))
+        )
+        for block in model.anatomy.blocks
+    ]
+    try:
+        patching(model, 3, 5)()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert max(rows) == 5
