@@ -13,8 +13,8 @@ import nnterp
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
-# docs/remote.md runs against a worker: see tests/remote/test_page.py
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+REMOTE = ROOT / "docs" / "remote.md"  # runs against a worker: tests/remote/test_page.py
 PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]  # pages go on with a model and prompts
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
 
