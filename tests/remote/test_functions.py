@@ -34,6 +34,18 @@ def questions(model):
     ]
 
 
+def metric(logits):
+    """A logit difference, the mean over prompts."""
+    return (logits[:, -1, 7] - logits[:, -1, 11]).mean()
+
+
+def gradients_of(model, remote):
+    found = model.gradients(PROMPTS, metric, ["layers_output", "attention_head_outputs"], remote=remote)
+    layers = {"layers_output": range(model.num_layers), "attention_head_outputs": model.attention_layers}
+    slopes = [found[name, layer] for name, own in layers.items() for layer in own]
+    return [found.metric, found.logits, *slopes, found.value(("layers_output", 1))]
+
+
 CALLS = {
     "logit_lens": lambda m, r: logit_lens(m, PROMPTS, remote=r),
     "logit_lens, inverse": lambda m, r: logit_lens(m, PROMPTS, remote=r, return_inv_logits=True),
@@ -60,6 +72,7 @@ CALLS = {
     "collect, everywhere": lambda m, r: m.collect(PROMPTS, "layers_output", batch_size=2, remote=r, progress=False),
     "collect, mean": lambda m, r: m.collect(PROMPTS, "layers_output", reduce="mean", remote=r),
     "collect, function": lambda m, r: m.collect(PROMPTS, "layers_output", reduce=lambda t: t.norm(dim=-1), remote=r),
+    "gradients": lambda m, r: gradients_of(m, r),
     "next_token_probs": lambda m, r: next_token_probs(m, PROMPTS, remote=r),
     "run_prompts": lambda m, r: run_prompts(m, questions(m), batch_size=2, remote=r).log_probs,
     "run_prompts, lens": lambda m, r: (

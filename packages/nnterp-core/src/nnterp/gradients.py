@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 
 from nnterp.collection._collect import left_padded, no_cache
@@ -93,6 +94,7 @@ def gradients(
     values: str | Iterable[str],
     layers: int | Iterable[int] | None = None,
     device: str | torch.device = "cpu",
+    remote: Any = False,
 ) -> Gradients:
     """See `StandardizedTransformer.gradients`."""
     model.require_no_trace("gradients()")
@@ -101,7 +103,7 @@ def gradients(
             "gradients() was called under torch.no_grad() or inference_mode, where nothing has a gradient. Call it "
             "outside."
         )
-    model.dispatch()
+    model.prepare(remote)
     plan = make_plan(model, values, layers)
     rows = encode(model, prompts)
     if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
@@ -113,16 +115,41 @@ def gradients(
         batch = pad(model, rows)
     sources = [gradient_reads(model, t.value.place(model, t.layer), t.label) for t in plan.targets]
     order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
-    with model.trace({**batch.encoding, **no_cache(model)}):
-        seen: dict[int, torch.Tensor] = {}
-        seen.save()  # type: ignore[attr-defined]  # every object has it in a trace
-        for i, place in enumerate(order):
-            tensor = place.read(model, str(place))
-            if i == 0 and not tensor.requires_grad and tensor.is_floating_point():
+    wanted = sorted({order.index(place) for places, _ in sources for place in places})
+    names, inputs = [str(place) for place in order], {**batch.encoding, **no_cache(model)}
+    with model.trace(inputs, remote=remote):
+        seen: list[torch.Tensor] = []
+        for place, name in zip(order, names, strict=True):
+            tensor = place.read(model, name)
+            if not seen and not tensor.requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_(True)  # frozen weights: the graph begins here
-            seen[i] = tensor
-        logits = model.logits.save()
-    by_place = {place: seen[i] for i, place in enumerate(order)}
+            seen.append(tensor)
+        found = nnsight.save(_differentiated(metric, model.logits, seen, wanted, names))
+    score, logits, slopes, kept = found
+    by_place = dict(zip(order, kept, strict=True))
+    slope_of = {order[i]: slope for i, slope in zip(wanted, slopes, strict=True)}
+    values_: dict[tuple[str, int | None], torch.Tensor] = {}
+    gradients_: dict[tuple[str, int | None], torch.Tensor] = {}
+    with torch.no_grad():
+        for target, (places, pull) in zip(plan.targets, sources, strict=True):
+            key = (target.value.name, target.layer)
+            values_[key] = target.combine([by_place[plan.reads[p]] for p in target.parts]).to(device)
+            gradients_[key] = pull([slope_of[p] for p in places]).to(device)
+            if values_[key].dim() < target.value.axes:  # batch and positions in one axis
+                values_[key], gradients_[key] = (
+                    t.unflatten(0, (len(rows), -1)) for t in (values_[key], gradients_[key])
+                )
+    return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_)
+
+
+def _differentiated(
+    metric: Callable[[torch.Tensor], torch.Tensor],
+    logits: torch.Tensor,
+    seen: list[torch.Tensor],
+    wanted: list[int],
+    names: list[str],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The score, the logits, the gradients with respect to what is wanted of what was seen, and all that was seen."""
     score = metric(logits)
     if not isinstance(score, torch.Tensor) or score.numel() != 1:
         got = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
@@ -132,24 +159,12 @@ def gradients(
             "The metric does not depend on any of the values through differentiable operations: it was detached, "
             "computed under no_grad, or made of integers (argmax, comparisons)."
         )
-    wanted = list(dict.fromkeys(place for places, _ in sources for place in places))
-    frozen = [place for place in wanted if not by_place[place].requires_grad]
+    frozen = [i for i in wanted if not seen[i].requires_grad]
     if frozen:
         raise ValueError(
-            f"{frozen[0]} does not require a gradient: its dtype is {by_place[frozen[0]].dtype}, or the weights before "
-            f"it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
+            f"{names[frozen[0]]} does not require a gradient: its dtype is {seen[frozen[0]].dtype}, or the weights "
+            "before it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
         )
-    made = torch.autograd.grad(score.reshape(()), [by_place[p] for p in wanted], allow_unused=True)
-    slopes = {p: torch.zeros_like(by_place[p]) if g is None else g for p, g in zip(wanted, made, strict=True)}
-    values_: dict[tuple[str, int | None], torch.Tensor] = {}
-    gradients_: dict[tuple[str, int | None], torch.Tensor] = {}
-    with torch.no_grad():
-        for target, (places, pull) in zip(plan.targets, sources, strict=True):
-            key = (target.value.name, target.layer)
-            values_[key] = target.combine([by_place[plan.reads[p]].detach() for p in target.parts]).to(device)
-            gradients_[key] = pull([slopes[p] for p in places]).to(device)
-            if values_[key].dim() < target.value.axes:  # batch and positions in one axis
-                values_[key], gradients_[key] = (
-                    t.unflatten(0, (len(rows), -1)) for t in (values_[key], gradients_[key])
-                )
-    return Gradients(score.detach().to(device), logits.detach().to(device), batch, plan.layers, values_, gradients_)
+    made = torch.autograd.grad(score.reshape(()), [seen[i] for i in wanted], allow_unused=True)
+    slopes = [torch.zeros_like(seen[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]
+    return score.detach(), logits.detach(), slopes, [tensor.detach() for tensor in seen]

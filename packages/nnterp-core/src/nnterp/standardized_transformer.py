@@ -434,6 +434,7 @@ class StandardizedTransformer(TracedTransformer):
         values: str | Iterable[str],
         layers: int | Iterable[int] | None = None,
         device: str | torch.device = "cpu",
+        remote: Any = False,
     ) -> Gradients:
         """Gradients of a scalar of the logits with respect to values, in any order.
 
@@ -442,6 +443,7 @@ class StandardizedTransformer(TracedTransformer):
             metric: From the logits `[prompts, seq, vocab]` to one number, by differentiable operations.
             values, layers: As in `collect`.
             device: Where the result is kept.
+            remote: Run on the remote service, the metric with it.
 
         Returns:
             Gradients and values by the same names as in `collect`, `[layers, prompts, seq, ...]` each; see
@@ -453,7 +455,7 @@ class StandardizedTransformer(TracedTransformer):
             Unavailable: A layer that was asked for does not have the value.
             InsideTraceError: Called inside a trace of this model.
         """
-        return gradients(self, prompts, metric, values, layers, device)
+        return gradients(self, prompts, metric, values, layers, device, remote)
 
     @property
     def attn_probs_available(self) -> bool:
