@@ -5,6 +5,11 @@ import torch
 
 from nnterp import nnsight_utils
 from nnterp.interventions import (
+    Component,
+    ablate,
+    activation_patching,
+    kl_divergence,
+    logit_difference,
     logit_lens,
     patchscope_generate,
     patchscope_lens,
@@ -32,6 +37,14 @@ def questions(model):
     return [
         Prompt.from_strings(text, {"first": ["Paris", "dog"], "second": "house"}, model.tokenizer) for text in PROMPTS
     ]
+
+
+CLEAN = ["The capital of France is", "A cat and a dog were"]
+CORRUPTED = ["The capital of Japan is", "A cow and a pig were"]
+
+
+def last_logit(logits):
+    return logits[:, 7]
 
 
 def metric(logits):
@@ -73,6 +86,28 @@ CALLS = {
     "collect, mean": lambda m, r: m.collect(PROMPTS, "layers_output", reduce="mean", remote=r),
     "collect, function": lambda m, r: m.collect(PROMPTS, "layers_output", reduce=lambda t: t.norm(dim=-1), remote=r),
     "gradients": lambda m, r: gradients_of(m, r),
+    "activation_patching, stream": lambda m, r: activation_patching(
+        m, CLEAN, CORRUPTED, logit_difference([7, 8], [11, 12]), positions=[-1, 2], remote=r, progress=False
+    ),
+    "activation_patching, heads": lambda m, r: activation_patching(
+        m,
+        CLEAN[0],
+        CORRUPTED[0],
+        kl_divergence(),
+        "attention_head_outputs",
+        m.attention_layers[:1],
+        heads="all",
+        remote=r,
+    ),
+    "activation_patching, contributions": lambda m, r: activation_patching(
+        m, CLEAN[0], CORRUPTED[0], last_logit, ["mixer_contributions", "mlp_contributions"], [1], [-1], remote=r
+    ),
+    "ablate, mean": lambda m, r: ablate(
+        m, CLEAN, [Component("mlps_output", 1), Component("mixers_output", 2)], "mean", reference=PROMPTS, remote=r
+    ),
+    "ablate, zero": lambda m, r: ablate(
+        m, CLEAN, Component("attention_head_outputs", m.attention_layers[0], heads=(1,)), remote=r
+    ),
     "next_token_probs": lambda m, r: next_token_probs(m, PROMPTS, remote=r),
     "run_prompts": lambda m, r: run_prompts(m, questions(m), batch_size=2, remote=r).log_probs,
     "run_prompts, lens": lambda m, r: (

@@ -43,6 +43,7 @@ def ablate(
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
 ) -> AblationResult:
     """Run each prompt once for each component, the component's value replaced by one that says nothing of the prompt.
 
@@ -61,6 +62,7 @@ def ablate(
         seed: Of the draw of "resample".
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Run on the remote service, the metric with it.
 
     Returns:
         `scores` `[prompts, components]` and `baseline` `[prompts]`, float32, on the CPU.
@@ -74,21 +76,21 @@ def ablate(
     check_batch_size(batch_size)
     if not isinstance(how, torch.Tensor) and how not in ("zero", "mean", "resample"):
         raise ValueError(f'how is "zero", "mean", "resample" or a tensor, not {how!r}.')
-    model.dispatch()
+    model.prepare(remote)
     rows = encode(model, prompts)
     listed = [what] if isinstance(what, Component) else list(what)
     cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in listed]
     if not cases or not all(cases):
         raise ValueError("what is empty; give at least one Component.")
     others = rows if reference is None else encode(model, reference)
-    filling = _filling(model, rows, others, reference is None, cases, how, seed)
+    filling = _filling(model, rows, others, reference is None, cases, how, seed, remote)
     metric = kl_divergence() if metric is None else metric
     scores, baseline = torch.empty(len(rows), len(cases)), torch.empty(len(rows))
     with bar(len(rows) * len(cases), "ablation", progress) as shown:
         for start in range(0, len(rows), PROMPTS):
             chosen = range(start, min(start + PROMPTS, len(rows)))
             some = [rows[i] for i in chosen]
-            _, logits = states_of(model, some, [])
+            _, logits = states_of(model, some, [], remote)
             bound = bind_some(metric, model, len(rows), logits, chosen)
             baseline[list(chosen)] = by_prompt(bound, logits, list(range(len(some))))
             fill = filling(chosen)
@@ -100,7 +102,8 @@ def ablate(
                         at = positions_of(model, component, row, f"prompt {start + k}")
                         edits.append(edit_of(component, at, fill(k, component, at)))
                     cells.append(Cell(k, tuple(edits)))
-            found = sweep(model, some, cells, scored(bound, cells), batch_size=batch_size, progress=False)["scores"]
+            reduce = scored(bound, cells)
+            found = sweep(model, some, cells, reduce, remote=remote, batch_size=batch_size, progress=False)["scores"]
             scores[list(chosen)] = found.view(len(some), len(cases))
             shown.update(len(cells))
     return AblationResult(
@@ -122,6 +125,7 @@ def _filling(
     cases: list[list[Component]],
     how: How,
     seed: int,
+    remote: Any,
 ) -> Any:
     """From the prompts of a chunk to a function (prompt of the chunk, component, positions) → what is put in."""
     if isinstance(how, torch.Tensor):
@@ -133,7 +137,7 @@ def _filling(
         for name, _ in keys:
             if {"query", "key"} <= set(axes_of(get_value(name))):
                 raise ValueError(f"{name} has an axis of keys as long as the prompt, so it has no mean over positions.")
-        means = _means(model, others, keys)
+        means = _means(model, others, keys, remote)
 
         def mean(prompt: int, component: Component, at: tuple[int, ...]) -> torch.Tensor:
             one = means[component.value, component.layer]
@@ -143,7 +147,7 @@ def _filling(
     partners = _partners(rows, others, same, seed)
 
     def drawn(chosen: range) -> Any:
-        found, _ = states_of(model, [others[partners[i]] for i in chosen], keys)
+        found, _ = states_of(model, [others[partners[i]] for i in chosen], keys, remote)
 
         def fill(prompt: int, component: Component, at: tuple[int, ...]) -> torch.Tensor:
             i = chosen[prompt]
@@ -156,12 +160,12 @@ def _filling(
 
 
 def _means(
-    model: StandardizedTransformer, rows: list[Row], keys: list[tuple[str, int]]
+    model: StandardizedTransformer, rows: list[Row], keys: list[tuple[str, int]], remote: Any
 ) -> dict[tuple[str, int], torch.Tensor]:
     """Mean of values over all positions of all prompts, with an axis of one position."""
     sums: dict[tuple[str, int], torch.Tensor] = {}
     for start in range(0, len(rows), PROMPTS):
-        found, _ = states_of(model, rows[start : start + PROMPTS], keys)
+        found, _ = states_of(model, rows[start : start + PROMPTS], keys, remote)
         for states in found:
             for key in keys:
                 part = states[key].double().sum(positions_axis(key[0]), keepdim=True)

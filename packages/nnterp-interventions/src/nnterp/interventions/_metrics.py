@@ -138,7 +138,8 @@ def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.T
 
 def scored(bound: Bound, cells: Sequence[Cell]) -> Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]:
     """What a sweep does with the logits of its cells: the metric of each."""
-    return lambda logits, indices: {"scores": by_prompt(bound, logits, [cells[i].prompt for i in indices])}
+    prompts = [cell.prompt for cell in cells]
+    return lambda logits, indices: {"scores": by_prompt(bound, logits, [prompts[i] for i in indices])}
 
 
 def _mean_at(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ def activation_patching(
     *,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
 ) -> PatchingResult:
     """Run one prompt once for each layer, position or head, with this one activation taken from another prompt's run.
 
@@ -82,6 +83,7 @@ def activation_patching(
         direction: "denoising" puts activations of the clean run into the corrupted one, "noising" the reverse.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Run on the remote service, the metric with it; what is patched in is fetched first.
 
     Returns:
         `scores` with the axes prompts, values (if several), layers, heads (if given) and positions (unless "all"),
@@ -100,7 +102,7 @@ def activation_patching(
     pair = encode(model, clean), encode(model, corrupted)
     if len(pair[0]) != len(pair[1]):
         raise ValueError(f"{len(pair[0])} clean prompts and {len(pair[1])} corrupted ones; they go in pairs.")
-    model.dispatch()
+    model.prepare(remote)
     names = [values] if isinstance(values, str) else list(values)
     grid = _Grid(model, pair, names, layers, positions, heads, direction)
     scores = torch.full((len(pair[0]), *grid.shape), float("nan"))
@@ -108,7 +110,7 @@ def activation_patching(
     total = len(pair[0]) * len(names) * len(grid.layers) * len(grid.units) * grid.width
     with bar(total, "activation patching", progress) as shown:
         for start in range(0, len(pair[0]), PAIRS):
-            grid.some(range(start, min(start + PAIRS, len(pair[0]))), metric, scores, runs, batch_size, shown)
+            grid.some(range(start, min(start + PAIRS, len(pair[0]))), metric, scores, runs, batch_size, shown, remote)
     return grid.result(scores, runs, metric)
 
 
@@ -180,17 +182,18 @@ class _Grid:
         runs: torch.Tensor,
         batch_size: BatchSize,
         shown: Any,
+        remote: Any,
     ) -> None:
         """The cells of some pairs, one value at a time."""
         model = self.model
         into, source = [self.into[i] for i in chosen], [self.source[i] for i in chosen]
         denoising, own = self.direction == "denoising", list(range(len(chosen)))
         for v, name in enumerate(self.names):
-            states, from_logits = states_of(model, source, [(name, layer) for layer in self.layers])
+            states, from_logits = states_of(model, source, [(name, layer) for layer in self.layers], remote)
             cells: list[Cell] = []
             places = []
             if v == 0:
-                clean_logits = from_logits if denoising else states_of(model, into, [])[1]
+                clean_logits = from_logits if denoising else states_of(model, into, [], remote)[1]
                 bound = bind_some(metric, model, len(self.clean), clean_logits, chosen)
                 runs[0 if denoising else 1, list(chosen)] = by_prompt(bound, from_logits, own)
                 cells += [Cell(k, ()) for k in own]  # as it was
@@ -200,7 +203,7 @@ class _Grid:
                     places.append((i, v, *place))
 
             reduce = scored(bound, cells)
-            found = sweep(model, into, cells, reduce, batch_size=batch_size, progress=False)["scores"]
+            found = sweep(model, into, cells, reduce, remote=remote, batch_size=batch_size, progress=False)["scores"]
             if v == 0:
                 runs[1 if denoising else 0, list(chosen)] = found[: len(own)]
             scores[tuple(torch.tensor(places).T)] = found[len(found) - len(places) :]
