@@ -11,8 +11,10 @@ from nnterp.interventions import (
     kl_divergence,
     logit_difference,
     logit_lens,
+    patch_object_attn_lens,
     patchscope_generate,
     patchscope_lens,
+    path_patching,
     repeat_prompt,
 )
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
@@ -107,6 +109,20 @@ CALLS = {
     ),
     "ablate, zero": lambda m, r: ablate(
         m, CLEAN, Component("attention_head_outputs", m.attention_layers[0], heads=(1,)), remote=r
+    ),
+    "path_patching": lambda m, r: path_patching(
+        m,
+        CLEAN[0],
+        CORRUPTED[0],
+        Component("attention_head_outputs", m.attention_layers[0], heads=(1,)),
+        Component("mlps_input", m.num_layers - 1),
+        last_logit,
+        remote=r,
+    ),
+    "patch_object_attn_lens": lambda m, r: (
+        patch_object_attn_lens(m, PROMPTS[0], PROMPTS[:2], -1, num_patches=2, remote=r)
+        if len(m.attention_layers) == m.num_layers
+        else logit_lens(m, PROMPTS[0], remote=r)  # a hybrid has layers without attention
     ),
     "next_token_probs": lambda m, r: next_token_probs(m, PROMPTS, remote=r),
     "run_prompts": lambda m, r: run_prompts(m, questions(m), batch_size=2, remote=r).log_probs,

@@ -214,6 +214,7 @@ def patch_object_attn_lens(
     *,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: bool = False,
 ) -> torch.Tensor:
     """Next-token probabilities of target prompts whose attention reads a source's last token in place of one of theirs.
 
@@ -228,6 +229,7 @@ def patch_object_attn_lens(
         num_patches: How many layers are patched at a time.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Run on a remote service.
 
     Returns:
         `[targets, layers, vocab]`, float32, on the CPU: for each first patched layer.
@@ -246,7 +248,7 @@ def patch_object_attn_lens(
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
     at = [resolve(model, row, attn_idx_patch, f"target prompt {i}") for i, row in enumerate(targets)]
     layers = list(range(model.num_layers))
-    states = last_states(model, sources, layers, "attentions_input", False, batch_size, False)
+    states = last_states(model, sources, layers, "attentions_input", remote, batch_size, False)
     cells = []
     for i in range(len(targets)):
         source = i if len(sources) > 1 else 0
@@ -260,6 +262,7 @@ def patch_object_attn_lens(
         targets,
         cells,
         lambda logits, _: reduction(logits, torch.zeros(len(logits), dtype=torch.long)),
+        remote=remote,
         batch_size=batch_size,
         progress=progress,
         what="attention patchscope",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import nnsight
 import torch
 
 from nnterp.errors import Unavailable
@@ -20,7 +21,7 @@ from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, forward_flags, within_memory
 from nnterp.interventions._states import States, states_of
 from nnterp.interventions._sweep import sweep
-from nnterp.values import get_value
+from nnterp.values import get_label, get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -44,6 +45,7 @@ def path_patching(
     direction: Direction = "denoising",
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
 ) -> PathResult:
     """The direct effect of a sender on receivers: along the residual stream, past every other part.
 
@@ -63,6 +65,7 @@ def path_patching(
         direction: "denoising" takes the sender from the clean run, into the corrupted one; "noising" the reverse.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Run on the remote service, the metric with it; what is patched in is fetched first.
 
     Returns:
         `scores` `[prompts, senders]`, `clean` and `corrupted` `[prompts]`, float32, on the CPU.
@@ -79,7 +82,7 @@ def path_patching(
     pair = encode(model, clean), encode(model, corrupted)
     if [len(row) for row in pair[0]] != [len(row) for row in pair[1]]:
         raise ValueError("Clean and corrupted prompts go in pairs of equally many tokens.")
-    model.dispatch()
+    model.prepare(remote)
     if model.anatomy.between:
         raise Unavailable(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "
@@ -94,13 +97,13 @@ def path_patching(
     if not senders or not receiving:
         raise ValueError("There are no senders or no receivers; give at least one of each.")
     _check_order(model, senders, receiving)
-    runs = _Paths(model, senders, receiving, batch_size)
+    runs = _Paths(model, senders, receiving, batch_size, remote)
     into, source = (pair[1], pair[0]) if direction == "denoising" else pair
     scores, ends = torch.empty(len(into), len(senders)), torch.empty(2, len(into))
     with bar(scores.numel(), "path patching", progress) as shown:
         for i in range(len(into)):
-            (given,), source_logits = states_of(model, [source[i]], [(s.value, s.layer) for s in senders])
-            (held,), into_logits = states_of(model, [into[i]], runs.held)
+            (given,), source_logits = states_of(model, [source[i]], [(s.value, s.layer) for s in senders], remote)
+            (held,), into_logits = states_of(model, [into[i]], runs.held, remote)
             both = (source_logits, into_logits) if direction == "denoising" else (into_logits, source_logits)
             bound = bind_some(metric, model, len(into), both[0], range(i, i + 1))
             for end in range(2):
@@ -131,8 +134,10 @@ class _Paths:
         senders: list[Component],
         receivers: list[Component],
         batch_size: BatchSize,
+        remote: Any,
     ) -> None:
-        self.model, self.senders, self.receivers, self.batch_size = model, senders, receivers, batch_size
+        self.model, self.senders, self.receivers = model, senders, receivers
+        self.batch_size, self.remote = batch_size, remote
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
         self.held: list[tuple[str, int]] = []
@@ -169,7 +174,8 @@ class _Paths:
                 edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
             cells.append(Cell(0, tuple(edits)))
         reduce = scored(bound, cells)
-        found.append(sweep(self.model, [row], cells, reduce, batch_size=self.batch_size, progress=False)["scores"])
+        swept = sweep(self.model, [row], cells, reduce, remote=self.remote, batch_size=self.batch_size, progress=False)
+        found.append(swept["scores"])
 
     @torch.no_grad()
     def received(self, row: Row, given: States, held: States, senders: list[Component]) -> list[torch.Tensor]:
@@ -187,19 +193,19 @@ class _Paths:
             edits.setdefault((sender.value, sender.layer), []).append((k, edit_of(sender, at, new)))
         wanted = [(r.value, r.layer) for r in self.receivers]
         steps = forward_steps(model, [*edits, *wanted])
-        stop = max(k for k, step in enumerate(steps) if step.term is None and step.key in wanted)
+        steps = steps[: 1 + max(k for k, step in enumerate(steps) if step.term is None and step.key in wanted)]
         ids = torch.tensor([row.ids] * len(senders))
-        arrived: dict[Key, torch.Tensor] = {}
-        with model.trace({"input_ids": ids}, **forward_flags(model)) as tracer:
+        with model.trace({"input_ids": ids}, remote=self.remote, **forward_flags(model)) as tracer:
+            arrived: dict[Key, torch.Tensor] = nnsight.save({})
             passing = Passing(model)
-            for step in steps[: stop + 1]:
+            for step in steps:
                 key = step.key
                 if step.term is not None:
                     passing.hold(step)
                     continue
                 tensor = passing.write(key, edits[key], size, 0) if key in edits else passing.read(key)
                 if key in wanted:
-                    arrived[key] = rows_of(tensor, *size, get_value(key[0])).clone().save()
+                    arrived[key] = rows_of(tensor, *size, get_label(key[0])).clone()
             tracer.stop()
         return [arrived[key] for key in wanted]
 
