@@ -337,3 +337,30 @@ def test_the_reference_page_is_the_table():
     assert written.read_text(encoding="utf-8") == page(), "run: python -m nnterp.values > docs/values.md"
     for name in VALUES:
         assert f"`{name}`" in page()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3", "jamba", "gpt_oss", "olmoe", "dots1"])
+def test_written_router_logits_decide(tiny, model_type):
+    """Scores in reverse are what the router's matrix gives with its rows in reverse."""
+    model = tiny(model_type)
+    layer = model.support()["router_logits"][0]
+    tokens = torch.arange(12, 20)[None]
+    with torch.no_grad(), model.trace(tokens):
+        model.router_logits[layer] = model.router_logits[layer].flip(-1)
+        written = model.logits.save()
+    place = model.place("router_logits", layer)
+    router = model._module.get_submodule(place.path)
+    kept = {name: p.detach().clone() for name, p in router.named_parameters()}
+    try:
+        with torch.no_grad():
+            for name, parameter in router.named_parameters():
+                if name.endswith(("weight", "bias")) and "correction" not in name:
+                    parameter.copy_(parameter.flip(0))
+            expected = model._module(tokens, use_cache=False).logits
+    finally:
+        with torch.no_grad():
+            for name, parameter in router.named_parameters():
+                parameter.copy_(kept[name])
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
+    plain = model._module(tokens, use_cache=False).logits
+    assert (written - plain).abs().max() > 1e-3

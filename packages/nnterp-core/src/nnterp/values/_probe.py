@@ -26,7 +26,8 @@ from nnterp.values._attention import (
 )
 from nnterp.values._eager import eagerly, is_eager
 from nnterp.values._operations import Operations, record_operations, same
-from nnterp.values._places import Everywhere, Inside, Item, Place, Site, View
+from nnterp.values._places import Everywhere, Inside, Place, Site, View
+from nnterp.values._routers import Routers, router_path
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -105,7 +106,8 @@ class Probe:
         several_paths = {at: watched(self.module, block.self_attn) for at, block in several.items() if block.self_attn}
         layer_paths = [b.path for b in self.blocks]
         inside = [*attention_paths.values(), *several_paths.values()]
-        paths = [*dict.fromkeys([*layer_paths, *(p for ps in inside for p in ps)])]
+        routers = [path for b in self.blocks if (path := router_path(self.module, b)) is not None]
+        paths = [*dict.fromkeys([*layer_paths, *(p for ps in inside for p in ps), *routers])]
         with (edges := self.edges()):
             current = record_operations(self.module, paths, self.run)
         eager: Operations | None = current
@@ -117,11 +119,12 @@ class Probe:
                 eager = None
         whole = eager or current
         found = Findings(ticks=whole.ticks, texts={**current.texts, **whole.texts})
+        search = Routers(self, edges, whole)
         for block in self.blocks:
             found.attention.append(self.attention(block, attention_paths.get(block.index), edges, current, eager))
             found.neurons.append(self.neurons(block, edges))
             found.shared_neurons.append(self.shared_neurons(block, edges))
-            found.routers.append(self.router(block, edges))
+            found.routers.append(search.of(block))
             found.ends.update(self.ends(block, edges))
         for at, block in several.items():
             found.several[at] = self.attention(block, several_paths[at], edges, current, eager)
@@ -276,33 +279,6 @@ class Probe:
                 ):
                     yield path, part.exit
 
-    def router(self, block: Layer, edges: _Edges) -> tuple[Place | str, Place | str]:
-        """What the module that transformers records as the router returns."""
-        if block.mlp is None or not block.mixture_of_experts:
-            why = "the layer has no mixture of experts"
-            return why, why
-        top = block.mlp.path or block.mlp.entry
-        logits: Place | str = "transformers records no router logits for this model"
-        chosen: Place | str = "its router does not return which experts it chose"
-        found = _router_module(self.module, top)
-        if found is None:
-            return logits, chosen
-        path, index = found
-        output = edges.raw.get(path)
-        if isinstance(output, torch.Tensor):
-            logits = Site(path, "output")
-        elif isinstance(output, (tuple, list)):
-            if index < len(output) and isinstance(output[index], torch.Tensor):
-                logits = Item(path, index)
-            whole = [
-                i
-                for i, o in enumerate(output)
-                if isinstance(o, torch.Tensor) and not o.is_floating_point() and o.dim() >= 2
-            ]
-            if whole:
-                chosen = Item(path, whole[-1])
-        return logits, chosen
-
 
 def _is_input(tensor: torch.Tensor, given: torch.Tensor | None) -> bool:
     return (
@@ -311,30 +287,6 @@ def _is_input(tensor: torch.Tensor, given: torch.Tensor | None) -> bool:
         and tensor.shape == given.shape
         and torch.equal(tensor, given)
     )
-
-
-def _router_module(root: nn.Module, top: str) -> tuple[str, int] | None:
-    """(path, index of the logits in its output) of the router in the module at `top`, as transformers records it."""
-    records = [
-        entry
-        for module in root.modules()
-        if isinstance(table := getattr(module, "_can_record_outputs", None), dict)
-        for entry in (table.get("router_logits") or (),)
-    ]
-    entries = [e for record in records for e in (record if isinstance(record, (list, tuple)) else [record])]
-    for entry in entries:
-        target, index, name = (
-            getattr(entry, "target_class", entry),
-            getattr(entry, "index", 0) or 0,
-            getattr(entry, "layer_name", None),
-        )
-        if not isinstance(target, type):
-            continue
-        for inner, module in root.get_submodule(top).named_modules():
-            path = f"{top}.{inner}" if inner else top
-            if isinstance(module, target) and (name is None or name in path):
-                return path, index
-    return None
 
 
 def _operations_of(place: Place | None) -> list[Inside]:
