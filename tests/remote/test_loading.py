@@ -1,4 +1,4 @@
-"""A model that does not fit here is loaded here by name: nothing is allocated, and the service knows it by its plain name."""
+"""A model that does not fit here is loaded by name: nothing is allocated, and the service knows it by its name."""
 
 import json
 import subprocess
