@@ -343,7 +343,7 @@ def narrow_config(config: PreTrainedConfig) -> PreTrainedConfig:
             new = [new] if name.endswith("_token_id") else value
         data[name] = width if new == HIDDEN and value == old_width else new
     if data.get("kv_lora_rank"):  # latent attention: what is called the head's size is its rotary part
-        data.pop("head_dim", None)
+        data["head_dim"] = data.get("qk_rope_head_dim", data.get("head_dim"))
     elif isinstance(data.get("head_dim"), int) and heads:
         data["head_dim"] = width // heads
     expand = next((data[name] for name in ("mamba_expand", "expand") if data.get(name)), None)
