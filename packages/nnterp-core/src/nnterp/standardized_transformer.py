@@ -189,7 +189,8 @@ class StandardizedTransformer(TracedTransformer):
         self.require_no_trace("validate()")
         self._certificate = certify(self)
         prepare(self)
-        if self._probabilities_check is not None and self.dispatched and self._certificate.ok:
+        in_several = not self.attention_layers and any(block.attentions for block in self.anatomy.blocks)
+        if self._probabilities_check is not None and self.dispatched and self._certificate.ok and not in_several:
             first = self.attention_layers[0] if self.attention_layers else 0
             self.attention_probabilities.check_source(first, use_trace=self._probabilities_check)
         return self._certificate
