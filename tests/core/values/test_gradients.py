@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nnterp import StandardizedTransformer
 from nnterp.errors import InsideTraceError
+from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.values._places import Site
 
 from .values_reference import arguments, ids, wrapped
@@ -141,3 +143,39 @@ def test_grad_of_an_accessor_inside_a_trace():
     got = model.gradients(tokens, metric, "layers_output")
     torch.testing.assert_close(late_grad, got["layers_output", 3])
     torch.testing.assert_close(early_grad, got["layers_output", 1])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("diffllama", "attention_values"),
+        ("diffllama", "attention_scores"),
+        ("diffllama", "attention_head_contributions"),
+        ("deepseek_v4", "attention_head_contributions"),
+        ("jetmoe", "attention_head_outputs"),
+        ("deepseek_v3", "shared_expert_neurons"),
+    ],
+)
+def test_gradients_are_what_a_step_changes(model_type, name):
+    """Values kept in parts, several times over, or behind two projections: the derivative along a random direction."""
+    module = tiny_model(model_type).double()
+    module.set_experts_implementation("eager")  # the grouped products know no double precision
+    model = StandardizedTransformer(
+        module, tokenizer=tiny_tokenizer(), enable_attention_probs=True, check_renaming=False
+    )
+    tokens, layer = ids(2, 8), model.support()[name][-1]
+
+    gradient = model.gradients(tokens, metric, name, layers=layer)[name, layer]
+    step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
+    if name == "attention_scores":
+        step = step.tril()
+    moved = []
+    for size in (1e-3, -1e-3):
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            value = getattr(model, name)[layer]
+            getattr(model, name)[layer] = value + size * step
+            moved.append(metric(model.logits).save())
+    along = (gradient * step).sum()
+    assert along.abs() > 0.01
+    # Norms and softmaxes round to single precision inside.
+    assert abs((moved[0] - moved[1]).item() / 2e-3 - along.item()) < 5e-3 * along.abs().item() + 1e-4

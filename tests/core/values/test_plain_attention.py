@@ -132,7 +132,7 @@ def test_changed_outputs_are_what_the_last_projection_is_given(model_type):
     assert z.shape != average.shape or (z - average).abs().max() > 1e-3
 
 
-def test_several_attentions_in_a_layer():
+def test_several_attentions_in_a_layer(capsys):
     """LongCat-Flash's layers hold two, indexed with the layer and their number in it."""
     model, tokens = wrapped("longcat_flash", eager=False), ids(2, LENGTH)
     assert model.attention_layers == ()
@@ -170,6 +170,8 @@ def test_several_attentions_in_a_layer():
                 scale = expected.abs().max()
                 assert (expected - clean).abs().max() > 1e-4 * scale, letter
                 assert (written - expected).abs().max() < 1e-5 * scale, letter
+    model.explain("attention_values", (1, 0))
+    assert "model.layers.1.self_attn.0" in capsys.readouterr().out
     with pytest.raises(IndexError, match="holds 2 attentions"), model.trace(tokens):
         model.attention_queries[0, 2].save()
     with pytest.raises(Unavailable, match="one index"), model.trace(tokens):

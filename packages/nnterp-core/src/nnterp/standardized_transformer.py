@@ -347,12 +347,12 @@ class StandardizedTransformer(TracedTransformer):
         self.require_no_trace("support()")
         return support(self)
 
-    def explain(self, name: str, layer: int | None = None) -> None:
+    def explain(self, name: str, layer: int | tuple[int, int] | None = None) -> None:
         """Print where a value is read in this model: native path, source lines, layout and rank.
 
         Args:
             name: A value of the table, or TransformerLens' name for it (`blocks.3.attn.hook_z`).
-            layer: The layer; 0 if None.
+            layer: The layer; 0 if None. For one of several attentions in a layer, the layer and its number in it.
 
         Raises:
             ValueError: There is no such value.

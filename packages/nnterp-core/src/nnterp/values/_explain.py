@@ -73,12 +73,15 @@ def support(model: StandardizedTransformer) -> Support:
     return Support(model.anatomy.model_class, layers, reasons)
 
 
-def explain(model: StandardizedTransformer, value: Value, layer: int | None) -> str:
+def explain(model: StandardizedTransformer, value: Value, layer: int | tuple[int, int] | None) -> str:
     """See `StandardizedTransformer.explain`."""
-    index = None if not value.per_layer else (layer or 0) % model.num_layers
+    index: int | tuple[int, int] | None = None
+    if value.per_layer:
+        index = layer if isinstance(layer, tuple) else (layer or 0) % model.num_layers
     place = value.place(model, index)
     shape = value.shape
-    lines = [f"{value.name}{'' if index is None else f'[{index}]'}: {value.description}", f"  shape  {shape}"]
+    at = "" if index is None else f"[{', '.join(map(str, index if isinstance(index, tuple) else (index,)))}]"
+    lines = [f"{value.name}{at}: {value.description}", f"  shape  {shape}"]
     if value.note:
         lines.append(f"  note   {value.note}")
     lines.append(f"  rank   {value.rank:g} in the forward order of {'a layer' if value.per_layer else 'the model'}")
