@@ -157,7 +157,7 @@ def test_grad_of_an_accessor_inside_a_trace():
     ],
 )
 def test_gradients_are_what_a_step_changes(model_type, name):
-    """Values kept in parts, several times over, or behind two projections: the derivative along a random direction."""
+    """Values kept in parts, several times over, or behind two projections: the derivative along it is its square."""
     module = tiny_model(model_type).double()
     module.set_experts_implementation("eager")  # the grouped products know no double precision
     model = StandardizedTransformer(
@@ -166,9 +166,7 @@ def test_gradients_are_what_a_step_changes(model_type, name):
     tokens, layer = ids(2, 8), model.support()[name][-1]
 
     gradient = model.gradients(tokens, metric, name, layers=layer)[name, layer]
-    step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
-    if name == "attention_scores":
-        step = step.tril()
+    step = gradient / gradient.abs().max()
     moved = []
     for size in (1e-3, -1e-3):
         with torch.no_grad(), model.trace(tokens, use_cache=False):
@@ -176,6 +174,6 @@ def test_gradients_are_what_a_step_changes(model_type, name):
             getattr(model, name)[layer] = value + size * step
             moved.append(metric(model.logits).save())
     along = (gradient * step).sum()
-    assert along.abs() > 0.01
+    assert along > 0.1
     # Norms and softmaxes round to single precision inside.
-    assert abs((moved[0] - moved[1]).item() / 2e-3 - along.item()) < 5e-3 * along.abs().item() + 1e-4
+    assert abs((moved[0] - moved[1]).item() / 2e-3 - along.item()) < 5e-3 * along.item()
