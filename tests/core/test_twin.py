@@ -14,9 +14,9 @@ from nnterp.values import VALUES
 # One of every build: fused and split projections, grouped heads, latent attention, experts, hybrids, odd layouts.
 TYPES = """
 afmoe bart bert bloom codegen cohere2 deepseek_v3 deepseek_v4 diffllama falcon falcon_h1 gemma2 gemma3_text
-gemma3n_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite jamba lfm2 llama llama4_text longcat_flash mamba
-mamba2 mixtral mpt nemotron_h olmo2 openai-gpt opt phi phi3 qwen2_moe qwen3 qwen3_next recurrent_gemma roberta
-rwkv stablelm xglm xlnet zamba2
+gemma3n_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite jamba lfm2 llama llama4_text
+longcat_flash mamba mamba2 mixtral mpt nemotron_h olmo2 openai-gpt opt phi phi3 qwen2_moe qwen3 qwen3_next
+recurrent_gemma roberta rwkv stablelm xglm xlnet zamba2
 """.split()
 
 LEARNED = ("contributions", "layers_mid")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nnterp.anatomy._sizes import text_config
+from nnterp.devices import device_of
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.record import Record
 from nnterp.values._layouts import Layout
@@ -253,8 +254,5 @@ def project_on_vocab(model: TracedTransformer, hidden: torch.Tensor) -> torch.Te
 
 def _device(module: nn.Module, readout: Readout) -> torch.device:
     """Where the readout begins: with the final norm, or the head."""
-    for path in (readout.ln_final, readout.lm_head):
-        parameter = next(module.get_submodule(path).parameters(), None) if path is not None else None
-        if parameter is not None:
-            return parameter.device
-    return next(module.parameters()).device
+    paths = (readout.ln_final, readout.lm_head)
+    return device_of(module, [module.get_submodule(path) for path in paths if path is not None])

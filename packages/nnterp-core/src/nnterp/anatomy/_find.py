@@ -112,8 +112,8 @@ class _Finder:
                 return decoders[0]
             raise AnatomyError(
                 f"{type(self.model).__name__} has {len(lists)} stacks of layers ({', '.join(lists)}), so there is no "
-                "one residual stream from embedding to logits. If the layers of one of them run once in a forward "
-                f"pass, it can be named: RenameConfig(layers_name={lists[0]!r})."
+                "one residual stream from embedding to logits. A stack whose layers run once in a forward pass can "
+                f"be named, as in RenameConfig(layers_name={lists[0]!r}); one whose layers run repeatedly cannot."
             )
         return max(lists, key=lambda path: sum(p.numel() for p in self.model.get_submodule(path).parameters()))
 

@@ -23,6 +23,7 @@ from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._recording import Call, Recording, evaluating, record, static_experts, stream_out
 from nnterp.certificate._residual import relative_error, solve_residual
 from nnterp.certificate._writes import is_large, prove_writes
+from nnterp.devices import input_device
 from nnterp.readout import StreamLayout
 from nnterp.values._operations import record_operations
 from nnterp.values._places import Side
@@ -51,7 +52,7 @@ def certify(model: StandardizedTransformer) -> Certificate:
     """
     started = time.perf_counter()
     checks = _Checks(model)
-    if any(p.device.type == "meta" for p in model._module.parameters()):
+    if not model.dispatched:
         checks.without_weights()
     else:
         with evaluating(model._module):
@@ -61,7 +62,7 @@ def certify(model: StandardizedTransformer) -> Certificate:
         revision=model.revision,
         model_class=model.anatomy.model_class,
         dtype=str(model._module.dtype).removeprefix("torch."),
-        device=str(next(model._module.parameters()).device),
+        device=str(input_device(model._module)) if model.dispatched else "meta",
         versions={name: _version(name) for name in ("nnterp-core", "nnsight", "transformers", "torch")},
         lines=tuple(checks.lines),
         seconds=time.perf_counter() - started,
@@ -857,7 +858,7 @@ class _Checks:
         generator = torch.Generator().manual_seed(seed)
         ordinary = torch.tensor([i for i in range(min(vocab, 4096)) if i not in special] or [0])
         ids = ordinary[torch.randint(len(ordinary), (rows, length), generator=generator)]
-        return ids.to(embedding.weight.device)
+        return ids.to(input_device(self.module))
 
     def forward_kwargs(self, ids: torch.Tensor) -> dict[str, Any]:
         kwargs: dict[str, Any] = {"input_ids": ids}

@@ -263,8 +263,6 @@ class _Search:
 
     def softmax_of(self, scores: torch.Tensor, probs: torch.Tensor) -> bool:
         """Whether normalising `scores` gives `probs` up to one factor per row (a sink takes a share of every row)."""
-        if scores.device.type == "meta":
-            return True
         made = scores.double().softmax(-1)
         share = probs.double().sum(-1, keepdim=True)
         return same(made * share, probs.double(), max(self.tolerance, 1e-5))
@@ -339,9 +337,6 @@ class _Search:
         self, softmax: Operation, last: Operation, probs: torch.Tensor, of_keys: Inside | None
     ) -> tuple[_Candidate, Layout, torch.Tensor] | None:
         name, keys, heads = "attention_values", probs.shape[-1], probs.shape[1]
-        if probs.device.type == "meta":
-            self.by_position(softmax, 2, name, keys)
-            return None
         after = [o.output for o in self.operations if o.began > last.began and isinstance(o.output, torch.Tensor)]
         if self.out is not None:
             after.append(self.out[1])
@@ -433,37 +428,11 @@ class _Search:
     def repeated(shown: torch.Tensor, heads: int) -> torch.Tensor:
         return shown.repeat_interleave(heads // shown.shape[2], dim=2)
 
-    def by_position(self, softmax: Operation, index: int, name: str, keys: int) -> None:
-        """Without numbers: the arguments of the function in which the softmax runs, in the field's order."""
-        for depth in range(1, len(softmax.labels)):
-            call = next(
-                (o for o in self.operations if o.path == softmax.path and o.labels == softmax.labels[:depth]), None
-            )
-            if call is None:
-                continue
-            given = list(self.arguments(call))
-            streams = [
-                (c, lay)
-                for c in given
-                if (lay := next(self.layouts(c.tensor, c.tensor.shape[2] if c.tensor.dim() == 4 else 0), None))
-            ]
-            if len(streams) >= 3:
-                candidate, (layout, _) = streams[index]
-                self.found.places[name] = over(candidate.place, layout)
-                return
-        self.found.reasons[name] = (
-            "queries, keys and values can only be told apart with the weights: call model.dispatch() first"
-        )
-
     def queries_and_keys(self, softmaxes: list[Operation], probs: torch.Tensor) -> Inside | None:
         """Find both; returns where the keys are."""
         softmax = softmaxes[0]
         heads, keys = probs.shape[1], probs.shape[-1]
         queries = probs.shape[2]
-        if probs.device.type == "meta":
-            self.by_position(softmax, 0, "attention_queries", keys)
-            self.by_position(softmax, 1, "attention_keys", keys)
-            return None
         scores = [
             self.by_head(o.output).double()
             for o in self.operations
@@ -652,7 +621,7 @@ def ends_in(
             return path, entering
         if any(same(made + residual, result, tolerance) for residual in given if residual.shape == made.shape):
             return path, entering
-        if multiples and made.device.type != "meta":
+        if multiples:
             factor = (made.double() * result).sum() / made.double().square().sum().clamp(min=1e-30)
             if factor.abs() > 1e-6 and same(made.double() * factor, result.double(), tolerance):
                 return path, entering

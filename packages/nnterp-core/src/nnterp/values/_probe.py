@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nnterp.anatomy import Layer, Part
+from nnterp.devices import input_device
 from nnterp.values._attention import (
     PROBE_LENGTH,
     PROBE_ROWS,
@@ -60,8 +61,8 @@ class Findings:
 def find_inside(model: StandardizedTransformer) -> Findings:
     """Look into every layer of a model.
 
-    Runs the plain module on a probe of two short rows, twice where attention is not computed eagerly; without weights
-    on fake tensors, where shapes alone decide. A trace that is running is not disturbed.
+    Runs the plain module on a probe of two short rows, twice where attention is not computed eagerly. A trace that is
+    running is not disturbed.
     """
     with probing(model) as device:
         return Probe(model, device).findings()
@@ -73,8 +74,8 @@ def probing(model: StandardizedTransformer) -> Iterator[torch.device]:
     interleaver = model.interleaver
     running, interleaver.interleaving = interleaver.interleaving, False
     try:
-        with torch.no_grad(), _as_it_was(model._module), _fake(model._module) as device:
-            yield device
+        with torch.no_grad(), _as_it_was(model._module):
+            yield input_device(model._module)
     finally:
         interleaver.interleaving = running
 
@@ -87,7 +88,6 @@ class Probe:
         self.module: nn.Module = model._module
         self.blocks = model.anatomy.blocks
         dtype = self.module.dtype
-        self.on_meta = device.type == "meta"
         self.tolerance = max(1e-5, 8 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps)
         vocab = model.vocab_size or 100
         ids = torch.randint(min(8, vocab - 1), min(vocab, 4096), shape, generator=torch.Generator().manual_seed(3))
@@ -181,7 +181,7 @@ class Probe:
                 continue
             operations = _operations_of(inside.places.get("attention_probabilities"))
             heads = inside.heads or 0
-            if not operations or heads < 2 or self.on_meta:
+            if not operations or heads < 2:
                 continue
             assert block.self_attn is not None
             feeding = edges.feeding(block.self_attn, inside.out, self.tolerance)
@@ -271,22 +271,8 @@ class Probe:
             if part is None or (result := edges.output(part.exit)) is None:
                 continue
             for path, made in edges.made.items():
-                if (
-                    path.startswith(f"{part.exit}.")
-                    and made.shape == result.shape
-                    and made.device.type != "meta"
-                    and torch.equal(made, result)
-                ):
+                if path.startswith(f"{part.exit}.") and made.shape == result.shape and torch.equal(made, result):
                     yield path, part.exit
-
-
-def _is_input(tensor: torch.Tensor, given: torch.Tensor | None) -> bool:
-    return (
-        given is not None
-        and tensor.device.type != "meta"
-        and tensor.shape == given.shape
-        and torch.equal(tensor, given)
-    )
 
 
 def _operations_of(place: Place | None) -> list[Inside]:
@@ -417,17 +403,3 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 def held(module: nn.Module) -> dict[str, torch.Tensor]:
     """Tensors that a module holds and that are neither parameters nor buffers."""
     return {name: x for name, x in vars(module).items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-
-
-@contextlib.contextmanager
-def _fake(module: nn.Module) -> Iterator[torch.device]:
-    """On fake tensors where weights are missing; gives the device that inputs belong on."""
-    parameter = next(module.parameters())
-    if not any(p.device.type == "meta" for p in module.parameters()):
-        embedding = module.get_input_embeddings()  # type: ignore[operator]
-        yield getattr(getattr(embedding, "weight", None), "device", parameter.device)
-        return
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield torch.device("meta")

@@ -39,16 +39,16 @@ def looked_up(model: StandardizedTransformer, name: str, find: Callable[[Standar
     Raises:
         Unavailable: The weights are not loaded, and there is no twin.
     """
-    kept = model.__dict__.get(name)
-    if kept is None or kept[0] != model.dispatched:
-        if model.dispatched:
+    kept, here = model.__dict__.get(name), model.dispatched
+    if kept is None or kept[0] != here:
+        if here:
             found = find(model)
         else:
             with unset_fake_temporarily():  # also inside a scan, which runs on fake tensors
                 if isinstance(twin := model.twin, str):
                     raise Unavailable(f"The inside of {model.model_class}'s layers is told by its numbers, and {twin}.")
                 found = looked_up(twin, name, find)
-        kept = (model.dispatched, found)
+        kept = (here, found)
         object.__setattr__(model, name, kept)
     return kept[1]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from nnterp.devices import input_device
 from nnterp.inputs import Row
 from nnterp.interventions._edits import Cell, Edit
 
@@ -170,7 +171,7 @@ def _plain_cache(model: StandardizedTransformer, reasons: list[str]) -> tuple[in
     if "past_key_values" not in inspect.signature(model._module.forward).parameters:
         reasons.append("its forward takes no past_key_values")
         return None, False
-    ids = _probe_ids(model, 1, SHORTEST_PROBE).to(next(model._module.parameters()).device)
+    ids = _probe_ids(model, 1, SHORTEST_PROBE).to(input_device(model._module))
     try:
         own = model._module(input_ids=ids, use_cache=True).past_key_values
         cache = new_cache(model)
