@@ -347,8 +347,9 @@ class ThroughOut(Record):
                 return bias
             weight = getattr(out, "weight", None)
             plain = type(out) is nn.Linear and self.before is None
-            here = isinstance(weight, torch.Tensor) and weight.device.type != "meta"  # an offloaded one is not
-            if plain and here and weight.shape[1] == heads * width:
+            if isinstance(weight, torch.Tensor) and weight.device.type == "meta":  # offloaded
+                plain = False
+            if plain and isinstance(weight, torch.Tensor) and weight.shape[1] == heads * width:
                 return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
             alone = z.new_zeros(heads, batch, seq, heads, width)
             index = torch.arange(heads, device=z.device)
