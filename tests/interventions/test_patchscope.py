@@ -200,3 +200,31 @@ def test_bad_input(tiny):
         patch_object_attn_lens(model, SOURCES[0], SOURCES[0], 0, num_patches=0)
     with pytest.raises(InsideTraceError), model.trace("Hi"):
         patchscope_lens(model, SOURCES, TARGET)
+
+
+def test_several_streams_are_patched_together(tiny):
+    """Gemma 3n keeps four streams, `[streams, batch, seq, hidden]`: a state is that of all of them."""
+    model = tiny("gemma3n_text")
+    sources, target = [[11, 42, 57, 93], [60, 77, 101, 15]], TargetPrompt("Hello there, who are you", -2)
+    found = patchscope_lens(model, sources, target, layers=[0, 2])
+    written = patchscope_generate(model, sources, target, 1, [0, 2], do_sample=False)
+    ids = ids_of(model, target.prompt)
+    for k, layer in enumerate((0, 2)):
+        block = model._module.get_submodule(model.anatomy.blocks[layer].path)
+        for i, source in enumerate(sources):
+            kept = []
+
+            def put(module, args, out, kept=kept):
+                out = out.clone()
+                out[:, :, -2] = kept[0]
+                return out
+
+            with torch.no_grad():
+                handle = block.register_forward_hook(lambda m, args, out, kept=kept: kept.append(out[:, :, -1].clone()))
+                model._module(input_ids=torch.tensor([source]))
+                handle.remove()
+                handle = block.register_forward_hook(put)
+                logits = model._module(input_ids=ids, use_cache=False).logits[0, -1]
+                handle.remove()
+            torch.testing.assert_close(found[i, k], logits.softmax(-1), atol=1e-4, rtol=1e-3)
+            assert written[layer][i][ids.shape[1]] == logits.argmax()

@@ -20,7 +20,6 @@ PROMPTS = [[11, 42, 57, 93, 130, 200, 31], [60, 77, 101, 15, 180, 222, 9], list(
 
 # Models in which these edits mean nothing, which must be said.
 REFUSED = {
-    "gemma3n_text": (ShapeError, "the axis of the prompts cannot be told"),  # four streams before the batch
     "mllama": (OutOfOrderError, "never computes it"),  # layers of cross-attention that do not run without an image
 }
 
@@ -40,6 +39,7 @@ def hook(positions, streams=1):
         sequence_first = not flat and tensor.shape[1] == 1 < tensor.shape[0]  # XLNet; prompts run one at a time here
         tensor = tensor.clone()
         view = tensor if flat else tensor[:, 0] if sequence_first else tensor[0]
+        view = view.transpose(0, 1) if sequence_first and tensor.dim() == 4 else view  # Gemma 3n's streams come first
         view = view.unflatten(0, (streams, -1)).transpose(0, 1) if streams > 1 else view  # ProphetNet
         for position in positions:
             view[position] = bend(view[position])

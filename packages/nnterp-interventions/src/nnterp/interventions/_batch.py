@@ -114,7 +114,7 @@ class BatchRun:
                 hidden = self.step(passing, step, narrowed, counts, hidden)
             if by_hidden:
                 if first < layers and ("layers_output", layers - 1) not in self.groups:
-                    hidden = read_value(model, get_value("layers_output"), layers - 1)
+                    hidden = passing.read(("layers_output", layers - 1))
                 last = at_positions(hidden, at, seq, "layers_output").save()
                 tracer.stop()
             else:

@@ -124,8 +124,8 @@ def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Label | Value) -> 
     if rows > 1 and tensor.dim() == axes and tensor.shape[:2] == (1, rows * seq):  # rows that joined on the way
         return tensor[0].unflatten(0, (rows, seq))
     batch_first = tensor.shape[0] == rows
-    if batch_first and tensor.dim() > axes:  # several streams side by side, before or after batch and positions
-        batch_first = tensor.shape[1] == seq and tuple(tensor.shape[1:3]) != (rows, seq)
+    if batch_first and tensor.dim() > axes:  # several streams side by side, after batch and positions
+        batch_first = tensor.shape[1] == seq
     if tensor.dim() < axes or not batch_first:
         raise ShapeError(
             f"{value.name} has shape {list(tensor.shape)} in a batch of {rows} prompts of {seq} tokens, "

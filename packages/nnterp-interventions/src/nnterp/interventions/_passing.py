@@ -66,6 +66,10 @@ class Passing:
         self.model = model
         self.held: dict[Key, list[torch.Tensor]] = {}
 
+    def streams_first(self, name: str) -> bool:
+        """Whether the model keeps several streams, all in `[streams, batch, seq, hidden]`."""
+        return name in ("layers_input", "layers_output") and self.model.readout.layout.batch == 1
+
     def hold(self, step: Step) -> None:
         """Keep one of the tensors that a value is made of."""
         name, layer = step.key
@@ -74,8 +78,10 @@ class Passing:
         self.held.setdefault(step.key, []).append(terms[step.term].read(self.model, f"{name}[{layer}]"))
 
     def read(self, key: Key) -> torch.Tensor:
-        """A value, once its last tensor is there."""
+        """A value, once its last tensor is there; streams side by side come after the positions."""
         name, layer = key
+        if self.streams_first(name):
+            return read_value(self.model, get_label(name), layer).movedim(0, 2)
         if key not in self.held:
             return read_value(self.model, get_label(name), layer)
         terms, combine = reads(self.model, self.model.place(name, layer))
@@ -88,7 +94,8 @@ class Passing:
         current = self.read(key)
         new = apply_edits(current, edits, size, offset)
         if not isinstance(place, Sum):
-            write_value(self.model, get_label(name), new, layer)
+            kept = new.movedim(2, 0) if self.streams_first(name) else new
+            write_value(self.model, get_label(name), kept, layer)
             return new
         # The terms are passed one after the other: the last of them takes what changes.
         path, factor = place.terms[-1]

@@ -19,7 +19,6 @@ from nnterp.interventions._running import BatchSize, bar, forward_flags, in_batc
 from nnterp.interventions._sweep import sweep
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnterp.positions import resolve
-from nnterp.values import get_label, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -282,15 +281,15 @@ def last_states(
 ) -> torch.Tensor:
     """A value of layers at each prompt's own last token, `[layers, prompts, hidden]`, where the model computes it."""
     model.prepare(remote)
-    label, flags, order = get_label(name), forward_flags(model), sorted(set(layers))
+    flags, order = forward_flags(model), sorted(set(layers))
     kept: list[torch.Tensor | None] = [None] * len(rows)
 
     def step(batch: Batch) -> None:
         count, last = torch.arange(len(batch)), batch.last
         with model.trace(batch.encoding, remote=remote, **flags) as tracer:
-            states = []
+            states, passing = [], Passing(model)
             for layer in order:
-                tensor = read_value(model, label, layer)
+                tensor = passing.read((name, layer))
                 states.append(tensor[count.to(tensor.device), last.to(tensor.device)])
             stacked = torch.stack([state.to(states[-1].device) for state in states], dim=1).save()
             tracer.stop()

@@ -13,7 +13,7 @@ from nnterp.interventions._edits import POSITION_AXES, axes_of, rows_of
 from nnterp.interventions._passing import Passing, forward_steps
 from nnterp.interventions._running import filled, forward_flags
 from nnterp.interventions._shortcuts import Shortcuts, prove
-from nnterp.values import get_label, get_value, read_value
+from nnterp.values import get_label, get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -47,7 +47,6 @@ def states_of(
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(0 if taken.ragged else len(row), []).append(i)
-    stream = get_label("layers_output")
     for chosen in groups.values():
         ids = filled([rows[i] for i in chosen])
         count, width = ids.shape
@@ -61,7 +60,7 @@ def states_of(
                 kept.append(rows_of(passing.read(step.key), count, width, get_label(step.key[0])).clone())
             nnsight.save(kept)
             if readout:
-                whole = read_value(model, stream, model.num_layers - 1)
+                whole = passing.read(("layers_output", model.num_layers - 1))
                 last = whole[place.to(whole.device), at.to(whole.device)].save()
                 tracer.stop()
             else:
