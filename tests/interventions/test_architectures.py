@@ -42,8 +42,8 @@ ALONG = slice(None)
 # What an architecture does not have, which every function must say.
 NO_ATTENTION = NO_FEED_FORWARD = {"mamba", "mamba2"}
 SOME_ATTENTION = {"jamba", "lfm2", "bamba", "granitemoehybrid"}
-# Experts have neurons each of their own; Falcon-H1 multiplies between the neurons and what the feed-forward returns.
-NO_NEURONS = {*NO_FEED_FORWARD, "mixtral", "granitemoe", "granitemoehybrid", "gpt_oss", "falcon_h1"}
+# Experts have neurons each of their own.
+NO_NEURONS = {*NO_FEED_FORWARD, "mixtral", "granitemoe", "granitemoehybrid", "gpt_oss"}
 
 VALUES = {  # with the architectures that lack it
     "layers_output": set(),
