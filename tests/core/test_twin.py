@@ -11,6 +11,8 @@ from nnterp.errors import Unavailable
 from nnterp.testing import tiny_checkpoint, tiny_tokenizer
 from nnterp.values import VALUES
 
+pytestmark = pytest.mark.slow
+
 # One of every build: fused and split projections, grouped heads, latent attention, experts, hybrids, odd layouts.
 TYPES = """
 afmoe bart bert bloom codegen cohere2 deepseek_v3 deepseek_v4 diffllama falcon falcon_h1 gemma2 gemma3_text

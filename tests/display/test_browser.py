@@ -11,6 +11,8 @@ import torch
 from nnterp import display
 from nnterp.token_text import shorten
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "<b>bold</b>",

@@ -33,6 +33,8 @@ from nnterp.testing import tiny_model, tiny_tokenizer
 from .hooked import queries_projection, run, setting, value
 from .reference import ARCHITECTURES
 
+pytestmark = pytest.mark.slow
+
 ALL = [*ARCHITECTURES, "gpt_oss", "falcon_h1", "granitemoehybrid"]
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
 CORRUPTED = [[11, 42, 99, 93, 130, 201], [60, 31, 101, 180]]

@@ -8,7 +8,7 @@ from email.parser import Parser
 
 import pytest
 
-pytestmark = pytest.mark.packaging
+pytestmark = [pytest.mark.packaging, pytest.mark.slow]
 
 MODULES = {
     "nnterp-core": ("nnterp",),

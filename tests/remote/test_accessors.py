@@ -7,6 +7,8 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.values import VALUES
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The capital of France is"
 PROMPTS = [PROMPT, "A cat", "Once upon a time there was a"]
 WITHOUT_EFFECT_HERE = ("router_choices", "mixer_states")  # whole numbers; what is handed to the cache

@@ -10,6 +10,8 @@ from nnterp.errors import PaddingError, RemoteModelError
 from nnterp.interventions import logit_lens
 from nnterp.testing import RemoteWorker, tiny_checkpoint, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The capital of France is"
 
 

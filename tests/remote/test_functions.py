@@ -19,6 +19,8 @@ from nnterp.interventions import (
 )
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["The capital of France is", "A cat", "Hello there my friend, how are"]
 
 

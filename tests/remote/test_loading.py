@@ -6,10 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import nnsight
+import pytest
 from transformers import LlamaConfig
 
 from nnterp import StandardizedTransformer
 from nnterp.testing import tiny_tokenizer
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import json, resource, sys, warnings

@@ -5,9 +5,12 @@ import runpy
 from pathlib import Path
 
 import nnsight
+import pytest
 
 from nnterp import toy_checkpoint
 from nnterp.testing import RemoteWorker
+
+pytestmark = pytest.mark.slow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "remote.md").read_text(encoding="utf-8")
 

@@ -13,7 +13,7 @@ from nnterp.values._serve import findings
 from .plain_attention import PlainAttention
 from .values_reference import arguments, hooked, ids, wrapped
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 REFUSED = {"hrm_text", "xlm", "reformer"}  # nnterp does not load them
 NO_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
