@@ -110,7 +110,7 @@ def record(model: nn.Module, inputs: Mapping[str, Any], paths: set[str]) -> Reco
 def _copied(value: Any) -> Any:
     """A copy of a tensor, because models edit in place; containers of a call are copied one level down."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return value.detach() if value.device.type == "meta" else value.detach().clone()
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         return tuple(_copied(item) for item in value)
     if isinstance(value, list):
