@@ -108,11 +108,12 @@ class TracedTransformer(TransformersModel):
 
     def prepare_run(self) -> None:
         """Have operations served that a layer which has begun could not serve any more."""
+        known: dict[tuple[Any, str], Any] = {}
         for layer in range(self.num_layers):
             with contextlib.suppress(Unavailable):
                 place = self.place("layers_mid", layer)
                 if isinstance(place, Inside):
-                    bracket_one(self._module.get_submodule(place.path), place.labels[0])
+                    bracket_one(self._module.get_submodule(place.path), place.labels[0], known)
 
     def _remoteable_class(self) -> type:
         # A remote worker serves the plain nnsight model; the names are this client's affair.

@@ -34,7 +34,7 @@ def prepare(model: StandardizedTransformer) -> None:
     found: list[Place | None] = [None] * model.num_layers
     object.__setattr__(model, "_mid", found)
     model.__dict__.pop("_places", None)
-    wanted = {}
+    wanted, known = {}, {}  # type: ignore[var-annotated]
     for block, structure in zip(model.anatomy.blocks, model.residual_structures, strict=False):
         if structure.mid is not None and structure.mid_side == "input":
             wanted[block.index] = _Between(block.path, structure, _with_code(model._module, block.path))
@@ -60,7 +60,7 @@ def prepare(model: StandardizedTransformer) -> None:
             for index, between in trying.items():
                 path, labels = between.options.pop(0)
                 if between.proven(path, labels, operations, edges, probe.tolerance):
-                    if bracket_one(model._module.get_submodule(path), labels[0]):
+                    if bracket_one(model._module.get_submodule(path), labels[0], known):
                         found[index] = Inside(path, labels)
                     between.options = []
 
@@ -98,9 +98,10 @@ def _as_in_the_first_of_its_kind(
     paths = list(dict.fromkeys(path for path, _ in trying.values()))
     only = {path for i in trying for path in wanted[i].edges()}
     operations, edges = _run(model, probe, paths, only, dict.fromkeys(trying.values(), _moved))
+    known: dict[tuple[Any, str], Any] = {}
     for index, (path, labels) in trying.items():
         proven = wanted[index].proven(path, labels, operations, edges, probe.tolerance)
-        if proven and bracket_one(model._module.get_submodule(path), labels[0]):
+        if proven and bracket_one(model._module.get_submodule(path), labels[0], known):
             found[index] = Inside(path, labels)
 
 
@@ -220,8 +221,11 @@ class _Between:
         return total
 
 
-def bracket_one(module: nn.Module, label: str) -> bool:
-    """Serve one operation of a module's forward, and leave the others as they are; whether that worked."""
+def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]) -> bool:
+    """Serve one operation of a module's forward, and leave the others as they are; whether that worked.
+
+    Layers of one class have one forward: what was compiled of it is kept in `known`.
+    """
     state: State = module.__dict__[STATE]
     if state.sourced:
         return True
@@ -238,13 +242,16 @@ def bracket_one(module: nn.Module, label: str) -> bool:
             return ast.copy_location(ast.Call(func=fn, args=args, keywords=keywords), node)
 
     inner, chain = nnsight_source.decorator_chain(state.original)
-    nnsight_source.Instrument = One  # type: ignore[misc]
-    try:
-        compiled = nnsight_source.compile_source(inner)
-    except (SourceNotAvailable, OSError, SyntaxError):
-        return False
-    finally:
-        nnsight_source.Instrument = base  # type: ignore[misc]
+    key = (inner.__code__, label)  # type: ignore[attr-defined]
+    if key not in known:
+        nnsight_source.Instrument = One  # type: ignore[misc]
+        try:
+            known[key] = nnsight_source.compile_source(inner)
+        except (SourceNotAvailable, OSError, SyntaxError):
+            return False
+        finally:
+            nnsight_source.Instrument = base  # type: ignore[misc]
+    compiled = known[key]
     cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=False))  # type: ignore[attr-defined]
     closure = tuple(cells[name] for name in compiled.code.co_freevars) or None
     op = nnsight_source.make_op(lambda: state.active()[:2])
