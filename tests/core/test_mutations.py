@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import mutations
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("model_type", mutations.ARCHITECTURES)
 def test_every_wrong_map_is_refused_and_every_right_one_is_not(model_type):
