@@ -10,6 +10,8 @@ from nnterp.values._serve import findings
 
 from .values_reference import arguments, ids, wrapped
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NO_RESIDUAL_STREAM = {"hrm_text", "xlm", "reformer"}  # refused at load, with the reason
