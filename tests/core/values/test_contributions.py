@@ -10,9 +10,7 @@ from nnterp.values._serve import findings
 
 from .values_reference import arguments, ids, wrapped
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 NO_RESIDUAL_STREAM = {"hrm_text", "xlm", "reformer"}  # refused at load, with the reason
 TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM]
