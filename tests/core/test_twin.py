@@ -86,13 +86,11 @@ def test_a_model_of_full_size_has_a_twin_that_runs_here(model_type, tmp_path):
 
 
 def test_a_learned_factor_is_left_to_the_weights(tmp_path):
+    """Gemma 4 scales what leaves a layer by a buffer of the checkpoint."""
     model = StandardizedTransformer(tiny_checkpoint("gemma4_text", tmp_path), remote=True)
-    kinds = {type(t.scale) for s in model.twin.residual_structures for t in (s.mlp.terms if s.mlp else ())}
-    model.learn_from_twin()
-    assert any(s.mlp is None for s in model.residual_structures) or kinds == {float}
-    for structure in model.residual_structures:
-        for part in (structure.mixer, structure.mlp, structure.other):
-            assert part is None or all(term.scale == 1.0 for term in part.terms)
+    for layer in range(model.num_layers):
+        with pytest.raises(Unavailable, match="learned"):
+            model.place("mlp_contributions", layer)
 
 
 def test_without_a_twin_nothing_is_guessed(tmp_path):
@@ -104,6 +102,9 @@ def test_without_a_twin_nothing_is_guessed(tmp_path):
     with pytest.raises(Unavailable, match="the twin was not built"):
         model.place("attention_contributions", 0)
     assert str(model.place("layers_output", 0)) == "transformer.h.0.output"  # a module's edge needs no numbers
+    assert not model.padding_is_exact
+    with pytest.raises(Unavailable, match="the twin was not built"):
+        model.readout.project(model._module, torch.zeros(1, model.hidden_size))
 
 
 def test_the_random_state_is_left_alone(tmp_path):

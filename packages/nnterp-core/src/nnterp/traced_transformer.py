@@ -97,7 +97,7 @@ class TracedTransformer(TransformersModel):
         if isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all()):
             if not self.padding_is_exact:
                 raise PaddingError(
-                    f"These inputs have different lengths, and {self.model_class} does not give a padded row "
+                    f"These inputs have different lengths, and {self.model_class} is not proven to give a padded row "
                     "the numbers it gives the row alone (see the certificate's line on padding). Run them one at a "
                     "time, or use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths "
                     "together."

@@ -43,6 +43,9 @@ def learn_from_twin(model: StandardizedTransformer) -> None:
     object.__setattr__(model, "_learned", True)
     twin = twin_of(model)
     if isinstance(twin, str):
+        if model.check_renaming:  # what nothing has proven is refused
+            model.padding_is_exact = False
+            model.readout.way, model.readout.reason = None, twin
         return
     model.adopt(dataclasses.replace(twin.anatomy, sizes=model.anatomy.sizes))
     model.kept_as_stream = twin.kept_as_stream
@@ -67,6 +70,7 @@ def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
         torch.manual_seed(0)
         module = module_class._from_config(narrow_config(model._module.config), dtype=torch.float32)
     make_loud(module, 0)
+    _scale_buffers(module)
     module.eval()
     if is_eager(model._module):
         make_eager(module)
@@ -80,6 +84,15 @@ def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
     if difference:
         return f"a narrow twin of it is built differently: {difference}"
     return twin
+
+
+@torch.no_grad()
+def _scale_buffers(module: torch.nn.Module) -> None:
+    """Move factors that come with the weights without being parameters (Gemma 4's), lest they be taken for 1."""
+    saved, generator = module.state_dict(), torch.Generator().manual_seed(0)
+    for name, buffer in module.named_buffers():
+        if name in saved and buffer.is_floating_point() and bool((buffer == 1).all()):
+            buffer.mul_(1 + 0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def _difference(mine: Anatomy, its: Anatomy) -> str:
