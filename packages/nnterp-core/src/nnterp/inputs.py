@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -102,6 +103,13 @@ def context_length(model: StandardizedTransformer) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def forward_flags(model: StandardizedTransformer) -> dict[str, Any]:
+    """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
+    accepts = inspect.signature(model._module.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepts.values())
+    return {"use_cache": False} if "use_cache" in accepts or open_ended else {}
 
 
 def batches(model: StandardizedTransformer, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:

@@ -93,6 +93,7 @@ class StandardizedTransformer(TracedTransformer):
         self._certificate: Certificate | None = None
         self._envoys_by_path: dict[str, Envoy] = {}
         self._prefix_free_tokenizer: Any = None
+        self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
@@ -187,6 +188,7 @@ class StandardizedTransformer(TracedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
+        self.proofs.clear()
         self._certificate = certify(self)
         prepare(self)
         in_several = not self.attention_layers and any(block.attentions for block in self.anatomy.blocks)
@@ -326,6 +328,7 @@ class StandardizedTransformer(TracedTransformer):
         "_places",
         "_prefix_free_tokenizer",
         "_probabilities_check",
+        "proofs",
         "_twin",
     )
 
