@@ -15,6 +15,14 @@ class Unavailable(RenamingError):
     """The model, or this layer of it, does not have what was asked for; the message says why and where it exists."""
 
 
+class Unproven(Unavailable):
+    """What was asked for may exist, but it is told by numbers, and nothing has run this model with its weights yet."""
+
+
+class UnprovenWarning(UserWarning):
+    """A number was made by names that nothing has proven, because the model was loaded with `check_renaming=False`."""
+
+
 class CertificateError(RenamingError):
     """A line of the certificate failed: the names found for this model are not proven, so nothing is served.
 

@@ -1,15 +1,17 @@
-"""Small values that can be sent anywhere."""
+"""Small immutable values that can be sent to a remote worker."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
+
+R = TypeVar("R", bound="Record")
 
 
 class Record:
-    """Base of small value classes: equal when their fields are, printed with them, never changed once made.
+    """Base of small value classes: equal when their fields are equal, printed with their fields, never changed.
 
-    What a dataclass is, without the code that a dataclass makes: a remote worker rebuilds classes from their source,
-    and code that has none travels as bytecode, which another version of Python does not run.
+    A hand-written frozen dataclass. A dataclass's generated methods have no source, so nnsight would send them to a
+    remote worker as bytecode, which another version of Python does not run.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -21,6 +23,18 @@ class Record:
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
         return f"{type(self).__name__}({fields})"
+
+
+def replace(record: R, **changes: Any) -> R:
+    """A copy of a record with some fields changed, as `dataclasses.replace` makes one.
+
+    Raises:
+        TypeError: The record has no such field.
+    """
+    unknown = changes.keys() - record.__dict__.keys()
+    if unknown:
+        raise TypeError(f"{type(record).__name__} has no field {', '.join(sorted(unknown))}.")
+    return type(record)(**{**record.__dict__, **changes})
 
 
 def relocated(value: Any, old: str, new: str) -> Any:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nnsight.intervention.envoy import Envoy
 
-from nnterp.anatomy import Anatomy
 
-
-def bind_names(model: Envoy, anatomy: Anatomy) -> None:
-    """Make every standard name of `anatomy` an attribute of the envoy it belongs to, as nnsight's `rename=` would.
+def bind_names(model: Envoy, names: Iterable[tuple[str, str]], layer_paths: tuple[str, ...]) -> None:
+    """Make every standard name an attribute of the envoy it belongs to, as nnsight's `rename=` would.
 
     `rename=` needs the names before the model exists, tries each of them on every module, and refuses a name that a
-    native module bears with another meaning (ModernBERT's `lm_head` is a transform before its head). The paths are
-    known exactly here, so they are bound one by one; `print(model)` shows both names.
+    native module already has with another meaning (ModernBERT's `lm_head` is a transform before its head). Here the
+    exact paths are known, so each name is bound to one module; `print(model)` shows both names.
+
+    Args:
+        model: The nnsight model.
+        names: Pairs of (standard path, native path), as `Anatomy.names()` gives them.
+        layer_paths: Native path of each layer.
     """
-    for standard, native in anatomy.names():
+    for standard, native in names:
         host_path, _, alias = standard.rpartition(".")
         if alias.isdigit():
             continue
         host = model
         if host_path:  # "layers.3": the standard path of a layer
-            host = envoy_at(model, anatomy.blocks[int(host_path.rpartition(".")[2])].path)
+            host = envoy_at(model, layer_paths[int(host_path.rpartition(".")[2])])
         target = envoy_at(model, native)
         if host.__dict__.get(alias) is target:
             continue
         object.__setattr__(host, alias, target)
-        prefix = f"{host.path}."
-        host._aliases[alias] = target.path.removeprefix(prefix)
+        host._aliases[alias] = target.path.removeprefix(f"{host.path}.")
 
 
 def envoy_at(model: Envoy, path: str) -> Envoy:

@@ -8,14 +8,15 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import OutsideTraceError, ShapeError
-from nnterp.values._label import Label
-from nnterp.values._places import Place, Sum, reflattened, unflattened
+from nnterp.table import Label
+from nnterp.traced._sums import Sum
+from nnterp.traced._views import reflattened, unflattened
 
 if TYPE_CHECKING:
     from nnsight import Envoy
 
-    from nnterp.traced_transformer import TracedTransformer
-    from nnterp.values._table import Value
+    from nnterp.table import Value
+    from nnterp.traced._running import Place, Running
 
 
 class LayerAccessor:
@@ -34,7 +35,7 @@ class LayerAccessor:
         ShapeError: The tensor written has another shape than what it replaces.
     """
 
-    def __init__(self, model: TracedTransformer, value: Label) -> None:
+    def __init__(self, model: Running, value: Label) -> None:
         self._model = model
         self._value = value
 
@@ -60,7 +61,7 @@ class LayerAccessor:
 class ModuleListAccessor:
     """The modules playing one part in each layer: `model.attentions[i]`, `model.mlps[i]`, `model.mixers[i]`."""
 
-    def __init__(self, model: TracedTransformer, role: str, name: str) -> None:
+    def __init__(self, model: Running, role: str, name: str) -> None:
         self._model = model
         self._role = role
         self._name = name
@@ -97,7 +98,7 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
 
 
 def read_value(
-    model: TracedTransformer, value: Label | Value, layer: int | tuple[int, int] | None = None
+    model: Running, value: Label | Value, layer: int | tuple[int, int] | None = None
 ) -> torch.Tensor:
     """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run.
 
@@ -113,7 +114,7 @@ def read_value(
 
 
 def write_value(
-    model: TracedTransformer, value: Label | Value, tensor: torch.Tensor, layer: int | tuple[int, int] | None = None
+    model: Running, value: Label | Value, tensor: torch.Tensor, layer: int | tuple[int, int] | None = None
 ) -> None:
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
@@ -142,7 +143,7 @@ def _require_tensor(tensor: Any, label: str, shape: str) -> None:
         raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
 
 
-def _locate(model: TracedTransformer, value: Label | Value, layer: int | tuple[int, int] | None) -> tuple[str, Place]:
+def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] | None) -> tuple[str, Place]:
     label = value.name
     index: int | tuple[int, int] | None = None
     if isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer
@@ -156,7 +157,7 @@ def _locate(model: TracedTransformer, value: Label | Value, layer: int | tuple[i
     return label, place
 
 
-def require_running(model: TracedTransformer, label: str) -> None:
+def require_running(model: Running, label: str) -> None:
     """Raise unless a forward pass of `model` is running."""
     if not model.interleaver.interleaving:
         raise OutsideTraceError(

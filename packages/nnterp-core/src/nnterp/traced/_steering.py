@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.errors import ShapeError
-from nnterp.values._accessors import layer_index, require_running
+from nnterp.traced._accessors import layer_index, require_running
 
 if TYPE_CHECKING:
-    from nnterp.traced_transformer import TracedTransformer
+    from nnterp.traced._running import Running
 
 
 def steer(
-    model: TracedTransformer,
+    model: Running,
     layers: int | Iterable[int],
     vector: torch.Tensor,
     factor: float,
     token_positions: Any,
     batch_index: Any,
 ) -> None:
-    """See `StandardizedTransformer.steer`. The stream is replaced, not edited in place."""
+    """Add `factor * vector` to the stream leaving each layer. The stream is replaced, not edited in place."""
     require_running(model, "steer()")
     wanted: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
     for layer in sorted({layer_index(i, model.num_layers, "steer(layers=...)") for i in wanted}):

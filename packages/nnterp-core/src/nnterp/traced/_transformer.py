@@ -1,4 +1,4 @@
-"""`TracedTransformer`: the half of a standardized model that works inside a running forward pass, here or elsewhere."""
+"""`TracedTransformer`: the half of a standardized model that works inside a forward pass, here or on a worker."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from torch._subclasses.fake_tensor import is_fake
 
-from nnterp.binding import envoy_at
 from nnterp.errors import PaddingError, ShapeError, Unavailable
-from nnterp.readout import Readout, project_on_vocab
-from nnterp.skipping import skip_layers
-from nnterp.steering import steer
-from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
-from nnterp.values._directory import Directory
-from nnterp.values._label import Label
-from nnterp.values._mid import bracket_one
-from nnterp.values._places import Inside
-from nnterp.values._table import VALUES
+from nnterp.table import LABELS, Label
+from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
+from nnterp.traced._binding import envoy_at
+from nnterp.traced._bracketing import bracket_one
+from nnterp.traced._directory import Directory
+from nnterp.traced._places import Inside
+from nnterp.traced._readout import Readout, project_on_vocab
+from nnterp.traced._skipping import Lender, skip_layers
+from nnterp.traced._steering import steer
 
 if TYPE_CHECKING:
-    from nnterp.values._places import Place
+    from nnterp.traced._running import Place
 
 
 class TracedTransformer(TransformersModel):
-    """What of a standardized model there is inside a forward pass: its names, values, and interventions.
+    """The half of a standardized model that works inside a forward pass: its names, values, and interventions.
 
-    A remote worker rebuilds it from its source in each request, around the model that it has loaded itself. So nothing
-    here finds or proves anything: where everything is served arrives in `directory`, which `StandardizedTransformer`,
-    the model that users make, knows how to fill.
+    A remote worker rebuilds this class from its source in each request, around the model that the worker has loaded. So
+    it finds and proves nothing: where each value is served arrives in `directory`. `NamedTransformer`, the class that
+    runs where nnterp is installed, looks the same attributes up in its facts.
 
     Attributes:
-        num_layers: How many layers the residual stream has.
+        num_layers: Number of layers of the residual stream.
         model_class: Name of the HuggingFace class.
         layer_paths: Native path of each layer's module.
-        readout: How hidden states become logits, see `nnterp.readout.Readout`.
-        lenders: Layers that later ones borrow from, see `nnterp.skipping.require_skippable`.
+        readout: How hidden states become logits.
+        lenders: Layers that later ones borrow keys and values from.
         directory: Where every value is served.
-        padding_is_exact: Whether a row of a padded batch equals the row alone.
-        positions_from_mask: Whether such a batch must be told its positions.
+        padding_is_exact: Whether a row of a padded batch is proven to equal the row alone.
+        positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
     """
 
     num_layers: int
     model_class: str
     layer_paths: tuple[str, ...]
     readout: Readout
-    lenders: list[tuple[int, list[int], str]]
+    lenders: list[Lender]
     directory: Directory
     padding_is_exact: bool
     positions_from_mask: bool
@@ -98,16 +97,16 @@ class TracedTransformer(TransformersModel):
             if not self.padding_is_exact:
                 raise PaddingError(
                     f"These inputs have different lengths, and {self.model_class} is not proven to give a padded row "
-                    "the numbers it gives the row alone (see the certificate's line on padding). Run them one at a "
-                    "time, or use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths "
-                    "together."
+                    "the numbers it gives the row alone (see the certificate's line on padding; without a certificate, "
+                    "call model.validate()). Run them one at a time, or use a function that takes prompts (collect, "
+                    "run_prompts, ...): those batch equal lengths together."
                 )
             if not self.positions_from_mask:
                 kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
 
     def prepare_run(self) -> None:
-        """Have operations served that a layer which has begun could not serve any more."""
+        """Instrument the operations that make `layers_mid`, which a layer that has begun could not serve any more."""
         known: dict[tuple[Any, str], Any] = {}
         for layer in range(self.num_layers):
             with contextlib.suppress(Unavailable):
@@ -239,15 +238,20 @@ class TracedTransformer(TransformersModel):
         Args:
             start_layer: First layer to skip.
             end_layer: Last layer to skip.
-            skip_with: What the skipped layers hand on, `[batch, seq, hidden]`; what enters `start_layer` if None.
-            layer_returns_tuple: Ignored; what a layer returns is known (a 1.x argument).
+            skip_with: What the skipped layers return, `[batch, seq, hidden]`; what enters `start_layer` if None.
+            layer_returns_tuple: Whether layers return a tuple that holds the stream alone. Used only by a model that
+                was loaded with `check_renaming=False`; otherwise the certificate knows what layers return.
 
         Raises:
             IndexError: There is no such layer.
             ValueError: `end_layer` comes before `start_layer`.
             ShapeError: `skip_with` does not have the shape of the residual stream.
+            Unavailable: A later layer borrows from a skipped one, or it is unproven what layers return.
         """
-        skip_layers(self, start_layer, end_layer, skip_with)
+        readout, returns = self.readout, self.readout.returns
+        if not returns and layer_returns_tuple is not None:
+            returns = (() if layer_returns_tuple else None,) * self.num_layers
+        skip_layers(self, start_layer, end_layer, skip_with, self.lenders, readout.layout, returns)
 
     def steer(
         self,
@@ -302,7 +306,7 @@ class TracedTransformer(TransformersModel):
             raise ShapeError(
                 f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}."
             )
-        return project_on_vocab(self, hidden_state)
+        return project_on_vocab(self, self.readout, hidden_state)
 
     def get_topk_closest_tokens(
         self, hidden_state: torch.Tensor, k: int = 5
@@ -334,12 +338,12 @@ class TracedTransformer(TransformersModel):
 
 
 def travel_by_value() -> None:
-    """Have this library sent along as source with remote requests: a worker does not have it."""
+    """Send this library's source along with remote requests, because a worker does not have it installed."""
     nnsight.register("nnterp")
 
 
 def arriving() -> TracedTransformer:
-    """An empty one, on the worker, to be filled with what was sent."""
+    """An empty `TracedTransformer`, made on the worker and filled with the state that was sent."""
     return TracedTransformer.__new__(TracedTransformer)
 
 
@@ -353,5 +357,5 @@ def _accessor(label: Label) -> property:
     return property(read, None if label.per_layer else write, doc=f"{label.description} {label.shape}")
 
 
-for _value in VALUES.values():
-    setattr(TracedTransformer, _value.name, _accessor(_value.label))
+for _label in LABELS.values():
+    setattr(TracedTransformer, _label.name, _accessor(_label))

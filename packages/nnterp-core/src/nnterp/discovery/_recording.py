@@ -1,0 +1,295 @@
+"""One forward pass of the plain module, recorded with plain torch hooks and, inside forwards, nnsight's instrumentation.
+
+nnsight names the calls and assignments in a forward after its source text (`envoy.source.{name}_{n}`). These labels
+belong to one version of transformers and of nnsight, so nnterp never writes one down: it runs the forward once, keeps
+what every operation was given and returned, and recognises the operation it wants by its tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from nnsight.intervention.source import STATE, SourceNotAvailable, bind, instrument
+from torch import nn
+
+from nnterp.tensors import copied, stream_in, stream_out
+
+Labels = tuple[str, ...]  # from a module's forward down to an operation: a function it calls, an operation in it, ...
+
+
+@dataclass
+class Call:
+    """One call of a module: what went in, what came out, and when it began and ended."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any = None
+    began: int = 0
+    ended: int = 0
+
+    @property
+    def stream_in(self) -> torch.Tensor | None:
+        """The stream among what went in."""
+        return stream_in(self.args, self.kwargs)
+
+    @property
+    def stream_out(self) -> torch.Tensor | None:
+        """The stream among what came out."""
+        return stream_out(self.output)
+
+    @property
+    def floats_in(self) -> list[torch.Tensor]:
+        """All floating tensors among what went in."""
+        given = (*self.args, *self.kwargs.values())
+        return [x for x in given if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+@dataclass
+class Operation:
+    """One call or assignment in a module's forward.
+
+    Attributes:
+        path: The module whose forward it belongs to.
+        labels: nnsight's labels from that forward down to the operation.
+        function: What was called; None for an assignment.
+        args, kwargs: Copies of what it was called with.
+        output: A copy of what it returned.
+        began, ended: When, on the recording's clock.
+        times: How often it ran. An operation that ran several times has no one value to serve.
+    """
+
+    path: str
+    labels: Labels
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any = None
+    began: int = 0
+    ended: int = 0
+    times: int = 1
+
+    @property
+    def called(self) -> str:
+        """Name of the function that was called; "" for an assignment."""
+        return getattr(self.function, "__name__", type(self.function).__name__) if self.function is not None else ""
+
+    def tensors_in(self) -> Iterator[tuple[str | int, torch.Tensor]]:
+        """(position or keyword, tensor) of each tensor it was called with."""
+        for key, value in (*enumerate(self.args), *self.kwargs.items()):
+            if isinstance(value, torch.Tensor):
+                yield key, value
+
+    def tensors_out(self) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """(index, tensor) of each tensor it returned; the index is None where it returned one tensor."""
+        if isinstance(self.output, torch.Tensor):
+            yield None, self.output
+        elif isinstance(self.output, (tuple, list)):
+            for i, item in enumerate(self.output):
+                if isinstance(item, torch.Tensor):
+                    yield i, item
+
+    def __str__(self) -> str:
+        return f"{self.path}.source.{'.source.'.join(self.labels)}"
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """The source of a function that was looked into: its file, its text, the line of each label in it, its first line."""
+
+    file: str
+    text: str
+    lines: dict[str, int]
+    start: int
+
+
+@dataclass
+class Recording:
+    """What was recorded of one forward pass.
+
+    Attributes:
+        calls: Module path → its calls, in order.
+        operations: The operations of the instrumented forwards, in the order in which they ended.
+        texts: (module path, labels of a function; `()` for the forward itself) → its source.
+        result: What the model returned.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+    texts: dict[tuple[str, Labels], SourceText] = field(default_factory=dict)
+    result: Any = None
+
+    def call(self, path: str) -> Call | None:
+        """The first call of a module, or None if it never ran."""
+        return self.calls[path][0] if self.calls.get(path) else None
+
+    def last_call(self, path: str) -> Call | None:
+        """The last call of a module, or None if it never ran."""
+        return self.calls[path][-1] if self.calls.get(path) else None
+
+    def within(self, path: str, outer: Call) -> Call | None:
+        """The first call of a module during another call, or None."""
+        return next((c for c in self.calls.get(path, ()) if outer.began < c.began < outer.ended), None)
+
+    def given(self, path: str) -> torch.Tensor | None:
+        """The stream that a module was given in its first call."""
+        call = self.call(path)
+        return None if call is None else call.stream_in
+
+    def made(self, path: str) -> torch.Tensor | None:
+        """The stream that a module returned from its first call."""
+        call = self.call(path)
+        return None if call is None else call.stream_out
+
+    def operations_of(self, path: str) -> list[Operation]:
+        """The operations of one module's forward, those of functions that it calls included."""
+        return [operation for operation in self.operations if operation.path == path]
+
+    def ticks(self) -> dict[tuple[str, Labels, str], int]:
+        """(path, labels, "input" or "output") → when it was first passed. Modules have no labels."""
+        found: dict[tuple[str, Labels, str], int] = {}
+        for path, calls in self.calls.items():
+            found[path, (), "input"], found[path, (), "output"] = calls[0].began, calls[0].ended
+        for operation in self.operations:
+            found[operation.path, operation.labels, "input"] = operation.began
+            found[operation.path, operation.labels, "output"] = operation.ended
+        return found
+
+
+Edits = Mapping[tuple[str, Labels], Callable[[Any], Any]]
+
+
+def record(
+    root: nn.Module,
+    run: Callable[[], Any],
+    *,
+    modules: Iterable[str] = (),
+    operations: Iterable[str] = (),
+    look_into: Callable[[Any], bool] | None = None,
+    arguments: bool = True,
+    edits: Edits | None = None,
+) -> Recording:
+    """Run a forward pass and keep the calls of some modules and the operations in some forwards.
+
+    Args:
+        root: The HuggingFace module; wrapped by nnsight, if operations are asked for.
+        run: Runs the forward pass.
+        modules: Paths of the modules whose calls are kept.
+        operations: Paths of the modules whose forwards are instrumented. One whose forward has no Python source is
+            left out.
+        look_into: Whether to instrument a function that such a forward calls too; by default functions of modelling
+            files.
+        arguments: Whether to keep what operations are called with.
+        edits: (path, labels) of an operation → a function from its output to what replaces it.
+    """
+    recorder = _Recorder(look_into or in_modelling_code, arguments, edits or {})
+    with contextlib.ExitStack() as stack:
+        for path in operations:
+            recorder.instrument(root.get_submodule(path), path, stack)
+        for path in modules:
+            recorder.watch(root.get_submodule(path), path, stack)
+        recorder.recording.result = run()
+    return recorder.recording
+
+
+class _Recorder:
+    def __init__(self, look_into: Callable[[Any], bool], arguments: bool, edits: Edits) -> None:
+        self.look_into, self.arguments, self.edits = look_into, arguments, edits
+        self.recording = Recording()
+        self.seen: dict[tuple[str, Labels], Operation] = {}
+        self.clock = 0
+
+    def tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    def watch(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
+        """Keep the calls of a module."""
+        running: list[Call] = []
+
+        def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            call = Call(copied(args), {k: copied(v) for k, v in kwargs.items()}, began=self.tick())
+            self.recording.calls.setdefault(path, []).append(call)
+            running.append(call)
+
+        def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            call = running.pop()
+            call.ended, call.output = self.tick(), copied(output)
+
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def instrument(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
+        """Keep the operations of a module's forward."""
+        state = module.__dict__[STATE]
+        try:
+            body, compiled = instrument(state.original, self.bracket(path, ()))
+        except SourceNotAvailable:
+            return
+        self.keep_text(path, (), compiled)
+        stack.enter_context(_with_body(state, body))
+
+    def keep_text(self, path: str, labels: Labels, compiled: Any) -> None:
+        code = compiled.code
+        self.recording.texts[path, labels] = SourceText(
+            code.co_filename, compiled.source, compiled.lines, code.co_firstlineno
+        )
+
+    def bracket(self, path: str, prefix: Labels) -> Callable:
+        """What nnsight calls in place of every operation of a function."""
+
+        def operation(location: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = (*prefix, location.removeprefix("source."))
+            began = self.tick()
+            given = (copied(args), {k: copied(v) for k, v in kwargs.items()}) if self.arguments else ((), {})
+            output = self.run(function, path, labels)(*args, **kwargs)
+            if (path, labels) in self.edits:
+                output = self.edits[path, labels](output)
+            self.keep(Operation(path, labels, None if function is bind else function, *given, None, began), output)
+            return output
+
+        return operation
+
+    def run(self, function: Any, path: str, labels: Labels) -> Callable:
+        """The function to run: instrumented, if it is to be looked into."""
+        if function is not bind and self.look_into(function):
+            with contextlib.suppress(SourceNotAvailable):
+                instrumented, compiled = instrument(function, self.bracket(path, labels))
+                self.keep_text(path, labels, compiled)
+                return instrumented
+        return function
+
+    def keep(self, operation: Operation, output: Any) -> None:
+        operation.ended = self.tick()
+        earlier = self.seen.get((operation.path, operation.labels))
+        if earlier is not None:
+            earlier.times += 1
+            return
+        operation.output = copied(output)
+        self.seen[operation.path, operation.labels] = operation
+        self.recording.operations.append(operation)
+
+
+@contextlib.contextmanager
+def _with_body(state: Any, body: Callable) -> Iterator[None]:
+    """Let an nnsight module run another forward inside the block."""
+    before = state.body
+    state.body = body
+    try:
+        yield
+    finally:
+        state.body = before
+
+
+def in_modelling_code(function: Any) -> bool:
+    """Whether a function belongs to a model's own code, transformers' or remote."""
+    if isinstance(function, (nn.Module, type)) or not (inspect.isfunction(function) or inspect.ismethod(function)):
+        return False
+    home = getattr(function, "__module__", "") or ""
+    return home.startswith(("transformers.models.", "transformers_modules.")) or not home.startswith(
+        ("torch", "transformers", "nnsight", "nnterp", "builtins", "accelerate", "functools", "einops")
+    )

@@ -1,0 +1,70 @@
+"""Everything that travels to a remote worker: the traced half of a model, its places, accessors, readout and edits.
+
+nnsight sends the functions and classes that a traced block mentions, and what these mention. This package therefore
+imports only the ground floor of nnterp (`errors`, `record`, `table`, `tensors`, `devices`), and everything in it has
+source: records instead of dataclasses, no decorators that wrap. `tests/core/test_house.py` holds the imports,
+`tests/remote` weighs the requests.
+"""
+
+from nnterp.traced._accessors import (
+    LayerAccessor,
+    ModuleListAccessor,
+    layer_index,
+    read_value,
+    require_running,
+    write_value,
+)
+from nnterp.traced._apart import Apart
+from nnterp.traced._binding import bind_names, envoy_at
+from nnterp.traced._bracketing import bracket_one
+from nnterp.traced._directory import LAYER, Directory
+from nnterp.traced._layouts import PARTS, Layout, StreamLayout
+from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
+from nnterp.traced._readout import Chain, Readout, Way
+from nnterp.traced._running import Place, Running
+from nnterp.traced._skipping import Lender
+from nnterp.traced._states import CachedState, State
+from nnterp.traced._sums import Sum, added
+from nnterp.traced._through_out import ThroughOut
+from nnterp.traced._transformer import TracedTransformer, arriving, travel_by_value
+from nnterp.traced._views import View, over
+
+__all__ = [
+    "LAYER",
+    "PARTS",
+    "Apart",
+    "CachedState",
+    "Chain",
+    "Declared",
+    "Directory",
+    "Everywhere",
+    "Inside",
+    "Item",
+    "LayerAccessor",
+    "Layout",
+    "Lender",
+    "ModuleListAccessor",
+    "Place",
+    "ReadOnly",
+    "Readout",
+    "Running",
+    "Site",
+    "State",
+    "StreamLayout",
+    "Sum",
+    "ThroughOut",
+    "TracedTransformer",
+    "View",
+    "Way",
+    "added",
+    "arriving",
+    "bind_names",
+    "bracket_one",
+    "envoy_at",
+    "layer_index",
+    "over",
+    "read_value",
+    "require_running",
+    "travel_by_value",
+    "write_value",
+]
