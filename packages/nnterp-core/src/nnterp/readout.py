@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from nnterp.anatomy._sizes import text_config
 from nnterp.devices import device_of
 from nnterp.errors import ShapeError, Unavailable
+from nnterp.huggingface import text_config
 from nnterp.record import Record
 from nnterp.values._layouts import Layout
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nnterp.anatomy._sizes import text_config
 from nnterp.errors import ShapeError, Unavailable
+from nnterp.huggingface import text_config
 from nnterp.readout import skipped_output
 from nnterp.values._accessors import layer_index, require_running
 
