@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from nnterp.anatomy._sizes import text_config
+from nnterp.huggingface import text_config
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer

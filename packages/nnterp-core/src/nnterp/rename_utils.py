@@ -6,8 +6,8 @@ from typing import Any
 
 from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict
 from nnterp.anatomy._sizes import read_sizes
-from nnterp.anatomy._sizes import text_config as _text_config
 from nnterp.errors import RenamingError
+from nnterp.huggingface import text_config as _text_config
 from nnterp.values import LayerAccessor
 
 __all__ = [

@@ -61,9 +61,7 @@ def learn_from_twin(model: StandardizedTransformer) -> None:
 
 def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
     from nnterp.standardized_transformer import StandardizedTransformer
-    from nnterp.testing._loud import make_loud
-    from nnterp.testing._shrink import narrow_config
-    from nnterp.testing._tokenizer import tiny_tokenizer
+    from nnterp.tiny import make_loud, narrow_config, tiny_tokenizer
 
     module_class: Any = type(model._module)
     with torch.random.fork_rng(devices=[]):

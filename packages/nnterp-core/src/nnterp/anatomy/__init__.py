@@ -1,7 +1,7 @@
 """Which module of a HuggingFace model plays which part: found by structure, before any forward pass."""
 
+from nnterp.anatomy._anatomy import Anatomy, Layer, Part
 from nnterp.anatomy._find import find_anatomy
-from nnterp.anatomy._layout import Anatomy, Layer, Part
 from nnterp.anatomy._rename import AttnProbFunction, RenameConfig, get_rename_dict
 from nnterp.anatomy._sizes import Sizes
 

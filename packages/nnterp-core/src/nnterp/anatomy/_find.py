@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from nnterp.anatomy import _names
-from nnterp.anatomy._layout import Anatomy, Layer, Part
+from nnterp.anatomy._anatomy import Anatomy, Layer, Part
 from nnterp.anatomy._rename import RenameConfig
 from nnterp.anatomy._sizes import Sizes, inner_width, read_sizes
 from nnterp.errors import AnatomyError

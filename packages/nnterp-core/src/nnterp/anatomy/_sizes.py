@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nnterp.anatomy._rename import RenameConfig
+from nnterp.huggingface import text_config
 
 HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model", "model_dim", "dim", "embed_dim")
 NUM_HEADS = (
@@ -50,12 +51,6 @@ class Sizes:
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
-
-
-def text_config(config: Any) -> Any:
-    """The config of the text decoder inside a possibly multimodal config."""
-    get = getattr(config, "get_text_config", None)
-    return get(decoder=True) if get is not None else config
 
 
 def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:

@@ -17,16 +17,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnterp.anatomy import Layer, Part
-from nnterp.anatomy._layout import _generic
-from nnterp.anatomy._sizes import text_config
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._recording import Call, Recording, evaluating, record, static_experts, stream_out
 from nnterp.certificate._residual import relative_error, solve_residual
 from nnterp.certificate._writes import is_large, prove_writes
 from nnterp.devices import input_device
+from nnterp.huggingface import text_config
 from nnterp.readout import StreamLayout
 from nnterp.values._operations import record_operations
 from nnterp.values._places import Side
+from nnterp.wording import generic_path
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -408,7 +408,7 @@ class _Checks:
                     between.append(path)
                     stream = stream + recording.calls[path][0].stream_out
             pairs.append((f"between {before.path} and {after.path}", given.stream_in, stream))
-        detail = f"and what {', '.join(dict.fromkeys(map(_generic, between)))} adds" if between else ""
+        detail = f"and what {', '.join(dict.fromkeys(map(generic_path, between)))} adds" if between else ""
         self.close(CONSECUTIVE, pairs, _REMEDY_LAYERS, detail)
         if tuple(between) != self.anatomy.between:
             self.model.adopt(dataclasses.replace(self.anatomy, between=tuple(between)))

@@ -1,4 +1,4 @@
-"""Tiny random models and a tokenizer for tests, of this package and of libraries built on it, without a network.
+"""For tests of nnterp and of libraries built on it, without a network: tiny random models, a tokenizer, a remote worker.
 
 >>> from nnterp.testing import model_types, tiny_model, tiny_tokenizer
 >>> model, tokenizer = tiny_model("gemma2"), tiny_tokenizer()
@@ -6,7 +6,7 @@
 torch.Size([1, 5, 509])
 """
 
-from ._facts import (
+from nnterp.tiny import (
     CACHE_INEXACT,
     LEFT_PADDING_INEXACT,
     NO_CACHE,
@@ -14,10 +14,15 @@ from ._facts import (
     NOT_RELOADABLE,
     POSITION_IDS_NEEDED,
     POSITION_IDS_OFFSET,
+    model_types,
+    multimodal_model_types,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    unavailable_model_types,
 )
+
 from ._remote import RemoteWorker, Request
-from ._tokenizer import tiny_tokenizer
-from ._zoo import model_types, multimodal_model_types, tiny_checkpoint, tiny_model, unavailable_model_types
 
 __all__ = [
     "CACHE_INEXACT",

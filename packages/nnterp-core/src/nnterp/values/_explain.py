@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nnterp.anatomy._layout import _ranges
 from nnterp.errors import Unavailable
 from nnterp.values._places import Declared, Everywhere, Inside, Item, Place, ReadOnly, Site, Sum, ThroughOut, View
 from nnterp.values._states import Kept, State
 from nnterp.values._table import VALUES, Value
+from nnterp.wording import ranges
 
 if TYPE_CHECKING:
     from nnterp.standardized_transformer import StandardizedTransformer
@@ -48,7 +48,7 @@ class Support:
     def __str__(self) -> str:
         rows = []
         for name, layers in self.layers.items():
-            where = "–" if not layers else ("available" if layers == (-1,) else f"layers {_ranges(layers, at_most=6)}")
+            where = "–" if not layers else ("available" if layers == (-1,) else f"layers {ranges(layers, at_most=6)}")
             why = "; ".join(dict.fromkeys(self.reasons[name].values()))
             rows.append((name, where, why))
         width, second = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)

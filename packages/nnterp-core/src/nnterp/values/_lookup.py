@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from nnterp.anatomy._layout import Part, _ranges
+from nnterp.anatomy import Part
 from nnterp.errors import Unavailable
 from nnterp.values._eager import is_eager
 from nnterp.values._places import Declared, Inside, Place, ReadOnly, Side, Site, Sum, ThroughOut, View
+from nnterp.wording import ranges
 
 if TYPE_CHECKING:
     from nnterp.certificate import Contribution, ResidualStructure
@@ -282,7 +283,7 @@ def residual(model: StandardizedTransformer, layer: int) -> ResidualStructure:
 
 
 def _missing(model: StandardizedTransformer, layer: int, name: str, reason: str, have: tuple[int, ...]) -> Unavailable:
-    where = f"layers {_ranges(have)} have it" if have else "no layer of this model has it"
+    where = f"layers {ranges(have)} have it" if have else "no layer of this model has it"
     block = model.anatomy.blocks[layer]
     error = Unavailable(
         f"Layer {layer} of {model.anatomy.model_class} ({block.path}: {block.description}) has no {name}: {reason}; "

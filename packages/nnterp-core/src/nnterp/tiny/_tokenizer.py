@@ -53,14 +53,14 @@ def _trained(vocab_size: int) -> str:
 def tiny_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """A deterministic byte-level BPE tokenizer for any text, made without a network.
 
-    Ids 0 to 7 are the special tokens ``<pad> <bos> <eos> <unk> <image> <video> <audio> <other>``. No special token is
-    added to a text, and no text is split into ``<unk>``. Each call returns a tokenizer of its own.
+    Ids 0 to 7 are the special tokens `<pad> <bos> <eos> <unk> <image> <video> <audio> <other>`. No special token is
+    added to a text, and no text is split into `<unk>`. Each call returns a tokenizer of its own.
 
     Args:
-        vocab_size: ``len()`` of the tokenizer; its default is the vocabulary of every ``tiny_model``.
+        vocab_size: `len()` of the tokenizer; its default is the vocabulary of every `tiny_model`.
 
     Raises:
-        ValueError: ``vocab_size`` is too small for the bytes and the special tokens.
+        ValueError: `vocab_size` is too small for the bytes and the special tokens.
     """
     if vocab_size < _SMALLEST_VOCAB:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Declarative rows for what the rules cannot serve, one model type each, with the reason."""
+"""What the rules cannot serve: one row for each such model type, with the reason."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 _SLIDE, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
-# Fields of a configuration, set after the rules of ``_shrink``; a function is called with the number of layers. "depth"
-# is the default number of layers; lists with one entry per layer are cycled to the number of layers asked for.
+# Fields of a configuration, set after those of `_rules`. A function is called with the number of layers. "depth" is
+# the default number of layers. Lists with one entry per layer are repeated to the number of layers asked for.
 CONFIG_ROWS: dict[str, dict[str, Any]] = {
     # The layers of these are of one kind by default although the architecture has several.
     "granitemoehybrid": {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL], "position_embedding_type": "rope"},

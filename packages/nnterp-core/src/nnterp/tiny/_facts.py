@@ -1,7 +1,7 @@
-"""What transformers 5.23 does and does not keep for some model types, each with the reason.
+"""Which model types lack a property that callers of transformers 5.23 expect, such as exact left padding, and why.
 
-The facts are measured on the models of ``tiny_model``, in the default (sdpa) attention implementation; unless a reason
-speaks of sizes they hold for real checkpoints alike.
+Measured on the models of `tiny_model` with the default (sdpa) attention implementation. Unless a reason mentions sizes,
+it holds for real checkpoints too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOT_CAUSAL: dict[str, str] = {
     ),
     "xlnet": "attends in both directions unless a perm_mask is passed",
 }
-"""Changing a token changes the logits of earlier ones."""
+"""Model types in which changing a token changes the logits of earlier tokens, each with the reason."""
 
 LEFT_PADDING_INEXACT: dict[str, str] = {
     "axk2": _INDEXER,
@@ -55,7 +55,10 @@ LEFT_PADDING_INEXACT: dict[str, str] = {
     "xlm": "its causal mask leaves the attention_mask out",
     "xlstm": _STATE,
 }
-"""A left-padded row differs from the row alone, even with the attention mask and position_ids made from it."""
+"""Model types whose logits for a left-padded row differ from those for the row alone, each with the reason.
+
+They differ even if the attention mask is passed, and position_ids computed from it.
+"""
 
 POSITION_IDS_NEEDED: frozenset[str] = frozenset(
     [
@@ -81,12 +84,15 @@ POSITION_IDS_NEEDED: frozenset[str] = frozenset(
         "xglm",
     ]
 )
-"""A left-padded row equals the row alone only with ``position_ids`` made from the attention mask."""
+"""Model types that give a left-padded row the logits of the row alone only if `position_ids` are passed.
+
+The `position_ids` have to be computed from the attention mask.
+"""
 
 POSITION_IDS_OFFSET: frozenset[str] = frozenset(
     ["camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
 )
-"""Positions start at ``padding_idx + 1`` and come from ``input_ids`` when none are passed: pass none."""
+"""Model types whose positions start at `padding_idx + 1`. Pass no `position_ids`: they are computed from `input_ids`."""
 
 _STEPWISE_INDEXER = "keys picked step by step differ from those picked for a whole row; exact up to index_topk tokens"
 
@@ -105,13 +111,16 @@ CACHE_INEXACT: dict[str, str] = {
     "prophetnet": NOT_CAUSAL["prophetnet"],
     "rwkv": "given one token a row, it mixes the rows of a batch; exact for one row",
 }
-"""Continuing from ``past_key_values`` (or ``state``) token by token differs from one forward over the whole row."""
+"""Model types for which going on from `past_key_values` (or `state`) differs from one forward pass over the whole row.
+
+Each with the reason, found by feeding one token at a time.
+"""
 
 NO_CACHE: frozenset[str] = frozenset(["openai-gpt", "recurrent_gemma", "reformer", "xlm", "xlnet"])
-"""No ``past_key_values`` that take up a row where it stopped."""
+"""Model types without `past_key_values` from which a row could be continued."""
 
 NOT_RELOADABLE: dict[str, str] = {
     "emu3": "AutoModelForCausalLM builds Emu3ForCausalLM, whose saved Emu3TextConfig it does not take back",
     "mllama": "AutoModelForCausalLM builds MllamaForCausalLM, whose saved MllamaTextConfig it does not take back",
 }
-"""``from_pretrained`` of the same Auto class refuses what ``save_pretrained`` wrote."""
+"""Model types whose saved checkpoint `from_pretrained` of the same Auto class refuses, each with the reason."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nnterp.anatomy._sizes import Sizes
 from nnterp.errors import Unavailable
 from nnterp.rendering import html_table, rich_table
+from nnterp.wording import generic_path, ranges
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -138,7 +139,7 @@ class Anatomy:
         if part is not None:
             return part
         have = self.indices(role)
-        where = f"layers {_ranges(have)} have it" if have else "no layer of this model has it"
+        where = f"layers {ranges(have)} have it" if have else "no layer of this model has it"
         why = f" ({self.absent[role]})" if role in self.absent else ""
         raise Unavailable(
             f"Layer {index} of {self.model_class} ({block.path}: {block.description}) has no {role}; {where}{why}."
@@ -160,12 +161,12 @@ class Anatomy:
         """(standard name, native path) of the model's parts, like layers together, as printed."""
         rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
         for indices, block in _alike(self.blocks):
-            rows.append((f"layers[{_ranges(indices, at_most=4)}]", f"{_generic(block.path)}  ({block.description})"))
+            rows.append((f"layers[{ranges(indices, at_most=4)}]", f"{generic_path(block.path)}  ({block.description})"))
             for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
                 if part is not None and not (role == "mixer" and part == block.self_attn):
-                    rows.append((f"  .{role}", _generic(str(part))))
+                    rows.append((f"  .{role}", generic_path(str(part))))
         if self.between:
-            adding = ", ".join(dict.fromkeys(map(_generic, self.between)))
+            adding = ", ".join(dict.fromkeys(map(generic_path, self.between)))
             rows.append(("between layers", f"{adding}  (added to the stream)"))
         if self.other_stacks:
             rows.append(("other stacks", f"{', '.join(self.other_stacks)}  (before these layers, by native names)"))
@@ -191,16 +192,11 @@ class Anatomy:
 _ROLES = ("embed_tokens", "layers", "ln_final", "lm_head")
 
 
-def _generic(path: str) -> str:
-    """A path of one layer with its index replaced, so that like layers print alike."""
-    return ".".join("*" if piece.isdigit() else piece for piece in path.split("."))
-
-
 def _signature(block: Layer) -> tuple:
     return (
-        _generic(block.path),
+        generic_path(block.path),
         block.description,
-        *(_generic(str(p)) for p in (block.mixer, block.self_attn, block.mlp)),
+        *(generic_path(str(p)) for p in (block.mixer, block.self_attn, block.mlp)),
     )
 
 
@@ -211,18 +207,3 @@ def _alike(blocks: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]
         groups.setdefault(_signature(block), []).append(block)
     for group in groups.values():
         yield tuple(block.index for block in group), group[0]
-
-
-def _ranges(indices: tuple[int, ...], at_most: int = 24) -> str:
-    """`(0, 1, 2, 5)` as "0–2, 5"; more stretches than `at_most` are cut and counted."""
-    pieces: list[list[int]] = []
-    for i in indices:
-        if pieces and i == pieces[-1][-1] + 1:
-            pieces[-1].append(i)
-        else:
-            pieces.append([i])
-    words = [str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in pieces]
-    if len(words) > at_most:
-        words = [*words[: at_most - 1], "…", words[-1]]
-        return f"{', '.join(words)}; {len(indices)} layers"
-    return ", ".join(words)

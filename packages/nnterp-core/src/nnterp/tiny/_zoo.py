@@ -9,27 +9,27 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ._exceptions import MULTIMODAL, UNAVAILABLE
 from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
 from ._shrink import tiny_config
+from ._special_cases import MULTIMODAL, UNAVAILABLE
 from ._tokenizer import tiny_tokenizer
 
 
 def model_types() -> tuple[str, ...]:
-    """The model types ``tiny_model`` builds: transformers' causal-LM mapping without ``unavailable_model_types()``."""
+    """The model types `tiny_model` builds: transformers' causal-LM mapping without `unavailable_model_types()`."""
     return tuple(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in UNAVAILABLE)
 
 
 def unavailable_model_types() -> dict[str, str]:
-    """The model types of transformers' causal-LM mapping that ``tiny_model`` does not build, each with the reason."""
+    """The model types of transformers' causal-LM mapping that `tiny_model` does not build, each with the reason."""
     return {t: reason for t, reason in UNAVAILABLE.items() if t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 
 
 def multimodal_model_types() -> tuple[str, ...]:
-    """Model types with images in and text out that ``tiny_model`` builds besides ``model_types()``.
+    """Model types with images in and text out that `tiny_model` builds besides `model_types()`.
 
-    They are the classes of ``AutoModelForImageTextToText`` and run on text alone.
+    They are the classes of `AutoModelForImageTextToText` and run on text alone.
     """
     return MULTIMODAL
 
@@ -43,27 +43,27 @@ def tiny_model(
     loud: bool = True,
     **config_overrides: Any,
 ) -> PreTrainedModel:
-    """A tiny random model of ``model_type``, in eval mode on the CPU, with the architecture's own features on.
+    """A tiny random model of `model_type`, in eval mode on the CPU, with the architecture's own features on.
 
-    The hidden size is 64 and the vocabulary that of ``tiny_tokenizer()``; heads, windows, experts, caps and scales are
+    The hidden size is 64 and the vocabulary that of `tiny_tokenizer()`; heads, windows, experts, caps and scales are
     small enough to show on a prompt of a dozen tokens. The same arguments give the same weights, bit for bit, whatever
     the global random state, which is left as it was.
 
     Args:
-        model_type: one of ``model_types()`` or ``multimodal_model_types()``.
+        model_type: one of `model_types()` or `multimodal_model_types()`.
         seed: of the weights.
         num_layers: depth of the stack; by default 4, or as many as it takes for every kind of layer to occur. A smaller
-            number keeps the first layers; where none of them has attention, the model runs with ``use_cache=False``
+            number keeps the first layers; where none of them has attention, the model runs with `use_cache=False`
             only.
         dtype: of the parameters.
         loud: redraw the weights so that activations and logits are of order one and every part shows in the logits;
             otherwise keep the model's own initialisation.
         **config_overrides: fields of the configuration, set last and passed to its class as they are. A field that only
-            the text part of a composite configuration has is set there; ``vision_config={...}`` and the like set fields
-            of the other parts. ``attn_implementation`` works as in ``from_pretrained``.
+            the text part of a composite configuration has is set there; `vision_config={...}` and the like set fields
+            of the other parts. `attn_implementation` works as in `from_pretrained`.
 
     Raises:
-        KeyError: ``model_type`` is not a causal LM of the installed transformers, or cannot be built; the message
+        KeyError: `model_type` is not a causal LM of the installed transformers, or cannot be built; the message
             says why.
     """
     if model_type in UNAVAILABLE:
@@ -83,17 +83,17 @@ def tiny_model(
 
 
 def tiny_checkpoint(model_type: str, folder: str | Path, **kwargs: Any) -> Path:
-    """Save ``tiny_model(model_type, **kwargs)`` and its tokenizer to ``folder``, as ``from_pretrained`` reads them.
+    """Save `tiny_model(model_type, **kwargs)` and its tokenizer to `folder`, as `from_pretrained` reads them.
 
-    ``AutoTokenizer`` and ``AutoModelForCausalLM`` (``AutoModelForImageTextToText`` for ``multimodal_model_types()``)
-    load them back.
+    `AutoTokenizer` and `AutoModelForCausalLM` (`AutoModelForImageTextToText` for `multimodal_model_types()`) load them
+    back.
 
     Returns:
-        The folder as a ``Path``; it is created where missing.
+        The folder as a `Path`; it is created where missing.
 
     Raises:
-        KeyError: as ``tiny_model``.
-        ValueError: transformers cannot load what it saves for this type (``NOT_RELOADABLE``).
+        KeyError: as `tiny_model`.
+        ValueError: transformers cannot load what it saves for this type (`NOT_RELOADABLE`).
     """
     if model_type in NOT_RELOADABLE:
         raise ValueError(f"No checkpoint of {model_type!r}: {NOT_RELOADABLE[model_type]}.")
