@@ -1,7 +1,33 @@
-"""The proof, by running the model, that what was found plays the parts it is named for."""
+"""The proof, by running the model, that what was found plays the parts it is named for. One file for each claim."""
 
 from nnterp.certificate._certificate import Certificate, Line
-from nnterp.certificate._certify import certify
-from nnterp.certificate._residual import Contribution, ResidualStructure, Term
+from nnterp.certificate._certify import CLAIMS, certify
+from nnterp.certificate._parts import PARTS
+from nnterp.certificate._probabilities import AttentionProbabilitiesAccessor
+from nnterp.certificate._readout import READOUT
+from nnterp.certificate._roles import ROLES
+from nnterp.certificate._stream import CONSECUTIVE, HIDDEN
+from nnterp.certificate._sum import IDENTITY
+from nnterp.certificate._through_nnterp import IDLE, PADDING
+from nnterp.certificate._writes import WRITES
+from nnterp.discovery import Contribution, ResidualStructure, Term
 
-__all__ = ["Certificate", "Contribution", "Line", "ResidualStructure", "Term", "certify"]
+__all__ = [
+    "CLAIMS",
+    "CONSECUTIVE",
+    "HIDDEN",
+    "IDENTITY",
+    "IDLE",
+    "PADDING",
+    "PARTS",
+    "READOUT",
+    "ROLES",
+    "WRITES",
+    "AttentionProbabilitiesAccessor",
+    "Certificate",
+    "Contribution",
+    "Line",
+    "ResidualStructure",
+    "Term",
+    "certify",
+]

@@ -1,126 +1,139 @@
-"""Prove writes: the same noise written through an accessor and by a torch hook must change the logits alike, and must
-change them. Rows, not runs: one value a row, and one row in which every value is written, in one batch of each kind."""
+"""Claim: noise written through an accessor changes the logits, and changes them as the same noise from a torch hook does.
+
+Each value is written in a row of its own, and one more row has every value written, all rows in one batch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from nnterp.certificate._recording import Recording, stream_in
-from nnterp.certificate._residual import relative_error
+from nnterp.certificate._evidence import Claimed, Evidence, outcome
 from nnterp.errors import Unavailable
-from nnterp.values import VALUES, Value, read_value, write_value
-from nnterp.values._places import Site
-
-if TYPE_CHECKING:
-    from nnterp.certificate._certify import _Checks
+from nnterp.facts import Facts
+from nnterp.named_transformer import NamedTransformer
+from nnterp.table import VALUES, Value
+from nnterp.tensors import relative_error, stream_in
+from nnterp.traced import Site, read_value, write_value
+from nnterp.values import leaves_inside, site_of
 
 WRITES = "every write is causal and equals a torch hook's"
 LENGTH = 4  # tokens of a row
-# How many values get a row of their own; if a model has more, they are sampled evenly. In large models, where rows are
-# what the certificate costs, the others are covered by the row in which all are written.
-ROWS, ROWS_LARGE, LARGE = 48, 1, 3_000_000
-GUARD = 1e-6  # smallest relative change of the logits that counts as an effect
+# How many values get a row of their own; if a model has more, they are sampled evenly. In a large model, where rows are
+# what the certificate costs, only one has, and the others are covered by the row in which all are written.
+ROWS, ROWS_LARGE = 48, 1
+EFFECT = 1e-6  # smallest relative change of the logits that counts as an effect
 
 
-def is_large(module: nn.Module) -> bool:
-    """Whether a forward pass of the model costs more than the bookkeeping around it."""
-    return sum(parameter.numel() for parameter in module.parameters()) > LARGE
+@dataclass(frozen=True)
+class _Target:
+    """One value at one layer: the module input or output that a hook writes instead.
+
+    Attributes:
+        call: Which call of the module it is, from 0: a module that several layers share runs in each of them.
+        given: The module that a part's input is read from, where the part leaves inside its own module.
+    """
+
+    value: Value
+    layer: int | None
+    site: Site
+    call: int
+    given: str | None
+
+    def __str__(self) -> str:
+        return self.value.name if self.layer is None else f"{self.value.name}[{self.layer}]"
 
 
-def prove_writes(checks: _Checks, ids: torch.Tensor, recording: Recording) -> None:
-    """Add one line to the certificate for the writes of all values that are a module's input or output."""
-    model = checks.model
-    targets = _targets(checks, recording)
-    total = len(targets)
-    limit = ROWS_LARGE if is_large(checks.module) else ROWS
+@dataclass(frozen=True)
+class _Edit:
+    """A target, the rows in which it is written, and the seed of what is added."""
+
+    target: _Target
+    rows: tuple[int, ...]
+    seed: int
+
+
+def writes(evidence: Evidence, facts: Facts) -> Claimed:
+    """Covers all values that are a module's input or output. Learns nothing."""
+    targets = _targets(evidence, facts)
+    total, limit = len(targets), ROWS_LARGE if evidence.large else ROWS
     chosen = range(total) if total <= limit else sorted({round((k + 0.5) * total / limit) for k in range(limit)})
-    row_of = {target: row for row, target in enumerate(chosen)}
-    everything = len(row_of)  # the row in which all values are written; the one after it is left alone
-    batch = ids[:, :LENGTH].repeat(everything + 2, 1)
-    edits: list[tuple[tuple[int, ...], int, str, int | None]] = [
-        ((everything,) if k not in row_of else (row_of[k], everything), k, name, layer)
-        for k, (name, layer) in enumerate(targets)
+    row_of = {k: row for row, k in enumerate(chosen)}
+    everything = len(row_of)  # the row in which all values are written; in the one after it nothing is
+    edits = [
+        _Edit(target, (everything,) if k not in row_of else (row_of[k], everything), k)
+        for k, target in enumerate(targets)
     ]
-    hooked = _by_hooks(checks, batch, edits, recording)
+    batch = evidence.ids[:, :LENGTH].repeat(everything + 2, 1)
+    hooked = _by_hooks(evidence, batch, edits)
     try:
-        with model.trace(batch):
-            for rows, seed, name, layer in edits:
-                value = VALUES[name]
-                tensor = read_value(model, value.label, layer)
-                write_value(model, value.label, disturbed(tensor, rows, seed, batch.shape[0]), layer)
-            written = model.logits.save()
+        written = _by_accessors(evidence.model.supposing(facts), batch, edits)
     except Exception as problem:
-        checks.say(WRITES, False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")
-        return
-    silent = [_label(*targets[k]) for k, row in row_of.items() if not relative_error(written[row], written[-1]) > GUARD]
+        detail = f"{type(problem).__name__}: {str(problem)[:200]}"
+        return outcome(WRITES, False, detail=detail), facts
+    alone = {str(targets[k]): row for k, row in row_of.items()}
+    silent = [name for name, row in alone.items() if not relative_error(written[row], written[-1]) > EFFECT]
     error = relative_error(written, hooked)
-    ok = not silent and error <= checks.tolerance
+    ok = not silent and error <= evidence.tolerance
     detail = f"{total} values, {everything} of them alone"
     if silent:
         detail = f"no effect on the logits: {', '.join(silent[:4])}"
     elif not ok:
-        differing = [
-            _label(*targets[k])
-            for k, row in row_of.items()
-            if relative_error(written[row], hooked[row]) > checks.tolerance
-        ]
-        detail = f"not what a hook does: {', '.join(differing[:4])}"
-    checks.say(WRITES, ok, error, detail, "name the parts with RenameConfig")
+        differ = [n for n, row in alone.items() if relative_error(written[row], hooked[row]) > evidence.tolerance]
+        detail = f"not what a hook does: {', '.join(differ[:4])}"
+    remedy = "name the parts with RenameConfig"
+    return outcome(WRITES, ok, error, evidence.tolerance, detail, remedy), facts
 
 
-def _label(name: str, layer: int | None) -> str:
-    return name if layer is None else f"{name}[{layer}]"
+# -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def _targets(checks: _Checks, recording: Recording) -> list[tuple[str, int | None]]:
-    """(value, layer) of everything that is a module's input or output, in the order in which the model computes it."""
-    found: list[tuple[int, float, str, int | None]] = []
-    running = [block.index for block in checks.ran(recording)]
+def _targets(evidence: Evidence, facts: Facts) -> list[_Target]:
+    """Everything that is a module's input or output, in the order in which the model computes it."""
+    found: list[tuple[int, float, _Target]] = []
+    layers = [layer.index for layer in evidence.ran(facts.anatomy)]
     for value in VALUES.values():
-        for layer in running if value.per_layer else [None]:
+        for layer in layers if value.per_layer else [None]:
             try:
-                site = _hooked_site(checks, value, layer)
+                target = _target(evidence, facts, value, layer)
             except Unavailable:
                 continue
-            calls = recording.calls.get(site.path)
-            if not calls or (layer is None and len(calls) > 1):
-                continue
-            call = calls[0] if layer is None else _call_in_layer(checks, recording, site.path, layer)
-            assert call is not None
-            found.append((call.began if site.side == "input" else call.ended, value.rank, value.name, layer))
-    return [(name, layer) for _, _, name, layer in sorted(found, key=lambda entry: entry[:2])]
+            calls = evidence.recording.calls.get(target.site.path)
+            if calls and not (layer is None and len(calls) > 1):
+                call = calls[target.call]
+                found.append((call.began if target.site.side == "input" else call.ended, value.rank, target))
+    return [target for _, _, target in sorted(found, key=lambda entry: entry[:2])]
 
 
-def _hooked_site(checks: _Checks, value: Value, layer: int | None) -> Site:
-    """The module's edge at which a hook does what writing the value does.
+def _target(evidence: Evidence, facts: Facts, value: Value, layer: int | None) -> _Target:
+    """The module input or output at which a hook does what writing the value does.
 
     What leaves a part inside its module (`Part.closing`) is added to the stream at once and given to the closing norm.
     """
-    if not value.leaves_inside(checks.anatomy, layer):
-        return value.site(checks.anatomy, layer)
-    assert layer is not None
-    part = checks.anatomy.part(value.role, layer)
-    if not part.leaves:
-        raise Unavailable(f"{value.name}[{layer}] was not found.")
-    return Site(part.closing, "input")
+    given = None
+    if layer is not None and leaves_inside(value, facts.anatomy, layer):
+        part = facts.anatomy.part(value.role, layer)
+        if not part.leaves or part.closing is None:
+            raise Unavailable(f"{value.name}[{layer}] was not found.")
+        site, given = Site(part.closing, "input"), part.entry
+    else:
+        site = site_of(value, facts.anatomy, layer)
+    call = None if layer is None else evidence.call_in_layer(facts.anatomy, site.path, layer)
+    calls = evidence.recording.calls.get(site.path, [])
+    turn = 0 if call is None else next(i for i, c in enumerate(calls) if c.began == call.began)
+    return _Target(value, layer, site, turn, given)
 
 
-def _call_in_layer(checks: _Checks, recording: Recording, path: str, layer: int) -> Any:
-    outer = recording.call(checks.anatomy.blocks[layer].path)
-    if outer is None or path == checks.anatomy.blocks[layer].path:
-        return outer
-    return recording.within(path, outer)
-
-
-def disturbed(tensor: torch.Tensor, rows: tuple[int, ...], seed: int, batch: int) -> torch.Tensor:
+def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int) -> torch.Tensor:
     """A copy of a value with some rows of the batch shifted by a fixed random direction at every position."""
-    direction = torch.randn(tensor.shape[-1], generator=torch.Generator().manual_seed(seed))
+    direction = torch.randn(tensor.shape[-1], generator=torch.Generator().manual_seed(edit.seed))
     direction = direction.to(tensor.device, tensor.dtype)
     copy = tensor.clone()
-    for row in rows:
+    for row in edit.rows:
         if tensor.shape[0] == batch:
             view = copy[row]
         elif tensor.dim() > 1 and tensor.shape[1] == batch:  # several streams stacked in front of the batch
@@ -131,84 +144,85 @@ def disturbed(tensor: torch.Tensor, rows: tuple[int, ...], seed: int, batch: int
     return copy
 
 
-def _by_hooks(
-    checks: _Checks,
-    batch: torch.Tensor,
-    edits: list[tuple[tuple[int, ...], int, str, int | None]],
-    recording: Recording,
-) -> torch.Tensor:
+# -- written in two ways -----------------------------------------------------------------------------------------------
+
+
+def _by_accessors(model: NamedTransformer, batch: torch.Tensor, edits: list[_Edit]) -> torch.Tensor:
+    """The logits with all edits written as a user writes them."""
+    size = batch.shape[0]
+    with model.trace(batch):
+        for edit in edits:
+            label, layer = edit.target.value.label, edit.target.layer
+            write_value(model, label, _disturbed(read_value(model, label, layer), edit, size), layer)
+        logits = model.logits.save()
+    return logits
+
+
+def _by_hooks(evidence: Evidence, batch: torch.Tensor, edits: list[_Edit]) -> torch.Tensor:
     """The reference: plain forward hooks on the plain module."""
     handles: list[Any] = []
-    size = batch.shape[0]
-
-    def when(turn: int) -> Any:
-        """True at the `turn`-th call: a module shared by several layers runs in each of them."""
-        count = -1
-
-        def now() -> bool:
-            nonlocal count
-            count += 1
-            return count == turn
-
-        return now
-
-    def hook_output(rows: tuple[int, ...], seed: int, now: Any) -> Any:
-        def hook(_: Any, args: tuple, output: Any) -> Any:
-            if not now():
-                return None
-            if isinstance(output, torch.Tensor):
-                return disturbed(output, rows, seed, size)
-            return type(output)((disturbed(output[0], rows, seed, size), *output[1:]))
-
-        return hook
-
-    def hook_input(rows: tuple[int, ...], seed: int, now: Any) -> Any:
-        def hook(_: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if not now():
-                return None
-            stream = stream_in(args, kwargs)
-            assert stream is not None
-            new = disturbed(stream, rows, seed, size)
-            return tuple(new if a is stream else a for a in args), {
-                k: new if v is stream else v for k, v in kwargs.items()
-            }
-
-        return hook
-
-    def hook_sum(rows: tuple[int, ...], seed: int, now: Any, given: list[torch.Tensor]) -> Any:
-        """The norm is given the sum of what its part was given and of what leaves the part: the latter is disturbed."""
-
-        def hook(_: Any, args: tuple) -> Any:
-            if not now():
-                return None
-            left = args[0] - given[-1]
-            return (args[0] + disturbed(left, rows, seed, size) - left, *args[1:])
-
-        return hook
-
     try:
-        for rows, seed, name, layer in edits:
-            value = VALUES[name]
-            site = _hooked_site(checks, value, layer)
-            target = checks.module.get_submodule(site.path)
-            turn = 0
-            if layer is not None:
-                call = _call_in_layer(checks, recording, site.path, layer)
-                turn = [c.began for c in recording.calls[site.path]].index(call.began)
-            if value.leaves_inside(checks.anatomy, layer):
-                given: list[torch.Tensor] = []
-                part = checks.module.get_submodule(checks.anatomy.part(value.role, layer).entry)
-                handles.append(
-                    part.register_forward_pre_hook(
-                        lambda _, args, kwargs, given=given: given.append(stream_in(args, kwargs)), with_kwargs=True
-                    )
-                )
-                handles.append(target.register_forward_pre_hook(hook_sum(rows, seed, when(turn), given)))
-            elif site.side == "output":
-                handles.append(target.register_forward_hook(hook_output(rows, seed, when(turn))))
-            else:
-                handles.append(target.register_forward_pre_hook(hook_input(rows, seed, when(turn)), with_kwargs=True))
-        return checks.module(**checks.forward_kwargs(batch)).logits
+        for edit in edits:
+            handles += _hooks(evidence.module, edit, batch.shape[0])
+        return evidence.forward(batch).logits
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hooks(root: nn.Module, edit: _Edit, size: int) -> list[Any]:
+    target = edit.target
+    module, now = root.get_submodule(target.site.path), _at_call(target.call)
+
+    def on_output(_: Any, args: tuple, output: Any) -> Any:
+        if not now():
+            return None
+        if isinstance(output, torch.Tensor):
+            return _disturbed(output, edit, size)
+        return type(output)((_disturbed(output[0], edit, size), *output[1:]))
+
+    def on_input(_: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        stream = stream_in(args, kwargs) if now() else None
+        if stream is None:
+            return None
+        new = _disturbed(stream, edit, size)
+        return tuple(new if a is stream else a for a in args), {k: new if v is stream else v for k, v in kwargs.items()}
+
+    if target.given is not None:
+        return _sum_hooks(root.get_submodule(target.given), module, edit, size, now)
+    if target.site.side == "output":
+        return [module.register_forward_hook(on_output)]
+    return [module.register_forward_pre_hook(on_input, with_kwargs=True)]
+
+
+def _sum_hooks(part: nn.Module, norm: nn.Module, edit: _Edit, size: int, now: Callable[[], bool]) -> list[Any]:
+    """Disturb what leaves a part whose norm is given that plus what the part was given."""
+    given: list[torch.Tensor] = []
+
+    def on_part(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        stream = stream_in(args, kwargs)
+        if stream is not None:
+            given.append(stream)
+
+    def on_norm(_: Any, args: tuple) -> Any:
+        if not now():
+            return None
+        left = args[0] - given[-1]
+        return (args[0] + _disturbed(left, edit, size) - left, *args[1:])
+
+    return [
+        part.register_forward_pre_hook(on_part, with_kwargs=True),
+        norm.register_forward_pre_hook(on_norm),
+    ]
+
+
+def _at_call(number: int) -> Callable[[], bool]:
+    """A function that is True at the `number`-th time it is called, from 0."""
+    count = -1
+
+    def now() -> bool:
+        nonlocal count
+        count += 1
+        return count == number
+
+    return now

@@ -1,127 +1,119 @@
-"""The stream between a layer's two parts: the one operation that both the feed-forward and the residual path read.
+"""Find the stream between a layer's two parts: the one operation that the feed-forward and the residual path both read.
 
-Writing the input of the feed-forward's norm would leave the residual path as it was. The sum itself is an operation of
-the layer's forward, so it is found there by its numbers, and the forward is replaced by nnsight's instrumented one in
-which only this operation is bracketed: a layer that has begun when the value is first asked for serves it all the same.
+Writing the input of the feed-forward's norm would leave the residual path unchanged. The sum itself is an operation of
+the layer's forward: it is found there by its numbers and proven by a write. It is then instrumented before every run,
+alone (`bracket_one`), so that a layer that has begun when the value is first read serves it.
 """
 
 from __future__ import annotations
 
-import ast
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from nnsight.intervention import source as nnsight_source
-from nnsight.intervention.source import STATE, SourceNotAvailable, State
 from torch import nn
 
-from nnterp.values._operations import Operations, record_operations, same
-from nnterp.values._places import Inside, Place
+from nnterp.discovery._probe import Probe
+from nnterp.discovery._quiet import quiet
+from nnterp.discovery._recording import Edits, Labels, Operation, Recording
+from nnterp.discovery._residual import ResidualStructure
+from nnterp.tensors import same
+from nnterp.traced import Inside, bracket_one
 
-if TYPE_CHECKING:
-    from nnterp.certificate import ResidualStructure
-    from nnterp.standardized_transformer import StandardizedTransformer
+PROBE = (1, 5)
+MAX_TRIES = 6  # few operations hold the stream's numbers, and the first is nearly always the one
 
 
-def prepare(model: StandardizedTransformer) -> None:
-    """Find the stream between the parts of every layer, where the proven residual structure says that there is one.
+def find_between(probe: Probe, structures: tuple[ResidualStructure, ...]) -> tuple[Inside | None, ...]:
+    """Per layer, the operation that makes the stream between its parts; None where there is none.
 
-    An operation is taken once it is proven by a write: moved, it moves what the feed-forward is given and the stream
-    that the feed-forward's contribution is added to, both by as much.
+    An operation is taken once a write proves it: moved, it moves what the feed-forward is given and the stream that the
+    feed-forward's contribution is added to, both by as much. It is then instrumented.
+
+    Args:
+        probe: Of one row.
+        structures: The proven residual structure of each layer.
     """
-    from nnterp.values._probe import Probe, probing
+    search = _Search(probe, structures)
+    if search.wanted:
+        with quiet(probe.module):
+            search.by_kind()
+            search.one_by_one()
+    return tuple(search.found.get(layer.index) for layer in probe.anatomy.blocks)
 
-    found: list[Place | None] = [None] * model.num_layers
-    object.__setattr__(model, "_mid", found)
-    model.__dict__.pop("_places", None)
-    wanted, known = {}, {}  # type: ignore[var-annotated]
-    for block, structure in zip(model.anatomy.blocks, model.residual_structures, strict=False):
-        if structure.mid is not None and structure.mid_side == "input":
-            wanted[block.index] = _Between(block.path, structure, _with_code(model._module, block.path))
-    if not wanted or not model.dispatched:
-        return
-    with probing(model) as device:
-        probe = Probe(model, device, shape=(1, 5))
-        _as_in_the_first_of_its_kind(model, probe, wanted, found)
-        wanted = {i: between for i, between in wanted.items() if found[i] is None}
-        if not wanted:
+
+class _Search:
+    """The search over the layers of one model."""
+
+    def __init__(self, probe: Probe, structures: tuple[ResidualStructure, ...]) -> None:
+        self.probe, self.root = probe, probe.module
+        self.found: dict[int, Inside] = {}
+        self.compiled: dict[tuple[Any, str], Any] = {}
+        self.wanted: dict[int, _Between] = {
+            layer.index: _Between(layer.path, structure, _with_code(self.root, layer.path))
+            for layer, structure in zip(probe.anatomy.blocks, structures, strict=False)
+            if structure.mid is not None and structure.mid_side == "input"
+        }
+
+    def by_kind(self) -> None:
+        """Layers of one kind run the same code: search the first of each kind, and prove the operation in all of them.
+
+        The search runs only as far as the layers that are searched.
+        """
+        kinds: dict[tuple, list[int]] = {}
+        for index, between in self.wanted.items():
+            kinds.setdefault(between.kind(self.root), []).append(index)
+        first = [indices[0] for indices in kinds.values()]
+        if len(first) == len(self.wanted):
             return
-        paths = list(dict.fromkeys(path for between in wanted.values() for path in between.paths))
-        only = {path for between in wanted.values() for path in between.edges()}
-        operations, edges = _run(model, probe, paths, only, {})
-        for between in wanted.values():
-            between.find(operations, edges, probe.tolerance)
-        for _ in range(MAX_TRIES):
-            trying = {i: between for i, between in wanted.items() if between.options and found[i] is None}
+        recording = self.record([self.wanted[i] for i in first], until=self.wanted[max(first)].layer)
+        trying: dict[int, tuple[str, Labels]] = {}
+        for indices in kinds.values():
+            one = self.wanted[indices[0]]
+            options = one.candidates(recording, self.probe.tolerance)
+            if options:
+                path, labels = options[0]
+                trying |= {i: (self.wanted[i].layer + path.removeprefix(one.layer), labels) for i in indices}
+        self.try_out(trying)
+
+    def one_by_one(self) -> None:
+        """Search each layer that is left, and try its candidates in turn."""
+        left = {i: between for i, between in self.wanted.items() if i not in self.found}
+        if not left:
+            return
+        recording = self.record(list(left.values()))
+        options = {i: between.candidates(recording, self.probe.tolerance) for i, between in left.items()}
+        for turn in range(MAX_TRIES):
+            trying = {i: mine[turn] for i, mine in options.items() if turn < len(mine) and i not in self.found}
             if not trying:
                 break
-            edits = {b.options[0]: _moved for b in trying.values()}
-            operations, edges = _run(model, probe, paths, only, edits)
-            for index, between in trying.items():
-                path, labels = between.options.pop(0)
-                if between.proven(path, labels, operations, edges, probe.tolerance):
-                    if bracket_one(model._module.get_submodule(path), labels[0], known):
-                        found[index] = Inside(path, labels)
-                    between.options = []
+            self.try_out(trying)
 
+    def try_out(self, trying: dict[int, tuple[str, Labels]]) -> None:
+        """Move one operation in each of some layers; keep those that a write proves."""
+        if not trying:
+            return
+        edits = dict.fromkeys(trying.values(), _moved)
+        recording = self.record([self.wanted[i] for i in trying], edits=edits)
+        for index, (path, labels) in trying.items():
+            operation = next((o for o in recording.operations_of(path) if o.labels == labels), None)
+            proven = self.wanted[index].is_moved(operation, recording, self.probe.tolerance)
+            if proven and bracket_one(self.root.get_submodule(path), labels[0], self.compiled):
+                self.found[index] = Inside(path, labels)
 
-MAX_TRIES = 6  # operations that hold the stream's numbers are few, and the first is nearly always the one
-
-
-def _as_in_the_first_of_its_kind(
-    model: StandardizedTransformer, probe: Any, wanted: dict[int, _Between], found: list[Place | None]
-) -> None:
-    """Layers of one kind have one code: search the first of each, and prove the operation in all of them at once.
-
-    The search runs no further than the layers that are searched. What is not proven this way is left to be searched.
-    """
-    kinds: dict[tuple, list[int]] = {}
-    for index, between in wanted.items():
-        kinds.setdefault(between.kind(model._module), []).append(index)
-    first = [indices[0] for indices in kinds.values()]
-    if len(first) == len(wanted):
-        return
-    searched = [wanted[i] for i in first]
-    paths = list(dict.fromkeys(path for between in searched for path in between.paths))
-    only = {path for between in searched for path in between.edges()}
-    operations, edges = _run(model, probe, paths, only, {}, until=wanted[max(first)].layer)
-    trying: dict[int, tuple[str, tuple[str, ...]]] = {}
-    for indices in kinds.values():
-        one = wanted[indices[0]]
-        one.find(operations, edges, probe.tolerance)
-        if one.options:
-            path, labels = one.options[0]
-            trying |= {i: (wanted[i].layer + path.removeprefix(one.layer), labels) for i in indices}
-        one.options = []
-    if not trying:
-        return
-    paths = list(dict.fromkeys(path for path, _ in trying.values()))
-    only = {path for i in trying for path in wanted[i].edges()}
-    operations, edges = _run(model, probe, paths, only, dict.fromkeys(trying.values(), _moved))
-    known: dict[tuple[Any, str], Any] = {}
-    for index, (path, labels) in trying.items():
-        proven = wanted[index].proven(path, labels, operations, edges, probe.tolerance)
-        if proven and bracket_one(model._module.get_submodule(path), labels[0], known):
-            found[index] = Inside(path, labels)
-
-
-def _run(
-    model: StandardizedTransformer,
-    probe: Any,
-    paths: list[str],
-    only: set[str],
-    edits: dict,
-    until: str | None = None,
-) -> tuple[Operations, Any]:
-    with (edges := probe.edges(only)):
-        operations = record_operations(
-            model._module, paths, lambda: probe.run(until), drill=lambda function: False, edits=edits, arguments=False
+    def record(self, layers: list[_Between], until: str | None = None, edits: Edits | None = None) -> Recording:
+        operations = [path for path, _ in edits] if edits else [path for one in layers for path in one.paths]
+        return self.probe.record(
+            until,
+            modules=dict.fromkeys(path for one in layers for path in one.edges()),
+            operations=dict.fromkeys(operations),
+            look_into=lambda function: False,
+            edits=edits,
+            arguments=False,
         )
-    return operations, edges
 
 
 def _moved(output: torch.Tensor) -> torch.Tensor:
-    """A stream that differs at every position, in a direction of its own."""
+    """The stream plus one random direction of about its size, at every position."""
     generator = torch.Generator().manual_seed(0)
     step = torch.randn(output.shape[-1], generator=generator).to(output)
     return output + step * output.detach().float().std().clamp(min=1e-3).to(output.dtype)
@@ -144,7 +136,6 @@ class _Between:
 
     def __init__(self, layer: str, structure: ResidualStructure, paths: list[str]) -> None:
         self.layer, self.structure, self.paths = layer, structure, paths
-        self.options: list[tuple[str, tuple[str, ...]]] = []
         self.before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def kind(self, root: nn.Module) -> tuple:
@@ -158,43 +149,47 @@ class _Between:
         parts = [part for part in (self.structure.mlp, self.structure.other) if part is not None]
         return [self.layer, self.structure.mid or self.layer, *(term.path for part in parts for term in part.terms)]
 
-    def find(self, operations: Operations, edges: Any, tolerance: float) -> None:
+    def candidates(self, recording: Recording, tolerance: float) -> list[tuple[str, Labels]]:
         """Operations that hold the stream's numbers: the layer's own first, then those of modules in it."""
-        stream, entered = edges.input(self.structure.mid), edges.input(self.layer)
-        carried = self.carried(edges)
-        if carried is not None and stream is not None:
+        stream, entered = recording.given(self.structure.mid or self.layer), recording.given(self.layer)
+        carried = self.carried(recording)
+        if stream is None:
+            return []
+        if carried is not None:
             self.before = (stream.double().reshape(carried.shape), carried)
+        found = []
         for path in self.paths:
-            for operation in sorted(operations.of(path), key=lambda o: o.ended):
+            for operation in sorted(recording.operations_of(path), key=lambda o: o.ended):
                 made = operation.output
                 if operation.times > 1 or not isinstance(made, torch.Tensor) or made.numel() != stream.numel():
                     continue
                 if not same(made, stream.reshape(made.shape), tolerance):
                     continue
-                if entered is not None and made.shape == entered.shape and torch.equal(made, entered):
-                    continue
-                self.options.append((path, operation.labels))
+                if entered is None or made.shape != entered.shape or not torch.equal(made, entered):
+                    found.append((path, operation.labels))
+        return found
 
-    def proven(self, path: str, labels: tuple[str, ...], operations: Operations, edges: Any, tolerance: float) -> bool:
-        """Whether the operation, moved, has moved what both readers of the stream read.
+    def is_moved(self, operation: Operation | None, recording: Recording, tolerance: float) -> bool:
+        """Whether moving an operation has moved what both readers of the stream read.
 
         The feed-forward must be given what was moved, and the residual path must carry it: as it is, or scaled and
-        shifted per channel as when nothing is moved.
+        shifted per channel as it is when nothing is moved.
         """
-        operation = next((o for o in operations.of(path) if o.labels == labels), None)
         if operation is None or operation.times > 1 or not isinstance(operation.output, torch.Tensor):
             return False
         moved = operation.output
-        given, after = edges.input(self.structure.mid), self.carried(edges)
+        given, after = recording.given(self.structure.mid or self.layer), self.carried(recording)
         if given is None or after is None or given.numel() != moved.numel():
             return False
         if not same(given.reshape(moved.shape), moved, tolerance * 10):
             return False
         moved = moved.double().reshape(after.shape)
         tolerance = max(tolerance * 10, 1e-4)
-        if same(after, moved, tolerance):
-            return True
-        if self.before is None:  # what carries it when nothing is moved was not seen
+        return same(after, moved, tolerance) or self.is_moved_per_channel(moved, after, tolerance)
+
+    def is_moved_per_channel(self, moved: torch.Tensor, after: torch.Tensor, tolerance: float) -> bool:
+        """Whether the residual path carries the moved stream times a factor per channel, or with a shift as well."""
+        if self.before is None:  # what the residual path carries when nothing is moved was not seen
             return False
         stream, carried = (t.reshape(-1, t.shape[-1]) for t in self.before)
         factor = (stream * carried).sum(0) / stream.square().sum(0).clamp(min=1e-30)
@@ -205,56 +200,17 @@ class _Between:
         shift = carried.mean(0) - factor * stream.mean(0)
         return same(after, moved * factor + shift, tolerance)
 
-    def carried(self, edges: Any) -> torch.Tensor | None:
+    def carried(self, recording: Recording) -> torch.Tensor | None:
         """The layer's output without what its feed-forward, and modules after it, add."""
-        total = edges.output(self.layer)
+        total = recording.made(self.layer)
         if total is None:
             return None
         total = total.double()
         for part in (self.structure.mlp, self.structure.other):
             for term in part.terms if part is not None else ():
-                made = edges.output(term.path)
+                made = recording.made(term.path)
                 if made is None:
                     return None
                 scale = term.scale.double() if isinstance(term.scale, torch.Tensor) else term.scale
                 total = total - made.double().reshape(total.shape) * scale
         return total
-
-
-def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]) -> bool:
-    """Serve one operation of a module's forward, and leave the others as they are; whether that worked.
-
-    Layers of one class have one forward: what was compiled of it is kept in `known`.
-    """
-    state: State = module.__dict__[STATE]
-    if state.sourced:
-        return True
-
-    base = nnsight_source.Instrument
-
-    class One(base):  # type: ignore[valid-type,misc]
-        def wrap(self, name: str, fn: ast.expr, args: list, keywords: list, node: ast.AST) -> Any:
-            bracketed = base.wrap(self, name, fn, args, keywords, node)
-            if self.names[-1] == label:
-                return bracketed
-            if isinstance(fn, ast.Name) and fn.id == nnsight_source.BIND:
-                return args[0]
-            return ast.copy_location(ast.Call(func=fn, args=args, keywords=keywords), node)
-
-    inner, chain = nnsight_source.decorator_chain(state.original)
-    key = (inner.__code__, label)  # type: ignore[attr-defined]
-    if key not in known:
-        nnsight_source.Instrument = One  # type: ignore[misc]
-        try:
-            known[key] = nnsight_source.compile_source(inner)
-        except (SourceNotAvailable, OSError, SyntaxError):
-            return False
-        finally:
-            nnsight_source.Instrument = base  # type: ignore[misc]
-    compiled = known[key]
-    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=False))  # type: ignore[attr-defined]
-    closure = tuple(cells[name] for name in compiled.code.co_freevars) or None
-    op = nnsight_source.make_op(lambda: state.active()[:2])
-    names = {nnsight_source.OP: op, nnsight_source.BIND: nnsight_source.bind}
-    state.body = nnsight_source.rewrap(chain, nnsight_source.function_like(inner, compiled.code, closure, **names))
-    return True

@@ -1,4 +1,4 @@
-"""One forward pass of the plain module, recorded with plain torch hooks and, inside forwards, nnsight's instrumentation.
+"""One forward pass of the plain module, recorded with torch hooks and, inside forwards, by nnsight's instrumentation.
 
 nnsight names the calls and assignments in a forward after its source text (`envoy.source.{name}_{n}`). These labels
 belong to one version of transformers and of nnsight, so nnterp never writes one down: it runs the forward once, keeps
@@ -99,7 +99,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class SourceText:
-    """The source of a function that was looked into: its file, its text, the line of each label in it, its first line."""
+    """Source of a function that was looked into: its file, its text, each label's line in it, and its first line."""
 
     file: str
     text: str

@@ -17,7 +17,8 @@ from typing import TypeAlias
 import torch
 
 from nnterp.anatomy import Layer, Part
-from nnterp.certificate._recording import Call, Recording
+from nnterp.discovery._recording import Call, Recording
+from nnterp.tensors import relative_error
 
 Scale: TypeAlias = float | torch.Tensor
 
@@ -65,17 +66,6 @@ class ResidualStructure:
     reason: str = ""
     mid: str | None = None
     mid_side: str = "input"
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error over positions, relative to the norm of what is expected at that position."""
-    if actual.shape != expected.shape:
-        return float("inf")
-    actual, expected = actual.double(), expected.double()
-    norm = expected.norm(dim=-1)
-    floor = norm.max().clamp(min=1e-30) * 1e-3
-    error = ((actual - expected).norm(dim=-1) / norm.clamp(min=float(floor))).max().item()
-    return error if error == error else float("inf")
 
 
 def solve_residual(

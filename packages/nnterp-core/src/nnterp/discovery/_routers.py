@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from nnterp.anatomy import Layer
-from nnterp.values._operations import Operations, record_operations, same
-from nnterp.values._places import Inside, Item, Place, ReadOnly, Site
-
-if TYPE_CHECKING:
-    from nnterp.values._probe import Probe, _Edges
+from nnterp.discovery._probe import Probe
+from nnterp.discovery._recording import Recording
+from nnterp.tensors import same
+from nnterp.traced import Inside, Item, Place, ReadOnly, Site
 
 NO_EXPERTS = "the layer has no mixture of experts"
 NO_LOGITS = "transformers records no router logits for this model"
@@ -21,7 +20,7 @@ USED = "its router has chosen by them when it returns them"
 
 
 def router_path(root: nn.Module, block: Layer) -> str | None:
-    """The router's module in one layer."""
+    """Path of the router's module in one layer; None if transformers records none."""
     found = _recorded(root, block)
     return None if found is None else found[0]
 
@@ -29,8 +28,8 @@ def router_path(root: nn.Module, block: Layer) -> str | None:
 class Routers:
     """The search, over the layers of one model."""
 
-    def __init__(self, probe: Probe, edges: _Edges, operations: Operations) -> None:
-        self.probe, self.edges, self.operations = probe, edges, operations
+    def __init__(self, probe: Probe, recording: Recording) -> None:
+        self.probe, self.recording = probe, recording
         self.deciding: dict[tuple[type, tuple[str, ...]], bool] = {}
 
     def of(self, block: Layer) -> tuple[Place | str, Place | str]:
@@ -41,7 +40,8 @@ class Routers:
         if found is None:
             return NO_LOGITS, NO_CHOICES
         path, index = found
-        output = self.edges.raw.get(path)
+        call = self.recording.call(path)
+        output = None if call is None else call.output
         if isinstance(output, torch.Tensor):
             return Site(path, "output"), NO_CHOICES
         if not isinstance(output, (tuple, list)):
@@ -59,15 +59,14 @@ class Routers:
         """The operation that makes the logits, once it is proven that what the router returns depends on it."""
         logits = output[index]
         rest = [o for i, o in enumerate(output) if i != index and isinstance(o, torch.Tensor)]
-        for operation in sorted(self.operations.of(path), key=lambda o: o.ended):
+        for operation in sorted(self.recording.operations_of(path), key=lambda o: o.ended):
             if operation.times > 1 or not same(operation.output, logits, self.probe.tolerance):
                 continue
             kind = (type(self.probe.module.get_submodule(path)), operation.labels)
             if kind not in self.deciding:
                 edits = {(path, operation.labels): _reversed}
-                with (after := self.probe.edges({path})):
-                    record_operations(self.probe.module, [path], self.probe.run, edits=edits, arguments=False)
-                now = after.raw.get(path) or ()
+                after = self.probe.record(modules=[path], operations=[path], edits=edits, arguments=False).call(path)
+                now = () if after is None else after.output or ()
                 others = [o for i, o in enumerate(now) if i != index and isinstance(o, torch.Tensor)]
                 self.deciding[kind] = any(
                     a.shape != b.shape or not torch.equal(a, b) for a, b in zip(rest, others, strict=True)

@@ -1,162 +1,95 @@
-"""The recurrent state of linear attention and state space layers: what such a layer hands to the cache.
+"""Find the recurrent state of linear attention and state space layers: what such a layer hands to the cache.
 
-It is found by the call with which a mixer keeps it: a method of transformers' cache that is neither of keys and values
-nor of a convolution's inputs. Where that is the cache's own recurrent state, it is read there when the mixer has ended,
-for many mixers change it in place at the tokens after the prompt; otherwise what the call is given is served. In models
-that keep it on the module itself, it is what is assigned there.
+It is found by the call with which a mixer stores it: a method of transformers' cache that is neither that of keys and
+values nor that of a convolution's inputs. Where the call stores the cache's own recurrent state, the state is read from
+the cache when the mixer has ended, because many mixers change it in place at the tokens after the prompt. Otherwise the
+value is what the call is given. In models that keep the state on the module itself, it is what is assigned there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-import torch
-from nnsight.intervention.interleaver import OutOfOrderError
 from torch import nn
 from transformers.cache_utils import Cache
 
-from nnterp.anatomy import Layer
-from nnterp.errors import Unavailable
-from nnterp.record import Record
-from nnterp.values._attention import returned, watched
-from nnterp.values._operations import Operation, record_operations, same, tensors
-from nnterp.values._places import Inside, Place
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
-    from nnterp.traced_transformer import TracedTransformer
+from nnterp.anatomy import Layer, Part
+from nnterp.discovery._probe import Probe
+from nnterp.discovery._quiet import held_tensors, quiet
+from nnterp.discovery._recording import Labels, Operation, SourceText
+from nnterp.discovery.attention import with_code
+from nnterp.huggingface import text_config
+from nnterp.tensors import same
+from nnterp.traced import CachedState, Inside, Place, State
 
 # The cache's methods for keys and values, for a convolution's inputs, and for the keys of an indexer.
 _OTHERS = ("update", "update_conv_state", "update_indexer")
 
+States = tuple[list[Place | str], dict[tuple[str, Labels], SourceText]]
 
-class State(Record):
-    """A state, which there is only in a run with a cache."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
-        """The state after the last position, as it is handed to the cache."""
+def find_states(probe: Probe) -> States:
+    """Per layer, where its state is served or why it is not; and the source of the functions that were looked into."""
+    module, layers = probe.module, probe.anatomy.blocks
+    if all(layer.mixer == layer.self_attn for layer in layers) and not _has_states(module):
+        return ["its mixer is softmax attention, whose state is its keys and values"] * len(layers), {}
+    probe.inputs["use_cache"] = True
+    paths = {layer.index: [p for part in _mixers(layer) for p in with_code(module, part)] for layer in layers}
+    every = list(dict.fromkeys(path for own in paths.values() for path in own))
+    with quiet(module):
+        before = {path: held_tensors(module.get_submodule(path)) for path in every}
         try:
-            return self.place.read(model, label)
-        except OutOfOrderError as error:
-            error.args = (f"states are kept in runs with a cache (use_cache=True) only. {error.args[0]}",)
-            raise
-
-    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
-        """Replace what the cache keeps: the next tokens go on from it."""
-        self.place.write(model, tensor, label)
-
-    def __str__(self) -> str:
-        return f"{self.place} (in runs with a cache)"
-
-
-class Kept(Record):
-    """A state in transformers' cache, as a module leaves it there: after the prompt, and after every token.
-
-    Attributes:
-        path: The module, which is handed the cache.
-        layer: The cache's number of its layer.
-    """
-
-    def __init__(self, path: str, layer: int) -> None:
-        self.path, self.layer = path, layer
-
-    def read(self, model: TracedTransformer, label: str) -> torch.Tensor:
-        """The cache's own tensor, once the module has ended; this invoke's rows of it."""
-        from nnsight.intervention.interleaver import Mediator
-
-        mediator, envoy = Mediator.current("a value"), model.envoy(self.path)
-        caches = mediator.__dict__.setdefault("_nnterp_caches", {})
-        if self.path not in caches:  # one run has one cache, and what the module was called with is passed only once
-            args, kwargs = envoy.inputs
-            caches[self.path] = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-        if caches[self.path] is None:
-            raise Unavailable(f"{label}: states are kept in runs with a cache only. Run it with use_cache=True.")
-        envoy.output  # noqa: B018  (the state is there when the module has ended)
-        state = caches[self.path].layers[self.layer].recurrent_states[0]
-        group, batcher = mediator.batch_group, model.interleaver.batcher
-        return state if group is None or batcher is None or not batcher.batching else state.narrow(0, *group)
-
-    def write(self, model: TracedTransformer, tensor: torch.Tensor, label: str) -> None:
-        """Replace what the cache keeps: the next tokens go on from it."""
-        with torch.no_grad():
-            self.read(model, label).copy_(tensor)
-
-    def __str__(self) -> str:
-        return f"the cache's recurrent state of layer {self.layer}, as {self.path} leaves it (in runs with a cache)"
-
-
-def find_states(model: StandardizedTransformer) -> list[Place | str]:
-    """Per layer, where its state is served, or why it is not."""
-    from nnterp.values._probe import Probe, held, probing
-    from nnterp.values._serve import findings
-
-    blocks = model.anatomy.blocks
-    if all(block.mixer == block.self_attn for block in blocks) and not _has_states(model._module):
-        return ["its mixer is softmax attention, whose state is its keys and values"] * len(blocks)
-    with probing(model) as device:
-        probe = Probe(model, device)
-        probe.inputs["use_cache"] = True
-        parts = {block.index: [p for p in (block.mixer, block.self_attn) if p is not None] for block in blocks}
-        paths = list(dict.fromkeys(p for each in parts.values() for part in each for p in watched(model._module, part)))
-        before = {path: held(model._module.get_submodule(path)) for path in paths}
-        try:
-            operations = record_operations(model._module, paths, probe.run)
+            recording = probe.record(operations=every)
         except Exception as error:  # a model that does not run with a cache keeps no state
-            return [f"the model does not run with a cache ({type(error).__name__}: {error})"] * len(blocks)
+            return [f"the model does not run with a cache ({type(error).__name__}: {error})"] * len(layers), {}
         found: list[Place | str] = []
-        for block in blocks:
-            mine = [
-                o for part in parts[block.index] for path in watched(model._module, part) for o in operations.of(path)
-            ]
-            place = next(_handed_on(mine), None) or next(_assigned(model._module, mine, before), None)
-            found.append(place if place is not None else _reason(block, mine))
-        for key, text in operations.texts.items():
-            findings(model).texts.setdefault(key, text)
-    return found
+        for layer in layers:
+            operations = [o for path in paths[layer.index] for o in recording.operations_of(path)]
+            place = next(_handed_on(operations), None) or next(_assigned(module, operations, before), None)
+            found.append(place if place is not None else _reason(layer, operations))
+    return found, recording.texts
+
+
+def _mixers(layer: Layer) -> list[Part]:
+    return [part for part in (layer.mixer, layer.self_attn) if part is not None]
 
 
 def _has_states(module: nn.Module) -> bool:
     """Whether attention layers keep more than keys and values."""
     config = getattr(module, "config", None)
-    kinds = getattr(config.get_text_config() if config is not None else None, "layer_types", None) or ()
+    kinds = (getattr(text_config(config), "layer_types", None) if config is not None else None) or ()
     return any(kind not in ("full_attention", "sliding_attention", "chunked_attention") for kind in kinds)
 
 
 def _handed_on(operations: list[Operation]) -> Iterator[Place]:
-    """What is handed to the cache; transformers' own is read itself, for it may be changed in place later on."""
+    """What is handed to the cache. transformers' own recurrent state is read in the cache: it may change in place."""
     for operation in operations:
         owner = getattr(operation.function, "__self__", None)
         if not isinstance(owner, Cache) or operation.called in _OTHERS or operation.times > 1:
             continue
         number = operation.kwargs.get("layer_idx", operation.args[1] if len(operation.args) > 1 else None)
         if operation.called == "update_recurrent_state" and isinstance(number, int):
-            yield Kept(operation.path, number)
-        for key, tensor in tensors(operation):
+            yield CachedState(operation.path, number)
+        for key, tensor in operation.tensors_in():
             if tensor.is_floating_point() and tensor.dim() >= 2:
                 yield State(Inside(operation.path, operation.labels, "input", key))
 
 
 def _assigned(
-    root: nn.Module, operations: list[Operation], before: dict[str, dict[str, torch.Tensor]]
+    root: nn.Module, operations: list[Operation], before: dict[str, dict]
 ) -> Iterator[Place]:
     """What an operation returned and its module has kept (RecurrentGemma)."""
-    from nnterp.values._probe import held
-
     for operation in operations:
-        for name, state in held(root.get_submodule(operation.path)).items():
+        for name, state in held_tensors(root.get_submodule(operation.path)).items():
             if state is before[operation.path].get(name) or "conv" in name or operation.function is None:
                 continue
-            for key, tensor in returned(operation):
+            for key, tensor in operation.tensors_out():
                 if same(tensor, state, 0.0):
                     yield State(Inside(operation.path, operation.labels, "output", key))
 
 
-def _reason(block: Layer, operations: list[Operation]) -> str:
-    if block.mixer is None:
+def _reason(layer: Layer, operations: list[Operation]) -> str:
+    if layer.mixer is None:
         return "the layer has no mixer"
     if any(isinstance(getattr(o.function, "__self__", None), Cache) and o.called == "update" for o in operations):
         return "its mixer is softmax attention, whose state is its keys and values"

@@ -1,18 +1,18 @@
-"""Everything readable or writable in a forward pass: one row each, served by name."""
+"""Where every value of the table is served in one model, in which order, and what it is called elsewhere."""
 
-from nnterp.values._accessors import LayerAccessor, ModuleListAccessor, layer_index, read_value, write_value
+from nnterp.table import VALUES, Label, Value, get_label, get_value
+from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, layer_index, read_value, write_value
 from nnterp.values._aliases import canonical
-from nnterp.values._explain import Support, explain, support
-from nnterp.values._label import Label
-from nnterp.values._mid import prepare
-from nnterp.values._order import reads, when
-from nnterp.values._places import Site, Sum
-from nnterp.values._probabilities import AttentionProbabilitiesAccessor
-from nnterp.values._table import VALUES, Value, get_label, get_value
+from nnterp.values._directory import directory_of
+from nnterp.values._explain import Support, explain, source_of, support
+from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
+from nnterp.values._read_order import Combine, gradient_reads, reads, when
 
 __all__ = [
+    "FINDERS",
     "VALUES",
-    "AttentionProbabilitiesAccessor",
+    "Combine",
+    "Known",
     "Label",
     "LayerAccessor",
     "ModuleListAccessor",
@@ -21,13 +21,18 @@ __all__ = [
     "Support",
     "Value",
     "canonical",
+    "directory_of",
     "explain",
+    "find_place",
     "get_label",
     "get_value",
+    "gradient_reads",
     "layer_index",
-    "prepare",
+    "leaves_inside",
     "read_value",
     "reads",
+    "site_of",
+    "source_of",
     "support",
     "when",
     "write_value",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nnterp.values._table import VALUES, Value, get_value
+from nnterp.table import VALUES, Value, get_value
 
 
 def canonical(name: str) -> tuple[Value, int | None]:

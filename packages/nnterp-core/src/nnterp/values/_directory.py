@@ -1,35 +1,55 @@
-def directory_of(model: StandardizedTransformer) -> Directory:
-    """Look everything up, as a request needs it that is answered where nothing can be looked up."""
-    from nnterp.values._table import VALUES
+"""Look up where every value of a model is served, for a request to a worker that cannot look anything up."""
 
-    entries = {}
-    for value in VALUES.values():
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from nnterp.errors import Unavailable
+from nnterp.record import relocated
+from nnterp.table import VALUES
+from nnterp.traced import LAYER, Directory
+from nnterp.values._lookup import Known
+
+Index = int | tuple[int, int]
+Entry = tuple[Any, str, tuple[Any, ...] | None]
+
+
+def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Directory:
+    """The directory that travels with a model.
+
+    Args:
+        model: The model.
+        module_path: (role, layer) → native path of the module that plays the role; raises `Unavailable` for none.
+    """
+    anatomy = model.facts.anatomy
+    paths = model.facts.readout.layer_paths
+    layers = range(anatomy.num_layers)
+    several = [(layer.index, i) for layer in anatomy.blocks for i in range(len(layer.attentions))]
+    entries: dict[str, list[Entry]] = {}
+    for name, value in VALUES.items():
         if value.per_layer:
-            several = [(b.index, i) for b in model.anatomy.blocks for i in range(len(b.attentions))]
-            at = [*range(model.num_layers), *(several if value.role == "self_attn" else ())]
-            entries[value.name] = _per_layer(model, lambda layer, name=value.name: model.place(name, layer), at)
+            at = [*layers, *(several if value.role == "self_attn" else ())]
+            entries[name] = _per_layer(paths, lambda layer, name=name: model.place(name, layer), at)
         else:
-            found, reason = _or_reason(lambda name=value.name: model.place(name))
-            entries[value.name] = [(found, reason, None)]
+            entries[name] = [(*_found_or_reason(lambda name=name: model.place(name)), None)]
     for role in ("self_attn", "mixer", "mlp"):
-        layers = range(model.num_layers)
-        entries[role] = _per_layer(model, lambda layer, role=role: model.module_path(role, layer), layers)
+        entries[role] = _per_layer(paths, lambda layer, role=role: module_path(role, layer), layers)
     return Directory(entries)
 
 
-def _per_layer(
-    model: StandardizedTransformer, look_up: Any, at: Iterable[int | tuple[int, int]]
-) -> list[tuple[Any, str, tuple[Any, ...] | None]]:
-    groups: dict[tuple[Any, str], list[Any]] = {}
+def _per_layer(paths: tuple[str, ...], look_up: Callable[[Any], Any], at: Iterable[Index]) -> list[Entry]:
+    """One entry for all layers that have the same place, or the same reason, up to the layer's own path."""
+    groups: dict[tuple[Any, str], list[Index]] = {}
     for layer in at:
-        path = model.layer_paths[layer[0] if isinstance(layer, tuple) else layer]
-        found, reason = _or_reason(lambda layer=layer: look_up(layer))
-        reason = reason.replace(f"Layer {layer} of", "A layer of").replace(path, _LAYER)
-        groups.setdefault((relocated(found, path, _LAYER), reason), []).append(layer)
+        path = paths[layer[0] if isinstance(layer, tuple) else layer]
+        found, reason = _found_or_reason(lambda layer=layer: look_up(layer))
+        reason = reason.replace(f"Layer {layer} of", "A layer of").replace(path, LAYER)
+        groups.setdefault((relocated(found, path, LAYER), reason), []).append(layer)
     return [(found, reason, tuple(layers)) for (found, reason), layers in groups.items()]
 
 
-def _or_reason(look_up: Any) -> tuple[Any, str]:
+def _found_or_reason(look_up: Callable[[], Any]) -> tuple[Any, str]:
     try:
         return look_up(), ""
     except Unavailable as error:

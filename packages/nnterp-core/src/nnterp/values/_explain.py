@@ -5,16 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nnterp.errors import Unavailable
-from nnterp.values._places import Declared, Everywhere, Inside, Item, Place, ReadOnly, Site, Sum, ThroughOut, View
-from nnterp.values._states import Kept, State
-from nnterp.values._table import VALUES, Value
+from nnterp.table import VALUES, Value
+from nnterp.traced import (
+    CachedState,
+    Declared,
+    Everywhere,
+    Inside,
+    Item,
+    Place,
+    ReadOnly,
+    Site,
+    State,
+    Sum,
+    ThroughOut,
+    View,
+)
+from nnterp.values._lookup import Known
 from nnterp.wording import ranges
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
 
 
 @dataclass(frozen=True)
@@ -57,28 +66,29 @@ class Support:
         )
 
 
-def support(model: StandardizedTransformer) -> Support:
+def support(model: Known) -> Support:
     """See `StandardizedTransformer.support`."""
     layers: dict[str, tuple[int, ...]] = {}
     reasons: dict[str, dict[int, str]] = {}
+    anatomy = model.facts.anatomy
     for name, value in VALUES.items():
         have, why = [], {}
-        for layer in range(model.num_layers) if value.per_layer else [-1]:
+        for layer in range(anatomy.num_layers) if value.per_layer else [-1]:
             try:
-                value.place(model, layer if value.per_layer else None)
+                model.place(name, layer if value.per_layer else None)
                 have.append(layer)
             except Unavailable as error:
                 why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
         layers[name], reasons[name] = tuple(have), why
-    return Support(model.anatomy.model_class, layers, reasons)
+    return Support(anatomy.model_class, layers, reasons)
 
 
-def explain(model: StandardizedTransformer, value: Value, layer: int | tuple[int, int] | None) -> str:
+def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> str:
     """See `StandardizedTransformer.explain`."""
     index: int | tuple[int, int] | None = None
     if value.per_layer:
-        index = layer if isinstance(layer, tuple) else (layer or 0) % model.num_layers
-    place = value.place(model, index)
+        index = layer if isinstance(layer, tuple) else (layer or 0) % model.facts.anatomy.num_layers
+    place = model.place(value.name, index)
     shape = value.shape
     at = "" if index is None else f"[{', '.join(map(str, index if isinstance(index, tuple) else (index,)))}]"
     lines = [f"{value.name}{at}: {value.description}", f"  shape  {shape}"]
@@ -92,7 +102,7 @@ def explain(model: StandardizedTransformer, value: Value, layer: int | tuple[int
     return "\n".join([*lines, source] if source else lines)
 
 
-def source_of(model: StandardizedTransformer, place: Place) -> str:
+def source_of(model: Known, place: Place) -> str:
     """The source lines at which a place is: the operation's own, or where its module is called from."""
     if isinstance(place, (View, ReadOnly, State)):
         return source_of(model, place.place)
@@ -106,14 +116,14 @@ def source_of(model: StandardizedTransformer, place: Place) -> str:
         return _module_line(model, place.path)
     if isinstance(place, Declared):
         return str(place.source)
-    if isinstance(place, Kept):
+    if isinstance(place, CachedState):
         return _module_line(model, place.path)
     if isinstance(place, Inside):
         return _operation_lines(model, place)
     return ""
 
 
-def _module_line(model: StandardizedTransformer, path: str) -> str:
+def _module_line(model: Known, path: str) -> str:
     module = model._module.get_submodule(path)
     try:
         file, line = inspect.getsourcefile(type(module)), inspect.getsourcelines(type(module))[1]
@@ -122,16 +132,14 @@ def _module_line(model: StandardizedTransformer, path: str) -> str:
     return f"  {path}: {type(module).__name__}, {file}:{line}"
 
 
-def _operation_lines(model: StandardizedTransformer, place: Inside, around: int = 3) -> str:
+def _operation_lines(model: Known, place: Inside, around: int = 3) -> str:
     """A window of the function in which the operation stands, its line marked."""
-    from nnterp.values._serve import findings
-
-    found = findings(model).texts.get((place.path, place.labels[:-1]))
+    key = (place.path, place.labels[:-1])
+    found = model.facts.inside.texts.get(key) or model.facts.states[1].get(key)
     if found is None:
         return f"  {place}"
-    where, text, numbers, start = found
-    at = numbers[place.labels[-1]] - 1
-    lines = text.split("\n")
+    at = found.lines[place.labels[-1]] - 1
+    lines = found.text.split("\n")
     shown = range(max(0, at - around), min(len(lines), at + around + 1))
-    window = [f"  {'-->' if i == at else '   '} {start + i:5d}  {lines[i]}" for i in shown]
-    return "\n".join([f"  {where}", *window])
+    window = [f"  {'-->' if i == at else '   '} {found.start + i:5d}  {lines[i]}" for i in shown]
+    return "\n".join([f"  {found.file}", *window])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnterp.values._table import VALUES, Value
+from nnterp.table import VALUES, Value
 
 _HEAD = """# Values
 

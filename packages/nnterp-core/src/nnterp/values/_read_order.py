@@ -1,37 +1,32 @@
-"""In which order values are passed in a forward, so that they can be asked for in any."""
+"""In which order a forward pass computes values, so that library functions can take them in any order."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 
 from nnterp.errors import Unavailable
-from nnterp.values._places import (
-    Declared,
-    Everywhere,
-    Inside,
-    Item,
-    Place,
-    ReadOnly,
-    Site,
-    Sum,
-    ThroughOut,
-    View,
-    added,
-)
-from nnterp.values._serve import findings
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+from nnterp.traced import Declared, Everywhere, Inside, Item, Place, ReadOnly, Running, Site, Sum, ThroughOut, View, added
+from nnterp.values._lookup import Known
 
 Combine = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
-def reads(model: StandardizedTransformer, place: Place) -> tuple[list[Place], Combine]:
-    """The tensors of the model that a value is made of, and how: a sum's terms are passed at different times."""
+def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
+    """Split a place into the tensors to read and a function that combines them.
+
+    A sum's terms are computed at different times, so a block that reads values in any order reads them one by one.
+
+    Args:
+        model: The model.
+        place: Where a value is served.
+
+    Returns:
+        Places whose tensors are the model's own, and the function from these tensors to the value.
+    """
     if isinstance(place, View):
         inner, combine = reads(model, place.place)
         return inner, lambda given: place.layout.show(combine(given))
@@ -41,21 +36,21 @@ def reads(model: StandardizedTransformer, place: Place) -> tuple[list[Place], Co
         return reads(model, place.place)
     if isinstance(place, ThroughOut):
         inner, combine = reads(model, place.heads)
-        return inner, lambda given: place.through(model, combine(given))
+        return inner, lambda given: place.through(cast(Running, model), combine(given))
     if isinstance(place, Sum):
         sites: list[Place] = [Site(path, "output") for path, _ in place.terms]
         return sites, place.total
     return [place], lambda given: given[0]
 
 
-def when(model: StandardizedTransformer, place: Place) -> float:
-    """When a place is passed, in ticks of the probe.
+def when(model: Known, place: Place) -> float:
+    """When a forward pass reaches a place, on the clock of the probe.
 
     Raises:
-        KeyError: The probe never passed it.
+        KeyError: The probe never reached it.
     """
-    ticks = findings(model).ticks
-    if isinstance(place, Site) and place.path == model.anatomy.ln_final:
+    ticks = model.facts.inside.ticks
+    if isinstance(place, Site) and place.path == model.facts.anatomy.ln_final:
         return math.inf  # after the last layer, with which the probe ends
     if isinstance(place, Site):
         return ticks[place.path, (), place.side]
@@ -64,12 +59,12 @@ def when(model: StandardizedTransformer, place: Place) -> float:
     if isinstance(place, Inside):
         return ticks[place.path, place.labels, place.side]
     if isinstance(place, Declared):
-        part = model.anatomy.part("self_attn", place.layer)
+        part = model.facts.anatomy.part("self_attn", place.layer)
         return ticks[part.entry, (), "output"] - 0.5
     raise TypeError(f"{type(place).__name__} is made of other places; ask for those.")
 
 
-def gradient_reads(model: StandardizedTransformer, place: Place, label: str) -> tuple[list[Place], Combine]:
+def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place], Combine]:
     """The tensors whose gradients make the gradient with respect to a value, and how.
 
     A view takes the gradient of what it is a view of; a value computed several times over, the sum; a multiple that is
@@ -86,8 +81,8 @@ def gradient_reads(model: StandardizedTransformer, place: Place, label: str) -> 
         pieces = [gradient_reads(model, p, label) for p in place.places]
         return [p[0][0] for p in pieces], lambda given: added([f([g]) for g, (_, f) in zip(given, pieces, strict=True)])
     if isinstance(place, ThroughOut):
-        inside = findings(model).attention
-        heads = next(a.out_heads for a in inside if a is not None and a.out == place.path)
+        attentions = model.facts.inside.attention
+        heads = next(a.out_heads for a in attentions if a is not None and a.out == place.path)
         assert heads is not None
         return [Site(place.path, "output")], lambda given: given[0].unsqueeze(2).expand(-1, -1, heads, -1)
     if isinstance(place, Sum):
@@ -97,6 +92,6 @@ def gradient_reads(model: StandardizedTransformer, place: Place, label: str) -> 
         ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
     if isinstance(place, ReadOnly):
         raise Unavailable(
-            f"There is no gradient with respect to {label} in {model.anatomy.model_class}: {place.reason}."
+            f"There is no gradient with respect to {label} in {model.facts.anatomy.model_class}: {place.reason}."
         )
     return [place], lambda given: given[0]

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from nnterp.anatomy import Layer, Part
-from nnterp.values._layouts import PARTS, Layout
-from nnterp.values._operations import Operation, Operations, same, tensors
-from nnterp.values._places import Everywhere, Inside, Place, Site, over
-
-PROBE_ROWS = 2
-PROBE_LENGTH = 11  # a prime: no product of heads and widths is mistaken for it
+from nnterp.anatomy import Part
+from nnterp.discovery._probe import LENGTH as PROBE_LENGTH
+from nnterp.discovery._probe import ROWS as PROBE_ROWS
+from nnterp.discovery._recording import Operation, Recording
+from nnterp.tensors import same
+from nnterp.traced import PARTS, Everywhere, Inside, Layout, Place, Site, over
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Attention:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def watched(root: nn.Module, part: Part) -> list[str]:
+def with_code(root: nn.Module, part: Part) -> list[str]:
     """The modules of an attention that have code of their own: neither torch's nor a norm."""
     top = part.path or part.entry
     paths = []
@@ -64,10 +63,9 @@ def watched(root: nn.Module, part: Part) -> list[str]:
 
 
 def find_attention(
-    layer: Layer,
     paths: list[str],
-    current: Operations,
-    eager: Operations | None,
+    current: Recording,
+    eager: Recording,
     out: tuple[str, torch.Tensor] | None,
     heads: int | None,
     tolerance: float,
@@ -75,15 +73,14 @@ def find_attention(
     """Find one layer's attention in what was recorded.
 
     Args:
-        layer: The layer.
-        paths: The modules of its attention that were watched.
+        paths: The modules of its attention that have code of their own.
         current: Their operations as the model computes attention.
-        eager: The same computed eagerly; None if the model cannot.
+        eager: The same computed eagerly, or `current` again for a model that cannot.
         out: Path of the projection that ends attention and what it was given, if one does.
         heads: The config's number of heads.
         tolerance: The largest relative error that counts as equal.
     """
-    return _Search(layer, paths, current, eager or current, out, heads, tolerance).attention()
+    return _Search(paths, current, eager, out, heads, tolerance).attention()
 
 
 def split_heads(place: Place, heads: int, grouped: bool = False) -> Place:
@@ -102,17 +99,16 @@ class _Candidate:
 
 
 class _Search:
-    def __init__(self, layer, paths, current, eager, out, heads, tolerance) -> None:
-        self.layer: Layer = layer
-        self.current: Operations = current
-        self.eager: Operations = eager
+    def __init__(self, paths, current, eager, out, heads, tolerance) -> None:
+        self.current: Recording = current
+        self.eager: Recording = eager
         self.out: tuple[str, torch.Tensor] | None = out
         self.tolerance: float = tolerance
         self.found = Attention(heads=heads, out=out[0] if out else None)
         self.product: torch.Tensor | None = None  # probabilities times values, [batch, query, heads, dim]
-        self.operations = [o for p in paths for o in eager.of(p)]
+        self.operations = [o for p in paths for o in eager.operations_of(p)]
         self.operations.sort(key=lambda o: o.began)
-        self.known = {(o.path, o.labels): o for p in paths for o in current.of(p)}
+        self.known = {(o.path, o.labels): o for p in paths for o in current.operations_of(p)}
 
     def attention(self) -> Attention:
         softmaxes = self.softmaxes()
@@ -215,7 +211,7 @@ class _Search:
             (
                 o.began
                 for o in self.frame(softmax)
-                if o.began > softmax.ended and o.called in _PRODUCTS and any(holds(t) for _, t in tensors(o))
+                if o.began > softmax.ended and o.called in _PRODUCTS and any(holds(t) for _, t in o.tensors_in())
             ),
             default=math.inf,
         )
@@ -233,7 +229,7 @@ class _Search:
 
     def scores(self, softmax: Operation, keys: int) -> Place | None:
         """What the softmax is given, without the column of a sink."""
-        given = next(((k, t) for k, t in tensors(softmax) if self.is_pattern(t)), None)
+        given = next(((k, t) for k, t in softmax.tensors_in() if self.is_pattern(t)), None)
         pattern = None if given is None else self.by_head(given[1])
         heads = self.found.heads or 1
         if given is not None and pattern is not None and pattern.shape[-1] == keys:
@@ -286,7 +282,7 @@ class _Search:
             if operation.function is not None and operation.called in _PRODUCTS:
                 yield from self.arguments(operation)
         for operation in sorted(near, key=lambda o: -o.ended):
-            for key, tensor in returned(operation):
+            for key, tensor in operation.tensors_out():
                 if tensor.is_floating_point() and tensor.dim() >= 3:
                     yield _Candidate(
                         Inside(operation.path, operation.labels, "output", key),
@@ -297,15 +293,15 @@ class _Search:
 
     def arguments(self, operation: Operation) -> Iterator[_Candidate]:
         twin = self.known.get((operation.path, operation.labels))
-        theirs = dict(tensors(twin)) if twin is not None else {}
-        for key, tensor in tensors(operation):
+        theirs = dict(twin.tensors_in()) if twin is not None else {}
+        for key, tensor in operation.tensors_in():
             if tensor.is_floating_point() and tensor.dim() >= 3:
                 place = Inside(operation.path, operation.labels, "input", key)
                 yield _Candidate(place, tensor, operation.began, self.alike(tensor, theirs.get(key)))
 
     def returned_in_both(self, operation: Operation, key: int | None, tensor: torch.Tensor) -> bool:
         twin = self.known.get((operation.path, operation.labels))
-        return twin is not None and self.alike(tensor, dict(returned(twin)).get(key))
+        return twin is not None and self.alike(tensor, dict(twin.tensors_out()).get(key))
 
     def alike(self, mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
         return theirs is not None and same(mine, theirs, max(self.tolerance * 100, 1e-3))
@@ -386,7 +382,7 @@ class _Search:
             for place in self.in_every_call(candidate.place, softmaxes)
             for operation in self.operations
             if (operation.path, operation.labels) == (place.path, place.labels)
-            for key, tensor in tensors(operation)
+            for key, tensor in operation.tensors_in()
             if key == place.key
         ]
         for operation in sorted(self.operations, key=lambda o: -o.began):
@@ -443,7 +439,7 @@ class _Search:
             and self.by_head(o.output).shape[1:] in ((heads, queries, keys), (heads, queries, keys + 1))
         ]
         scores = [s[..., :keys] for s in scores]
-        scores += [self.by_head(t).double()[..., :keys] for _, t in tensors(softmax) if self.is_pattern(t)]
+        scores += [self.by_head(t).double()[..., :keys] for _, t in softmax.tensors_in() if self.is_pattern(t)]
         options = list(self.entering(softmax))
         best: tuple | None = None
         for q in options:
@@ -535,7 +531,7 @@ class _Search:
             return None
         tolerance = max(self.tolerance * 10, 1e-4)
         for operation in sorted(self.operations, key=lambda o: -o.ended):
-            for key, tensor in returned(operation) if operation.times == 1 else ():
+            for key, tensor in operation.tensors_out() if operation.times == 1 else ():
                 if not tensor.is_floating_point() or not self.returned_in_both(operation, key, tensor):
                     continue
                 for layout, shown in self.layouts(tensor, self.product.shape[1]):
@@ -544,85 +540,4 @@ class _Search:
         return None
 
 
-def returned(operation: Operation) -> Iterator[tuple[int | None, torch.Tensor]]:
-    """The tensors an operation returned: one, or the entries of a tuple."""
-    if isinstance(operation.output, torch.Tensor):
-        yield None, operation.output
-    elif isinstance(operation.output, (tuple, list)):
-        for i, item in enumerate(operation.output):
-            if isinstance(item, torch.Tensor):
-                yield i, item
-
-
-def without_first_head(output: torch.Tensor) -> torch.Tensor:
-    """Probabilities with those of head 0 at zero; `[rows, heads, query, key]` or with rows and heads in one axis."""
-    output = output.clone()
-    if output.dim() == 4:
-        output[:, 0] = 0
-    else:
-        output[:: output.shape[0] // PROBE_ROWS] = 0
-    return output
-
-
-def heads_of(before: torch.Tensor, after: torch.Tensor, heads: int, width_of_head: int | None) -> int | None:
-    """Into how many blocks W_O's input divides, one per head, told by what head 0 alone moves.
-
-    Pairs of heads may share a block (DiffLlama subtracts one from the other), and a norm over all heads may rescale the
-    other blocks together (BitNet). None if the heads are mixed before W_O.
-
-    Args:
-        before: W_O's input, `[rows, seq, width]`.
-        after: The same with the probabilities of head 0 at zero.
-        heads: Heads of the probabilities.
-        width_of_head: What a head hands to W_O is this wide, where it is known.
-    """
-    width = before.shape[-1]
-    for count in (heads, heads // 2):
-        if count < 2 or width % count:
-            continue
-        own = width // count
-        if width_of_head is not None and own != width_of_head:
-            continue
-        moved = (after - before)[..., :own].abs().max()
-        x, y = before[..., own:].double(), after[..., own:].double()
-        factor = (x * y).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True).clamp(min=1e-30)
-        if moved > 1e-4 * before.abs().max() and same(y, x * factor, 1e-4):
-            return count
-    return None
-
-
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
-
-
-def ends_in(
-    candidates: list[tuple[str, torch.Tensor, torch.Tensor]],
-    result: torch.Tensor,
-    given: list[torch.Tensor],
-    tolerance: float,
-    multiples: bool = False,
-) -> tuple[str, torch.Tensor] | None:
-    """The projection that ends a part, and what it was given.
-
-    It is the last linear module that ran, if what it returned is what the part returns, as it is or (BLOOM, whose parts
-    add the residual themselves) added to something the part was given.
-
-    Args:
-        candidates: (path, input, output) of the part's linear modules, in the order they ran.
-        result: What the part returns.
-        given: What it was called with.
-        tolerance: The largest relative error that counts as equal.
-        multiples: Whether what it returned may be multiplied by one number first (Falcon-H1).
-    """
-    for path, entering, made in reversed(candidates):
-        if made.numel() != result.numel():
-            continue
-        made = made.reshape(result.shape)
-        if same(made, result, tolerance):
-            return path, entering
-        if any(same(made + residual, result, tolerance) for residual in given if residual.shape == made.shape):
-            return path, entering
-        if multiples:
-            factor = (made.double() * result).sum() / made.double().square().sum().clamp(min=1e-30)
-            if factor.abs() > 1e-6 and same(made.double() * factor, result.double(), tolerance):
-                return path, entering
-    return None

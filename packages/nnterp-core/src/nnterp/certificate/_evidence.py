@@ -1,0 +1,231 @@
+"""What all claims look at: one recorded forward pass of the plain module; and how a claim states its outcome."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnterp.anatomy import Anatomy, Layer
+from nnterp.certificate._certificate import Line
+from nnterp.discovery import Call, Recording, probe_ids, quiet, record, rounding_of, static_experts
+from nnterp.facts import Facts
+from nnterp.huggingface import uncached
+from nnterp.named_transformer import NamedTransformer
+from nnterp.tensors import relative_error
+
+LENGTH, PADS = 10, 4  # longer than the windows of tiny models, so that the windows act
+LENGTH_LARGE, PADS_LARGE = 7, 2  # for models where tokens are what the certificate costs
+LARGE = 3_000_000  # parameters from which a forward pass costs more than the bookkeeping around it
+
+REMEDY_LAYERS = "RenameConfig(layers_name=...) must name the whole list of the decoder's layers"
+REMEDY_PARTS = "name the parts with RenameConfig(attn_name=, mlp_name=)"
+REMEDY_ENDS = "name the norm and the head with RenameConfig(ln_final_name=, lm_head_name=)"
+REMEDY_ALL = "name the parts with RenameConfig(layers_name=, attn_name=, mlp_name=, ln_final_name=, lm_head_name=)"
+
+Claimed = tuple[Line, Facts]  # what a claim returns: its line, and the facts with what it learnt
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A recorded forward pass of the plain module, and what is needed for more of them.
+
+    The recording is made with plain torch hooks, without nnsight's tracing and without nnterp's places, so that it is
+    independent of what it proves.
+
+    Attributes:
+        model: The model. Only claims about nnterp itself run it through nnsight.
+        module: The plain HuggingFace module.
+        ids: The probe, `[1, tokens]`.
+        recording: The forward pass on it.
+        tolerance: The largest relative error that counts as equal, for the dtype the model computes in.
+        large: Whether a forward pass costs more than the bookkeeping around it.
+    """
+
+    model: NamedTransformer
+    module: nn.Module
+    ids: torch.Tensor
+    recording: Recording
+    tolerance: float
+    large: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the probe."""
+        return self.ids.shape[1]
+
+    @property
+    def pads(self) -> int:
+        """How much longer than the probe a padded row is made."""
+        return PADS_LARGE if self.large else PADS
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether the tensors of the recording have no numbers."""
+        return self.recording.result.logits.device.type == "meta"
+
+    def probe_ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        """Random token ids that are no special tokens, `[rows, length]`."""
+        return ordinary_ids(self.model, rows, length, seed)
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        """What the plain module returns, run without a cache."""
+        return self.module(input_ids=ids, **uncached(self.module))
+
+    # -- calls of the anatomy's modules ------------------------------------------------------------------------------
+
+    def ran(self, anatomy: Anatomy) -> list[Layer]:
+        """Layers that ran on the text probe. Cross-attention layers of a multimodal model run only with an image."""
+        return [b for b in anatomy.blocks if self.recording.calls.get(b.path) or b.kind != "cross_attention"]
+
+    def idle(self, anatomy: Anatomy) -> list[int]:
+        """Indices of the layers that did not run."""
+        ran = {layer.index for layer in self.ran(anatomy)}
+        return [layer.index for layer in anatomy.blocks if layer.index not in ran]
+
+    def call_in_layer(self, anatomy: Anatomy, path: str, layer: int) -> Call | None:
+        """The call of a module while one layer ran; a module that several layers share runs in each of them."""
+        outer = self.recording.call(anatomy.blocks[layer].path)
+        if outer is None or path == anatomy.blocks[layer].path:
+            return outer
+        return self.recording.within(path, outer)
+
+    def norms(self) -> Iterator[str]:
+        """Paths of the norms that were recorded."""
+        for path in self.recording.calls:
+            if "norm" in type(self.module.get_submodule(path)).__name__.lower():
+                yield path
+
+    def last_call(self, path: str | None) -> Call | None:
+        """The last call of a module; None if there is no such module or it did not run."""
+        return None if path is None else self.recording.last_call(path)
+
+    # -- the stream's layout -----------------------------------------------------------------------------------------
+
+    def is_stored(self, facts: Facts, tensor: torch.Tensor) -> bool:
+        """Whether a tensor recorded for the probe is stored in the stream's own layout."""
+        return facts.readout.layout.is_stored(tensor.shape, 1, self.length)
+
+    def own_positions(self, facts: Facts, stream: torch.Tensor) -> torch.Tensor:
+        """A stream as it is shown, without the positions that the model puts in front of the tokens."""
+        layout = facts.readout.layout
+        if layout.extra:
+            return stream[:, layout.extra :]
+        return layout.shown(stream) if self.is_stored(facts, stream) else stream
+
+    def main_stream(self, facts: Facts, stream: torch.Tensor) -> torch.Tensor:
+        """Of several streams stored one after the other, the first, which is HuggingFace's."""
+        stream = self.own_positions(facts, stream)
+        return stream[:, :, 0] if facts.readout.layout.streams > 1 else stream
+
+    def batch_first(self, facts: Facts, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor recorded for the probe with the batch in front."""
+        turned = facts.readout.layout.sequence_first and self.is_stored(facts, tensor)
+        return tensor.transpose(0, 1) if turned else tensor
+
+
+def gather(model: NamedTransformer, large: bool) -> Evidence:
+    """Record one forward pass of a model with weights, with HuggingFace's own hidden states if it returns them."""
+    ids = ordinary_ids(model, 1, LENGTH_LARGE if large else LENGTH)
+    inputs = {"input_ids": ids, **uncached(model._module)}
+    modules = sorted(_watched(model._module, model.anatomy))
+    try:
+        recording = record(
+            model._module, lambda: model._module(**inputs, output_hidden_states=True), modules=modules
+        )
+    except Exception:
+        recording = record(model._module, lambda: model._module(**inputs), modules=modules)
+    return _evidence(model, ids, recording, large)
+
+
+def gather_shapes(model: NamedTransformer, large: bool) -> Evidence:
+    """Record one forward pass on fake tensors, which have shapes and no numbers."""
+    module = model._module
+    with quiet(module), static_experts(module), FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros((1, LENGTH_LARGE if large else LENGTH), dtype=torch.long, device="meta")
+        inputs = {"input_ids": ids, **uncached(module)}
+        recording = record(module, lambda: module(**inputs), modules=sorted(_watched(module, model.anatomy)))
+    return _evidence(model, ids, recording, large)
+
+
+def _evidence(model: NamedTransformer, ids: torch.Tensor, recording: Recording, large: bool) -> Evidence:
+    return Evidence(model, model._module, ids, recording, max(1e-5, 4 * rounding_of(model._module)), large)
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether a forward pass of the model costs more than the bookkeeping around it."""
+    return sum(parameter.numel() for parameter in module.parameters()) > LARGE
+
+
+def ordinary_ids(model: NamedTransformer, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, `[rows, length]`, that neither the config nor the tokenizer calls special."""
+    special = [int(i) for i in getattr(model.tokenizer, "all_special_ids", ()) if i is not None]
+    return probe_ids(model._module, model.anatomy.sizes.vocab_size, rows, length, seed, special)
+
+
+_IN_A_LIST = re.compile(r"\.\d+(\.|$)")  # entries of lists inside a layer: experts, of which there may be hundreds
+_TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)")
+
+
+def _watched(module: nn.Module, anatomy: Anatomy) -> set[str]:
+    """The model's parts, each layer's modules down to three levels, and the few modules outside of the layers."""
+    paths = {p for p in (anatomy.embed_tokens, anatomy.ln_final, anatomy.lm_head) if p is not None}
+    for block in anatomy.blocks:
+        paths.add(block.path)
+        for part in (block.mixer, block.self_attn, block.mlp):
+            if part is not None:
+                paths |= {part.entry, part.exit}
+        for name, child in module.get_submodule(block.path).named_modules():
+            if name and name.count(".") < 3 and not isinstance(child, nn.ModuleList) and not _IN_A_LIST.search(name):
+                paths.add(f"{block.path}.{name}")
+    return paths | set(_outside(module, anatomy))
+
+
+def _outside(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:
+    """Modules outside of the layers that hold no others; beside several stacks, those that hold others too."""
+    layers = tuple(f"{block.path}." for block in anatomy.blocks)
+    owner = anatomy.layers.rpartition(".")[0]
+    for path, child in module.named_modules():
+        leaf = not any(child.children()) or (bool(anatomy.other_stacks) and path.startswith(f"{owner}."))
+        if path and leaf and not path.startswith(layers) and not _TOWER.search(path) and path.count(".") < 4:
+            yield path
+
+
+# -- outcomes ----------------------------------------------------------------------------------------------------------
+
+
+def outcome(
+    name: str, ok: bool, error: float | None = None, tolerance: float | None = None, detail: str = "", remedy: str = ""
+) -> Line:
+    """A line that passed or failed; a failed one says how to mend it."""
+    text = detail if ok else "; ".join(part for part in (detail, remedy) if part)
+    return Line(name, "passed" if ok else "failed", error, None if error is None else tolerance, text)
+
+
+def skipped(name: str, reason: str) -> Line:
+    """A line that does not apply, or that could not be tried."""
+    return Line(name, "skipped", detail=reason)
+
+
+Pair = tuple[str, torch.Tensor, torch.Tensor]  # where, what there is, what it should be
+
+
+def compared(name: str, pairs: Iterable[Pair], tolerance: float, remedy: str, detail: str = "") -> Line:
+    """One line for several comparisons: the worst of them counts."""
+    worst, where = 0.0, ""
+    for label, actual, expected in pairs:
+        error = relative_error(actual, expected)
+        if not error <= worst:
+            worst, where = error, label
+    ok = worst <= tolerance
+    return outcome(name, ok, worst, tolerance, detail if ok else where, remedy)
+
+
+def shape_of(tensor: torch.Tensor | None) -> str:
+    """A tensor's shape in words."""
+    return "nothing" if tensor is None else str(list(tensor.shape))

@@ -1,0 +1,125 @@
+"""Attention probabilities, shown and proven: where they are read, and that they are what attention weighs values with."""
+
+from __future__ import annotations
+
+import torch
+
+from nnterp.discovery import probe_ids
+from nnterp.eager import is_eager
+from nnterp.errors import RenamingError, Unavailable
+from nnterp.named_transformer import NamedTransformer
+from nnterp.table import get_label
+from nnterp.traced import Declared, LayerAccessor
+from nnterp.values import source_of
+
+ROWS, LENGTH = 2, 10
+
+
+class AttentionProbabilitiesAccessor(LayerAccessor):
+    """`model.attention_probabilities[i]`: `[batch, heads, query, key]`, readable and writable inside a trace.
+
+    Rows are distributions over the keys; where the model has attention sinks they sum to less than one. Needs
+    `enable_attention_probs=True`.
+    """
+
+    _model: NamedTransformer
+
+    def __init__(self, model: NamedTransformer) -> None:
+        LayerAccessor.__init__(self, model, get_label("attention_probabilities"))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model computes attention in the way that has probabilities."""
+        return is_eager(self._model._module)
+
+    def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
+        """Print where the probabilities of one layer are read: the place, and the source around it.
+
+        Args:
+            layer: The layer.
+            allow_dispatch: Load the weights if they are not there (a 1.x argument).
+
+        Raises:
+            Unavailable: The layer has none, or the model was not loaded with `enable_attention_probs=True`.
+        """
+        self._model.prepare(remote=not allow_dispatch)
+        place = self._model.place(self._value.name, layer % len(self))
+        print(f"Attention probabilities of layer {layer} are read at\n  {place}")
+        print(source_of(self._model, place))
+
+    def check_source(self, layer: int | None = None, allow_dispatch: bool = True, use_trace: bool = True) -> None:
+        """Prove the probabilities of one layer, or of every layer that has them.
+
+        Their shape is `[batch, heads, query, key]`; their rows sum to one (below one only where the model has attention
+        sinks, which take the rest); written as zeros they leave nothing of the heads' outputs; and writing them changes
+        the logits.
+
+        Args:
+            layer: The layer; all if None.
+            allow_dispatch: Load the weights if they are not there.
+            use_trace: Run the model. Without, only that a place was found is checked.
+
+        Raises:
+            RenamingError: One of these does not hold; says which.
+            Unavailable: The layer has no attention.
+        """
+        model = self._model
+        model.require_no_trace("attention_probabilities.check_source()")
+        model.prepare(remote=not allow_dispatch)
+        have = [i for i in model.attention_layers if layer is None or i == layer % len(self)]
+        if not have:
+            raise Unavailable(f"Layer {layer} of {model.model_class} has no attention.")
+        for i in have:
+            place = model.place(self._value.name, i)
+            found = None if isinstance(place, Declared) else model.facts.inside.attention[i]
+            heads = model.num_heads if found is None else found.heads
+            problem = problem_of_probabilities(model, i, heads) if use_trace and model.dispatched else None
+            if problem:
+                raise RenamingError(
+                    f"The attention probabilities of layer {i} of {model.model_class} are not proven: {problem}."
+                )
+
+
+def problem_of_probabilities(model: NamedTransformer, layer: int, heads: int | None) -> str | None:
+    """What is wrong with the attention probabilities of one layer; None if nothing is."""
+    ids = probe_ids(model._module, model.vocab_size, ROWS, LENGTH, seed=7)
+    with torch.no_grad(), model.trace(ids):
+        probs = model.attention_probabilities[layer].clone().save()
+        clean = model.logits.save()
+    problem = _problem_of_rows(probs, heads)
+    if problem is not None:
+        return problem
+    changed, head_outputs = _with_zeros(model, ids, layer, torch.zeros_like(probs))
+    if head_outputs is not None and head_outputs.abs().max() > 1e-5:
+        return "zeros written to them leave something of the heads' outputs, so the values are not weighted with them"
+    return "writing them does not change the logits" if torch.equal(changed, clean) else None
+
+
+def _problem_of_rows(probs: torch.Tensor, heads: int | None) -> str | None:
+    """What is wrong with the shape of probabilities, or with their rows."""
+    queries = probs.shape[-2] if probs.dim() == 4 else 0
+    wrong_heads = heads is not None and probs.dim() == 4 and probs.shape[1] != heads
+    if probs.dim() != 4 or probs.shape[0] != ROWS or wrong_heads or queries < LENGTH:
+        return f"their shape is {list(probs.shape)}, not [{ROWS}, {heads}, {LENGTH}, keys]"
+    sums = probs.double().sum(-1)
+    if not bool(torch.isfinite(probs).all()) or bool((sums > 1 + 1e-2).any()) or bool((probs < 0).any()):
+        return f"rows sum to up to {sums.max().item():.3f}"
+    return None
+
+
+def _with_zeros(
+    model: NamedTransformer, ids: torch.Tensor, layer: int, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits with the probabilities at zero, and the heads' outputs, where the model serves them."""
+    try:
+        model.place("attention_head_outputs", layer)
+    except Unavailable:
+        with torch.no_grad(), model.trace(ids):
+            model.attention_probabilities[layer] = zeros
+            logits = model.logits.save()
+        return logits, None
+    with torch.no_grad(), model.trace(ids):
+        model.attention_probabilities[layer] = zeros
+        head_outputs = model.attention_head_outputs[layer].save()
+        logits = model.logits.save()
+    return logits, head_outputs

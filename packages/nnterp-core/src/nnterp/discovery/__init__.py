@@ -1,0 +1,35 @@
+"""What running the plain HuggingFace module shows: where the inside of its layers is, and how layers add up."""
+
+from nnterp.discovery._between import PROBE as BETWEEN_PROBE
+from nnterp.discovery._between import find_between
+from nnterp.discovery._declared import declared_chain, declared_lenders
+from nnterp.discovery._inside import Findings, find_inside
+from nnterp.discovery._probe import Probe, probe_ids, rounding_of
+from nnterp.discovery._quiet import quiet, static_experts
+from nnterp.discovery._recording import Call, Recording, SourceText, record
+from nnterp.discovery._residual import Contribution, ResidualStructure, Term, solve_residual
+from nnterp.discovery._states import States, find_states
+
+__all__ = [
+    "BETWEEN_PROBE",
+    "Call",
+    "Contribution",
+    "Findings",
+    "Probe",
+    "Recording",
+    "ResidualStructure",
+    "SourceText",
+    "States",
+    "Term",
+    "declared_chain",
+    "declared_lenders",
+    "find_between",
+    "find_inside",
+    "find_states",
+    "probe_ids",
+    "quiet",
+    "record",
+    "rounding_of",
+    "solve_residual",
+    "static_experts",
+]

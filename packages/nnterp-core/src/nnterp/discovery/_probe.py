@@ -1,0 +1,116 @@
+"""A short prompt of random tokens, and running the plain module on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnterp.anatomy import Anatomy
+from nnterp.devices import input_device
+from nnterp.discovery._recording import Recording, record
+from nnterp.huggingface import uncached
+
+ROWS = 2
+LENGTH = 11  # a prime, so that no product of heads and widths is mistaken for it
+VOCABULARY = 4096  # probe tokens are among the first so many
+
+
+def probe_ids(
+    module: nn.Module, vocab_size: int | None, rows: int, length: int, seed: int = 0, avoid: Iterable[int] = ()
+) -> torch.Tensor:
+    """Random token ids that are no special tokens, the same on every machine.
+
+    Args:
+        module: The HuggingFace module.
+        vocab_size: Size of its vocabulary; read from the embedding if None.
+        rows, length: Shape of the result.
+        seed: Of the random numbers.
+        avoid: Ids that are special beside those that the config names.
+
+    Returns:
+        `[rows, length]`, int64, on the device that the model takes inputs on.
+    """
+    embedded = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = min(embedded, vocab_size or embedded, VOCABULARY)
+    special = {*avoid, *_special_ids(module.config)}
+    ordinary = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
+    generator = torch.Generator().manual_seed(seed)
+    return ordinary[torch.randint(len(ordinary), (rows, length), generator=generator)].to(input_device(module))
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Ids that a config gives a meaning of their own."""
+    owners = [owner for owner in (config, getattr(config, "text_config", None)) if owner is not None]
+    named = (
+        value for owner in owners for name, value in vars(owner).items() if name.endswith(("token_id", "token_index"))
+    )
+    return {value for value in named if isinstance(value, int)}
+
+
+def rounding_of(module: nn.Module) -> float:
+    """Relative size of a rounding error in the dtype that a model computes in."""
+    dtype = module.dtype
+    return torch.finfo(dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32).eps
+
+
+class Probe:
+    """A short prompt for the plain module of a model whose layers are known.
+
+    Args:
+        module: The HuggingFace module.
+        anatomy: Which module of it plays which part.
+        repeated: Modules that run more than once in a forward pass.
+        shape: Rows and tokens of the prompt.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        anatomy: Anatomy,
+        repeated: frozenset[str] = frozenset(),
+        shape: tuple[int, int] = (ROWS, LENGTH),
+    ) -> None:
+        self.module, self.anatomy, self.repeated = module, anatomy, repeated
+        self.tolerance = max(1e-5, 8 * rounding_of(module))
+        ids = probe_ids(module, anatomy.sizes.vocab_size, *shape, seed=3)
+        self.inputs: dict[str, Any] = {"input_ids": ids, **uncached(module)}
+
+    def record(self, until: str | None = None, **options: Any) -> Recording:
+        """Run the module and record it, see `record`; as far as the end of the layer at `until`, or of the last."""
+        return record(self.module, lambda: self.run(until), **options)
+
+    def run(self, until: str | None = None) -> None:
+        """One forward pass, as far as the end of the last layer, or of the layer at `until`."""
+        blocks = self.anatomy.blocks
+        path = blocks[-1].path if until is None else until
+        last = self.module.get_submodule(path)
+        once = sum(self.module.get_submodule(block.path) is last for block in blocks) == 1
+        if not once or path in self.repeated:
+            self.module(**self.inputs)
+            return
+
+        def stop(*_: Any) -> None:
+            raise _LastLayer
+
+        handle = last.register_forward_hook(stop)
+        try:
+            self.module(**self.inputs)
+        except _LastLayer:
+            pass
+        finally:
+            handle.remove()
+
+    def layers_modules(self) -> list[str]:
+        """Paths of the layers and of all modules in them."""
+        return [
+            f"{block.path}.{name}" if name else block.path
+            for block in self.anatomy.blocks
+            for name, _ in self.module.get_submodule(block.path).named_modules()
+        ]
+
+
+class _LastLayer(Exception):
+    """The probe has run as far as it should."""

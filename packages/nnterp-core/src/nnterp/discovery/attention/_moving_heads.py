@@ -1,0 +1,133 @@
+"""Prove the heads in W_O's input by removing one: only its own block may change."""
+
+from __future__ import annotations
+
+import torch
+
+from nnterp.anatomy import Layer
+from nnterp.discovery._linears import feeding, linears
+from nnterp.discovery._probe import ROWS, Probe
+from nnterp.discovery._recording import Recording
+from nnterp.discovery.attention._search import Attention, split_heads
+from nnterp.eager import eagerly
+from nnterp.tensors import same
+from nnterp.traced import Everywhere, Inside, Place, Site, View
+from nnterp.wording import generic_path
+
+Blocks = tuple[int | None, int | None]  # head blocks in W_O's input, and in the input of the projection that feeds W_O
+
+
+class MovingHeads:
+    """Finds the heads of attentions whose W_O is not simply given the probabilities times the values.
+
+    The probabilities of head 0 are set to zero, and what changes in W_O's input is head 0's block. Where the heads are
+    mixed before W_O by one more projection (DeepSeek-V4's, of groups of heads), they are that projection's input.
+    Layers that run the same code share one trial.
+    """
+
+    def __init__(self, probe: Probe, recording: Recording) -> None:
+        self.probe, self.recording = probe, recording
+        self.tried: dict[tuple, Blocks] = {}
+
+    def prove(self, layer: Layer, attention: Attention) -> None:
+        """Correct where the heads of one attention are served, or say why they are not."""
+        if attention.exact or attention.out is None or "attention_head_outputs" not in attention.places:
+            return
+        operations = _operations_of(attention.places.get("attention_probabilities"))
+        heads = attention.heads or 0
+        if not operations or heads < 2:
+            return
+        assert layer.self_attn is not None
+        before_out = feeding(
+            linears(self.probe.module, layer.self_attn, self.recording), attention.out, self.probe.tolerance
+        )
+        kind = (*((o.labels, generic_path(o.path)) for o in operations), generic_path(attention.out), heads)
+        if kind not in self.tried:
+            self.tried[kind] = self.blocks(operations, attention, before_out)
+        self.apply(attention, before_out, *self.tried[kind])
+
+    def blocks(self, operations: list[Inside], attention: Attention, before_out: str | None) -> Blocks:
+        """Run the probe with and without head 0."""
+        assert attention.out is not None
+        watched = [path for path in (attention.out, before_out) if path is not None]
+        edits = {(o.path, o.labels): without_first_head for o in operations}
+        with eagerly(self.probe.module):
+            before = self.probe.record(modules=watched)
+            after = self.probe.record(
+                modules=watched, operations=dict.fromkeys(o.path for o in operations), edits=edits, arguments=False
+            )
+        counts = []
+        for path in (attention.out, before_out):
+            whole, without = (None, None) if path is None else (before.given(path), after.given(path))
+            counted = whole is not None and without is not None and whole.dim() > 2
+            counts.append(
+                head_blocks(whole.flatten(2), without.flatten(2), attention.heads or 0, attention.value_dim)  # type: ignore[union-attr]
+                if counted
+                else None
+            )
+        return counts[0], counts[1]
+
+    def apply(self, attention: Attention, before_out: str | None, direct: int | None, grouped: int | None) -> None:
+        attention.out_heads = direct or grouped
+        place: Place | None = None
+        if direct is None and grouped is not None and before_out is not None:
+            given = self.recording.given(before_out)
+            assert given is not None
+            attention.before_out = (before_out, tuple(given.shape[2:]))
+            place = split_heads(Site(before_out, "input"), grouped, grouped=True)
+        elif direct is not None and attention.out is not None:
+            place = split_heads(Site(attention.out, "input"), direct)
+        for name in ("attention_head_outputs", "attention_head_contributions"):
+            if place is None:
+                del attention.places[name]
+                attention.reasons[name] = (
+                    f"the heads are mixed before the projection that ends attention ({attention.out})"
+                )
+            else:
+                attention.places[name] = place
+
+
+def _operations_of(place: Place | None) -> list[Inside]:
+    """The operations that a place is made of."""
+    if isinstance(place, Everywhere):
+        return [operation for inner in place.places for operation in _operations_of(inner)]
+    if isinstance(place, View):
+        return _operations_of(place.place)
+    return [place] if isinstance(place, Inside) else []
+
+
+def without_first_head(output: torch.Tensor) -> torch.Tensor:
+    """Probabilities with those of head 0 at zero; `[rows, heads, query, key]` or with rows and heads in one axis."""
+    output = output.clone()
+    if output.dim() == 4:
+        output[:, 0] = 0
+    else:
+        output[:: output.shape[0] // ROWS] = 0
+    return output
+
+
+def head_blocks(before: torch.Tensor, after: torch.Tensor, heads: int, width_of_head: int | None) -> int | None:
+    """Number of head blocks in W_O's input, found by what changes when head 0 is removed.
+
+    Pairs of heads may share a block (DiffLlama subtracts one from the other), and a norm over all heads may rescale the
+    other blocks together (BitNet). None if the heads are mixed before W_O.
+
+    Args:
+        before: W_O's input, `[rows, seq, width]`.
+        after: The same with the probabilities of head 0 at zero.
+        heads: Heads of the probabilities.
+        width_of_head: What a head hands to W_O is this wide, where it is known.
+    """
+    width = before.shape[-1]
+    for count in (heads, heads // 2):
+        if count < 2 or width % count:
+            continue
+        own = width // count
+        if width_of_head is not None and own != width_of_head:
+            continue
+        moved = (after - before)[..., :own].abs().max()
+        x, y = before[..., own:].double(), after[..., own:].double()
+        factor = (x * y).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        if moved > 1e-4 * before.abs().max() and same(y, x * factor, 1e-4):
+            return count
+    return None

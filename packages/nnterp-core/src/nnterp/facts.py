@@ -1,0 +1,136 @@
+"""All that is known of one model, in one immutable object: read off its structure, then proven by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from nnterp.anatomy import Anatomy, AttnProbFunction
+from nnterp.discovery import (
+    Findings,
+    Probe,
+    ResidualStructure,
+    States,
+    declared_chain,
+    declared_lenders,
+    find_inside,
+    find_states,
+)
+from nnterp.errors import Unproven
+from nnterp.table import Side
+from nnterp.traced import Apart, Inside, Lender, Place, Readout, StreamLayout
+
+Proof = Literal["none", "structure", "twin", "weights"]
+Padding = Literal["unproven", "exact", "inexact"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one model. It never travels: a remote request takes from it what it needs.
+
+    Certifying a model makes its facts, and the model is given them once. Before that they are unproven, and every
+    reader decides what that means: what needs only a name is served, what needs a number is refused.
+
+    Attributes:
+        anatomy: Which module plays which part, as corrected by the order in which modules run.
+        lenders: Layers that later ones borrow keys and values from, as the config declares them.
+        readout: How hidden states become logits; its `layout` says where batch and sequence stand in the stream.
+        declared_probabilities: Where the user's `RenameConfig` says that attention probabilities are.
+        proof: What the facts rest on: "none" (names alone), "structure" (a forward pass on fake tensors), "twin" (a
+            small random model of the same code), "weights" (this model).
+        padding: Whether a row of a padded batch equals the row alone.
+        positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
+        why_unproven: What errors say about facts that are not proven: why, and what to do.
+        repeated: Modules that run more than once in a forward pass.
+        stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
+        residual: How each layer combines its parts; empty before it is proven.
+        between: For each layer the operation that makes the stream between its parts, None where there is none.
+        look_inside: Finds where the inside of layers is served; run once, when it is first needed.
+        look_for_states: Finds where the states of mixers are served; run once, when it is first needed.
+        places: Where values were found, by (name, layer), so that each is looked up once.
+    """
+
+    anatomy: Anatomy
+    lenders: list[Lender]
+    readout: Readout
+    declared_probabilities: AttnProbFunction | None = None
+    proof: Proof = "none"
+    padding: Padding = "unproven"
+    positions_from_mask: bool = True
+    why_unproven: str = "nothing has proven it for this model: call model.validate()"
+    repeated: frozenset[str] = frozenset()
+    stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
+    residual: tuple[ResidualStructure, ...] = ()
+    between: tuple[Inside | None, ...] = ()
+    look_inside: Callable[[], Findings] | None = field(default=None, repr=False)
+    look_for_states: Callable[[], States] | None = field(default=None, repr=False)
+    places: dict[tuple[str, int | tuple[int, int] | None], Place] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def inside(self) -> Findings:
+        """Where the inside of every layer is served.
+
+        Raises:
+            Unproven: Nothing has run the model yet.
+        """
+        if self.look_inside is None:
+            raise Unproven(self.unproven("Where the inside of layers is served"))
+        return self.look_inside()
+
+    @cached_property
+    def states(self) -> States:
+        """Where the states of mixers are served.
+
+        Raises:
+            Unproven: Nothing has run the model yet.
+        """
+        if self.look_for_states is None:
+            raise Unproven(self.unproven("Where a mixer's state is served"))
+        return self.look_for_states()
+
+    def searching(self, module: nn.Module, interleaver: Any) -> Facts:
+        """These facts, the inside of layers and the states to be found in a module whose weights are here.
+
+        Args:
+            module: The HuggingFace module.
+            interleaver: nnsight's interleaver of the model: a trace that is running does not see the search.
+        """
+
+        def inside() -> Findings:
+            with Apart(interleaver):
+                return find_inside(Probe(module, self.anatomy, self.repeated))
+
+        def states() -> States:
+            with Apart(interleaver):
+                return find_states(Probe(module, self.anatomy, self.repeated))
+
+        return dataclasses.replace(self, look_inside=functools.cache(inside), look_for_states=functools.cache(states))
+
+    def residual_of(self, layer: int) -> ResidualStructure:
+        """How one layer combines its parts.
+
+        Raises:
+            Unproven: It is not proven.
+        """
+        if not self.residual:
+            raise Unproven(self.unproven("What a layer adds to the residual stream"))
+        return self.residual[layer]
+
+    def unproven(self, what: str) -> str:
+        """The message of an `Unproven` error."""
+        return f"{self.anatomy.model_class}: {what} is told by the model's numbers, and {self.why_unproven}."
+
+
+def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFunction | None = None) -> Facts:
+    """What a model's structure and config say of it, before anything is run."""
+    paths = tuple(layer.path for layer in anatomy.blocks)
+    layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
+    chain = declared_chain(module.config)
+    readout = Readout(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout)
+    return Facts(anatomy, declared_lenders(module, anatomy.num_layers), readout, declared)

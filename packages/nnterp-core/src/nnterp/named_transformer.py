@@ -1,0 +1,208 @@
+"""`NamedTransformer`: nnsight's model, traced by standard names. Its anatomy, its facts, and looking values up in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnsight import TransformersModel
+from nnsight.intervention.envoy import Envoy
+from torch import nn
+
+from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
+from nnterp.discovery import ResidualStructure
+from nnterp.errors import InsideTraceError, Unavailable
+from nnterp.facts import Facts, unproven_facts
+from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names
+from nnterp.values import directory_of, find_place
+
+# nnsight's own state and nnterp's that a remote request takes along; the bound names (`layers`, ...) go with it.
+SENT_OF_NNSIGHT = (
+    *("task", "pipeline", "tokenizer", "processor", "image_processor", "feature_extractor", "peft", "repo_id"),
+    *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
+    *("_children", "_child_map", "args", "kwargs", "generator"),
+)
+SENT = (
+    *("num_layers", "model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),
+)
+
+
+class NamedTransformer(TracedTransformer):
+    """A model under standard names, as the certificate examines it and `StandardizedTransformer` extends it.
+
+    Args:
+        model: A hub id, a local folder, or a HuggingFace module that is already loaded.
+        rename_config: Names of parts for models whose structure does not give them away.
+        **kwargs: Passed to nnsight's `TransformersModel`.
+
+    Attributes:
+        facts: All that is known of the model; see `nnterp.facts.Facts`.
+        rename_config: As given.
+
+    Raises:
+        AnatomyError: A part was not found, or `rename_config` names one that is not there.
+    """
+
+    def __init__(
+        self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any
+    ) -> None:
+        self.rename_config = rename_config
+        self._envoys_by_path: dict[str, Envoy] = {}
+        TransformersModel.__init__(self, model, **kwargs)
+        anatomy = find_anatomy(self._module, rename_config)
+        declared = None if rename_config is None else rename_config.attn_prob_source
+        self.adopt(unproven_facts(self._module, anatomy, declared))
+
+    def adopt(self, facts: Facts) -> None:
+        """Take over what was learnt of this model, and bind the names of its anatomy."""
+        self.facts = facts
+        bind_names(self, facts.anatomy.names(), facts.readout.layer_paths)
+
+    def supposing(self, facts: Facts) -> NamedTransformer:
+        """The same model with other facts, for as long as they are being proven; this one stays as it is.
+
+        The two share the HuggingFace module and nnsight's tree. What of the facts is bound to the tree (the standard
+        names) is the original's.
+        """
+        trial = object.__new__(NamedTransformer)
+        trial.__dict__.update(self.__dict__, facts=facts)
+        return trial
+
+    # -- what is known, by the names that the traced half uses ------------------------------------------------------
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Which native module plays which part."""
+        return self.facts.anatomy
+
+    @property
+    def readout(self) -> Readout:  # type: ignore[override]
+        """How hidden states become logits."""
+        return self.facts.readout
+
+    @property
+    def lenders(self) -> list[Lender]:  # type: ignore[override]
+        """Layers that later ones borrow keys and values from."""
+        return self.facts.lenders
+
+    @property
+    def padding_is_exact(self) -> bool:  # type: ignore[override]
+        """Whether a row of a padded batch is proven to equal the row alone."""
+        return self.facts.padding == "exact"
+
+    @property
+    def positions_from_mask(self) -> bool:  # type: ignore[override]
+        """Whether a padded batch must be told its positions, counted from the mask."""
+        return self.facts.positions_from_mask
+
+    @property
+    def residual_structures(self) -> tuple[ResidualStructure, ...]:
+        """How each layer combines its parts; empty before it is proven."""
+        return self.facts.residual
+
+    @property
+    def model_class(self) -> str:  # type: ignore[override]
+        """Name of the HuggingFace class."""
+        return self.facts.anatomy.model_class
+
+    @property
+    def layer_paths(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Native path of each layer's module."""
+        return self.facts.readout.layer_paths
+
+    @property
+    def num_layers(self) -> int:  # type: ignore[override]
+        """Number of layers of the residual stream."""
+        return self.facts.anatomy.num_layers
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the residual stream; None where the config does not state it."""
+        return self.facts.anatomy.sizes.hidden_size
+
+    @property
+    def num_heads(self) -> int | None:
+        """Query heads of an attention layer; None where the config does not state them."""
+        return self.facts.anatomy.sizes.num_heads
+
+    @property
+    def num_kv_heads(self) -> int | None:
+        """Key and value heads of an attention layer; None where the config does not state them."""
+        return self.facts.anatomy.sizes.num_kv_heads
+
+    @property
+    def head_dim(self) -> int | None:
+        """Width of one head; None where the config does not state it."""
+        return self.facts.anatomy.sizes.head_dim
+
+    @property
+    def intermediate_size(self) -> int | None:
+        """Width of the feed-forward; None where neither the config nor its matrices tell."""
+        return self.facts.anatomy.sizes.intermediate_size
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of the vocabulary that the logits are over; None where the config does not state it."""
+        return self.facts.anatomy.sizes.vocab_size
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with softmax attention over their own stream."""
+        return self.facts.anatomy.indices("self_attn")
+
+    # -- where everything is ----------------------------------------------------------------------------------------
+
+    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+        """Where a value is served; looked up once.
+
+        Raises:
+            ValueError: There is no such value.
+            Unavailable: The model, or this layer, does not have it; says why, and which layers do.
+        """
+        return find_place(self.facts, self._module, name, layer)
+
+    def module_path(self, role: str, layer: int) -> str:
+        """Native path of the module that plays `role` ("self_attn", "mixer" or "mlp") in a layer.
+
+        Raises:
+            Unavailable: The layer has no such part, or it is no module of its own.
+        """
+        part = self.facts.anatomy.part(role, layer)
+        if part.path is None:
+            raise Unavailable(
+                f"The {role} of layer {layer} is no module of its own in {self.model_class}: it enters at {part.entry} "
+                f"and leaves at {part.exit}. Its input and output can be read and written all the same."
+            )
+        return part.path
+
+    def prepare_run(self) -> None:
+        """Nothing to do: the operations that make `layers_mid` were instrumented when they were proven."""
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, remote: Any = False) -> None:
+        """Load the weights before a run, unless the run is remote."""
+        if not remote:
+            self.dispatch()
+
+    def require_no_trace(self, what: str) -> None:
+        """Raise if the model is running a trace, in which it cannot be run again.
+
+        Raises:
+            InsideTraceError: It is.
+        """
+        if self.interleaver.interleaving:
+            raise InsideTraceError(
+                f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "
+                f"Call it before or after the `with` block."
+            )
+
+    # -- travelling -------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """What a remote request takes along: the traced half of the model, and where every value is served."""
+        own = TransformersModel.__getstate__(self)
+        bound = {name for name, value in own.items() if isinstance(value, Envoy)}
+        state = {name: own[name] for name in own if name in SENT_OF_NNSIGHT or name in bound}
+        state.update({name: getattr(self, name) for name in SENT})
+        state["directory"] = directory_of(self, self.module_path)
+        return arriving, (), state
