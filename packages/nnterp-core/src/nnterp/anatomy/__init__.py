@@ -1,4 +1,4 @@
-"""Which module of a HuggingFace model plays which part: found by structure, before any forward pass."""
+"""Find which module of a HuggingFace model plays which part, from its structure alone, before any forward pass."""
 
 from nnterp.anatomy._anatomy import Anatomy, Layer, Part
 from nnterp.anatomy._find import find_anatomy

@@ -1,4 +1,4 @@
-"""The immutable result of looking at a model: paths of its parts, per layer, and what is absent and why."""
+"""`Anatomy`, the paths of a model's parts layer by layer and why others are absent, and how it prints."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ KINDS = ("attention", "cross_attention", "linear_attention", "state_space", "con
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a layer: the module that carries it, and where its value enters and leaves.
+    """One part of a layer (attention, another mixer, feed-forward): its module, and where its input and output are.
 
-    For nearly every model the three are one module. OPT's feed-forward has no module of its own: it enters at `fc1`
-    and leaves at `fc2`, and `path` is None. BERT's attention module also holds the residual addition and its norm, so
-    the sublayer proper leaves at `attention.output.dense`.
+    In nearly every model the three paths are the same. OPT's feed-forward has no module of its own: `entry` is `fc1`,
+    `exit` is `fc2`, and `path` is None. BERT's attention module also adds the residual stream and applies a norm, so
+    the output of the attention itself is that of `attention.output.dense`.
 
     Attributes:
-        closing: Norm with which the module closes after it has added the stream by itself (XLNet's attention). The
-            sublayer proper then leaves at no module's edge, but at an operation in between.
+        path: The part's own module, which may also add the stream and apply a norm (BERT); None if there is none.
+        entry: The module whose input is the part's input.
+        exit: The module whose output is the part's output. With `leaves`, the operation is inside this module.
+        closing: The norm at the end of a module that adds the residual stream by itself (XLNet's attention). The part's
+            output is then an operation inside the module, and not the output of any module.
         leaves: nnsight's labels of that operation, from the forward of `exit` down. The certificate finds it.
     """
 
@@ -45,7 +48,7 @@ class Part:
 
     @property
     def end(self) -> str:
-        """Where the sublayer proper leaves: the exit's path, or the operation's in it."""
+        """Where the part's output is: the path of `exit`, or of the operation inside it."""
         return self.exit if not self.leaves else f"{self.exit}.source.{'.source.'.join(self.leaves)}"
 
     def __str__(self) -> str:
@@ -62,15 +65,15 @@ class Layer:
     Attributes:
         index: Position in the residual stream, from 0.
         path: Native path of the layer's module.
-        kind: Kind of `mixer`, one of `KINDS`; "none" for a layer that mixes no positions.
-        mixer: The part that moves information between positions, of whatever kind.
+        kind: Kind of `mixer`, one of `KINDS`; "none" for a layer without one.
+        mixer: The part that moves information between positions, whatever its kind; None if there is none.
         self_attn: The softmax attention over the layer's own stream, if the layer has one. It is `mixer` itself
             except in layers that run an attention and another mixer side by side (Falcon-H1), where `mixer` is the
             other.
-        mlp: The position-wise part, if there is one.
+        mlp: The feed-forward, if the layer has one.
         mixture_of_experts: Whether `mlp` routes tokens to experts.
-        attentions: The softmax attentions of a layer that holds several, one after the other (LongCat-Flash), in their
-            order; empty for a layer with one at most.
+        attentions: The softmax attentions of a layer that runs several one after the other (LongCat-Flash), in order;
+            empty for any other layer.
     """
 
     index: int
@@ -92,19 +95,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Which module path of one model plays which role; paths are native, as in `model.named_modules()`.
+    """Which module of a model plays which role. Paths are native, as in `model.named_modules()`.
 
     Attributes:
         model_class: Name of the HuggingFace class.
         model_type: `config.model_type`.
-        embed_tokens, layers, ln_final, lm_head: Paths; None where the model has no such module (see `absent`).
+        embed_tokens, ln_final, lm_head: Path of the module; None if the model has none (see `absent`).
+        layers: Path of the module list that holds the layers.
         blocks: One `Layer` per layer, in the order of the residual stream.
         sizes: The model's dimensions.
-        absent: For each role the model does not have, why.
-        other_stacks: Further stacks of layers (BLT's byte encoder and its transformer over patches). They run before
-            the layers named here, on streams of their own, and keep their native names.
-        between: Modules that add to the stream between one layer and the next (BLT's cross-attention to the patches).
-            The certificate finds them.
+        absent: Role -> reason, for the roles that no module plays, or that some layers lack.
+        other_stacks: Paths of further lists of layers (BLT's byte encoder and its transformer over patches). They run
+            before the layers named here, have residual streams of their own, and keep their native names.
+        between: Paths of modules that add to the stream between one layer and the next (BLT's cross-attention to the
+            patches). The certificate finds them.
     """
 
     model_class: str
@@ -126,45 +130,43 @@ class Anatomy:
 
     def indices(self, role: str) -> tuple[int, ...]:
         """Indices of the layers that have `role`: "self_attn", "mixer" or "mlp"."""
-        return tuple(block.index for block in self.blocks if getattr(block, role) is not None)
+        return tuple(layer.index for layer in self.blocks if getattr(layer, role) is not None)
 
     def part(self, role: str, index: int) -> Part:
-        """The part playing `role` in one layer.
+        """The part that plays `role` ("self_attn", "mixer" or "mlp") in the layer with this index.
 
         Raises:
-            Unavailable: The layer has no such part; names the layer, its kind and the layers that have it.
+            Unavailable: The layer has no such part. The message names the layer, its kind and the layers that have it.
         """
-        block = self.blocks[index]
-        part = getattr(block, role)
+        layer = self.blocks[index]
+        part = getattr(layer, role)
         if part is not None:
             return part
         have = self.indices(role)
         where = f"layers {ranges(have)} have it" if have else "no layer of this model has it"
         why = f" ({self.absent[role]})" if role in self.absent else ""
         raise Unavailable(
-            f"Layer {index} of {self.model_class} ({block.path}: {block.description}) has no {role}; {where}{why}."
+            f"Layer {index} of {self.model_class} ({layer.path}: {layer.description}) has no {role}; {where}{why}."
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Pairs of (standard path, native path): what is called what, the model's own parts first."""
-        for role in ("embed_tokens", "layers", "ln_final", "lm_head"):
+        """Pairs of (standard path, native path): the model's own parts first, then those of each layer."""
+        for role in _ROLES:
             native = getattr(self, role)
             if native is not None:
                 yield role, native
-        for block in self.blocks:
-            yield f"layers.{block.index}", block.path
-            for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
-                if part is not None and part.path is not None and (role != "mixer" or part != block.self_attn):
-                    yield f"layers.{block.index}.{role}", part.path
+        for layer in self.blocks:
+            yield f"layers.{layer.index}", layer.path
+            for role, part in _named_parts(layer):
+                if part.path is not None:
+                    yield f"layers.{layer.index}.{role}", part.path
 
     def rows(self) -> list[tuple[str, str]]:
-        """(standard name, native path) of the model's parts, like layers together, as printed."""
+        """The table that is printed: (standard name, native path) of each part, one entry for layers that are alike."""
         rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
-        for indices, block in _alike(self.blocks):
-            rows.append((f"layers[{ranges(indices, at_most=4)}]", f"{generic_path(block.path)}  ({block.description})"))
-            for role, part in (("self_attn", block.self_attn), ("mixer", block.mixer), ("mlp", block.mlp)):
-                if part is not None and not (role == "mixer" and part == block.self_attn):
-                    rows.append((f"  .{role}", generic_path(str(part))))
+        for indices, layer in _alike(self.blocks):
+            rows.append((f"layers[{ranges(indices, at_most=4)}]", f"{generic_path(layer.path)}  ({layer.description})"))
+            rows += [(f"  .{role}", generic_path(str(part))) for role, part in _named_parts(layer)]
         if self.between:
             adding = ", ".join(dict.fromkeys(map(generic_path, self.between)))
             rows.append(("between layers", f"{adding}  (added to the stream)"))
@@ -192,18 +194,19 @@ class Anatomy:
 _ROLES = ("embed_tokens", "layers", "ln_final", "lm_head")
 
 
-def _signature(block: Layer) -> tuple:
-    return (
-        generic_path(block.path),
-        block.description,
-        *(generic_path(str(p)) for p in (block.mixer, block.self_attn, block.mlp)),
-    )
+def _named_parts(layer: Layer) -> Iterator[tuple[str, Part]]:
+    """The parts a layer has, with their roles. A mixer that is the attention is only listed as the attention."""
+    for role, part in (("self_attn", layer.self_attn), ("mixer", layer.mixer), ("mlp", layer.mlp)):
+        if part is not None and (role != "mixer" or part != layer.self_attn):
+            yield role, part
 
 
-def _alike(blocks: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]:
-    """Groups of like layers, as (their indices, one of them), in order of first appearance."""
-    groups: dict[tuple, list[Layer]] = {}
-    for block in blocks:
-        groups.setdefault(_signature(block), []).append(block)
+def _alike(layers: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]:
+    """Groups of layers that print alike, as (their indices, one of them), in order of first appearance."""
+    groups: dict[tuple[str, ...], list[Layer]] = {}
+    for layer in layers:
+        parts = (layer.mixer, layer.self_attn, layer.mlp)
+        printed = (generic_path(layer.path), layer.description, *(generic_path(str(part)) for part in parts))
+        groups.setdefault(printed, []).append(layer)
     for group in groups.values():
-        yield tuple(block.index for block in group), group[0]
+        yield tuple(layer.index for layer in group), group[0]

@@ -1,4 +1,4 @@
-"""Names the field gives to the parts of a transformer, most common first. A name earns its place by serving a model."""
+"""Names that models give to the parts of a transformer, most common first. Each is used by at least one model."""
 
 BACKBONES = ("model", "transformer", "gpt_neox", "decoder", "model.decoder", "backbone", "model.language_model")
 
@@ -6,8 +6,8 @@ LAYERS = ("layers", "h", "blocks", "block", "layer")
 
 EMBED_TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "tok_embeddings", "word_embedding")
 
-# `embedding_norm` is LFM's name for its final norm, against appearances; it comes last so that a model which has a
-# norm after its embeddings and another after its layers is read correctly.
+# `embedding_norm` is what LFM calls its final norm. It comes last: in a model with a norm after its embeddings and
+# another after its layers, the second is the final norm.
 LN_FINAL = (
     "norm",
     "ln_f",
@@ -39,7 +39,7 @@ SELF_ATTN = (
     "cross_attn",
 )
 
-# Sequence mixers that need not be softmax attention; what they are is read from their class.
+# Sequence mixers that need not be softmax attention. Their class says what they are.
 MIXERS = ("linear_attn", "mamba", "conv", "mixer", "temporal_block", "mlstm_layer")
 
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "ff")

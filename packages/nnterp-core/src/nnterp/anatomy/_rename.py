@@ -1,4 +1,4 @@
-"""`RenameConfig`: what the user says about a model's names, before anything is guessed."""
+"""`RenameConfig`, the names a user gives to a model's parts, and `get_rename_dict` for plain nnsight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnterp.anatomy import _names
 
 
 class AttnProbFunction(ABC):
-    """Where a model's attention probabilities are found, for models nnterp does not know (a 1.x extension point).
+    """Says where a model computes its attention probabilities, for models nnterp does not know (kept from 1.x).
 
     Subclass it and pass an instance as `RenameConfig(attn_prob_source=...)`.
     """
@@ -33,7 +33,7 @@ Names = str | list[str] | None
 
 @dataclass
 class RenameConfig:
-    """Names of a model's parts, for models whose structure does not give them away (remote code, research code).
+    """Names of a model's parts, for models in which nnterp does not find them by itself (remote code, research code).
 
     Every name may be one string or a list of candidates, and may be a dotted path. Layer-level names (`attn_name`,
     `mlp_name`) are relative to a layer; `ln_final_name`, `lm_head_name` and `layers_name` are relative to the model or
@@ -47,8 +47,8 @@ class RenameConfig:
         model_name: The backbone that holds the layers.
         layers_name: The list of layers.
         attn_prob_source: Where attention probabilities are found, see `AttnProbFunction`.
-        ignore_mlp: The layers have no feed-forward module; do not look for one.
-        ignore_attn: The layers have no attention module; do not look for one.
+        ignore_mlp: Do not look for a feed-forward in the layers: they have none.
+        ignore_attn: Do not look for an attention in the layers: they have none.
         attn_head_config_key: Config field with the number of heads, or the number itself.
         hidden_size_config_key: Config field with the width of the residual stream, or the number itself.
         vocab_size_config_key: Config field with the vocabulary size, or the number itself.
@@ -80,8 +80,8 @@ class RenameConfig:
 def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]:
     """A `rename=` dict for plain nnsight that gives the standard names to the common architectures at once.
 
-    nnsight skips keys that match nothing, so one dictionary serves many models. For one model's exact names, use
-    `dict(...)` over `StandardizedTransformer.anatomy.names()` instead.
+    nnsight skips keys that match nothing, so one dictionary serves many models. The exact names of one model are
+    `{native: standard for standard, native in StandardizedTransformer(...).anatomy.names()}`.
 
     Args:
         rename_config: Your own names, which come before the known ones.

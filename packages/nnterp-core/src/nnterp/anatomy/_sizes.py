@@ -1,4 +1,4 @@
-"""A model's dimensions, read from its config under whatever name the config gives them."""
+"""`Sizes`, the dimensions of a model, read from its config under any of the names that configs use."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ INTERMEDIATE_SIZE = ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of the text model. None where the config does not state one (a Mamba has no heads).
+    """Dimensions of the text model. One that the config does not state is None (a Mamba has no heads).
 
     Attributes:
         num_layers: Layers of the residual stream.
         hidden_size: Width of the residual stream.
-        vocab_size: Rows of the vocabulary the logits are over.
+        vocab_size: Number of tokens the logits are over.
         num_heads: Query heads of an attention layer.
         num_kv_heads: Key and value heads (fewer than `num_heads` under grouped-query attention).
         head_dim: Width of one head.
@@ -54,13 +54,13 @@ class Sizes:
 
 
 def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
-    """Look the dimensions up, the user's `RenameConfig` keys before the known ones."""
+    """Look the dimensions up in the config. The keys of the user's `RenameConfig` come before the known ones."""
     text = text_config(config)
     hidden = _lookup(text, rename.hidden_size_config_key, HIDDEN_SIZE)
     heads = _lookup(text, rename.attn_head_config_key, NUM_HEADS)
     kv_heads = _lookup(text, None, NUM_KV_HEADS)
     if kv_heads is None:
-        # Falcon and GPT-BigCode say "one key-value head" with a flag instead of a number.
+        # Falcon and GPT-BigCode have a flag for "one key-value head", and no number.
         kv_heads = (
             1 if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False) else heads
         )
@@ -79,33 +79,34 @@ def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
 
 
 def inner_width(feed_forwards: Iterable[Iterable[nn.Module]], hidden: int) -> int | None:
-    """The width of feed-forwards, read off their matrices: what they map the stream to and from.
+    """The width of feed-forwards, read from the shapes of their matrices.
 
     Args:
-        feed_forwards: The modules of each.
-        hidden: Width of the stream.
+        feed_forwards: For each feed-forward, its modules.
+        hidden: Width of the residual stream.
 
     Returns:
-        None where the feed-forwards disagree, or have no such matrices.
+        The width between the matrices that read the stream and those that write to it; None if there are no such
+        matrices, or if the feed-forwards differ.
     """
     widths = set()
     for modules in feed_forwards:
         found = [shape for module in modules if hidden in (shape := _matrix(module))]
-        # A gate and what it gates may share one matrix, which is then twice as wide.
+        # A gate and the projection that it gates may share one matrix, which is then twice as wide.
         widths.add(min((sum(shape) - hidden for shape in found), default=None))
     return widths.pop() if len(widths) == 1 else None
 
 
 def _matrix(module: nn.Module) -> tuple[int, ...]:
-    """The two widths of a linear module, whichever way round; `()` for any other module."""
-    if isinstance(width := getattr(module, "in_features", None), int):  # of a quantised one too
+    """The two widths of a linear module, in either order; `()` for any other module."""
+    if isinstance(width := getattr(module, "in_features", None), int):  # quantised linear modules have it too
         return (width, module.out_features)  # type: ignore[return-value]
     weight = getattr(module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else ()
 
 
 def _varies(config: Any, names: tuple[str, ...]) -> bool:
-    """Whether the layers of this model disagree on a field, so that transformers refuses to name one number."""
+    """Whether a field has another value in another layer. Transformers then refuses to read it from the config."""
     for name in names:
         try:
             getattr(config, name, None)
@@ -117,6 +118,7 @@ def _varies(config: Any, names: tuple[str, ...]) -> bool:
 
 
 def _lookup(config: Any, asked: str | list[str] | int | None, known: tuple[str, ...]) -> int | None:
+    """The first of the user's and then of the known fields that holds an integer, or a list of equal integers."""
     if isinstance(asked, int):
         return asked
     mine = [asked] if isinstance(asked, str) else list(asked or ())
@@ -124,7 +126,7 @@ def _lookup(config: Any, asked: str | list[str] | int | None, known: tuple[str, 
         try:
             value = getattr(config, name, None)
         except Exception as error:
-            # transformers refuses a global read of a field that its own layers disagree on: there is no one number.
+            # transformers refuses to read a field from the config if it differs between layers.
             if "per-layer" not in str(error):
                 raise
             continue

@@ -1,4 +1,4 @@
-"""For tests of nnterp and of libraries built on it, without a network: tiny random models, a tokenizer, a remote worker.
+"""For tests of nnterp and of libraries on top of it, without network: tiny random models, a tokenizer, a remote worker.
 
 >>> from nnterp.testing import model_types, tiny_model, tiny_tokenizer
 >>> model, tokenizer = tiny_model("gemma2"), tiny_tokenizer()

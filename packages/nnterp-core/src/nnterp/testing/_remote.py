@@ -1,4 +1,4 @@
-"""A strict stand-in for a remote service: requests are serialised and run where the client's libraries are not."""
+"""`RemoteWorker`, a stand-in for a remote service: it runs requests in a process without the client's libraries."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from ._worker import read, write
 
 @dataclass(frozen=True)
 class Request:
-    """What one request sent.
+    """The size of one request, and the functions in it that were not sent as source.
 
     Attributes:
-        size: Bytes sent, compressed as nnsight compresses them.
-        bytecode: Functions that travelled as bytecode because they have no source; another version of Python on the
-            other side cannot run these.
+        size: Bytes sent, after nnsight's compression.
+        bytecode: Names of the functions that were sent as bytecode, because they have no source. A worker with another
+            version of Python cannot run them.
     """
 
     size: int
@@ -44,10 +44,10 @@ class Request:
 
 
 class RemoteWorker:
-    """A child process that serves one checkpoint as a remote service would: nnsight, its model, and nothing of yours.
+    """A child process that serves one checkpoint as a remote service would: it has nnsight and the model, nothing else.
 
-    The block is serialised as for a real request; the child cannot import the packages in `blocked`, so whatever is
-    needed of them must have travelled; and what the block saved comes back, nothing else.
+    The traced block is serialised as for a real request. The child cannot import the packages in `blocked`, so whatever
+    the block needs of them must be in the request. Only what the block saved comes back.
 
     >>> with RemoteWorker(folder) as worker, worker.serving():
     ...     with model.trace("The Eiffel Tower is in", remote=True):
@@ -56,15 +56,16 @@ class RemoteWorker:
 
     Args:
         folder: The checkpoint, with its tokenizer.
-        blocked: Top-level packages that the worker does not have.
+        blocked: Top-level packages that the worker cannot import.
 
     Attributes:
-        requests: A `Request` for each that was sent.
+        requests: One `Request` for each request that was sent.
 
     Raises:
-        RuntimeError: The worker could not load the checkpoint; carries what it printed.
-        nnsight.intervention.backends.remote.RemoteError: A request failed on the worker; carries its traceback. (Raised
-            by the request.)
+        RuntimeError: The worker could not load the checkpoint, or it died. Raised by the first request that notices,
+            with what the worker printed.
+        nnsight.intervention.backends.remote.RemoteError: A request failed on the worker. Raised by that request, with
+            the worker's traceback.
     """
 
     def __init__(self, folder: str | Path, blocked: Sequence[str] = ("nnterp",)) -> None:
@@ -96,12 +97,16 @@ class RemoteWorker:
 
     @property
     def backend(self) -> Backend:
-        """For `model.trace(..., backend=worker.backend)` on one model."""
+        """A backend for one trace: `model.trace(..., backend=worker.backend)`."""
         return _Strict(self)
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[RemoteWorker]:
-        """Answer every `remote=True` inside the block, in place of the real service."""
+        """Inside this block, the worker answers every `remote=True` instead of the real service.
+
+        Raises:
+            ValueError: A trace asks for `remote="local"` or `blocking=False`.
+        """
 
         def backend(model: Remotable, remote: Any, blocking: bool, job_id: str | None, verbose: bool) -> Backend:
             if remote == "local" or not blocking:
@@ -112,10 +117,11 @@ class RemoteWorker:
             yield self
 
     def answer(self, blob: bytes, env: dict[str, Any]) -> dict[str, Any]:
-        """What the worker makes of one serialised request.
+        """Run one serialised request on the worker and return what its block saved, by variable name.
 
         Raises:
-            RemoteError: It failed there.
+            RemoteError: The request failed on the worker.
+            RuntimeError: The worker did not start, or it died.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -128,10 +134,10 @@ class RemoteWorker:
         result = read(self._process.stdout)
         if result is None:
             raise RuntimeError(f"The worker died:\n{self._printed()}")
-        told = torch.load(io.BytesIO(result), weights_only=False)
-        if "error" in told:
-            raise RemoteError(told["error"])
-        return told["saved"]
+        answer = torch.load(io.BytesIO(result), weights_only=False)
+        if "error" in answer:
+            raise RemoteError(answer["error"])
+        return answer["saved"]
 
     def _printed(self) -> str:
         self._said.seek(0)
@@ -139,6 +145,8 @@ class RemoteWorker:
 
 
 class _Strict(Backend):
+    """Sends a traced block to a worker and puts what it saved into the caller's variables."""
+
     def __init__(self, worker: RemoteWorker, model: Any = None) -> None:
         self.worker, self.model = worker, model
 
@@ -156,9 +164,9 @@ class _Strict(Backend):
 
 @contextlib.contextmanager
 def _bytecode_seen() -> Iterator[list[str]]:
-    """Names of the functions that are serialised as bytecode inside the block."""
+    """Collect the names of the functions that are serialised as bytecode inside the block."""
     seen: list[str] = []
-    pickler: Any = CustomCloudPickler.__base__  # nnsight falls back on it where a function has no source
+    pickler: Any = CustomCloudPickler.__base__  # nnsight falls back on it if a function has no source
     reduce = pickler._dynamic_function_reduce
 
     def noted(self: Any, function: FunctionType) -> Any:

@@ -1,7 +1,7 @@
-"""The child process of `RemoteWorker`: nnsight and the plain model, and no library of the client's.
+"""The child process of `RemoteWorker`. It has nnsight and the plain model, and none of the client's libraries.
 
-Run as a script, `_worker.py FOLDER BLOCKED`, never imported: it reads requests from its input and answers on its
-output, both as a length of eight bytes and that many bytes.
+Run as a script: `_worker.py FOLDER BLOCKED`. It reads requests from its standard input and writes answers to its
+standard output. Each message is its length, in eight bytes, and then that many bytes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import IO, Any
 
 
 class Blocker:
-    """Packages that a remote worker does not have cannot be imported."""
+    """An import finder that refuses the packages a remote worker does not have."""
 
     def __init__(self, packages: list[str]) -> None:
         self.packages = packages
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Refuse a blocked package."""
+        """Raise `ModuleNotFoundError` for a blocked package; otherwise leave the import to the next finder."""
         if name.split(".")[0] in self.packages:
             raise ModuleNotFoundError(f"No module named {name!r} (the worker does not have it)", name=name)
 
 
 def read(stream: IO[bytes]) -> bytes | None:
-    """The next message; None when the client is gone."""
+    """The next message; None if the client is gone."""
     header = stream.read(8)
     return stream.read(struct.unpack(">Q", header)[0]) if len(header) == 8 else None
 
@@ -40,12 +40,12 @@ def write(stream: IO[bytes], message: bytes) -> None:
 
 
 def answer(model: Any, blob: bytes, env: dict[str, Any]) -> dict[str, Any]:
-    """Run one request: what its block saved, or the error it ended with."""
+    """Run one request. Returns `{"saved": values by name}`, or `{"error": traceback}` if it failed."""
     from nnsight.schema.request import RequestModel
     from nnsight.tracing.globals import BLOCKS, SOURCES
     from nnsight.tracing.tracer import _saves, dec, inc
 
-    for remembered in (BLOCKS, SOURCES):  # nnsight reads a file once, and each request brings its own lines of it
+    for remembered in (BLOCKS, SOURCES):  # nnsight caches the lines of a file, but each request brings its own
         remembered.clear()
     try:
         tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), compress=True)
@@ -65,15 +65,16 @@ def answer(model: Any, blob: bytes, env: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_machinery(filename: str, own: str) -> bool:
+    """Whether a frame of a traceback belongs to this worker or to nnsight, and not to the user's block."""
     return not filename.startswith("[") and (filename.startswith(own) or "/nnsight/" in filename)
 
 
 def main() -> None:
-    """Load the model, say so, and answer until the client goes."""
+    """Load the model, send "ready", and answer requests until the client is gone."""
     folder, blocked = sys.argv[1:3]
     sys.meta_path.insert(0, Blocker(blocked.split(",")))  # type: ignore[arg-type]
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what user code prints must not be taken for an answer
+    os.dup2(2, 1)  # so that what a user's block prints is not read as an answer
 
     import torch
     from nnsight import TransformersModel

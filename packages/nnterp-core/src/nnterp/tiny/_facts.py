@@ -92,7 +92,7 @@ The `position_ids` have to be computed from the attention mask.
 POSITION_IDS_OFFSET: frozenset[str] = frozenset(
     ["camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
 )
-"""Model types whose positions start at `padding_idx + 1`. Pass no `position_ids`: they are computed from `input_ids`."""
+"""Model types that count positions from `padding_idx + 1`. Pass no `position_ids`: `input_ids` are enough."""
 
 _STEPWISE_INDEXER = "keys picked step by step differ from those picked for a whole row; exact up to index_topk tokens"
 

@@ -2,8 +2,8 @@
 
 The default initialisation (normal, standard deviation 0.02) leaves a residual stream in which no layer, cap, scale or
 position can be told from its absence. Here every parameter is redrawn by its shape and by what the model's own
-initialisation put there: zeros are offsets, ones are scales, noise is a linear map. Parameters with any other
-initialisation are listed below, with the range to draw them from, or to be kept.
+initialisation put there: zeros are offsets, ones are scales, noise is a linear map. A few parameters of state
+spaces and the like are listed below: they are drawn from a range of their own, or kept.
 """
 
 from __future__ import annotations
