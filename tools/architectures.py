@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nnterp import StandardizedTransformer
 from nnterp.anatomy import Anatomy
-from nnterp.certificate._certify import IDENTITY, PADDING, READOUT
+from nnterp.certificate import IDENTITY, PADDING, READOUT
 from nnterp.errors import RenamingError
 from nnterp.testing import model_types, multimodal_model_types, tiny_model, tiny_tokenizer, unavailable_model_types
 

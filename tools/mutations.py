@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from nnterp import RenameConfig, StandardizedTransformer
-from nnterp.certificate._recording import Recording, evaluating, record
+from nnterp.discovery import Recording, quiet, record
 from nnterp.errors import RenamingError
 from nnterp.testing import tiny_model, tiny_tokenizer
 
@@ -108,8 +108,8 @@ def mutations(module: nn.Module, right: StandardizedTransformer) -> Iterator[Mut
     anatomy, block = right.anatomy, right.anatomy.blocks[0]
     paths = {path for path, _ in module.named_modules(remove_duplicate=False) if path}
     ids = torch.arange(5, 17)[None]
-    with evaluating(module):
-        recording = record(module, {"input_ids": ids, "use_cache": False}, paths)
+    with quiet(module):
+        recording = record(module, lambda: module(input_ids=ids, use_cache=False), modules=sorted(paths))
     inner = [
         name
         for name, child in module.get_submodule(block.path).named_modules()

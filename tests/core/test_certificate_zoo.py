@@ -6,7 +6,7 @@ from torch import nn
 
 from nnterp import RenameConfig, StandardizedTransformer
 from nnterp.anatomy import find_anatomy
-from nnterp.certificate._certify import CONSECUTIVE, HIDDEN, IDENTITY, PADDING, READOUT
+from nnterp.certificate import CONSECUTIVE, HIDDEN, IDENTITY, PADDING, READOUT
 from nnterp.errors import RenamingError
 from nnterp.testing import LEFT_PADDING_INEXACT, model_types, multimodal_model_types, tiny_model, tiny_tokenizer
 

@@ -76,12 +76,12 @@ def test_a_model_of_full_size_has_a_twin_that_runs_here(model_type, tmp_path):
     assert not isinstance(twin, str), twin
     assert twin.certificate.ok
     assert twin.certificate.complete
-    assert twin.num_layers == model.num_layers
-    assert twin.num_heads == model.num_heads
-    assert sum(p.numel() for p in twin._module.parameters()) < 1e8
+    assert twin.model.num_layers == model.num_layers
+    assert twin.model.num_heads == model.num_heads
+    assert sum(p.numel() for p in twin.model._module.parameters()) < 1e8
     last = model.num_layers - 1
-    assert model.place("layers_output", last) == twin.place("layers_output", last)
-    assert model.place("mixers_output", last) == twin.place("mixers_output", last)
+    assert model.place("layers_output", last) == twin.model.place("layers_output", last)
+    assert model.place("mixers_output", last) == twin.model.place("mixers_output", last)
     assert all(p.device.type == "meta" for p in model._module.parameters())
 
 
@@ -96,7 +96,7 @@ def test_a_learned_factor_is_left_to_the_weights(tmp_path):
 def test_without_a_twin_nothing_is_guessed(tmp_path):
     folder = tiny_checkpoint("bloom", tmp_path)
     model = StandardizedTransformer(folder, remote=True)
-    object.__setattr__(model, "_twin", "the twin was not built")
+    model._twins.append("the twin was not built")
     with pytest.raises(Unavailable, match="the twin was not built"):
         model.place("attention_keys", 0)
     with pytest.raises(Unavailable, match="the twin was not built"):

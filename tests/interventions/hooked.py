@@ -7,8 +7,7 @@ import contextlib
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnterp.values import get_value
-from nnterp.values._places import Sum
+from nnterp.values import Sum
 
 from .reference import put, stream
 
@@ -168,7 +167,7 @@ def hooked(model, name, layer, function):
         return before(ending(model, "mlp", layer), batched(function))
     if name == "attention_queries":
         return after(queries_projection(model, layer), heads_of(model, function))
-    place = get_value(name).place(model, layer)
+    place = model.place(name, layer)
     if isinstance(place, Sum):
         return added(model, place.terms, place.constant, batched(function))
     module = model._module.get_submodule(place.path)

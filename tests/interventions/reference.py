@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from nnterp.values import get_value
+from nnterp.values import get_value, site_of
 
 # Architectures of different build: sequential, parallel, post-norm, scaled, capped, mixtures of experts, windows,
 # latent attention, state spaces, hybrids, no final norm, layers that return tuples.
@@ -32,7 +32,7 @@ def hooks(model, edits):
     """`edits`: (value name, layer, function of the `[1, seq, ...]` tensor that returns its replacement or None)."""
     handles = []
     for name, layer, function in edits:
-        site = get_value(name).site(model.anatomy, layer)
+        site = site_of(get_value(name), model.anatomy, layer)
         module = model._module.get_submodule(site.path)
         if site.side == "output":
 

@@ -11,7 +11,7 @@ from nnterp.interventions._shortcuts import Shortcuts, prove
 from nnterp.interventions._sweep import sweep
 from nnterp.interventions._tiles import Span, plan
 from nnterp.testing import model_types
-from nnterp.values import get_value
+from nnterp.values import get_value, site_of
 
 from .reference import logits_with
 
@@ -50,7 +50,7 @@ def hook(positions, streams=1):
 
 def available(model, name, layer):
     try:
-        get_value(name).site(model.anatomy, layer)
+        site_of(get_value(name), model.anatomy, layer)
     except RenamingError:
         return False
     return True

@@ -5,8 +5,6 @@ import torch
 
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types
-from nnterp.values import VALUES
-from nnterp.values._serve import findings
 
 from .values_reference import LENGTH, arguments, attentions, hooked, ids, wrapped
 
@@ -36,7 +34,7 @@ def have(model, name):
     layers = []
     for layer in model.attention_layers:
         try:
-            VALUES[name].place(model, layer)
+            model.place(name, layer)
             layers.append(layer)
         except Unavailable:
             continue
@@ -96,7 +94,7 @@ def test_head_outputs_are_probabilities_times_values(model_type):
     model, tokens = wrapped(model_type), ids()
     module = model._module
     layer = have(model, "attention_head_outputs")[-1]
-    inside = findings(model).attention[layer]
+    inside = model.facts.inside.attention[layer]
     z = read(model, "attention_head_outputs", layer, tokens)
     if inside.out is not None:
         out = inside.out if inside.before_out is None else inside.before_out[0]

@@ -6,7 +6,7 @@ import torch
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.positions import at, last_of
 from nnterp.testing import LEFT_PADDING_INEXACT
-from nnterp.values._places import Site
+from nnterp.values import Site
 
 from .values_reference import arguments, hooked, wrapped
 
@@ -29,7 +29,7 @@ NAMES = ["layers_output", "layers_input", "attentions_output", "mlps_output"]
 
 def loop(model, name, layer, rows):
     """The value of every prompt alone, read by a hook."""
-    values = model.values[name].place(model, layer)
+    values = model.place(name, layer)
     assert isinstance(values, Site)
     found = []
     for row in rows:

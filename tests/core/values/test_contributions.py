@@ -5,8 +5,6 @@ import torch
 
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types
-from nnterp.values import VALUES
-from nnterp.values._serve import findings
 
 from .values_reference import arguments, ids, wrapped
 
@@ -18,7 +16,7 @@ TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM]
 
 def served(model, name, layer):
     try:
-        VALUES[name].place(model, layer)
+        model.place(name, layer)
     except Unavailable:
         return False
     return True
@@ -120,9 +118,9 @@ SCALED_AFTER_MID = {"beam", "doge", "zaya"}
 def test_neurons(model_type):
     """The neurons through the down projection are the feed-forward's output, and zeroing them leaves its bias."""
     model, tokens = wrapped(model_type, eager=False), ids()
-    layers = [i for i, p in enumerate(findings(model).neurons) if not isinstance(p, str)]
+    layers = [i for i, p in enumerate(model.facts.inside.neurons) if not isinstance(p, str)]
     for layer in layers[:1]:
-        place = findings(model).neurons[layer]
+        place = model.facts.inside.neurons[layer]
         down = model._module.get_submodule(place.path)
         neurons = read(model, "mlp_neurons", layer, tokens)
         with torch.no_grad():
@@ -155,7 +153,7 @@ def test_neurons_of_shared_experts():
         model, tokens = wrapped(model_type, eager=False), ids()
         layers = model.support()["shared_expert_neurons"]
         assert layers, model_type
-        place = VALUES["shared_expert_neurons"].place(model, layers[-1])
+        place = model.place("shared_expert_neurons", layers[-1])
         assert "shared" in place.path
         module, down = model._module, model._module.get_submodule(place.path)
         kept = {}
@@ -207,7 +205,7 @@ def test_heads_through_out_sum_to_the_output(model_type):
     model, tokens = wrapped(model_type, eager=False), ids()
     layers = [i for i in model.attention_layers if served(model, "attention_head_contributions", i)]
     for layer in layers[-1:]:
-        inside = findings(model).attention[layer]
+        inside = model.facts.inside.attention[layer]
         out = projection(model._module, inside)
         with torch.no_grad(), model.trace(tokens, use_cache=False):
             contributions = model.attention_head_contributions[layer].save()
@@ -220,5 +218,5 @@ def test_heads_through_out_sum_to_the_output(model_type):
         half = contributions * 0.5
         with torch.no_grad(), model.trace(tokens, use_cache=False):
             model.attention_head_contributions[layer] = half
-            written = model.envoy(findings(model).attention[layer].out).output.clone().save()
+            written = model.envoy(model.facts.inside.attention[layer].out).output.clone().save()
         assert off(written.reshape(expected.shape), half.sum(2) + bias) < 1e-5

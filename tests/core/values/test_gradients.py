@@ -6,7 +6,7 @@ import torch
 from nnterp import StandardizedTransformer
 from nnterp.errors import InsideTraceError
 from nnterp.testing import tiny_model, tiny_tokenizer
-from nnterp.values._places import Site
+from nnterp.values import Site
 
 from .values_reference import arguments, ids, wrapped
 
@@ -56,7 +56,7 @@ def test_equal_autograd_on_the_plain_model(model_type):
     have = [n for n in NAMES if model.support().available(n, 2)]
     got = model.gradients(tokens, metric, have[::-1], layers=[2, 1])
     for name in have:
-        place = model.values[name].place(model, 2)
+        place = model.place(name, 2)
         site = place if isinstance(place, Site) else place.place
         value, gradient = plain_gradient(model._module, site, tokens)
         for mine, theirs in ((got.value((name, 2)), value), (got[name, 2], gradient)):

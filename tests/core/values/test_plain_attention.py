@@ -3,12 +3,10 @@
 import pytest
 import torch
 
+from nnterp.eager import eagerly
 from nnterp.errors import Unavailable
 from nnterp.testing import NOT_CAUSAL, model_types
-from nnterp.values import VALUES
-from nnterp.values._eager import eagerly
-from nnterp.values._order import reads, when
-from nnterp.values._serve import findings
+from nnterp.values import reads, when
 
 from .plain_attention import PlainAttention
 from .values_reference import arguments, hooked, ids, wrapped
@@ -55,7 +53,7 @@ def in_order(model, names, layer):
     """Names in the order in which this model passes them."""
 
     def last(name):
-        return max(when(model, place) for place in reads(model, VALUES[name].place(model, layer))[0])
+        return max(when(model, place) for place in reads(model, model.place(name, layer))[0])
 
     return sorted(names, key=last)
 
@@ -182,7 +180,7 @@ def test_several_attentions_in_a_layer(capsys):
 
 def projection(model, layer):
     """The module that is given the heads."""
-    inside = findings(model).attention[layer]
+    inside = model.facts.inside.attention[layer]
     return inside.out if inside.before_out is None else inside.before_out[0]
 
 

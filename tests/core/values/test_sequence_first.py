@@ -7,7 +7,6 @@ from torch import nn
 from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
 from nnterp.testing import tiny_model, tiny_tokenizer
-from nnterp.values import VALUES
 
 from .values_reference import ids, wrapped
 
@@ -192,7 +191,7 @@ def test_what_leaves_attention_waits_for_its_proof():
     with torch.no_grad(), model.trace(ids(1, 5)):
         left = model.attentions_output[0].save()
     assert left.shape == (1, 5, 64)
-    assert str(VALUES["attentions_output"].place(model, 0)).startswith("transformer.layer.0.rel_attn.source.")
+    assert str(model.place("attentions_output", 0)).startswith("transformer.layer.0.rel_attn.source.")
 
 
 def test_a_norm_at_the_beginning_of_attention_closes_nothing():

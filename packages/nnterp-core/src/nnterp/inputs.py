@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import nn
 
-from nnterp.huggingface import text_config
+from nnterp.huggingface import text_config, uncached
+from nnterp.traced import Readout
 
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+
+class Reader(Protocol):
+    """What reading prompts needs of a model."""
+
+    tokenizer: Any
+    _module: nn.Module
+
+    @property
+    def model_class(self) -> str:
+        """Name of the HuggingFace class."""
+        ...
+
+    @property
+    def padding_is_exact(self) -> bool:
+        """Whether a row of a padded batch is proven to equal the row alone."""
+        ...
+
+    @property
+    def readout(self) -> Readout:
+        """How hidden states become logits; holds the stream's layout."""
+        ...
+
 
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
 
@@ -68,13 +90,13 @@ class Batch:
         return torch.tensor([start + len(row) - 1 for start, row in zip(self.starts, self.rows, strict=True)])
 
 
-def encode(model: StandardizedTransformer, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
+def encode(model: Reader, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
     """Prompts of any kind as rows of token ids.
 
     Args:
         model: The model whose tokenizer reads them.
         prompts: A text, token ids (list or 1-d tensor), chat messages (a list of {"role", "content"} dicts, put through
-            the tokenizer's chat template; a last message of the assistant is gone on with), or a list of these; also a
+            the tokenizer's chat template; a final assistant message is continued), or a list of these; also a
             2-d tensor or an encoding with `input_ids` and `attention_mask`, whose padding is taken off.
 
     Raises:
@@ -89,13 +111,11 @@ def encode(model: StandardizedTransformer, prompts: Prompt | Sequence[Prompt]) -
         if not row.ids:
             raise ValueError(f"Prompt {i} ({row.text!r}) has no tokens, and a model needs at least one.")
         if limit is not None and len(row) > limit:
-            raise ValueError(
-                f"Prompt {i} has {len(row)} tokens; {model.anatomy.model_class} was built for at most {limit}."
-            )
+            raise ValueError(f"Prompt {i} has {len(row)} tokens; {model.model_class} was built for at most {limit}.")
     return rows
 
 
-def context_length(model: StandardizedTransformer) -> int | None:
+def context_length(model: Reader) -> int | None:
     """The longest input the model was built for, where its config says."""
     config = text_config(model._module.config)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
@@ -105,14 +125,26 @@ def context_length(model: StandardizedTransformer) -> int | None:
     return None
 
 
-def forward_flags(model: StandardizedTransformer) -> dict[str, Any]:
+def forward_flags(model: Reader) -> dict[str, Any]:
     """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
-    accepts = inspect.signature(model._module.forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepts.values())
-    return {"use_cache": False} if "use_cache" in accepts or open_ended else {}
+    return uncached(model._module)
 
 
-def batches(model: StandardizedTransformer, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+@contextlib.contextmanager
+def left_padded(tokenizer: Any) -> Iterator[None]:
+    """The tokenizer's padding side set to the left inside the block: the side that the certificate proves exact."""
+    side = getattr(tokenizer, "padding_side", None)
+    if side is None:
+        yield
+        return
+    tokenizer.padding_side = "left"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+
+
+def batches(model: Reader, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
     """The rows in batches of at most `batch_size`, longest first, rows of like length together.
 
     Where HuggingFace's own forward is not exact under padding (`model.padding_is_exact` is False), only rows of equal
@@ -135,7 +167,7 @@ def batches(model: StandardizedTransformer, rows: Sequence[Row], batch_size: int
         start = stop
 
 
-def pad(model: StandardizedTransformer, rows: Sequence[Row], indices: tuple[int, ...] | None = None) -> Batch:
+def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = None) -> Batch:
     """One batch of these rows, in this order."""
     width = max(len(row) for row in rows)
     left = getattr(model.tokenizer, "padding_side", "left") == "left"
@@ -178,7 +210,7 @@ def _is_chat(prompt: Any) -> bool:
     )
 
 
-def _row(model: StandardizedTransformer, prompt: Any) -> Row:
+def _row(model: Reader, prompt: Any) -> Row:
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
         return Row(tuple(prompt.tolist()))
     if _is_ids(prompt):
@@ -188,7 +220,7 @@ def _row(model: StandardizedTransformer, prompt: Any) -> Row:
     if _is_chat(prompt):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("Chat messages were given, but this model's tokenizer has no chat template.")
-        continues = prompt[-1]["role"] == "assistant"  # an answer that has begun goes on
+        continues = prompt[-1]["role"] == "assistant"  # an answer that has begun is continued
         prompt = tokenizer.apply_chat_template(
             list(prompt), tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nnterp.values._eager import make_eager
+from nnterp.eager import make_eager
 
 
 def resolve_tokenizer(
@@ -52,7 +52,7 @@ def require_eager(model: str | nn.Module, options: dict[str, Any]) -> None:
     """Make `options` (and a loaded module) compute attention the way that has probabilities to read.
 
     Raises:
-        ValueError: Another `attn_implementation` was asked for in the same breath.
+        ValueError: `attn_implementation` was also passed, and is not "eager".
     """
     asked = options.get("attn_implementation")
     if asked not in (None, "eager"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnterp.anatomy import RenameConfig, find_anatomy
 from nnterp.errors import Unavailable
-from nnterp.values._accessors import layer_index
+from nnterp.traced import layer_index
 
 
 class ModuleAccessor:

@@ -1,4 +1,4 @@
-"""`NamedTransformer`: nnsight's model, traced by standard names. Its anatomy, its facts, and looking values up in them."""
+"""`NamedTransformer`: nnsight's model under standard names, with its facts, in which values are looked up."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ SENT_OF_NNSIGHT = (
     *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
-SENT = (
-    *("num_layers", "model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),
-)
+SENT = (*("num_layers", "model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),)
 
 
 class NamedTransformer(TracedTransformer):
@@ -42,9 +40,7 @@ class NamedTransformer(TracedTransformer):
         AnatomyError: A part was not found, or `rename_config` names one that is not there.
     """
 
-    def __init__(
-        self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
         self._envoys_by_path: dict[str, Envoy] = {}
         TransformersModel.__init__(self, model, **kwargs)

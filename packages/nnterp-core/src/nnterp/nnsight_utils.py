@@ -14,7 +14,7 @@ import torch
 
 from nnterp.module_accessor import ModuleAccessor
 from nnterp.standardized_transformer import StandardizedTransformer
-from nnterp.traced_transformer import TracedTransformer
+from nnterp.traced import TracedTransformer
 
 __all__ = [
     "GetModuleOutput",

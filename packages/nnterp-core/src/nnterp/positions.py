@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from nnterp.inputs import Row
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+from nnterp.inputs import Reader, Row
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ def last_of(text: str, occurrence: int = 0) -> TextSelector:
 Positions = int | slice | TextSelector | Sequence["int | TextSelector"] | None
 
 
-def resolve(model: StandardizedTransformer, row: Row, positions: Positions, label: str = "prompt") -> tuple[int, ...]:
+def resolve(model: Reader, row: Row, positions: Positions, label: str = "prompt") -> tuple[int, ...]:
     """The positions asked for, as indices over a row's own tokens from 0 (padding is never counted).
 
     Args:
@@ -72,7 +68,7 @@ def resolve(model: StandardizedTransformer, row: Row, positions: Positions, labe
     return tuple(found)
 
 
-def describe(model: StandardizedTransformer, row: Row) -> str:
+def describe(model: Reader, row: Row) -> str:
     """A row's tokens with their positions, for errors."""
     names = model.tokenizer.convert_ids_to_tokens(list(row.ids))
     shown = [f"{i}:{name!r}" for i, name in enumerate(names)]

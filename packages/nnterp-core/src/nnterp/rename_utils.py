@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict
-from nnterp.anatomy._sizes import read_sizes
+from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict, read_sizes
 from nnterp.errors import RenamingError
 from nnterp.huggingface import text_config as _text_config
-from nnterp.values import LayerAccessor
+from nnterp.traced import LayerAccessor
 
 __all__ = [
     "AttnProbFunction",

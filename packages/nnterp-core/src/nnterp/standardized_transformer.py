@@ -10,37 +10,21 @@ from typing import Any
 
 import torch
 from nnsight import TransformersModel
-from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp import loading
-from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
-from nnterp.binding import bind_names
-from nnterp.certificate import Certificate, ResidualStructure, certify
-from nnterp.collection import Collected, collect
-from nnterp.errors import InsideTraceError, RemoteModelError, Unavailable
-from nnterp.gradients import Gradients, gradients
-from nnterp.readout import Readout, declared_chain
-from nnterp.skipping import lenders
-from nnterp.traced_transformer import TracedTransformer, arriving, travel_by_value
-from nnterp.twin import learn_from_twin, twin_of
-from nnterp.values import (
-    VALUES,
-    AttentionProbabilitiesAccessor,
-    Support,
-    Value,
-    canonical,
-    explain,
-    get_value,
-    prepare,
-    support,
-)
-from nnterp.values._directory import directory_of
-from nnterp.values._places import Place, Side
-from nnterp.values._serve import findings
+from nnterp.anatomy import RenameConfig
+from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, certify
+from nnterp.collection import Collected, Gradients, collect, gradients
+from nnterp.errors import RemoteModelError, Unavailable, Unproven
+from nnterp.facts import Facts
+from nnterp.named_transformer import NamedTransformer
+from nnterp.traced import Place, travel_by_value
+from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
+from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
 
-class StandardizedTransformer(TracedTransformer):
+class StandardizedTransformer(NamedTransformer):
     """A causal language model in its original HuggingFace implementation, with one name for every part of it.
 
     Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
@@ -52,7 +36,8 @@ class StandardizedTransformer(TracedTransformer):
     Args:
         model: A hub id, a local folder, or a HuggingFace module that is already loaded.
         trust_remote_code: Run modelling code that comes with the checkpoint.
-        check_renaming: Prove the names at load. False skips the proof, and with it every guarantee.
+        check_renaming: Prove the names at load. False skips the proof, and with it every guarantee: what needs only a
+            name is served, what needs a proof is refused or warned of (see docs/certificate.md).
         remote: The model will run on a remote service: weights are never loaded here, checks run without them.
         allow_dispatch: Load the weights when the checks need them. With False only what can be checked without
             weights is checked at load, and the rest when the first trace loads them.
@@ -87,13 +72,12 @@ class StandardizedTransformer(TracedTransformer):
         **kwargs: Any,
     ) -> None:
         model = str(model) if isinstance(model, Path) else model
-        self.rename_config = rename_config
         self.check_renaming = check_renaming
         self.remote = remote
-        self._certificate: Certificate | None = None
-        self._envoys_by_path: dict[str, Envoy] = {}
-        self._prefix_free_tokenizer: Any = None
+        self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
+        self._twins: list[Twin | str] = []  # the twin, once it is built
+        self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
@@ -108,33 +92,15 @@ class StandardizedTransformer(TracedTransformer):
             kwargs.setdefault("device_map", "auto")
             kwargs["trust_remote_code"] = trust_remote_code
         kwargs.setdefault("task", "text-generation")
-        TransformersModel.__init__(self, model, tokenizer=tokenizer, **kwargs)
+        NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
             setattr(self.tokenizer, name, setting)
-
-        self.anatomy: Anatomy = find_anatomy(self._module, rename_config)
-        bind_names(self, self.anatomy)
-        self._name_paths()
-        self.readout = Readout(self.anatomy, declared_chain(self._module.config))
-        self.lenders = lenders(self._module, self.anatomy.num_layers)
-        self.residual_structures: tuple[ResidualStructure, ...] = ()
-        self.padding_is_exact = True  # whether a row of a padded batch equals the row alone
-        self.positions_from_mask = True  # whether such a batch must be told its positions
-        self.repeated: frozenset[str] = frozenset()  # modules that run more than once in a forward pass
-        self.run_order: dict[str, int] = {}  # when each module begins in a forward pass
-        self.kept_as_stream: frozenset[tuple[str, Side]] = frozenset()  # edges laid out as layers are
-        sizes = self.anatomy.sizes
-        self.num_layers: int = sizes.num_layers
-        self.hidden_size: int | None = sizes.hidden_size
-        self.num_heads: int | None = sizes.num_heads
-        self.num_kv_heads: int | None = sizes.num_kv_heads
-        self.head_dim: int | None = sizes.head_dim
-        self.intermediate_size: int | None = sizes.intermediate_size
-        self.vocab_size: int | None = sizes.vocab_size
         if remote:
             travel_by_value()
         if check_renaming:
             self.validate().raise_if_failed()
+        elif self.dispatched:
+            self.adopt(self.facts.searching(self._module, self.interleaver))
 
     # -- loading and proof -----------------------------------------------------------------------------------------
 
@@ -153,34 +119,17 @@ class StandardizedTransformer(TracedTransformer):
                 "here, and what was asked for runs here. Pass remote=True to it as well, or load the model without."
             )
         TransformersModel.dispatch(self)
-        self.__dict__.pop("_places", None)
         if self.check_renaming:
             self.validate().raise_if_failed()
-
-    @property
-    def twin(self) -> StandardizedTransformer | str:
-        """A narrow model of the same code with random weights, which is proven while this one's are not here.
-
-        Built when it is first needed; where there is none, the reason. See `nnterp.twin`.
-        """
-        return twin_of(self)
-
-    def prepare(self, remote: Any = False) -> None:
-        """Be ready for a run: load the weights, or, for a run elsewhere, learn what can be learnt without them."""
-        if remote:
-            self.learn_from_twin()
         else:
-            self.dispatch()
-
-    def learn_from_twin(self) -> None:
-        """Take over what the twin proves about the code, while the weights are not here."""
-        learn_from_twin(self)
+            self.adopt(self.facts.searching(self._module, self.interleaver))
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
 
         With `enable_attention_probs=True`, the attention probabilities of the first attention layer are proven as well
-        (`attention_probabilities.check_source()` proves all).
+        (`attention_probabilities.check_source()` proves all). Whatever was proven of the model before, `proofs`
+        included, is forgotten.
 
         Nothing is loaded for it: without weights, only what a forward pass on fake tensors shows is checked.
 
@@ -188,31 +137,48 @@ class StandardizedTransformer(TracedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
-        self.proofs.clear()
-        self._certificate = certify(self)
-        prepare(self)
-        in_several = not self.attention_layers and any(block.attentions for block in self.anatomy.blocks)
-        if self._probabilities_check is not None and self.dispatched and self._certificate.ok and not in_several:
+        certificate, facts = certify(self)
+        self._take_over(facts, certificate)
+        in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
+        if self._probabilities_check is not None and self.dispatched and certificate.ok and not in_several:
             first = self.attention_layers[0] if self.attention_layers else 0
             self.attention_probabilities.check_source(first, use_trace=self._probabilities_check)
-        return self._certificate
+        return certificate
+
+    def _take_over(self, facts: Facts, certificate: Certificate | None) -> None:
+        """The one place at which what was learnt of the model is assigned to it."""
+        self.proofs.clear()
+        self.certificate = certificate
+        self.adopt(facts)
 
     @property
-    def certificate(self) -> Certificate | None:
-        """The certificate of the last check; None if `check_renaming=False` and `validate()` was never called."""
-        return self._certificate
+    def twin(self) -> Twin | str:
+        """A small random model of the same code, certified while this one's weights are absent; or why there is none.
 
-    def require_no_trace(self, what: str) -> None:
-        """Raise if the model is running a trace, in which it cannot be run again.
-
-        Raises:
-            InsideTraceError: It is.
+        Built when it is first needed; see `nnterp.twin`.
         """
-        if self.interleaver.interleaving:
-            raise InsideTraceError(
-                f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "
-                f"Call it before or after the `with` block."
-            )
+        if not self._twins:
+            self._twins.append(build_twin(self))
+        return self._twins[0]
+
+    def prepare(self, remote: Any = False) -> None:
+        """Prepare for a run: load the weights, or, for a remote run, learn what the twin can prove."""
+        if remote:
+            self.learn_from_twin()
+        else:
+            self.dispatch()
+
+    def learn_from_twin(self) -> None:
+        """Take over what the twin proves about the code. Nothing happens if the weights are here, or a second time."""
+        if self.dispatched or self.facts.proof == "twin" or self.facts.look_inside is not None:
+            return
+        twin = self.twin
+        if isinstance(twin, Twin):
+            self._take_over(facts_by_twin(self.facts, twin, self._module.config), self.certificate)
+        else:
+            self._take_over(facts_without_twin(self.facts, twin), self.certificate)
+
+    # -- running -----------------------------------------------------------------------------------------------------
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's `trace`: run one forward pass, the block's reads and writes in it.
@@ -235,6 +201,13 @@ class StandardizedTransformer(TracedTransformer):
             self._prepare_request()
         return TransformersModel.session(self, *args, **kwargs)
 
+    def scan(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's `scan`: shapes without weights. Values inside layers are looked up before it begins."""
+        self.learn_from_twin()
+        with contextlib.suppress(Unavailable):
+            _ = self.facts.inside
+        return TransformersModel.scan(self, *args, **kwargs)
+
     def _prepare_request(self) -> None:
         if getattr(self.tokenizer, "padding_side", "left") != "left":
             raise ValueError(
@@ -243,94 +216,37 @@ class StandardizedTransformer(TracedTransformer):
             )
         travel_by_value()
 
-    def scan(self, *args: Any, **kwargs: Any) -> Any:
-        """nnsight's `scan`: shapes without weights. Values inside layers are looked up before it begins."""
-        if not self.dispatched:
-            self.learn_from_twin()
-            with contextlib.suppress(Unavailable):
-                findings(self)
-        return TransformersModel.scan(self, *args, **kwargs)
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """What a remote request takes along; before the first, what can be learnt without weights is learnt."""
+        self.learn_from_twin()
+        return NamedTransformer.__reduce_ex__(self, protocol)
 
-    def prepare_run(self) -> None:
-        """Nothing to do: what a layer must serve was prepared when it was proven."""
+    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:  # noqa: D102 (inherited)
+        if not self.interleaver.interleaving:
+            self.dispatch()
+        return NamedTransformer.project_on_vocab(self, hidden_state)
 
-    def adopt(self, anatomy: Anatomy) -> None:
-        """Take another anatomy for this model's, as the certificate does when the order of modules corrects a name."""
-        self.anatomy = anatomy
-        self.readout.adopt(anatomy)
-        self._name_paths()
-        self.__dict__.pop("_places", None)  # where values are served was looked up in the old one
-        bind_names(self, anatomy)
-
-    def _name_paths(self) -> None:
-        self.model_class = self.anatomy.model_class
-        self.layer_paths = tuple(block.path for block in self.anatomy.blocks)
-
-    # -- where everything is ---------------------------------------------------------------------------------------
+    # -- where everything is -----------------------------------------------------------------------------------------
 
     def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
-        """Where a value is served; looked up once.
+        """Where a value is served; looked up once. Without weights, a value told by numbers is looked up in the twin.
 
         Raises:
             ValueError: There is no such value.
             Unavailable: The model, or this layer, does not have it; says why, and which layers do.
         """
-        return get_value(name).place(self, layer)
-
-    def module_path(self, role: str, layer: int) -> str:
-        """Native path of the module that plays `role` ("self_attn", "mixer" or "mlp") in a layer.
-
-        Raises:
-            Unavailable: The layer has no such part, or it is no module of its own.
-        """
-        part = self.anatomy.part(role, layer)
-        if part.path is None:
-            raise Unavailable(
-                f"The {role} of layer {layer} is no module of its own in {self.model_class}: it enters at {part.entry} "
-                f"and leaves at {part.exit}. Its input and output can be read and written all the same."
-            )
-        return part.path
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Indices of the layers with softmax attention over their own stream."""
-        return self.anatomy.indices("self_attn")
+        try:
+            return NamedTransformer.place(self, name, layer)
+        except Unproven:
+            if self.dispatched:
+                raise
+            self.learn_from_twin()
+            return NamedTransformer.place(self, name, layer)
 
     @property
     def attention_probabilities(self) -> AttentionProbabilitiesAccessor:  # type: ignore[override]
         """The accessor of `[batch, heads, query, key]` per layer, which can also show and prove where it reads."""
-        return AttentionProbabilitiesAccessor(self, VALUES["attention_probabilities"].label)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        """What is sent with a remote request: the traced half, and where everything is served.
-
-        What found and proved it stays here.
-        """
-        self.learn_from_twin()
-        state = TransformersModel.__getstate__(self)
-        for name in self._STAYS_HERE:
-            state.pop(name, None)
-        state["directory"] = directory_of(self)
-        return arriving, (), state
-
-    _STAYS_HERE = (
-        "anatomy",
-        "rename_config",
-        "residual_structures",
-        "repeated",
-        "run_order",
-        "kept_as_stream",
-        "_certificate",
-        "_envoys_by_path",
-        "_findings",
-        "_learned",
-        "_mid",
-        "_places",
-        "_prefix_free_tokenizer",
-        "_probabilities_check",
-        "proofs",
-        "_twin",
-    )
+        return AttentionProbabilitiesAccessor(self)
 
     # -- the table of values ----------------------------------------------------------------------------------------
 
@@ -478,6 +394,6 @@ class StandardizedTransformer(TracedTransformer):
     @property
     def add_prefix_false_tokenizer(self) -> Any:
         """A copy of the tokenizer that does not put a space before the first word (1.x)."""
-        if self._prefix_free_tokenizer is None:
-            self._prefix_free_tokenizer = loading.prefix_free(self.tokenizer)
-        return self._prefix_free_tokenizer
+        if not self._prefix_free:
+            self._prefix_free.append(loading.prefix_free(self.tokenizer))
+        return self._prefix_free[0]

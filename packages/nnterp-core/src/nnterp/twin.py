@@ -1,9 +1,9 @@
-"""What a model's numbers would show, without its weights: a narrow twin of it, with random weights, is proven instead.
+"""Certify a model whose weights are absent by certifying a small random model of the same code.
 
-Fake tensors have shapes and no numbers, and shapes do not tell queries from keys. So a model whose weights are not here
-is rebuilt from its own class and configuration, as deep and with as many heads, but narrow enough to run in a blink.
-What its numbers prove about the code (where every value is, how a layer's parts are added up, what follows the last
-layer, whether padding is exact) holds for the model, whose code is the same.
+Fake tensors have shapes and no numbers, and shapes do not tell queries from keys. So a model without weights is rebuilt
+from its own class and configuration, as deep and with as many heads, but narrow enough to run in a second. What is
+proven of this twin's code (where every value is, how the parts of a layer are added up, what follows the last layer,
+whether padding is exact) holds for the model, whose code is the same.
 """
 
 from __future__ import annotations
@@ -11,58 +11,73 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nnterp.anatomy import Anatomy, Layer
-from nnterp.certificate import Contribution, ResidualStructure
-from nnterp.readout import StreamLayout
-from nnterp.values._eager import is_eager, make_eager
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
-
-
-def twin_of(model: StandardizedTransformer) -> StandardizedTransformer | str:
-    """The proven twin of a model; or why there is none. Built once."""
-    kept = model.__dict__.get("_twin")
-    if kept is None:
-        try:
-            kept = _built(model)
-        except Exception as error:
-            kept = f"a narrow twin of it cannot be built ({type(error).__name__}: {str(error)[:200]})"
-        object.__setattr__(model, "_twin", kept)
-    return kept
+from nnterp.certificate import Certificate, Contribution, ResidualStructure, certify
+from nnterp.eager import is_eager, make_eager
+from nnterp.errors import Unavailable
+from nnterp.facts import Facts
+from nnterp.named_transformer import NamedTransformer
+from nnterp.record import replace
+from nnterp.tiny import make_loud, narrow_config, tiny_tokenizer
 
 
-def learn_from_twin(model: StandardizedTransformer) -> None:
-    """Take over what the twin has proven about the code; once, and nothing if the weights are here."""
-    if model.dispatched or model.__dict__.get("_learned"):
-        return
-    object.__setattr__(model, "_learned", True)
-    twin = twin_of(model)
-    if isinstance(twin, str):
-        if model.check_renaming:  # what nothing has proven is refused
-            model.padding_is_exact = False
-            model.readout.way, model.readout.reason = None, twin
-        return
-    model.adopt(dataclasses.replace(twin.anatomy, sizes=model.anatomy.sizes))
-    model.kept_as_stream = twin.kept_as_stream
-    layout, narrow = twin.readout.layout, twin.hidden_size or 1
-    width = layout.width // narrow * (model.hidden_size or 0)
-    model.readout.layout = StreamLayout(**{**layout.__dict__, "width": width})
-    model.residual_structures = tuple(_of_the_code(s, model._module.config) for s in twin.residual_structures)
-    model.padding_is_exact, model.positions_from_mask = twin.padding_is_exact, twin.positions_from_mask
-    model.readout.way, model.readout.reason = twin.readout.way, twin.readout.reason
-    model.readout.returns = twin.readout.returns
-    object.__setattr__(model, "_mid", twin.__dict__.get("_mid"))
+@dataclass(frozen=True)
+class Twin:
+    """A small random model of the same code as another, and its certificate, every line of which holds."""
+
+    model: NamedTransformer
+    certificate: Certificate
 
 
-def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
-    from nnterp.standardized_transformer import StandardizedTransformer
-    from nnterp.tiny import make_loud, narrow_config, tiny_tokenizer
+def build_twin(model: NamedTransformer) -> Twin | str:
+    """The twin of a model, certified; or the reason why there is none."""
+    try:
+        return _built(model)
+    except Exception as error:
+        return f"a narrow twin of it cannot be built ({type(error).__name__}: {str(error)[:200]})"
 
+
+def facts_by_twin(facts: Facts, twin: Twin, config: Any) -> Facts:
+    """The facts of a model without weights, from those that its twin proved.
+
+    Args:
+        facts: What is known of the model without its weights.
+        twin: Its twin.
+        config: The model's HuggingFace config: a factor that it does not state is learned, and stays unknown.
+    """
+    proven = twin.model.facts
+    layout, narrow = proven.readout.layout, proven.anatomy.sizes.hidden_size or 1
+    width = layout.width // narrow * (facts.anatomy.sizes.hidden_size or 0)
+    return dataclasses.replace(
+        proven,
+        anatomy=dataclasses.replace(proven.anatomy, sizes=facts.anatomy.sizes),
+        lenders=facts.lenders,
+        readout=replace(proven.readout, chain=facts.readout.chain, layout=replace(layout, width=width)),
+        declared_probabilities=facts.declared_probabilities,
+        proof="twin",
+        residual=tuple(_of_the_code(structure, config) for structure in proven.residual),
+        look_inside=lambda: proven.inside,
+        look_for_states=lambda: proven.states,
+    )
+
+
+def facts_without_twin(facts: Facts, reason: str) -> Facts:
+    """The facts of a model without weights whose twin cannot be built: what is told by numbers is refused."""
+
+    def refuse() -> Any:
+        raise Unavailable(facts.unproven("Where the inside of layers is served"))
+
+    facts = dataclasses.replace(facts, padding="inexact", why_unproven=reason)
+    readout = replace(facts.readout, way="none", reason=reason)
+    return dataclasses.replace(facts, readout=readout, look_inside=refuse, look_for_states=refuse)
+
+
+def _built(model: NamedTransformer) -> Twin | str:
     module_class: Any = type(model._module)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -72,21 +87,22 @@ def _built(model: StandardizedTransformer) -> StandardizedTransformer | str:
     module.eval()
     if is_eager(model._module):
         make_eager(module)
-    twin = StandardizedTransformer(
-        module, tokenizer=tiny_tokenizer(), rename_config=model.rename_config, check_renaming=False
+    twin = NamedTransformer(
+        module, rename_config=model.rename_config, tokenizer=tiny_tokenizer(), task="text-generation"
     )
-    certificate = twin.validate()
+    certificate, facts = certify(twin)
     if not certificate.ok:
         return f"its narrow twin is not proven: {certificate.failures[0]}"
-    difference = _difference(model.anatomy, twin.anatomy)
+    difference = _difference(model.anatomy, facts.anatomy)
     if difference:
         return f"a narrow twin of it is built differently: {difference}"
-    return twin
+    twin.adopt(facts)
+    return Twin(twin, certificate)
 
 
 @torch.no_grad()
 def _scale_buffers(module: torch.nn.Module) -> None:
-    """Move factors that come with the weights without being parameters (Gemma 4's), lest they be taken for 1."""
+    """Change factors that are saved with the weights as buffers (Gemma 4's), so that they are not taken for 1."""
     saved, generator = module.state_dict(), torch.Generator().manual_seed(0)
     for name, buffer in module.named_buffers():
         if name in saved and buffer.is_floating_point() and bool((buffer == 1).all()):
@@ -108,7 +124,7 @@ def _difference(mine: Anatomy, its: Anatomy) -> str:
 
 
 def _named(block: Layer) -> Layer:
-    """A layer as it is known without numbers."""
+    """A layer as it is known without numbers: without the operations at which its parts leave."""
     return dataclasses.replace(
         block,
         **{
@@ -120,7 +136,7 @@ def _named(block: Layer) -> Layer:
 
 
 def _of_the_code(structure: ResidualStructure, config: Any) -> ResidualStructure:
-    """The part of a residual structure that is in the code and its configuration, and not in the weights."""
+    """A residual structure without the contributions whose factors are not in the config: those are learned."""
     numbers = {1.0, *_numbers(config.to_dict())}
 
     def known(contribution: Contribution | None) -> bool:

@@ -3,6 +3,16 @@
 from nnterp.anatomy._anatomy import Anatomy, Layer, Part
 from nnterp.anatomy._find import find_anatomy
 from nnterp.anatomy._rename import AttnProbFunction, RenameConfig, get_rename_dict
-from nnterp.anatomy._sizes import Sizes
+from nnterp.anatomy._sizes import Sizes, read_sizes
 
-__all__ = ["Anatomy", "AttnProbFunction", "Layer", "Part", "RenameConfig", "Sizes", "find_anatomy", "get_rename_dict"]
+__all__ = [
+    "Anatomy",
+    "AttnProbFunction",
+    "Layer",
+    "Part",
+    "RenameConfig",
+    "Sizes",
+    "find_anatomy",
+    "get_rename_dict",
+    "read_sizes",
+]

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from functools import cache
 
-import torch
-
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._evidence import Claimed, Evidence, gather, gather_shapes, is_large, skipped
 from nnterp.certificate._order import corrected_by_order

@@ -135,9 +135,7 @@ def gather(model: NamedTransformer, large: bool) -> Evidence:
     inputs = {"input_ids": ids, **uncached(model._module)}
     modules = sorted(_watched(model._module, model.anatomy))
     try:
-        recording = record(
-            model._module, lambda: model._module(**inputs, output_hidden_states=True), modules=modules
-        )
+        recording = record(model._module, lambda: model._module(**inputs, output_hidden_states=True), modules=modules)
     except Exception:
         recording = record(model._module, lambda: model._module(**inputs), modules=modules)
     return _evidence(model, ids, recording, large)

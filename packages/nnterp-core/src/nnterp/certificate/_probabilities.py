@@ -1,4 +1,4 @@
-"""Attention probabilities, shown and proven: where they are read, and that they are what attention weighs values with."""
+"""Attention probabilities: show where they are read, and prove that attention weighs the values with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: noise written through an accessor changes the logits, and changes them as the same noise from a torch hook does.
+"""Claim: noise written through an accessor changes the logits as the same noise from a torch hook does.
 
 Each value is written in a row of its own, and one more row has every value written, all rows in one batch.
 """

@@ -1,6 +1,7 @@
-"""Values of many prompts as plain tensors, in one pass."""
+"""Values of many prompts as plain tensors, in one pass; and the gradients of a metric with respect to them."""
 
 from nnterp.collection._collect import collect
 from nnterp.collection._collected import Collected
+from nnterp.collection._gradients import Gradients, gradients
 
-__all__ = ["Collected", "collect"]
+__all__ = ["Collected", "Gradients", "collect", "gradients"]

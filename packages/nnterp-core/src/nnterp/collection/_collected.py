@@ -10,6 +10,8 @@ import torch
 from nnterp.inputs import Row
 from nnterp.values import canonical
 
+Tensors = torch.Tensor | dict[int, torch.Tensor]  # all layers of a value, or layer → tensor where their shapes differ
+
 
 @dataclass(frozen=True)
 class Collected(Mapping[str, torch.Tensor]):
@@ -34,7 +36,7 @@ class Collected(Mapping[str, torch.Tensor]):
         done: Which prompts are filled in; all, unless the run was cut short (see `collect`).
     """
 
-    tensors: dict[str, torch.Tensor | dict[int, torch.Tensor]]
+    tensors: dict[str, Tensors]
     layers: dict[str, tuple[int, ...]]
     positions: tuple[tuple[int, ...], ...]
     mask: torch.Tensor | None

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nnsight
 import torch
 
-from nnterp.collection._collect import left_padded, no_cache
-from nnterp.collection._plan import make_plan
-from nnterp.inputs import Batch, encode, pad
-from nnterp.values import canonical
-from nnterp.values._order import gradient_reads, when
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+from nnterp.collection._plan import Plan, make_plan
+from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
+from nnterp.named_transformer import NamedTransformer
+from nnterp.traced import Place
+from nnterp.values import Combine, canonical, gradient_reads, when
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Gradients:
 
 
 def gradients(
-    model: StandardizedTransformer,
+    model: NamedTransformer,
     prompts: Any,
     metric: Callable[[torch.Tensor], torch.Tensor],
     values: str | Iterable[str],
@@ -108,15 +105,15 @@ def gradients(
     rows = encode(model, prompts)
     if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
         raise ValueError(
-            f"{model.anatomy.model_class} is not exact under padding, so prompts of different lengths cannot share a "
+            f"{model.model_class} is not exact under padding, so prompts of different lengths cannot share a "
             f"batch. Take the gradients of one length at a time."
         )
-    with left_padded(model):
+    with left_padded(model.tokenizer):
         batch = pad(model, rows)
-    sources = [gradient_reads(model, t.value.place(model, t.layer), t.label) for t in plan.targets]
+    sources = [gradient_reads(model, model.place(t.value.name, t.layer), t.label) for t in plan.targets]
     order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
     wanted = sorted({order.index(place) for places, _ in sources for place in places})
-    names, inputs = [str(place) for place in order], {**batch.encoding, **no_cache(model)}
+    names, inputs = [str(place) for place in order], {**batch.encoding, **forward_flags(model)}
     with model.trace(inputs, remote=remote):
         seen: list[torch.Tensor] = []
         for place, name in zip(order, names, strict=True):
@@ -128,18 +125,32 @@ def gradients(
     score, logits, slopes, kept = found
     by_place = dict(zip(order, kept, strict=True))
     slope_of = {order[i]: slope for i, slope in zip(wanted, slopes, strict=True)}
-    values_: dict[tuple[str, int | None], torch.Tensor] = {}
-    gradients_: dict[tuple[str, int | None], torch.Tensor] = {}
-    with torch.no_grad():
-        for target, (places, pull) in zip(plan.targets, sources, strict=True):
-            key = (target.value.name, target.layer)
-            values_[key] = target.combine([by_place[plan.reads[p]] for p in target.parts]).to(device)
-            gradients_[key] = pull([slope_of[p] for p in places]).to(device)
-            if values_[key].dim() < target.value.axes:  # batch and positions in one axis
-                values_[key], gradients_[key] = (
-                    t.unflatten(0, (len(rows), -1)) for t in (values_[key], gradients_[key])
-                )
+    values_, gradients_ = _by_target(plan, sources, by_place, slope_of, len(rows), device)
     return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_)
+
+
+By = dict[tuple[str, int | None], torch.Tensor]  # (value, layer) → tensor
+
+
+@torch.no_grad()
+def _by_target(
+    plan: Plan,
+    sources: list[tuple[list[Place], Combine]],
+    by_place: dict[Place, torch.Tensor],
+    slope_of: dict[Place, torch.Tensor],
+    rows: int,
+    device: str | torch.device,
+) -> tuple[By, By]:
+    """Values and gradients of what was asked for, from those of the places it is made of."""
+    values: By = {}
+    gradients: By = {}
+    for target, (places, pull) in zip(plan.targets, sources, strict=True):
+        key = (target.value.name, target.layer)
+        values[key] = target.combine([by_place[plan.reads[p]] for p in target.parts]).to(device)
+        gradients[key] = pull([slope_of[p] for p in places]).to(device)
+        if values[key].dim() < target.value.axes:  # batch and positions in one axis
+            values[key], gradients[key] = (t.unflatten(0, (rows, -1)) for t in (values[key], gradients[key]))
+    return values, gradients
 
 
 def _differentiated(

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nnterp.errors import Unavailable
-from nnterp.values import Value, canonical
-from nnterp.values._accessors import layer_index
-from nnterp.values._order import Combine, reads, when
-from nnterp.values._places import Place
-
-if TYPE_CHECKING:
-    from nnterp.standardized_transformer import StandardizedTransformer
+from nnterp.named_transformer import NamedTransformer
+from nnterp.traced import Place, layer_index
+from nnterp.values import Combine, Value, canonical, reads, when
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Plan:
     layers: dict[str, tuple[int, ...]]
 
 
-def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layers: int | Iterable[int] | None) -> Plan:
+def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int | Iterable[int] | None) -> Plan:
     """Look up where everything asked for is served and put it in forward order.
 
     Raises:
@@ -81,7 +76,7 @@ def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layer
     for name, mine in asked.items():
         value = rows[name]
         for layer in mine if value.per_layer else [None]:
-            parts, combine = reads(model, value.place(model, layer))
+            parts, combine = reads(model, model.place(value.name, layer))
             for part in parts:
                 if part not in places:
                     places[part] = when(model, part)
@@ -98,7 +93,7 @@ def make_plan(model: StandardizedTransformer, values: str | Iterable[str], layer
     return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, layers_of)
 
 
-def _layers(model: StandardizedTransformer, value: Value, layers: int | Iterable[int] | None) -> list[int]:
+def _layers(model: NamedTransformer, value: Value, layers: int | Iterable[int] | None) -> list[int]:
     """The layers asked for; by default all that have the value."""
     if layers is not None:
         given: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
@@ -108,7 +103,7 @@ def _layers(model: StandardizedTransformer, value: Value, layers: int | Iterable
     found, reason = [], None
     for layer in range(model.num_layers):
         try:
-            value.place(model, layer)
+            model.place(value.name, layer)
             found.append(layer)
         except Unavailable as error:
             reason = error

@@ -87,7 +87,7 @@ class _Look:
 
     def findings(self) -> Findings:
         found = Findings(ticks=self.whole.ticks(), texts={**self.current.texts, **self.whole.texts})
-        routers = Routers(self.probe, self.whole)
+        routers = Routers(self.probe, self.current)
         tolerance = self.probe.tolerance
         for layer in self.layers:
             found.attention.append(self.attention(layer))

@@ -75,9 +75,7 @@ def _handed_on(operations: list[Operation]) -> Iterator[Place]:
                 yield State(Inside(operation.path, operation.labels, "input", key))
 
 
-def _assigned(
-    root: nn.Module, operations: list[Operation], before: dict[str, dict]
-) -> Iterator[Place]:
+def _assigned(root: nn.Module, operations: list[Operation], before: dict[str, dict]) -> Iterator[Place]:
     """What an operation returned and its module has kept (RecurrentGemma)."""
     for operation in operations:
         for name, state in held_tensors(root.get_submodule(operation.path)).items():

@@ -22,8 +22,9 @@ from nnterp.traced._layouts import PARTS, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
 from nnterp.traced._running import Place, Running
-from nnterp.traced._skipping import Lender
+from nnterp.traced._skipping import Lender, skip_layers
 from nnterp.traced._states import CachedState, State
+from nnterp.traced._steering import steer
 from nnterp.traced._sums import Sum, added
 from nnterp.traced._through_out import ThroughOut
 from nnterp.traced._transformer import TracedTransformer, arriving, travel_by_value
@@ -65,6 +66,8 @@ __all__ = [
     "over",
     "read_value",
     "require_running",
+    "skip_layers",
+    "steer",
     "travel_by_value",
     "write_value",
 ]

@@ -97,9 +97,7 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
     return index % num_layers
 
 
-def read_value(
-    model: Running, value: Label | Value, layer: int | tuple[int, int] | None = None
-) -> torch.Tensor:
+def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int] | None = None) -> torch.Tensor:
     """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run.
 
     A value that is a sum or a multiple of what modules return is a new tensor; it has to be assigned to have an effect.

@@ -92,6 +92,11 @@ class Readout(Record):
             "none": self.reason,
         }[self.way]
 
+    @property
+    def proven(self) -> bool:
+        """Whether it is proven that hidden states can be projected on the vocabulary, and how."""
+        return self.way in ("chain", "replay")
+
     def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states at the output of the last layer: `[..., hidden]` → `[..., vocab]`, the model's dtype.
 

@@ -75,9 +75,7 @@ def require_skippable(model: Running, lenders: list[Lender], layers: range) -> N
             )
 
 
-def skipped_output(
-    stream: torch.Tensor, rest: Rest, args: tuple, kwargs: dict[str, Any]
-) -> Any:
+def skipped_output(stream: torch.Tensor, rest: Rest, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What a skipped layer returns: the stream, and its other outputs taken unchanged from its arguments."""
     if rest is None:
         return stream

@@ -12,7 +12,7 @@ from nnterp.discovery import Contribution, ResidualStructure
 from nnterp.eager import is_eager
 from nnterp.errors import Unavailable, Unproven
 from nnterp.facts import Facts
-from nnterp.table import Side, Value, get_value
+from nnterp.table import Value, get_value
 from nnterp.traced import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, View
 from nnterp.wording import ranges
 

@@ -9,7 +9,20 @@ from typing import cast
 import torch
 
 from nnterp.errors import Unavailable
-from nnterp.traced import Declared, Everywhere, Inside, Item, Place, ReadOnly, Running, Site, Sum, ThroughOut, View, added
+from nnterp.traced import (
+    Declared,
+    Everywhere,
+    Inside,
+    Item,
+    Place,
+    ReadOnly,
+    Running,
+    Site,
+    Sum,
+    ThroughOut,
+    View,
+    added,
+)
 from nnterp.values._lookup import Known
 
 Combine = Callable[[Sequence[torch.Tensor]], torch.Tensor]

@@ -156,7 +156,7 @@ class BatchRun:
         if layer > self.first:
             running = read_value(self.model, get_value("layers_output"), layer - 1)
             whole = torch.cat([running, whole.to(running)])
-        get_value("layers_input").place(self.model, layer).write(self.model, whole, f"layers_input[{layer}]")
+        self.model.place("layers_input", layer).write(self.model, whole, f"layers_input[{layer}]")
 
     def narrows(self) -> bool:
         """Whether the last feed-forward may run at the positions alone that are read."""
@@ -174,7 +174,7 @@ class BatchRun:
             raise ValueError("the feed-forward is given batch and positions in one axis")
         row = torch.arange(len(self.at), device=given.device)
         own = given[row, self.at.to(given.device)][:, None]
-        get_value(key[0]).place(self.model, key[1]).write(self.model, own, f"{key[0]}[{key[1]}]")
+        self.model.place(key[0], key[1]).write(self.model, own, f"{key[0]}[{key[1]}]")
 
 
 def run_elsewhere(

@@ -82,7 +82,7 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
         raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
     positions_axis(component.value)
     (layer,) = layers_of(model, component.layer)
-    value.place(model, layer)
+    model.place(value.name, layer)
     heads = component.heads
     if heads is not None:
         heads = tuple(u for u in units_of(model, [component.value], heads, [layer]) if u is not None)

@@ -16,7 +16,7 @@ from nnterp.interventions._running import BatchSize, forward_flags, in_batches
 from nnterp.interventions._tokens import groups_per_prompt
 from nnterp.positions import Positions, resolve
 from nnterp.record import Record
-from nnterp.values._accessors import layer_index
+from nnterp.values import layer_index
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer

@@ -9,9 +9,7 @@ import torch
 
 from nnterp.interventions._edits import Edit, apply_edits
 from nnterp.record import Record
-from nnterp.values import get_label, get_value, read_value, write_value
-from nnterp.values._order import reads, when
-from nnterp.values._places import Site, Sum
+from nnterp.values import Site, Sum, get_label, get_value, read_value, reads, when, write_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -44,7 +42,7 @@ def forward_steps(model: StandardizedTransformer, keys: Iterable[Key]) -> list[S
     steps: list[tuple[float, bool, tuple[int, float], Step]] = []
     try:
         for key in once:
-            ticks = [when(model, place) for place in reads(model, get_value(key[0]).place(model, key[1]))[0]]
+            ticks = [when(model, place) for place in reads(model, model.place(key[0], key[1]))[0]]
             rank = _rank(model, key)
             steps += [(tick, True, rank, Step(key, term)) for term, tick in enumerate(ticks[:-1])]
             steps.append((max(ticks), False, rank, Step(key)))

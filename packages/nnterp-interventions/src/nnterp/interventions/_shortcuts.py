@@ -126,7 +126,7 @@ def _prove(model: StandardizedTransformer) -> Shortcuts:
         return Shortcuts(reasons=(*reasons, f"the probe itself fails: {type(failure).__name__}: {str(failure)[:120]}"))
 
     def holds(trial: Shortcuts) -> bool:
-        if trial.readout and model.readout.way is None:
+        if trial.readout and not model.readout.proven:
             return False
         # Two rows a batch, so that every layer that is tried is skipped to; all, so that they join and are filled up.
         for batch_size in (2, len(cells)) if trial.join or trial.ragged else (2,):

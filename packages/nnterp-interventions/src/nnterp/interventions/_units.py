@@ -38,7 +38,7 @@ def layers_with(model: StandardizedTransformer, names: list[str], layers: int | 
     for layer in chosen:
         try:
             for name in names:
-                get_value(name).place(model, layer)
+                model.place(name, layer)
             kept.append(layer)
         except Unavailable as error:
             if layers is not None:

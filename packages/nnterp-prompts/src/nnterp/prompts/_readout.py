@@ -177,7 +177,7 @@ def projects(model: StandardizedTransformer, remote: Any) -> bool:
     if model in _LAST_LAYER_IDLE or isinstance(proven, str):
         return False
     certificate = proven.certificate
-    if certificate is None or not certificate.complete or model.readout.way is None:
+    if certificate is None or not certificate.complete or not model.readout.proven:
         return False
     return all("project_on_vocab" not in line.name or line.status == "passed" for line in certificate.lines)
 

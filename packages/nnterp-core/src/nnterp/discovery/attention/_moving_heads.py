@@ -73,7 +73,7 @@ class MovingHeads:
         if direct is None and grouped is not None and before_out is not None:
             given = self.recording.given(before_out)
             assert given is not None
-            attention.before_out = (before_out, tuple(given.shape[2:]))
+            attention.before_out = (before_out, (*given.shape[2:-1], -1))
             place = split_heads(Site(before_out, "input"), grouped, grouped=True)
         elif direct is not None and attention.out is not None:
             place = split_heads(Site(attention.out, "input"), direct)
