@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
 from nnterp.inputs import Row
 from nnterp.values import canonical
 
-Tensors = torch.Tensor | dict[int, torch.Tensor]  # all layers of a value, or layer → tensor where their shapes differ
+Tensors: TypeAlias = torch.Tensor | dict[int, torch.Tensor]  # all layers of a value, or layer → tensor where their shapes differ
 
 
 @dataclass(frozen=True)

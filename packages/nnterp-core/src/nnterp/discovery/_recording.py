@@ -80,7 +80,8 @@ class Operation:
 
     def tensors_in(self) -> Iterator[tuple[str | int, torch.Tensor]]:
         """(position or keyword, tensor) of each tensor it was called with."""
-        for key, value in (*enumerate(self.args), *self.kwargs.items()):
+        given: list[tuple[str | int, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        for key, value in given:
             if isinstance(value, torch.Tensor):
                 yield key, value
 
@@ -245,11 +246,12 @@ class _Recorder:
         def operation(location: str, function: Any, *args: Any, **kwargs: Any) -> Any:
             labels = (*prefix, location.removeprefix("source."))
             began = self.tick()
-            given = (copied(args), {k: copied(v) for k, v in kwargs.items()}) if self.arguments else ((), {})
+            given = copied(args) if self.arguments else ()
+            named = {k: copied(v) for k, v in kwargs.items()} if self.arguments else {}
             output = self.run(function, path, labels)(*args, **kwargs)
             if (path, labels) in self.edits:
                 output = self.edits[path, labels](output)
-            self.keep(Operation(path, labels, None if function is bind else function, *given, None, began), output)
+            self.keep(Operation(path, labels, None if function is bind else function, given, named, began=began), output)
             return output
 
         return operation

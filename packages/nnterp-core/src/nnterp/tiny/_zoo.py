@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
@@ -15,15 +14,25 @@ from ._shrink import tiny_config
 from ._special_cases import MULTIMODAL, UNAVAILABLE
 from ._tokenizer import tiny_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _class_names() -> Mapping[str, str]:
+    """transformers' causal-LM mapping, model type → class name. Imported when it is asked for, because that is slow."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 
 def model_types() -> tuple[str, ...]:
     """The model types `tiny_model` builds: transformers' causal-LM mapping without `unavailable_model_types()`."""
-    return tuple(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in UNAVAILABLE)
+    return tuple(t for t in _class_names() if t not in UNAVAILABLE)
 
 
 def unavailable_model_types() -> dict[str, str]:
     """The model types of transformers' causal-LM mapping that `tiny_model` does not build, each with the reason."""
-    return {t: reason for t, reason in UNAVAILABLE.items() if t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return {t: reason for t, reason in UNAVAILABLE.items() if t in _class_names()}
 
 
 def multimodal_model_types() -> tuple[str, ...]:
@@ -68,7 +77,7 @@ def tiny_model(
     """
     if model_type in UNAVAILABLE:
         raise KeyError(f"No tiny model of {model_type!r}: {UNAVAILABLE[model_type]}.")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MULTIMODAL:
+    if model_type not in _class_names() and model_type not in MULTIMODAL:
         raise KeyError(
             f"{model_type!r} is not a causal LM of the installed transformers: "
             "take one of model_types() or multimodal_model_types()."
@@ -103,5 +112,7 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **kwargs: Any) -> Path:
     return folder
 
 
-def _auto_class(model_type: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def _auto_class(model_type: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     return AutoModelForImageTextToText if model_type in MULTIMODAL else AutoModelForCausalLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from nnterp.errors import Unavailable
@@ -30,11 +31,11 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
     for name, value in VALUES.items():
         if value.per_layer:
             at = [*layers, *(several if value.role == "self_attn" else ())]
-            entries[name] = _per_layer(paths, lambda layer, name=name: model.place(name, layer), at)
+            entries[name] = _per_layer(paths, partial(model.place, name), at)
         else:
-            entries[name] = [(*_found_or_reason(lambda name=name: model.place(name)), None)]
+            entries[name] = [(*_found_or_reason(model.place, name), None)]
     for role in ("self_attn", "mixer", "mlp"):
-        entries[role] = _per_layer(paths, lambda layer, role=role: module_path(role, layer), layers)
+        entries[role] = _per_layer(paths, partial(module_path, role), layers)
     return Directory(entries)
 
 
@@ -43,14 +44,14 @@ def _per_layer(paths: tuple[str, ...], look_up: Callable[[Any], Any], at: Iterab
     groups: dict[tuple[Any, str], list[Index]] = {}
     for layer in at:
         path = paths[layer[0] if isinstance(layer, tuple) else layer]
-        found, reason = _found_or_reason(lambda layer=layer: look_up(layer))
+        found, reason = _found_or_reason(look_up, layer)
         reason = reason.replace(f"Layer {layer} of", "A layer of").replace(path, LAYER)
         groups.setdefault((relocated(found, path, LAYER), reason), []).append(layer)
     return [(found, reason, tuple(layers)) for (found, reason), layers in groups.items()]
 
 
-def _found_or_reason(look_up: Callable[[], Any]) -> tuple[Any, str]:
+def _found_or_reason(look_up: Callable[[Any], Any], what: Any) -> tuple[Any, str]:
     try:
-        return look_up(), ""
+        return look_up(what), ""
     except Unavailable as error:
         return None, str(error)
