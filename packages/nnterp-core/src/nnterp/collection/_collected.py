@@ -11,7 +11,8 @@ import torch
 from nnterp.inputs import Row
 from nnterp.values import canonical
 
-Tensors: TypeAlias = torch.Tensor | dict[int, torch.Tensor]  # all layers of a value, or layer → tensor where their shapes differ
+# All layers of a value in one tensor, or layer → tensor where their shapes differ.
+Tensors: TypeAlias = torch.Tensor | dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)

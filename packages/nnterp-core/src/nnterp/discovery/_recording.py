@@ -251,7 +251,8 @@ class _Recorder:
             output = self.run(function, path, labels)(*args, **kwargs)
             if (path, labels) in self.edits:
                 output = self.edits[path, labels](output)
-            self.keep(Operation(path, labels, None if function is bind else function, given, named, began=began), output)
+            called = None if function is bind else function
+            self.keep(Operation(path, labels, called, given, named, began=began), output)
             return output
 
         return operation
