@@ -38,13 +38,13 @@ def fresh(code: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def imports(path: Path, at_import_only: bool = False) -> set[str]:
-    """Modules a file imports when it runs: not those for type checkers; optionally not those inside functions."""
+def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False) -> set[str]:
+    """Modules a file imports, absolute; optionally not those inside functions, and those for type checkers too."""
     found: set[str] = set()
     package = path.relative_to(path.parents[[p.name for p in path.parents].index("src")]).parent.parts
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not for_types:
             for child in node.orelse:
                 visit(child)
             return
@@ -105,6 +105,87 @@ def test_imports_run_one_way(package, path):
     assert crossed == [], f"{package} may import nnterp-core and itself, not {crossed}"
 
 
+# -- floors ----------------------------------------------------------------------------------------------------------
+
+# The rooms of nnterp-core, from the ground up. A file may import its own room and rooms on the same floor or below, and
+# nothing above; imports for type checkers and inside functions count.
+FLOORS = (
+    "errors record wording rendering plugins toy token_text tensors huggingface devices eager table tiny _siblings",
+    "anatomy traced loading testing",
+    "discovery inputs module_accessor",
+    "facts positions",
+    "values",
+    "named_transformer",
+    "certificate collection",
+    "twin",
+    "standardized_transformer",
+    "__init__ nnsight_utils rename_utils gradients readout skipping steering",
+    "cli __main__",
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+WHAT_TRAVELS_IMPORTS = {"errors", "record", "table", "tensors", "devices", "traced"}
+LONGEST = 400  # lines of a file
+
+
+def dotted(path: Path) -> str:
+    """The module of a file: "nnterp.values._lookup", and "nnterp.values" for its `__init__`."""
+    parts = path.relative_to(path.parents[[p.name for p in path.parents].index("src")]).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """The room of a core module: the first name below `nnterp`; commands that are run with `-m` are a room above all."""
+    pieces = module.split(".")
+    return pieces[-1] if pieces[-1] == "__main__" else (pieces[1] if len(pieces) > 1 else "__init__")
+
+
+MODULES = {dotted(path): (package, path) for package, path in FILES}
+
+
+def arrows(path: Path) -> set[str]:
+    """The modules of this workspace that a file imports, every import counted."""
+    named = imports(path, for_types=True) & MODULES.keys()
+    return {m for m in named if not any(other.startswith(f"{m}.") for other in named)} - {dotted(path)}
+
+
+@pytest.mark.parametrize("module", [m for m, (package, _) in MODULES.items() if package == "nnterp-core"])
+def test_no_arrow_runs_up(module):
+    mine = room(module)
+    assert mine in FLOOR_OF, f"{mine} stands on no floor: add it to FLOORS"
+    up = {m for m in arrows(MODULES[module][1]) if FLOOR_OF[room(m)] > FLOOR_OF[mine]}
+    assert up == set(), f"{module} (floor {FLOOR_OF[mine]}) imports what stands above it"
+
+
+def test_what_travels_imports_the_ground_floor_alone():
+    rooms = {room(m) for module, (_, path) in MODULES.items() if room(module) == "traced" for m in arrows(path)}
+    assert rooms <= WHAT_TRAVELS_IMPORTS
+
+
+def test_there_is_no_circle():
+    """Neither of files nor of packages' `__init__`, in any of the four distributions."""
+    left = {module: arrows(path) for module, (_, path) in MODULES.items()}
+    while free := {module for module, targets in left.items() if not targets & left.keys()}:
+        left = {module: targets for module, targets in left.items() if module not in free}
+    assert left == {}, "these files import each other in a circle, or import one that is in it"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_modules_stay_in_their_room(module):
+    def house(name: str) -> str:
+        """What a private module belongs to: everything before its first private name."""
+        pieces = name.split(".")
+        private = next((i for i, piece in enumerate(pieces) if piece.startswith("_") and piece != "__main__"), None)
+        return name if private is None else ".".join(pieces[:private])
+
+    abroad = {m for m in arrows(MODULES[module][1]) if house(m) != m and not f"{module}.".startswith(f"{house(m)}.")}
+    assert abroad - {"nnterp._siblings"} == set(), f"{module} imports private modules of other rooms"
+
+
+@pytest.mark.parametrize(("package", "path"), FILES, ids=short)
+def test_a_file_can_be_held(package, path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_imported_is_declared(package):
     """What a package's files import at the top, it requires itself, or nnterp-core or transformers does."""
@@ -137,7 +218,7 @@ def public_packages() -> list[str]:
 
 
 def test_the_packages_are_those_of_the_four_distributions():
-    assert {"nnterp", "nnterp.anatomy", "nnterp.values", "nnterp.certificate", "nnterp.testing", *SIBLINGS} <= set(
+    assert {"nnterp", "nnterp.anatomy", "nnterp.traced", "nnterp.values", "nnterp.testing", *SIBLINGS} <= set(
         public_packages()
     )
 
