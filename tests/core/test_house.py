@@ -134,7 +134,7 @@ def dotted(path: Path) -> str:
 
 
 def room(module: str) -> str:
-    """The room of a core module: the first name below `nnterp`; commands that are run with `-m` are a room above all."""
+    """The room of a core module: the first name below `nnterp`. A command run with `-m` is a room above all others."""
     pieces = module.split(".")
     return pieces[-1] if pieces[-1] == "__main__" else (pieces[1] if len(pieces) > 1 else "__init__")
 
