@@ -1,10 +1,11 @@
-"""Results on disk: numbers as safetensors, the rest as JSON."""
+"""Tensors and a JSON record in one folder: `scores.safetensors` and `run.json`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,80 +14,56 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from nnterp.prompts._results import PromptResults
-
-_NUMBERS, _REST = "scores.safetensors", "run.json"
+_TENSORS, _RECORD = "scores.safetensors", "run.json"
 _VERSION = 1
 
 
-def save(results: PromptResults, folder: str | Path) -> None:
-    """See `PromptResults.save`."""
+def write(folder: str | Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+    """Write tensors and a record to a folder, which is made if it does not exist.
+
+    Each file is replaced as a whole: a reader finds the old one or the new one, never a part.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"log_probs": results.log_probs.contiguous(), "done": results.done}
-    if results.vocabulary_ranks is not None:
-        tensors["vocabulary_ranks"] = results.vocabulary_ranks
-    for i, rows in results.pending.items():
-        tensors |= {f"pending.{i}.{j}": answer.contiguous() for j, answer in rows.items()}
-    rest = {
-        "version": _VERSION,
-        "categories": results.categories,
-        "settings": results.settings,
-        "prompts": [
-            {"text": text, "fingerprint": fingerprint, "metadata": data}
-            for text, fingerprint, data in zip(results.texts, results.fingerprints, results.metadata, strict=True)
-        ],
-    }
-    # What is in the JSON does not change while a run goes on, so a checkpoint cut short between the two files is whole.
-    told = json.dumps(rest, indent=1, ensure_ascii=False, default=_plain).encode()
-    _write(folder / _REST, told)
-    _write(folder / _NUMBERS, save_tensors(tensors, metadata={"run": hashlib.sha256(told).hexdigest()}))
+    # The record does not change during a run, so a checkpoint that is cut short between the two files can be read.
+    text = json.dumps({"version": _VERSION, **record}, indent=1, ensure_ascii=False, default=_plain).encode()
+    _replace(folder / _RECORD, text)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _replace(folder / _TENSORS, save_tensors(contiguous, metadata={"run": hashlib.sha256(text).hexdigest()}))
 
 
-def load(folder: str | Path) -> PromptResults:
-    """See `PromptResults.load`."""
+def read(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors and the record that `write` wrote to a folder.
+
+    Raises:
+        FileNotFoundError: They are not there.
+        ValueError: The two files are not from one call of `write`, or another version of this package wrote them.
+    """
     folder = Path(folder)
     if not exists(folder):
-        raise FileNotFoundError(f"{folder} holds no results: {_NUMBERS} and {_REST} were expected in it.")
-    told, numbers = (folder / _REST).read_bytes(), (folder / _NUMBERS).read_bytes()
-    if _metadata(numbers).get("run") != hashlib.sha256(told).hexdigest():
-        raise ValueError(f"{folder}: {_NUMBERS} and {_REST} are not of one run, or one was changed by hand.")
-    rest = json.loads(told)
-    if rest["version"] != _VERSION:
-        raise ValueError(f"{folder / _REST} has version {rest['version']}; this package reads version {_VERSION}.")
-    tensors = load_tensors(numbers)
-    prompts = rest["prompts"]
-    pending: dict[int, dict[int, torch.Tensor]] = {}
-    for name in tensors:
-        if name.startswith("pending."):
-            _, i, j = name.split(".")
-            pending.setdefault(int(i), {})[int(j)] = tensors[name]
-    return PromptResults(
-        categories=tuple(rest["categories"]),
-        texts=[prompt["text"] for prompt in prompts],
-        metadata=[prompt["metadata"] for prompt in prompts],
-        settings=rest["settings"],
-        fingerprints=[prompt["fingerprint"] for prompt in prompts],
-        log_probs=tensors["log_probs"],
-        vocabulary_ranks=tensors.get("vocabulary_ranks"),
-        done=tensors["done"],
-        pending=pending,
-    )
+        raise FileNotFoundError(f"{folder} holds no results: {_TENSORS} and {_RECORD} were expected in it.")
+    text, data = (folder / _RECORD).read_bytes(), (folder / _TENSORS).read_bytes()
+    if _metadata(data).get("run") != hashlib.sha256(text).hexdigest():
+        raise ValueError(f"{folder}: {_TENSORS} and {_RECORD} are not of one run, or one was changed by hand.")
+    record = json.loads(text)
+    if record["version"] != _VERSION:
+        raise ValueError(f"{folder / _RECORD} has version {record['version']}; this package reads version {_VERSION}.")
+    return load_tensors(data), record
+
+
+def exists(folder: str | Path) -> bool:
+    """Return True if both files are in a folder."""
+    return (Path(folder) / _TENSORS).is_file() and (Path(folder) / _RECORD).is_file()
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: its header is JSON, after 8 bytes that say how long it is."""
+    """Return the metadata of a safetensors file, whose JSON header follows 8 bytes that give its length."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
-def exists(folder: str | Path) -> bool:
-    """Whether a folder holds saved results."""
-    return (Path(folder) / _NUMBERS).is_file() and (Path(folder) / _REST).is_file()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of the file or what was there before."""
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file under another name, then rename it."""
     draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         draft.write_bytes(data)
@@ -96,5 +73,5 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Metadata that JSON does not know: NumPy numbers as numbers, anything else as text."""
+    """Turn what JSON does not know into a number (NumPy's) or a text (everything else)."""
     return value.item() if hasattr(value, "item") else str(value)

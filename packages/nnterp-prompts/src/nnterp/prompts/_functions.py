@@ -1,0 +1,89 @@
+"""Questions answered by a user's `get_probs_func`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nnterp import StandardizedTransformer
+from nnterp.inputs import Batch
+from nnterp.prompts._probabilities import reduces_targets, sum_of_tokens
+from nnterp.prompts._questions import Question
+
+
+def ask_function(
+    get_probs: Callable[..., torch.Tensor],
+    model: StandardizedTransformer,
+    batch: Batch,
+    asked: Sequence[Sequence[Question]],
+    plain: bool,
+    remote: Any,
+    kwargs: Mapping[str, Any],
+) -> list[torch.Tensor]:
+    """Return, for each row, the log-probabilities of its questions, `[questions]` or `[layers, questions]`.
+
+    Args:
+        get_probs: The function; see `run_prompts`. It is only asked about the token after a row's last one.
+        model: The model.
+        batch: The rows.
+        asked: For each row its questions.
+        plain: Give the function texts instead of token ids, if every row has one.
+        remote: Passed to the function.
+        kwargs: Passed to the function.
+
+    Raises:
+        ValueError: The function returned something of another shape.
+    """
+    if reduces_targets(get_probs):
+        found = _ask_for_targets(get_probs, model, batch, asked, remote, kwargs)
+    else:
+        texts = [row.text for row in batch.rows]
+        prompts = texts if plain and None not in texts else [list(row.ids) for row in batch.rows]
+        values = get_probs(model, prompts, remote=remote, **kwargs)
+        _check_shape(get_probs, values, len(batch), None, "vocab")
+        found = [
+            torch.stack([sum_of_tokens(row, question.tokens) for question in questions], dim=-1)
+            for row, questions in zip(values, asked, strict=True)
+        ]
+    return [row.detach().cpu().double().log() for row in found]
+
+
+def _ask_for_targets(
+    get_probs: Callable[..., torch.Tensor],
+    model: StandardizedTransformer,
+    batch: Batch,
+    asked: Sequence[Sequence[Question]],
+    remote: Any,
+    kwargs: Mapping[str, Any],
+) -> list[torch.Tensor]:
+    """Return the probabilities of each row's questions from a function that takes `targets`."""
+    # Every row needs the same number of targets: a row with fewer repeats its first, and the surplus is dropped.
+    most = max(map(len, asked))
+    targets = [
+        [list((questions[k] if k < len(questions) else questions[0]).tokens) for k in range(most)]
+        for questions in asked
+    ]
+    if "progress" in inspect.signature(get_probs).parameters:
+        kwargs = {"progress": False, **kwargs}  # the run shows its own bar, or none
+    values = get_probs(model, [list(row.ids) for row in batch.rows], remote=remote, targets=targets, **kwargs)
+    _check_shape(get_probs, values, len(batch), most, "categories")
+    return [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]
+
+
+def _check_shape(get_probs: Callable[..., Any], values: Any, rows: int, last: int | None, name: str) -> None:
+    """Raise unless values are `[rows, layers, last]` or `[rows, last]`; any last axis will do if `last` is None.
+
+    Raises:
+        ValueError: They are not.
+    """
+    fits = isinstance(values, torch.Tensor) and values.dim() in (2, 3) and values.shape[0] == rows
+    if not fits or (last is not None and values.shape[-1] != last):
+        got = f"shape {list(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        wanted = name if last is None else f"{name} = {last}"
+        raise ValueError(
+            f"{getattr(get_probs, '__name__', get_probs)!r} returned {got} for {rows} prompts; "
+            f"[prompts, layers, {wanted}] or [prompts, {wanted}] was expected."
+        )
