@@ -19,8 +19,7 @@ from nnterp.prompts._templates import (
     fill_template,
 )
 from nnterp.prompts._texts import prompt_tokens
-from nnterp.prompts._tokens import first_tokens, tokenizer_of
-from nnterp.prompts._words import collision_text
+from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
 
 
 def prompts_from_table(

@@ -45,7 +45,7 @@ def ask_function(
         values = get_probs(model, prompts, remote=remote, **kwargs)
         _check_shape(get_probs, values, len(batch), None, "vocab")
         found = [
-            torch.stack([sum_of_tokens(row, question.tokens) for question in questions], dim=-1)
+            torch.stack([sum_of_tokens(row, question.tokens, "A target") for question in questions], dim=-1)
             for row, questions in zip(values, asked, strict=True)
         ]
     return [row.detach().cpu().double().log() for row in found]

@@ -12,9 +12,10 @@ from nnterp import StandardizedTransformer
 from nnterp.inputs import context_length, encode
 from nnterp.prompts._answers import answers_of
 from nnterp.prompts._errors import CollisionError
+from nnterp.prompts._ids import ids_of_categories
 from nnterp.prompts._prompt import Prompt
 from nnterp.prompts._questions import Sheet, Tokens, first_token_sheet, sequence_sheet
-from nnterp.prompts._words import collision_text
+from nnterp.prompts._tokens import collision_text
 
 Scoring = Literal["first_token", "sequence"]
 
@@ -111,21 +112,15 @@ def _targets(model: StandardizedTransformer, index: int, prompt: Prompt, categor
     """Return the distinct token ids of each category of one prompt.
 
     Raises:
+        TypeError: A token is not an integer.
         ValueError: A category has no tokens, or one outside the vocabulary.
     """
-    targets = []
-    for name in categories:
-        tokens = tuple(dict.fromkeys(int(token) for token in prompt.target_tokens[name]))
+    where = f"Prompt {index} ({prompt.prompt!r:.80})"
+    found = ids_of_categories(prompt.target_tokens, model.vocab_size, where)
+    for name, tokens in found.items():
         if not tokens:
-            raise ValueError(f"Prompt {index} ({prompt.prompt!r:.80}): the target {name!r} has no tokens.")
-        size = model.vocab_size
-        if min(tokens) < 0 or (size is not None and max(tokens) >= size):
-            raise ValueError(
-                f"Prompt {index} ({prompt.prompt!r:.80}): tokens {list(tokens)} of the target {name!r} are not all "
-                f"in the model's vocabulary of {size}. Were they made with another model's tokenizer?"
-            )
-        targets.append(tokens)
-    return targets
+            raise ValueError(f"{where}: the target {name!r} has no tokens.")
+    return [found[name] for name in categories]
 
 
 def _check_lengths(model: StandardizedTransformer, sheets: Sequence[Sheet]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nnterp.prompts._ids import distinct_ids
+
 
 def reduces_targets(get_probs: Callable[..., Any]) -> bool:
     """True if a function accepts `targets=` and returns their probabilities instead of the whole vocabulary.
@@ -22,13 +24,12 @@ def reduces_targets(get_probs: Callable[..., Any]) -> bool:
     )
 
 
-def sum_of_tokens(probs: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+def sum_of_tokens(probs: torch.Tensor, tokens: Sequence[int], what: str) -> torch.Tensor:
     """Sum the last axis over distinct tokens, `[..., vocab]` → `[...]`, on the device of `probs`.
 
     Raises:
+        TypeError: A token is not an integer.
         ValueError: A token is outside the vocabulary.
     """
-    wanted = list(dict.fromkeys(tokens))
-    if wanted and not 0 <= min(wanted) <= max(wanted) < probs.shape[-1]:
-        raise ValueError(f"Target tokens {wanted} are not all in a vocabulary of {probs.shape[-1]} tokens.")
+    wanted = distinct_ids(tokens, what, probs.shape[-1])
     return probs[..., torch.tensor(wanted, dtype=torch.long, device=probs.device)].sum(-1)

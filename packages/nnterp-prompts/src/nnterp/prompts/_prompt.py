@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
+from nnterp.prompts._ids import ids_of_categories, token_ids
 from nnterp.prompts._probabilities import reduces_targets, sum_of_tokens
-from nnterp.prompts._tokens import first_tokens, tokenizer_of
-from nnterp.prompts._words import as_words, collision_text
+from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
+from nnterp.prompts._words import as_words
 
 Text = str | list[dict[str, str]] | list[int]
 
@@ -28,12 +29,26 @@ class Prompt:
         target_strings: The answer or answers that each category stands for; `scoring="sequence"` scores these.
         metadata: Anything else known about the prompt, such as its row of a table. Its keys become columns of a data
             frame.
+
+    Raises:
+        TypeError: `target_tokens` is not a dict of lists of integers.
+        ValueError: A token id is negative.
     """
 
     prompt: Text
     target_tokens: dict[str, list[int]]
     target_strings: dict[str, str | list[str]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_tokens, Mapping):
+            raise TypeError(
+                f"target_tokens is {self.target_tokens!r:.80} ({type(self.target_tokens).__name__}); give a dict that "
+                f"maps each category to its token ids. Prompt.from_strings takes words."
+            )
+        self.target_tokens = {
+            name: token_ids(tokens, f"The target {name!r}") for name, tokens in self.target_tokens.items()
+        }
 
     @classmethod
     def from_strings(
@@ -126,7 +141,10 @@ class Prompt:
                     f"layer={layer} was asked for, but probs of shape {list(probs.shape)} has no axis of layers."
                 )
             probs = probs[:, layer]
-        return {name: sum_of_tokens(probs, tokens).cpu() for name, tokens in self.target_tokens.items()}
+        return {
+            name: sum_of_tokens(probs, tokens, f"The target {name!r}").cpu()
+            for name, tokens in self.target_tokens.items()
+        }
 
     @torch.no_grad()
     def run(self, nn_model: Any, get_probs: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,7 +160,8 @@ class Prompt:
             `{category: [1, layers]}` or `{category: [1]}`, on the CPU.
         """
         if reduces_targets(get_probs):
-            targets = [[list(dict.fromkeys(tokens)) for tokens in self.target_tokens.values()]]
+            size = getattr(nn_model, "vocab_size", None)
+            targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
             values = get_probs(nn_model, [self.prompt], targets=targets)
             return {name: values[..., i].cpu() for i, name in enumerate(self.target_tokens)}
         return self.get_target_probs(get_probs(nn_model, self.prompt))

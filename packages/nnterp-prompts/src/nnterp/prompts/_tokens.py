@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from nnterp.prompts._errors import SharedTokenWarning, TokenizationError
+from nnterp.prompts._words import listed
 
 # To see a word's tokens in the middle of a text, it is tokenized after an anchor. Some tokenizers merge an anchor with
 # the word or treat it as unknown, so there are several: the first whose own tokens stay the same is used.
@@ -49,8 +50,9 @@ def get_first_tokens(
 
     Raises:
         TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
+        TypeError: A word is not a text.
     """
-    words = [words] if isinstance(words, str) else list(words)
+    words = listed(words, "words")
     found = first_tokens(words, tokenizer_of(tokenizer_or_model), bare_only=use_hacky_implementation)
     report_sharing(found, tokenizer_of(tokenizer_or_model))
     return list(dict.fromkeys(token for tokens in found.values() for token in tokens))
@@ -175,6 +177,13 @@ def report_sharing(found: dict[str, list[int]], tokenizer: Any, stacklevel: int 
 def token_name(tokenizer: Any, token: int) -> str:
     """Return a token's quoted name and its id, as in "'Paris' (40)"."""
     return f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+
+
+def collision_text(shared: Mapping[int, Sequence[str]], tokenizer: Any) -> str:
+    """Say which categories share which tokens, as in "'a', 'b' share 'Paris' (40)"."""
+    return "; ".join(
+        f"{', '.join(map(repr, names))} share {token_name(tokenizer, token)}" for token, names in shared.items()
+    )
 
 
 def _shown(tokenizer: Any, ids: list[int]) -> str:
