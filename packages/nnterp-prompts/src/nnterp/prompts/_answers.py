@@ -21,7 +21,7 @@ def answers_of(
     categories: Sequence[str],
     prefix: str,
 ) -> list[list[list[Tokens]]]:
-    """Return, for each prompt and category, the tokens of each answer.
+    """Return, for each prompt and category, the tokens of each answer. Answers with the same tokens appear once.
 
     Args:
         model: The model whose tokenizer is used.
@@ -48,7 +48,7 @@ def answers_of(
         for name, group in zip(categories, own, strict=True):
             for text in group:
                 _check_spelling(model.tokenizer, spelled.get((before, text)), text, name, where)
-        found.append([[spelled[before, text] for text in group] for group in own])
+        found.append([list(dict.fromkeys(spelled[before, text] for text in group)) for group in own])
     return found
 
 

@@ -14,7 +14,7 @@ from nnterp.prompts._answers import answers_of
 from nnterp.prompts._errors import CollisionError
 from nnterp.prompts._ids import ids_of_categories
 from nnterp.prompts._prompt import Prompt
-from nnterp.prompts._questions import Sheet, Tokens, first_token_sheet, sequence_sheet
+from nnterp.prompts._questions import Sheet, Tokens, first_token_sheet, sequence_sheet, without_continuations
 from nnterp.prompts._tokens import collision_text
 
 Scoring = Literal["first_token", "sequence"]
@@ -46,6 +46,7 @@ def make_plan(
     teacher_forcing: bool = True,
     answer_prefix: str = " ",
     distinct: bool = False,
+    normalize_length: bool = False,
 ) -> Plan:
     """Check prompts and targets, and turn them into rows and questions.
 
@@ -56,6 +57,8 @@ def make_plan(
         teacher_forcing: See `sequence_sheet`.
         answer_prefix: Text between a prompt and a whole answer, if neither has whitespace there.
         distinct: Raise if two categories of a prompt share a token (or an answer).
+        normalize_length: Ask about every answer. If False, an answer that continues another one of its category is left
+            out, because the other one's probability includes it.
 
     Raises:
         ValueError: There are no prompts, prompts have different categories, a target is empty or outside the
@@ -68,15 +71,19 @@ def make_plan(
     rows = encode(model, [prompt.prompt for prompt in prompts])
     if scoring == "first_token":
         targets = [_targets(model, i, prompt, categories) for i, prompt in enumerate(prompts)]
+        if distinct:
+            _check_tokens_distinct(model, prompts)
         sheets = [first_token_sheet(row, own) for row, own in zip(rows, targets, strict=True)]
     elif scoring == "sequence":
         answers = answers_of(model, prompts, rows, categories, answer_prefix)
+        if distinct:
+            _check_answers_distinct(prompts, categories, answers)
+        if not normalize_length:
+            answers = [[without_continuations(group) for group in own] for own in answers]
         sheets = [sequence_sheet(row, own, teacher_forcing) for row, own in zip(rows, answers, strict=True)]
         _check_lengths(model, sheets)
     else:
         raise ValueError(f"scoring={scoring!r}: there are 'first_token' and 'sequence'.")
-    if distinct:
-        _check_distinct(model, prompts, sheets, categories, scoring)
     texts = [row.text if row.text is not None else model.tokenizer.decode(list(row.ids)) for row in rows]
     plain = all(isinstance(prompt.prompt, str) for prompt in prompts)
     return Plan(categories, sheets, texts, plain, [_fingerprint(sheet) for sheet in sheets])
@@ -139,33 +146,37 @@ def _check_lengths(model: StandardizedTransformer, sheets: Sequence[Sheet]) -> N
             )
 
 
-def _check_distinct(
-    model: StandardizedTransformer,
-    prompts: Sequence[Prompt],
-    sheets: Sequence[Sheet],
-    categories: Sequence[str],
-    scoring: Scoring,
-) -> None:
-    """Raise if two categories of a prompt share a token or an answer.
+def _check_tokens_distinct(model: StandardizedTransformer, prompts: Sequence[Prompt]) -> None:
+    """Raise if two categories of a prompt share a token.
 
     Raises:
         CollisionError: They do.
     """
-    for i, (prompt, sheet) in enumerate(zip(prompts, sheets, strict=True)):
-        if scoring == "first_token":
-            shared = prompt.collisions()
-            text = collision_text(shared, model.tokenizer) if shared else ""
-        else:
-            owners: dict[tuple, list[str]] = {}
-            for name, alternatives in zip(categories, sheet.terms, strict=True):
-                for terms in alternatives:
-                    owners.setdefault(tuple(terms), []).append(name)
-            text = "; ".join(
-                f"{', '.join(map(repr, names))} share an answer" for names in owners.values() if len(names) > 1
-            )
-        if text:
+    for i, prompt in enumerate(prompts):
+        if shared := prompt.collisions():
             raise CollisionError(
-                f"Prompt {i} ({prompt.prompt!r:.80}): {text}. Choose other targets, or drop distinct=True."
+                f"Prompt {i} ({prompt.prompt!r:.80}): {collision_text(shared, model.tokenizer)}. Choose other targets, "
+                f"or drop distinct=True."
+            )
+
+
+def _check_answers_distinct(
+    prompts: Sequence[Prompt], categories: Sequence[str], answers: Sequence[Sequence[Sequence[Tokens]]]
+) -> None:
+    """Raise if two categories of a prompt share an answer.
+
+    Raises:
+        CollisionError: They do.
+    """
+    for i, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+        owners: dict[Tokens, list[str]] = {}
+        for name, group in zip(categories, own, strict=True):
+            for answer in group:
+                owners.setdefault(answer, []).append(name)
+        shared = [f"{', '.join(map(repr, names))} share an answer" for names in owners.values() if len(names) > 1]
+        if shared:
+            raise CollisionError(
+                f"Prompt {i} ({prompt.prompt!r:.80}): {'; '.join(shared)}. Choose other targets, or drop distinct=True."
             )
 
 

@@ -73,7 +73,7 @@ def sequence_sheet(row: Row, categories: Sequence[Sequence[Tokens]], teacher_for
 
     Args:
         row: The prompt's tokens.
-        categories: The answers of each category.
+        categories: The answers of each category, each once. Every one of them is asked about.
         teacher_forcing: Ask about every token of an answer in one row. If False, there is a row for each beginning of
             an answer, which is asked only about the token after its last one.
     """
@@ -98,14 +98,10 @@ def sequence_sheet(row: Row, categories: Sequence[Sequence[Tokens]], teacher_for
             asked[node, token] = (index, len(questions[index]) - 1)
         return asked[node, token]
 
-    terms = [
-        [[ask(answer[:k], answer[k]) for k in range(len(answer))] for answer in _disjoint(group)]
-        for group in categories
-    ]
+    terms = [[[ask(answer[:k], answer[k]) for k in range(len(answer))] for answer in group] for group in categories]
     return Sheet(rows, questions, terms)
 
 
-def _disjoint(answers: Sequence[Tokens]) -> list[Tokens]:
+def without_continuations(answers: Sequence[Tokens]) -> list[Tokens]:
     """Drop answers that continue another one: their probability is part of the shorter answer's."""
-    distinct = list(dict.fromkeys(answers))
-    return [a for a in distinct if not any(a != b and a[: len(b)] == b for b in distinct)]
+    return [a for a in answers if not any(a != b and a[: len(b)] == b for b in answers)]

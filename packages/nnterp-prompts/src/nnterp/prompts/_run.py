@@ -86,9 +86,9 @@ def run_prompts(
     """
     _check_call(model, batch_size, get_probs_func, func_kwargs, tqdm, scoring, normalize_length)
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    plan = make_plan(model, prompts, scoring, get_probs_func is None, answer_prefix, distinct)
+    plan = make_plan(model, prompts, scoring, get_probs_func is None, answer_prefix, distinct, normalize_length)
     if scoring == "sequence" and get_probs_func is None and not _reads_answers_in_one_row(model, plan, remote):
-        plan = make_plan(model, prompts, scoring, False, answer_prefix, distinct)
+        plan = make_plan(model, prompts, scoring, False, answer_prefix, distinct, normalize_length)
     results = PromptResults(
         plan.categories,
         plan.texts,
