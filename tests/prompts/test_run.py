@@ -142,16 +142,16 @@ def test_custom_functions(tiny, lens, whole_lens):
 def test_a_function_is_called_as_in_1x(tiny):
     model, calls = tiny("gpt2"), []
 
-    def uniform(nn_model, prompts, remote=False, scale=1.0):
+    def uniform(nn_model, prompts, remote=False, scale=None):
         calls.append((nn_model, prompts, remote, scale))
         return torch.full((len(prompts), 2, model.vocab_size), scale)
 
     prompts = make(model.tokenizer)
-    results = run_prompts(model, prompts, 4, uniform, {"scale": 0.5}, tqdm=None)
+    each = 1 / model.vocab_size
+    results = run_prompts(model, prompts, 4, uniform, {"scale": each}, tqdm=None)
     assert sorted(text for call in calls for text in call[1]) == sorted(TEXTS)
-    assert all(call[0] is model and call[2] is False and call[3] == 0.5 for call in calls)
-    for name, tokens in prompts[0].target_tokens.items():
-        assert torch.equal(results[name], torch.full((len(TEXTS), 2), 0.5 * len(tokens)))
+    assert all(call[0] is model and call[2] is False and call[3] == each for call in calls)
+    close(results, {name: torch.full((len(TEXTS), 2), each * len(t)) for name, t in prompts[0].target_tokens.items()})
 
 
 def test_a_partial_of_a_reducing_function_reduces(tiny, lens):

@@ -10,7 +10,7 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.inputs import Batch
-from nnterp.prompts._probabilities import reduces_targets, sum_of_tokens
+from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
 from nnterp.prompts._questions import Question
 
 
@@ -35,7 +35,7 @@ def ask_function(
         kwargs: Passed to the function.
 
     Raises:
-        ValueError: The function returned something of another shape.
+        ValueError: The function returned something else than probabilities; see `check_probabilities`.
     """
     if reduces_targets(get_probs):
         found = _ask_for_targets(get_probs, model, batch, asked, remote, kwargs)
@@ -43,12 +43,12 @@ def ask_function(
         texts = [row.text for row in batch.rows]
         prompts = texts if plain and None not in texts else [list(row.ids) for row in batch.rows]
         values = get_probs(model, prompts, remote=remote, **kwargs)
-        _check_shape(get_probs, values, len(batch), None, "vocab")
+        check_probabilities(get_probs, values, len(batch), None)
         found = [
             torch.stack([sum_of_tokens(row, question.tokens, "A target") for question in questions], dim=-1)
             for row, questions in zip(values, asked, strict=True)
         ]
-    return [row.detach().cpu().double().log() for row in found]
+    return [row.detach().cpu().double().clamp(min=0).log() for row in found]
 
 
 def _ask_for_targets(
@@ -69,21 +69,5 @@ def _ask_for_targets(
     if "progress" in inspect.signature(get_probs).parameters:
         kwargs = {"progress": False, **kwargs}  # the run shows its own bar, or none
     values = get_probs(model, [list(row.ids) for row in batch.rows], remote=remote, targets=targets, **kwargs)
-    _check_shape(get_probs, values, len(batch), most, "categories")
+    check_probabilities(get_probs, values, len(batch), most)
     return [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]
-
-
-def _check_shape(get_probs: Callable[..., Any], values: Any, rows: int, last: int | None, name: str) -> None:
-    """Raise unless values are `[rows, layers, last]` or `[rows, last]`; any last axis will do if `last` is None.
-
-    Raises:
-        ValueError: They are not.
-    """
-    fits = isinstance(values, torch.Tensor) and values.dim() in (2, 3) and values.shape[0] == rows
-    if not fits or (last is not None and values.shape[-1] != last):
-        got = f"shape {list(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-        wanted = name if last is None else f"{name} = {last}"
-        raise ValueError(
-            f"{getattr(get_probs, '__name__', get_probs)!r} returned {got} for {rows} prompts; "
-            f"[prompts, layers, {wanted}] or [prompts, {wanted}] was expected."
-        )

@@ -1,4 +1,4 @@
-"""Functions that return probabilities, and sums over the tokens of a target."""
+"""What functions return as probabilities: checked, and summed over the tokens of a target."""
 
 from __future__ import annotations
 
@@ -33,3 +33,57 @@ def sum_of_tokens(probs: torch.Tensor, tokens: Sequence[int], what: str) -> torc
     """
     wanted = distinct_ids(tokens, what, probs.shape[-1])
     return probs[..., torch.tensor(wanted, dtype=torch.long, device=probs.device)].sum(-1)
+
+
+def check_probabilities(get_probs: Callable[..., Any], values: Any, prompts: int, targets: int | None) -> torch.Tensor:
+    """Return what a `get_probs_func` returned, if they are probabilities.
+
+    Args:
+        get_probs: The function, for messages.
+        values: What it returned.
+        prompts: Number of prompts it was given.
+        targets: Number of targets it was given; None if it was to return the whole vocabulary.
+
+    Raises:
+        ValueError: The shape is not `[prompts, layers, last]` or `[prompts, last]`, a value is outside 0 to 1, or a
+            distribution over the vocabulary does not add up to 1.
+    """
+    name = getattr(get_probs, "__name__", None) or repr(get_probs)
+    _check_shape(name, values, prompts, targets)
+    half = values.is_floating_point() and values.dtype.itemsize < 4
+    tolerance = 2e-2 if half else 1e-3
+    low, high = values.float().aminmax(dim=-1) if values.dtype == torch.bool else values.aminmax(dim=-1)
+    wrong = (low < -tolerance) | (high > 1 + tolerance)
+    totals = None
+    if targets is None:
+        totals = values.sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+        wrong |= (totals - 1).abs() > tolerance
+    if wrong.any():
+        first = tuple(wrong.nonzero()[0].tolist())
+        where = f"prompt {first[0]} of the batch" + (f", layer {first[1]}" if len(first) > 1 else "")
+        total = "" if totals is None else f", and they add up to {totals[first].item():.4g}"
+        raise ValueError(
+            f"{name!r} did not return probabilities: for {where}, the values go from {low[first].item():.4g} to "
+            f"{high[first].item():.4g}{total}. Probabilities are between 0 and 1 and add up to 1 over the vocabulary. "
+            f"Return logits.softmax(-1) for logits, log_probs.exp() for log-probabilities."
+        )
+    return values
+
+
+def _check_shape(name: str, values: Any, prompts: int, targets: int | None) -> None:
+    """Raise unless `values` is a real tensor `[prompts, layers, last]` or `[prompts, last]`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(values, torch.Tensor):
+        fits = values.dim() in (2, 3) and values.shape[0] == prompts and values.numel() > 0
+        if fits and not values.is_complex() and targets in (None, values.shape[-1]):
+            return
+    got = f"shape {list(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+    got += f" of {values.dtype}" if isinstance(values, torch.Tensor) and values.is_complex() else ""
+    wanted = "vocab" if targets is None else f"categories = {targets}"
+    raise ValueError(
+        f"{name!r} returned {got} for {prompts} prompts; [prompts, layers, {wanted}] or [prompts, {wanted}] was "
+        f"expected."
+    )

@@ -11,7 +11,7 @@ import torch
 
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
 from nnterp.prompts._ids import ids_of_categories, token_ids
-from nnterp.prompts._probabilities import reduces_targets, sum_of_tokens
+from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
 from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
 from nnterp.prompts._words import as_words
 
@@ -118,10 +118,10 @@ class Prompt:
         return len(tokens) == len(set(tokens))
 
     def get_target_probs(self, probs: torch.Tensor, layer: int | None = None) -> dict[str, torch.Tensor]:
-        """Return the probability of each category in the distributions given.
+        """Return the sum over each category's tokens in the distributions given.
 
         Args:
-            probs: `[batch, layers, vocab]` or `[batch, vocab]`.
+            probs: `[batch, layers, vocab]` or `[batch, vocab]`. Not checked: logits give sums of logits.
             layer: The layer to read; all layers if None.
 
         Returns:
@@ -158,13 +158,17 @@ class Prompt:
 
         Returns:
             `{category: [1, layers]}` or `{category: [1]}`, on the CPU.
+
+        Raises:
+            ValueError: The function returned something else than probabilities, or a target is outside the vocabulary.
         """
         if reduces_targets(get_probs):
             size = getattr(nn_model, "vocab_size", None)
             targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
             values = get_probs(nn_model, [self.prompt], targets=targets)
+            check_probabilities(get_probs, values, 1, len(self.target_tokens))
             return {name: values[..., i].cpu() for i, name in enumerate(self.target_tokens)}
-        return self.get_target_probs(get_probs(nn_model, self.prompt))
+        return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
 
 
 @dataclass(frozen=True)

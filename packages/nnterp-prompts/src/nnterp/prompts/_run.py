@@ -56,6 +56,7 @@ def run_prompts(
             `nnterp.interventions.logit_lens`) is called with the prompts as token ids, and with `targets`: for each
             prompt a list of lists of token ids. It returns `[prompts, layers, len(targets[i])]` or
             `[prompts, len(targets[i])]`, the probability of each list, so that the vocabulary stays inside the trace.
+            What comes back is checked: values between 0 and 1 that add up to 1 over the vocabulary.
             If such a function has an argument `progress`, it is given False.
         func_kwargs: Further keyword arguments of `get_probs_func`.
         remote: Passed to the trace.
