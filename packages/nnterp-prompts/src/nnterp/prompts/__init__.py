@@ -1,6 +1,6 @@
 """Prompts and targets: the probabilities of chosen tokens or answers over thousands of prompts."""
 
-from nnterp.prompts._errors import CollisionError, SharedTokenWarning, TokenizationError
+from nnterp.prompts._errors import CollisionError, MissingScoresWarning, SharedTokenWarning, TokenizationError
 from nnterp.prompts._from_tables import pairs_from_table, prompts_from_table
 from nnterp.prompts._next_token import next_token_probs, next_token_probs_unsqueeze
 from nnterp.prompts._prompt import Prompt, PromptPair
@@ -13,6 +13,7 @@ from nnterp.prompts._tokens import get_first_tokens, shared_first_tokens
 __all__ = [
     "CollisionError",
     "IncompleteRunError",
+    "MissingScoresWarning",
     "Prompt",
     "PromptPair",
     "PromptResults",

@@ -11,5 +11,9 @@ class CollisionError(ValueError):
     """`distinct=True` was passed, and two categories share a token (or an answer)."""
 
 
+class MissingScoresWarning(UserWarning):
+    """Prompts have no score, because the model's logits or a function's probabilities are NaN or infinite."""
+
+
 class SharedTokenWarning(UserWarning):
     """Different words begin with the same token, so the model's next token cannot tell them apart."""

@@ -25,6 +25,8 @@ def ask_function(
 ) -> list[torch.Tensor]:
     """Return, for each row, the log-probabilities of its questions, `[questions]` or `[layers, questions]`.
 
+    They are NaN where the function returned NaN or infinite values.
+
     Args:
         get_probs: The function; see `run_prompts`. It is only asked about the token after a row's last one.
         model: The model.
@@ -43,7 +45,7 @@ def ask_function(
         texts = [row.text for row in batch.rows]
         prompts = texts if plain and None not in texts else [list(row.ids) for row in batch.rows]
         values = get_probs(model, prompts, remote=remote, **kwargs)
-        check_probabilities(get_probs, values, len(batch), None)
+        values = check_probabilities(get_probs, values, len(batch), None)
         found = [
             torch.stack([sum_of_tokens(row, question.tokens, "A target") for question in questions], dim=-1)
             for row, questions in zip(values, asked, strict=True)
@@ -69,5 +71,5 @@ def _ask_for_targets(
     if "progress" in inspect.signature(get_probs).parameters:
         kwargs = {"progress": False, **kwargs}  # the run shows its own bar, or none
     values = get_probs(model, [list(row.ids) for row in batch.rows], remote=remote, targets=targets, **kwargs)
-    check_probabilities(get_probs, values, len(batch), most)
+    values = check_probabilities(get_probs, values, len(batch), most)
     return [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from nnterp import StandardizedTransformer
 from nnterp.inputs import batches, encode
 from nnterp.prompts._ids import distinct_ids
+from nnterp.prompts._missing import warn_of_missing
 from nnterp.prompts._questions import Question, Tokens
 from nnterp.prompts._readout import ask, last_probabilities
 
@@ -30,7 +31,8 @@ def next_token_probs(
             that is given twice counts once). All prompts need the same number of targets.
 
     Returns:
-        `[prompts, vocab]`, or `[prompts, targets]` if `targets` is given; float32 on the CPU.
+        `[prompts, vocab]`, or `[prompts, targets]` if `targets` is given; float32 on the CPU. A prompt for which the
+        model's logits are NaN or infinite is NaN, and a `MissingScoresWarning` counts such prompts.
 
     Raises:
         ValueError: `targets` has not one entry for each prompt, prompts have different numbers of targets, a target has
@@ -50,7 +52,9 @@ def next_token_probs(
             found = ask(model, batch, asked, remote)[0].exp().view(len(batch), -1)
         for i, part in zip(batch.indices, found, strict=True):
             parts[i] = part
-    return torch.stack(parts)
+    probs = torch.stack(parts)  # type: ignore[arg-type]
+    warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.", 2)
+    return probs
 
 
 def _target_groups(model: StandardizedTransformer, targets: Any, prompts: int) -> list[list[Tokens]]:

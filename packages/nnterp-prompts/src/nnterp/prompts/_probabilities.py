@@ -38,6 +38,9 @@ def sum_of_tokens(probs: torch.Tensor, tokens: Sequence[int], what: str) -> torc
 def check_probabilities(get_probs: Callable[..., Any], values: Any, prompts: int, targets: int | None) -> torch.Tensor:
     """Return what a `get_probs_func` returned, if they are probabilities.
 
+    NaN and infinite values are no error, as they come from the model: a target with one, and a whole distribution with
+    one, is NaN in what is returned.
+
     Args:
         get_probs: The function, for messages.
         values: What it returned.
@@ -58,6 +61,8 @@ def check_probabilities(get_probs: Callable[..., Any], values: Any, prompts: int
     if targets is None:
         totals = values.sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
         wrong |= (totals - 1).abs() > tolerance
+    broken = ~(low.isfinite() & high.isfinite())
+    wrong &= ~broken
     if wrong.any():
         first = tuple(wrong.nonzero()[0].tolist())
         where = f"prompt {first[0]} of the batch" + (f", layer {first[1]}" if len(first) > 1 else "")
@@ -67,7 +72,9 @@ def check_probabilities(get_probs: Callable[..., Any], values: Any, prompts: int
             f"{high[first].item():.4g}{total}. Probabilities are between 0 and 1 and add up to 1 over the vocabulary. "
             f"Return logits.softmax(-1) for logits, log_probs.exp() for log-probabilities."
         )
-    return values
+    if not broken.any():
+        return values
+    return values.masked_fill(~values.isfinite() if targets else broken[..., None], torch.nan)
 
 
 def _check_shape(name: str, values: Any, prompts: int, targets: int | None) -> None:

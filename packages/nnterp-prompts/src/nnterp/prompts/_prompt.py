@@ -11,6 +11,7 @@ import torch
 
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
 from nnterp.prompts._ids import ids_of_categories, token_ids
+from nnterp.prompts._missing import warn_of_missing, without_broken
 from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
 from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
 from nnterp.prompts._words import as_words
@@ -126,7 +127,8 @@ class Prompt:
 
         Returns:
             `{category: [batch, layers]}`, or `{category: [batch]}` for one layer or for `probs` without layers. On the
-            CPU, in the dtype of `probs`.
+            CPU, in the dtype of `probs`. NaN for distributions that hold NaN or infinite values; a
+            `MissingScoresWarning` counts the prompts with such distributions.
 
         Raises:
             ValueError: `probs` has another number of axes, or a target is outside the vocabulary.
@@ -141,6 +143,8 @@ class Prompt:
                     f"layer={layer} was asked for, but probs of shape {list(probs.shape)} has no axis of layers."
                 )
             probs = probs[:, layer]
+        probs = without_broken(probs)
+        warn_of_missing(probs[..., 0].isnan(), "Their probabilities are NaN.", 2)
         return {
             name: sum_of_tokens(probs, tokens, f"The target {name!r}").cpu()
             for name, tokens in self.target_tokens.items()
@@ -166,8 +170,9 @@ class Prompt:
             size = getattr(nn_model, "vocab_size", None)
             targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
             values = get_probs(nn_model, [self.prompt], targets=targets)
-            check_probabilities(get_probs, values, 1, len(self.target_tokens))
-            return {name: values[..., i].cpu() for i, name in enumerate(self.target_tokens)}
+            values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
+            warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
+            return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
         return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
 
 

@@ -86,7 +86,7 @@ def ask(
     Returns:
         Two tensors `[questions]` in the order of the rows, on the CPU. The log-probability that the next token is one
         of the question's tokens, float32; and the rank of the most probable of them in the vocabulary, int64, where 1
-        is the top.
+        is the top. If a logit at the position is NaN or +infinity, they are NaN and 0.
     """
     return _in_one_pass(model, batch, inquiries(batch, questions), answer_all, remote)
 
@@ -171,11 +171,13 @@ def answer_all(
         tokens, extra = inquiry.tokens.to(logits.device), inquiry.extra.to(logits.device)
         place = inquiry.place.to(logits.device)
         normaliser = logits.logsumexp(-1)
+        normaliser = normaliser.masked_fill(~normaliser.isfinite(), torch.nan)  # a logit is NaN or infinite
         chosen = logits[place[:, None], tokens].masked_fill(extra, -torch.inf)
         logs.append((chosen.logsumexp(-1) - normaliser[place]).cpu())
         best = chosen.amax(-1, keepdim=True)
         for where, value in zip(place.split(_RANKED), best.split(_RANKED), strict=True):
-            ranks.append(((logits[where] > value).sum(-1) + 1).cpu())
+            rank = (logits[where] > value).sum(-1) + 1
+            ranks.append(rank.masked_fill(normaliser[where].isnan(), 0).cpu())
     return torch.cat(logs), torch.cat(ranks)
 
 

@@ -10,6 +10,7 @@ import torch
 from nnterp import plugins
 from nnterp.prompts import _storage
 from nnterp.prompts._frames import scores_frame
+from nnterp.prompts._missing import warn_of_missing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +23,8 @@ class PromptResults(dict[str, torch.Tensor]):
 
     `results["target"]` is `[prompts]`, or `[prompts, layers]` from a function that reads layers; float32 on the CPU.
     With `scoring="first_token"` a score is a probability, the sum over the category's tokens. With `scoring="sequence"`
-    it is a log-probability. Prompts that were not run are NaN. `run_prompts` and `PromptResults.load` make it.
+    it is a log-probability. Prompts that were not run are NaN, and so are prompts for which the model's logits (or a
+    function's probabilities) are NaN or infinite; see `missing`. `run_prompts` and `PromptResults.load` make it.
 
     Attributes:
         categories: Names of the categories.
@@ -31,7 +33,8 @@ class PromptResults(dict[str, torch.Tensor]):
         log_probs: Natural logarithms of all scores, `[prompts, categories]` or `[prompts, layers, categories]`,
             float64.
         vocabulary_ranks: Rank in the whole vocabulary of each category's most probable token, where 1 is the top:
-            `[prompts, categories]`, int64, 0 for prompts that were not run. None if only the targets left the model.
+            `[prompts, categories]`, int64, 0 for prompts that were not run or are missing. None if only the targets
+            left the model.
         done: True for prompts that were run, `[prompts]`.
         pending: The rows that were run of prompts that are not done, with their answers. Only prompts that are read in
             several rows are here.
@@ -89,6 +92,14 @@ class PromptResults(dict[str, torch.Tensor]):
         """Length of the axis of layers; None if there is no such axis."""
         return self.log_probs.shape[1] if self.log_probs.dim() == 3 else None
 
+    @property
+    def missing(self) -> torch.Tensor:
+        """True for prompts that were run and have no score, because a category is NaN: `[prompts]` or
+        `[prompts, layers]`, on the CPU."""
+        missing = self.log_probs.isnan().any(-1)
+        missing[~self.done] = False
+        return missing
+
     def __repr__(self) -> str:
         kind = "log-probability" if self.scoring == "sequence" else "probability"
         layers = "" if self.num_layers is None else f", {self.num_layers} layers (the last is shown)"
@@ -96,8 +107,11 @@ class PromptResults(dict[str, torch.Tensor]):
         for name in self.categories:
             values = self[name][self.done]
             last = values if values.dim() < 2 else values[:, -1]
+            last = last[~last.isnan()]
             means.append(f"{name!r}: {last.mean().item():.4g}" if len(last) else f"{name!r}: –")
         count = f"{int(self.done.sum())} of {len(self.done)} prompts"
+        if missing := int(self.missing.flatten(1).any(1).sum() if self.num_layers else self.missing.sum()):
+            count += f", {missing} of them without a score"
         return f"<PromptResults: {count}{layers}; mean {kind} {', '.join(means)}>"
 
     # -- metrics ---------------------------------------------------------------------------------------------------
@@ -111,7 +125,7 @@ class PromptResults(dict[str, torch.Tensor]):
                 tokens.
 
         Returns:
-            `[prompts]` or `[prompts, layers]`, int64, 0 for prompts that were not run.
+            `[prompts]` or `[prompts, layers]`, int64, 0 for prompts that were not run or are `missing`.
 
         Raises:
             KeyError: There is no such category.
@@ -134,16 +148,16 @@ class PromptResults(dict[str, torch.Tensor]):
             )
         others = torch.cat((self.log_probs[..., :index], self.log_probs[..., index + 1 :]), dim=-1)
         ranks = (others >= self.log_probs[..., index : index + 1]).sum(-1) + 1
-        ranks[~self.done] = 0
-        return ranks
+        return ranks.masked_fill(self.log_probs.isnan().any(-1), 0)
 
     def accuracy(self, target: str = "target", among: Among = "categories") -> float | torch.Tensor:
         """Return the share of prompts in which a category has rank 1; see `ranks`.
 
-        Prompts that were not run do not count.
+        Prompts that were not run do not count, and neither do prompts that are `missing`; a `MissingScoresWarning` says
+        how many those are.
 
         Returns:
-            A number, or `[layers]` float32 on the CPU.
+            A number, or `[layers]` float32 on the CPU. NaN if all prompts are missing.
 
         Raises:
             KeyError: There is no such category.
@@ -151,7 +165,9 @@ class PromptResults(dict[str, torch.Tensor]):
         """
         if not self.done.any():
             raise ValueError("No prompt was run, so there is no accuracy.")
-        share = (self.ranks(target, among)[self.done] == 1).float().mean(0)
+        ranks = self.ranks(target, among)[self.done]
+        warn_of_missing(ranks == 0, "The accuracy leaves them out.", 2)
+        share = (ranks == 1).sum(0) / (ranks > 0).sum(0)
         return share if share.dim() else share.item()
 
     def logit_difference(self, target: str, other: str) -> torch.Tensor:
@@ -161,7 +177,8 @@ class PromptResults(dict[str, torch.Tensor]):
         tokens' logits.
 
         Returns:
-            `[prompts]` or `[prompts, layers]`, float32 on the CPU, NaN for prompts that were not run.
+            `[prompts]` or `[prompts, layers]`, float32 on the CPU. NaN for prompts that were not run or are `missing`,
+            and where both probabilities are 0.
 
         Raises:
             KeyError: There is no such category.

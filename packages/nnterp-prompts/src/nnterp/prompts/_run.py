@@ -14,6 +14,7 @@ from nnterp import StandardizedTransformer
 from nnterp.inputs import Batch, batches
 from nnterp.prompts import _storage
 from nnterp.prompts._functions import ask_function
+from nnterp.prompts._missing import warn_of_missing
 from nnterp.prompts._plan import Plan, Scoring, make_plan
 from nnterp.prompts._prompt import Prompt
 from nnterp.prompts._questions import Question
@@ -75,7 +76,9 @@ def run_prompts(
             already holds results of this run, they are resumed.
 
     Returns:
-        `PromptResults`, a dict `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU.
+        `PromptResults`, a dict `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU. Prompts
+        for which the model's logits (or the function's probabilities) are NaN or infinite are NaN; a
+        `MissingScoresWarning` says how many.
 
     Raises:
         ValueError: Before the model runs: there are no prompts, prompts have different categories, a target is empty, a
@@ -111,6 +114,7 @@ def run_prompts(
         return [(row, None) for row in found]
 
     _run_batches(model, plan, results, answer, batch_size, tqdm, checkpoint, normalize_length)
+    warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
     return results
 
 
