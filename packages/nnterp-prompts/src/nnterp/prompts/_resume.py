@@ -1,35 +1,14 @@
-"""How a run was made, and taking over the results of an earlier run that was made in the same way."""
+"""Taking over the results of an earlier run that was made in the same way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
 from pathlib import Path
-from typing import Any
 
-from nnterp import StandardizedTransformer
+from nnterp.prompts._identity import differences
 from nnterp.prompts._results import PromptResults
 
-
-def settings_of(
-    model: StandardizedTransformer,
-    scoring: str,
-    normalize_length: bool,
-    get_probs: Callable[..., Any] | None,
-    kwargs: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return what distinguishes a run from other runs of the same prompts."""
-    function = getattr(get_probs, "func", get_probs)
-    simple = (bool, int, float, str, type(None))
-    return {
-        "scoring": scoring,
-        "normalize_length": normalize_length,
-        "get_probs_func": None if get_probs is None else getattr(function, "__qualname__", type(function).__qualname__),
-        "func_kwargs": {
-            key: value if isinstance(value, simple) else type(value).__name__ for key, value in (kwargs or {}).items()
-        },
-        "model_class": model.anatomy.model_class,
-        "model": model.repo_id or "",
-    }
+_NAMED = 5  # differences that a message names
 
 
 def take_over(results: PromptResults, earlier: PromptResults | str | Path) -> None:
@@ -40,7 +19,8 @@ def take_over(results: PromptResults, earlier: PromptResults | str | Path) -> No
         earlier: The results of the earlier one, or the folder they were saved to.
 
     Raises:
-        ValueError: The earlier run had other settings, prompts or targets.
+        ValueError: The earlier run had other settings, another function, other arguments of it, another model or other
+            weights, prompts or targets.
         FileNotFoundError: There are no results in the folder.
     """
     where = "the results to resume from" if isinstance(earlier, PromptResults) else str(earlier)
@@ -60,17 +40,28 @@ def take_over(results: PromptResults, earlier: PromptResults | str | Path) -> No
 
 
 def _check_settings(results: PromptResults, earlier: PromptResults, where: str) -> None:
-    """Raise if an earlier run was made with other settings.
+    """Raise if an earlier run was made in another way, and warn if attributes of a callable object differ.
 
     Raises:
         ValueError: It was.
     """
-    for key, value in results.settings.items():
-        if earlier.settings.get(key) != value:
-            raise ValueError(
-                f"Cannot resume: {where} was run with {key}={earlier.settings.get(key)!r}, and this run has {value!r}. "
-                f"Repeat the earlier call, or start anew without it."
-            )
+    if "weights" not in earlier.settings:
+        raise ValueError(
+            f"Cannot resume: {where} was written by a version that did not record the function's arguments and the "
+            f"model's weights, so it is not known whether they are the same. Start anew without it."
+        )
+    serious, attributes = differences(earlier.settings, results.settings)
+    if serious:
+        raise ValueError(
+            f"Cannot resume: {where} was run with {'; with '.join(serious[:_NAMED])}. Repeat the earlier "
+            f"call, or start anew without it."
+        )
+    if attributes:
+        warnings.warn(
+            f"Resuming, although {where} was run with {'; with '.join(attributes[:_NAMED])}. If this changes what the "
+            f"function returns, start anew.",
+            stacklevel=5,
+        )
 
 
 def _check_prompts(results: PromptResults, earlier: PromptResults, where: str) -> None:

@@ -14,13 +14,14 @@ from nnterp import StandardizedTransformer
 from nnterp.inputs import Batch, batches
 from nnterp.prompts import _storage
 from nnterp.prompts._functions import ask_function
+from nnterp.prompts._identity import mark_changes, settings_of
 from nnterp.prompts._missing import warn_of_missing
 from nnterp.prompts._plan import Plan, Scoring, make_plan
 from nnterp.prompts._prompt import Prompt
 from nnterp.prompts._questions import Question
 from nnterp.prompts._readout import ask, is_causal
 from nnterp.prompts._results import IncompleteRunError, PromptResults
-from nnterp.prompts._resume import settings_of, take_over
+from nnterp.prompts._resume import take_over
 
 SAVE_EVERY = 30.0  # seconds between two writes of a checkpoint
 
@@ -71,9 +72,11 @@ def run_prompts(
         answer_prefix: With "sequence", the text between a text prompt and an answer, if neither has whitespace there.
         distinct: Raise if two categories of a prompt share a token (or an answer).
         resume: The results of an earlier run of the same prompts that broke off, or the folder they were saved to.
-            What they hold is not computed again.
+            What they hold is not computed again. The earlier run must have been made in the same way: with the same
+            settings, function and arguments (their values, and the function's code, defaults and closure), the same
+            model, dtype and weights.
         checkpoint: A folder to save the results to: every half minute, at the end, and when a batch fails. If it
-            already holds results of this run, they are resumed.
+            already holds results of this run, they are resumed. If it holds results of another run, that is an error.
 
     Returns:
         `PromptResults`, a dict `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU. Prompts
@@ -82,7 +85,8 @@ def run_prompts(
 
     Raises:
         ValueError: Before the model runs: there are no prompts, prompts have different categories, a target is empty, a
-            prompt is longer than the model's context, or the results to resume from are of another run.
+            prompt is longer than the model's context, or the results to resume from are of another run (the message
+            names what differs).
         TokenizationError: Before the model runs: an answer has no tokens.
         CollisionError: Before the model runs: `distinct=True`, and two categories share a token or an answer.
         IncompleteRunError: A batch failed. Its `__cause__` is the batch's error; its `partial` is the results so far.
@@ -93,6 +97,8 @@ def run_prompts(
     plan = make_plan(model, prompts, scoring, get_probs_func is None, answer_prefix, distinct, normalize_length)
     if scoring == "sequence" and get_probs_func is None and not _reads_answers_in_one_row(model, plan, remote):
         plan = make_plan(model, prompts, scoring, False, answer_prefix, distinct, normalize_length)
+    if not remote and not model.remote:
+        model.dispatch()  # the weights are a part of what is compared when a run is resumed
     results = PromptResults(
         plan.categories,
         plan.texts,
@@ -113,7 +119,12 @@ def run_prompts(
         found = ask_function(get_probs_func, model, batch, asked, plan.plain, remote, func_kwargs or {})
         return [(row, None) for row in found]
 
-    _run_batches(model, plan, results, answer, batch_size, tqdm, checkpoint, normalize_length)
+    def save() -> None:
+        mark_changes(results.settings, get_probs_func, func_kwargs)
+        if checkpoint is not None:
+            results.save(checkpoint)
+
+    _run_batches(model, plan, results, answer, save, batch_size, tqdm, checkpoint, normalize_length)
     warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
     return results
 
@@ -165,6 +176,7 @@ def _run_batches(
     plan: Plan,
     results: PromptResults,
     answer: Callable[[Batch, Sequence[Sequence[Question]]], Iterable[tuple[torch.Tensor, torch.Tensor | None]]],
+    save: Callable[[], None],
     batch_size: int,
     tqdm: Callable[..., Any] | None,
     checkpoint: str | Path | None,
@@ -193,14 +205,14 @@ def _run_batches(
                 _store(results, plan, i, j, logs, ranks, normalize_length)
             finished += 1
             if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
-                results.save(checkpoint)
+                save()
                 saved = time.monotonic()
     except BaseException as error:
+        save()
         _break_off(results, error, finished, len(work), checkpoint)
         raise
     results._fill()
-    if checkpoint is not None:
-        results.save(checkpoint)
+    save()
 
 
 def _store(
@@ -229,8 +241,6 @@ def _break_off(results: PromptResults, error: BaseException, finished: int, tota
     """
     results._fill()
     kept = f"{int(results.done.sum())} of {len(results.done)} prompts"
-    if checkpoint is not None:
-        results.save(checkpoint)
     where = f" and in {checkpoint}" if checkpoint is not None else ""
     if isinstance(error, Exception):
         raise IncompleteRunError(
