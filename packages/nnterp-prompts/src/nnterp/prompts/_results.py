@@ -230,7 +230,12 @@ class PromptResults(dict[str, torch.Tensor]):
     def save(self, folder: str | Path) -> None:
         """Write `scores.safetensors` and `run.json` to a folder, which is made if it does not exist.
 
-        Each file is replaced as a whole, so no file is ever half written.
+        `scores.safetensors` holds everything; `run.json` is a copy of the texts, metadata and settings to read. The
+        folder holds the old results or the new ones at any moment, also if the write is cut short.
+
+        Raises:
+            FileExistsError: The folder holds a file of that name that `save` did not write.
+            OSError: The folder cannot be made or written.
         """
         tensors = {"log_probs": self.log_probs, "done": self.done}
         if self.vocabulary_ranks is not None:
@@ -250,26 +255,30 @@ class PromptResults(dict[str, torch.Tensor]):
 
         Raises:
             FileNotFoundError: There are no results in the folder.
-            ValueError: The two files are not of one run, or another version of this package wrote them.
+            ValueError: A file is truncated, damaged or foreign, the two files are not of one run, or another version of
+                this package wrote them. The message names the file.
         """
         tensors, record = _storage.read(folder)
-        prompts = record["prompts"]
         pending: dict[int, dict[int, torch.Tensor]] = {}
-        for name in tensors:
-            if name.startswith("pending."):
-                _, i, j = name.split(".")
-                pending.setdefault(int(i), {})[int(j)] = tensors[name]
-        return cls(
-            categories=tuple(record["categories"]),
-            texts=[prompt["text"] for prompt in prompts],
-            metadata=[prompt["metadata"] for prompt in prompts],
-            settings=record["settings"],
-            fingerprints=[prompt["fingerprint"] for prompt in prompts],
-            log_probs=tensors["log_probs"],
-            vocabulary_ranks=tensors.get("vocabulary_ranks"),
-            done=tensors["done"],
-            pending=pending,
-        )
+        try:
+            prompts = record["prompts"]
+            for name in tensors:
+                if name.startswith("pending."):
+                    _, i, j = name.split(".")
+                    pending.setdefault(int(i), {})[int(j)] = tensors[name]
+            return cls(
+                categories=tuple(record["categories"]),
+                texts=[prompt["text"] for prompt in prompts],
+                metadata=[prompt["metadata"] for prompt in prompts],
+                settings=record["settings"],
+                fingerprints=[prompt["fingerprint"] for prompt in prompts],
+                log_probs=tensors["log_probs"],
+                vocabulary_ranks=tensors.get("vocabulary_ranks"),
+                done=tensors["done"],
+                pending=pending,
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{folder} holds results that were changed or damaged: {error!r}.") from error
 
     # -- during a run ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,8 +52,10 @@ def _from_file(path: Path) -> list[Any]:
 
 
 def _from_csv(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: list[Any] = list(csv.DictReader(file, restkey="", restval=None))
+    try:
+        rows: list[Any] = list(csv.DictReader(io.StringIO(_text(path), newline=""), restkey="", restval=None))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV: {error}") from error
     for i, row in enumerate(rows):
         if "" in row or None in row.values():
             raise ValueError(
@@ -63,7 +66,7 @@ def _from_csv(path: Path) -> list[Any]:
 
 def _from_jsonl(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):  # a JSON text may hold other separators of lines
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -73,7 +76,22 @@ def _from_jsonl(path: Path) -> list[Any]:
 
 
 def _from_json(path: Path) -> list[Any]:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        rows = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; a list of objects was expected.")
     return rows
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file in UTF-8, line ends as they are.
+
+    Raises:
+        ValueError: It is not in UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
