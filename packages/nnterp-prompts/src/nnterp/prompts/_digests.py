@@ -111,6 +111,8 @@ def _form_of_definition(value: Any, inside: tuple[int, ...]) -> Any:
 
 def _form_of_object(value: Any, inside: tuple[int, ...]) -> Any:
     """Return the form of what pickle stores of an object, or of its class if it cannot be pickled."""
+    if isinstance(value, BaseException):  # its notes and its traceback change when it is raised
+        return "exception", name_of(type(value)), _form(value.args, inside)
     try:
         reduced = value.__reduce_ex__(4)
     except Exception:

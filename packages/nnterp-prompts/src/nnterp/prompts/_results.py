@@ -311,7 +311,9 @@ class PromptResults(dict[str, torch.Tensor]):
 
 
 class IncompleteRunError(RuntimeError):
-    """A batch failed. Its cause is the batch's error; what was computed before is kept.
+    """A batch failed, or a checkpoint could not be written at the end. What was computed before is kept.
+
+    Its `__cause__` is the error of the batch or of the write.
 
     Attributes:
         partial: The `PromptResults` so far, NaN for prompts that are not done. `run_prompts(..., resume=partial)` goes

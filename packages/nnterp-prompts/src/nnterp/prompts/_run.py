@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,16 @@ from tqdm.auto import tqdm as auto_tqdm
 from nnterp import StandardizedTransformer
 from nnterp.inputs import Batch, batches
 from nnterp.prompts import _storage
+from nnterp.prompts._checkpoint import Keeper
 from nnterp.prompts._functions import ask_function
-from nnterp.prompts._identity import mark_changes, settings_of
+from nnterp.prompts._identity import settings_of
 from nnterp.prompts._missing import warn_of_missing
 from nnterp.prompts._plan import Plan, Scoring, make_plan
 from nnterp.prompts._prompt import Prompt
 from nnterp.prompts._questions import Question
 from nnterp.prompts._readout import ask, is_causal
-from nnterp.prompts._results import IncompleteRunError, PromptResults
+from nnterp.prompts._results import PromptResults
 from nnterp.prompts._resume import take_over
-
-SAVE_EVERY = 30.0  # seconds between two writes of a checkpoint
 
 
 @torch.no_grad()
@@ -77,6 +75,7 @@ def run_prompts(
             model, dtype and weights.
         checkpoint: A folder to save the results to: every half minute, at the end, and when a batch fails. If it
             already holds results of this run, they are resumed. If it holds results of another run, that is an error.
+            It is also written before the first batch, so that a folder that cannot be written is found then.
 
     Returns:
         `PromptResults`, a dict `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU. Prompts
@@ -89,7 +88,9 @@ def run_prompts(
             names what differs).
         TokenizationError: Before the model runs: an answer has no tokens.
         CollisionError: Before the model runs: `distinct=True`, and two categories share a token or an answer.
-        IncompleteRunError: A batch failed. Its `__cause__` is the batch's error; its `partial` is the results so far.
+        OSError: Before the model runs: the checkpoint cannot be written, or the folder holds other files of its names.
+        IncompleteRunError: A batch failed, or the checkpoint could not be written at the end. Its `__cause__` is the
+            error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
     """
     _check_call(model, batch_size, get_probs_func, func_kwargs, tqdm, scoring, normalize_length)
@@ -119,12 +120,10 @@ def run_prompts(
         found = ask_function(get_probs_func, model, batch, asked, plan.plain, remote, func_kwargs or {})
         return [(row, None) for row in found]
 
-    def save() -> None:
-        mark_changes(results.settings, get_probs_func, func_kwargs)
-        if checkpoint is not None:
-            results.save(checkpoint)
-
-    _run_batches(model, plan, results, answer, save, batch_size, tqdm, checkpoint, normalize_length)
+    keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
+    keeper.begin()
+    _run_batches(model, plan, keeper, answer, batch_size, tqdm, normalize_length)
+    keeper.finish()
     warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
     return results
 
@@ -174,19 +173,24 @@ def _reads_answers_in_one_row(model: StandardizedTransformer, plan: Plan, remote
 def _run_batches(
     model: StandardizedTransformer,
     plan: Plan,
-    results: PromptResults,
+    keeper: Keeper,
     answer: Callable[[Batch, Sequence[Sequence[Question]]], Iterable[tuple[torch.Tensor, torch.Tensor | None]]],
-    save: Callable[[], None],
     batch_size: int,
     tqdm: Callable[..., Any] | None,
-    checkpoint: str | Path | None,
     normalize_length: bool,
 ) -> None:
-    """Run the rows that `results` does not have yet, and store what they answer.
+    """Run the rows that the results do not have yet, and store what they answer.
 
     Args:
+        model: The model.
+        plan: The rows and questions.
+        keeper: Holds the results.
         answer: Returns, for each row of a batch, its log-probabilities and its ranks in the vocabulary (or None).
+        batch_size: Largest number of rows in a batch.
+        tqdm: Wraps the batches, if it is not None.
+        normalize_length: See `Sheet.combine`.
     """
+    results = keeper.results
     owners = [  # the prompt and the row of each row that is left to run
         (i, j)
         for i, sheet in enumerate(plan.sheets)
@@ -195,7 +199,6 @@ def _run_batches(
         if j not in results.pending.get(i, {})
     ]
     work = list(batches(model, [plan.sheets[i].rows[j] for i, j in owners], batch_size))
-    saved = time.monotonic()
     finished = 0
     try:
         for batch in work if tqdm is None else tqdm(work, desc="Running prompts"):
@@ -204,15 +207,9 @@ def _run_batches(
             for (i, j), (logs, ranks) in zip(chosen, answer(batch, asked), strict=True):
                 _store(results, plan, i, j, logs, ranks, normalize_length)
             finished += 1
-            if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
-                save()
-                saved = time.monotonic()
+            keeper.save_if_due()
     except BaseException as error:
-        save()
-        _break_off(results, error, finished, len(work), checkpoint)
-        raise
-    results._fill()
-    save()
+        keeper.break_off(error, f"Batch {finished + 1} of {len(work)}")
 
 
 def _store(
@@ -231,22 +228,3 @@ def _store(
         scores = plan.sheets[index].combine([rows[j] for j in range(len(rows))], normalize_length)
         results._record(index, scores, ranks if results.scoring == "first_token" else None)
         del results.pending[index]
-
-
-def _break_off(results: PromptResults, error: BaseException, finished: int, total: int, checkpoint: Any) -> None:
-    """Attach the results so far to the error of a batch.
-
-    An `Exception` becomes the cause of an `IncompleteRunError`. An interrupt gets an attribute `partial` and is raised
-    by the caller.
-    """
-    results._fill()
-    kept = f"{int(results.done.sum())} of {len(results.done)} prompts"
-    where = f" and in {checkpoint}" if checkpoint is not None else ""
-    if isinstance(error, Exception):
-        raise IncompleteRunError(
-            f"Batch {finished + 1} of {total} failed after {kept} ({type(error).__name__}: {error}). What was computed "
-            f"is in this error's `partial`{where}: run_prompts(..., resume=error.partial) goes on from there.",
-            results,
-        ) from error
-    error.partial = results  # type: ignore[attr-defined]
-    error.add_note(f"run_prompts was interrupted after {kept}; they are in this exception's `partial`{where}.")
