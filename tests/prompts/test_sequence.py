@@ -213,7 +213,6 @@ def test_bad_answers_are_refused_before_anything_runs(tiny, tokenizer_of_kind, m
         refused([Prompt("x", {"target": [3]}, {"target": "a " * model._module.config.n_positions})], "longest answer")
         same = Prompt("x", {"a": [3], "b": [4]}, {"a": "Paris", "b": ["Rome", "Paris"]})
         refused([same], "'a', 'b' share an answer", CollisionError, distinct=True)
-        refused([], "No prompts")
     finally:
         handle.remove()
     pieces = model_with("llama", "word_piece")

@@ -48,7 +48,7 @@ def make_plan(
     distinct: bool = False,
     normalize_length: bool = False,
 ) -> Plan:
-    """Check prompts and targets, and turn them into rows and questions.
+    """Check prompts and targets, and turn them into rows and questions. Without prompts, the plan is empty.
 
     Args:
         model: The model that will run.
@@ -61,12 +61,16 @@ def make_plan(
             out, because the other one's probability includes it.
 
     Raises:
-        ValueError: There are no prompts, prompts have different categories, a target is empty or outside the
-            vocabulary, or a prompt (with its answer) is longer than the model's context.
+        ValueError: Prompts have different categories, a target is empty or outside the vocabulary, or a prompt (with
+            its answer) is longer than the model's context.
         TokenizationError: An answer has no tokens.
         CollisionError: `distinct=True`, and two categories share a token or an answer.
     """
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    if scoring not in ("first_token", "sequence"):
+        raise ValueError(f"scoring={scoring!r}: there are 'first_token' and 'sequence'.")
+    if not prompts:
+        return Plan((), [], [], plain=True)
     categories = _categories(prompts)
     rows = encode(model, [prompt.prompt for prompt in prompts])
     if scoring == "first_token":
@@ -74,7 +78,7 @@ def make_plan(
         if distinct:
             _check_tokens_distinct(model, prompts)
         sheets = [first_token_sheet(row, own) for row, own in zip(rows, targets, strict=True)]
-    elif scoring == "sequence":
+    else:
         answers = answers_of(model, prompts, rows, categories, answer_prefix)
         if distinct:
             _check_answers_distinct(prompts, categories, answers)
@@ -82,8 +86,6 @@ def make_plan(
             answers = [[without_continuations(group) for group in own] for own in answers]
         sheets = [sequence_sheet(row, own, teacher_forcing) for row, own in zip(rows, answers, strict=True)]
         _check_lengths(model, sheets)
-    else:
-        raise ValueError(f"scoring={scoring!r}: there are 'first_token' and 'sequence'.")
     texts = [row.text if row.text is not None else model.tokenizer.decode(list(row.ids)) for row in rows]
     plain = all(isinstance(prompt.prompt, str) for prompt in prompts)
     return Plan(categories, sheets, texts, plain, [_fingerprint(sheet) for sheet in sheets])
@@ -93,11 +95,9 @@ def _categories(prompts: Sequence[Prompt]) -> tuple[str, ...]:
     """Return the categories that all prompts have.
 
     Raises:
-        ValueError: There are no prompts, no categories, or prompts have different ones.
+        ValueError: There are no categories, or prompts have different ones.
         TypeError: Something is not a `Prompt`.
     """
-    if not prompts:
-        raise ValueError("No prompts were given: pass at least one Prompt.")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, Prompt):
             raise TypeError(

@@ -112,7 +112,8 @@ class PromptResults(dict[str, torch.Tensor]):
         count = f"{int(self.done.sum())} of {len(self.done)} prompts"
         if missing := int(self.missing.flatten(1).any(1).sum() if self.num_layers else self.missing.sum()):
             count += f", {missing} of them without a score"
-        return f"<PromptResults: {count}{layers}; mean {kind} {', '.join(means)}>"
+        scores = f"; mean {kind} {', '.join(means)}" if means else ""
+        return f"<PromptResults: {count}{layers}{scores}>"
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def run_prompts(
     distinct: bool = False,
     resume: PromptResults | str | Path | None = None,
     checkpoint: str | Path | None = None,
+    progress: bool | None = True,
 ) -> PromptResults:
     """Return the probability of each category after each prompt.
 
@@ -60,7 +62,7 @@ def run_prompts(
             If such a function has an argument `progress`, it is given False.
         func_kwargs: Further keyword arguments of `get_probs_func`.
         remote: Passed to the trace.
-        tqdm: Shows progress; called as `tqdm(batches, desc=...)`. None for no bar.
+        tqdm: Wraps the batches to show progress; called as `tqdm(batches, desc=...)`. None for no bar.
         scoring: "first_token" scores a category by its `target_tokens`. "sequence" scores the whole answers in its
             `target_strings`: the log-probability of every token of an answer, by teacher forcing. Models that are not
             causal, and functions given as `get_probs_func`, read an answer of n tokens in n rows instead. Several
@@ -76,16 +78,18 @@ def run_prompts(
         checkpoint: A folder to save the results to: every half minute, at the end, and when a batch fails. If it
             already holds results of this run, they are resumed. If it holds results of another run, that is an error.
             It is also written before the first batch, so that a folder that cannot be written is found then.
+        progress: True for a progress bar, False for none. With None there is one if the run takes more than two
+            seconds.
 
     Returns:
         `PromptResults`, a dict `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU. Prompts
         for which the model's logits (or the function's probabilities) are NaN or infinite are NaN; a
-        `MissingScoresWarning` says how many.
+        `MissingScoresWarning` says how many. Empty without prompts.
 
     Raises:
-        ValueError: Before the model runs: there are no prompts, prompts have different categories, a target is empty, a
-            prompt is longer than the model's context, or the results to resume from are of another run (the message
-            names what differs).
+        ValueError: Before the model runs: prompts have different categories, a target is empty or outside the
+            vocabulary, a prompt is longer than the model's context, or the results to resume from are of another run
+            (the message names what differs).
         TokenizationError: Before the model runs: an answer has no tokens.
         CollisionError: Before the model runs: `distinct=True`, and two categories share a token or an answer.
         OSError: Before the model runs: the checkpoint cannot be written, or the folder holds other files of its names.
@@ -93,12 +97,11 @@ def run_prompts(
             error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
     """
-    _check_call(model, batch_size, get_probs_func, func_kwargs, tqdm, scoring, normalize_length)
+    _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
+    bar = _bar(tqdm, progress)
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    plan = make_plan(model, prompts, scoring, get_probs_func is None, answer_prefix, distinct, normalize_length)
-    if scoring == "sequence" and get_probs_func is None and not _reads_answers_in_one_row(model, plan, remote):
-        plan = make_plan(model, prompts, scoring, False, answer_prefix, distinct, normalize_length)
-    if not remote and not model.remote:
+    plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
+    if prompts and not remote and not model.remote:
         model.dispatch()  # the weights are a part of what is compared when a run is resumed
     results = PromptResults(
         plan.categories,
@@ -112,17 +115,10 @@ def run_prompts(
     if checkpoint is not None and _storage.exists(checkpoint):
         take_over(results, checkpoint)
 
-    def answer(batch: Batch, asked: Sequence[Sequence[Question]]) -> Iterable[tuple[torch.Tensor, torch.Tensor | None]]:
-        if get_probs_func is None:
-            logs, ranks = ask(model, batch, asked, remote)
-            sizes = [len(questions) for questions in asked]
-            return zip(logs.double().split(sizes), ranks.split(sizes), strict=True)
-        found = ask_function(get_probs_func, model, batch, asked, plan.plain, remote, func_kwargs or {})
-        return [(row, None) for row in found]
-
+    answer = partial(_answer, model, get_probs_func, func_kwargs or {}, plan.plain, remote)
     keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
     keeper.begin()
-    _run_batches(model, plan, keeper, answer, batch_size, tqdm, normalize_length)
+    _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
     keeper.finish()
     warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
     return results
@@ -133,7 +129,6 @@ def _check_call(
     batch_size: int,
     get_probs_func: Any,
     func_kwargs: dict[str, Any] | None,
-    tqdm: Any,
     scoring: str,
     normalize_length: bool,
 ) -> None:
@@ -155,10 +150,80 @@ def _check_call(
         raise TypeError(f"get_probs_func must be a function (model, prompts, **kwargs), not {get_probs_func!r}.")
     if get_probs_func is None and func_kwargs:
         raise ValueError(f"func_kwargs={sorted(func_kwargs)} are for get_probs_func, and none was given.")
-    if tqdm is not None and not callable(tqdm):
-        raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
     if normalize_length and scoring != "sequence":
         raise ValueError("normalize_length=True is for scoring='sequence'; a first token has no length.")
+
+
+def _bar(tqdm: Callable[..., Any] | None, progress: bool | None) -> Callable[..., Any]:
+    """Return the function that wraps the batches of a run; see `run_prompts`.
+
+    Raises:
+        TypeError: An argument has another type.
+    """
+    if tqdm is not None and not callable(tqdm):
+        raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
+    if progress is not None and not isinstance(progress, bool):
+        raise TypeError(f"progress must be True, False or None, not {progress!r}.")
+    if tqdm is None or progress is False:
+        return lambda batches, **_: batches
+    return partial(tqdm, delay=2.0, leave=False) if progress is None and tqdm is auto_tqdm else tqdm
+
+
+def _plan_of(
+    model: StandardizedTransformer,
+    prompts: Sequence[Prompt],
+    scoring: Scoring,
+    get_probs_func: Callable[..., Any] | None,
+    answer_prefix: str,
+    distinct: bool,
+    normalize_length: bool,
+    remote: Any,
+) -> Plan:
+    """Return the plan of a run; the arguments are those of `run_prompts`. May run the model on one row."""
+    make = partial(
+        make_plan,
+        model,
+        prompts,
+        scoring,
+        answer_prefix=answer_prefix,
+        distinct=distinct,
+        normalize_length=normalize_length,
+    )
+    if scoring != "sequence" or not prompts:
+        return make()
+    if get_probs_func is not None:
+        return make(teacher_forcing=False)
+    plan = make()
+    return plan if _reads_answers_in_one_row(model, plan, remote) else make(teacher_forcing=False)
+
+
+def _answer(
+    model: StandardizedTransformer,
+    get_probs_func: Callable[..., torch.Tensor] | None,
+    func_kwargs: dict[str, Any],
+    plain: bool,
+    remote: Any,
+    batch: Batch,
+    asked: Sequence[Sequence[Question]],
+) -> Iterable[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield, for each row of a batch, the log-probabilities of its questions and their ranks in the vocabulary.
+
+    Args:
+        model: The model.
+        get_probs_func: As in `run_prompts`. Ranks are None with a function.
+        func_kwargs: As in `run_prompts`.
+        plain: As in `Plan`.
+        remote: As in `run_prompts`.
+        batch: The rows.
+        asked: For each row its questions.
+    """
+    if get_probs_func is None:
+        logs, ranks = ask(model, batch, asked, remote)
+        sizes = [len(questions) for questions in asked]
+        yield from zip(logs.double().split(sizes), ranks.split(sizes), strict=True)
+    else:
+        for row in ask_function(get_probs_func, model, batch, asked, plain, remote, func_kwargs):
+            yield row, None
 
 
 def _reads_answers_in_one_row(model: StandardizedTransformer, plan: Plan, remote: Any) -> bool:
@@ -176,7 +241,7 @@ def _run_batches(
     keeper: Keeper,
     answer: Callable[[Batch, Sequence[Sequence[Question]]], Iterable[tuple[torch.Tensor, torch.Tensor | None]]],
     batch_size: int,
-    tqdm: Callable[..., Any] | None,
+    bar: Callable[..., Any],
     normalize_length: bool,
 ) -> None:
     """Run the rows that the results do not have yet, and store what they answer.
@@ -187,7 +252,7 @@ def _run_batches(
         keeper: Holds the results.
         answer: Returns, for each row of a batch, its log-probabilities and its ranks in the vocabulary (or None).
         batch_size: Largest number of rows in a batch.
-        tqdm: Wraps the batches, if it is not None.
+        bar: Wraps the batches.
         normalize_length: See `Sheet.combine`.
     """
     results = keeper.results
@@ -201,7 +266,7 @@ def _run_batches(
     work = list(batches(model, [plan.sheets[i].rows[j] for i, j in owners], batch_size))
     finished = 0
     try:
-        for batch in work if tqdm is None else tqdm(work, desc="Running prompts"):
+        for batch in bar(work, desc="Running prompts"):
             chosen = [owners[k] for k in batch.indices]
             asked = [plan.sheets[i].questions[j] for i, j in chosen]
             for (i, j), (logs, ranks) in zip(chosen, answer(batch, asked), strict=True):
