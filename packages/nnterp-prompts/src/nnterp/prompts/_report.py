@@ -109,12 +109,16 @@ def tokenization_report(
 
     Raises:
         ValueError: There are no prompts.
+        TypeError: There are prompts beside pairs, or something else.
     """
     tokenizer = tokenizer_of(tokenizer_or_model)
     given: list[Prompt | PromptPair] = list(prompts)
     if not given:
         raise ValueError("No prompts were given: pass at least one Prompt or PromptPair.")
     pairs = isinstance(given[0], PromptPair)
+    for i, each in enumerate(given):
+        if not isinstance(each, PromptPair if pairs else Prompt):
+            raise TypeError(f"Item {i} is a {type(each).__name__}; give prompts or pairs, not both.")
     flat: list[Prompt] = []
     for each in given:
         flat += [each.clean, each.corrupted] if isinstance(each, PromptPair) else [each]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from nnterp.prompts._prompt import Text
 
 
@@ -11,7 +13,7 @@ def prompt_text(tokenizer: Any, prompt: Text) -> str | None:
     """Return the prompt's text, after the chat template if it is a chat; None for token ids."""
     if isinstance(prompt, str):
         return prompt
-    if prompt and isinstance(prompt[0], int):
+    if isinstance(prompt, torch.Tensor) or (prompt and isinstance(prompt[0], int)):
         return None
     continues = prompt[-1]["role"] == "assistant"  # type: ignore[index]
     return tokenizer.apply_chat_template(
@@ -23,5 +25,5 @@ def prompt_tokens(tokenizer: Any, prompt: Text) -> list[int]:
     """Return the token ids that the model reads for a prompt of any kind, special tokens included."""
     text = prompt_text(tokenizer, prompt)
     if text is None:
-        return list(prompt)  # type: ignore[arg-type]
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
     return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
