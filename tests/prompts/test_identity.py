@@ -175,7 +175,7 @@ def written(**changes):
     ("changes", "match"),
     [
         ({"factor": 1.0}, "global variable 'FACTOR' of get_probs_func = 1, and this run has 1.0"),
-        ({"operation": "* 1.0"}, "function 'helper' of get_probs_func"),
+        ({"operation": "* 1.0"}, "code of 'helper' of 'deep' of get_probs_func"),
         ({"keyword": "[1]"}, "default of 'keyword' of get_probs_func"),
         ({"text": "Another."}, "code of get_probs_func"),
     ],
@@ -284,6 +284,46 @@ def test_counters_are_no_arguments(gpt2, tmp_path, which, renewed):
             function = counting(2, [0] * 7)[which]
         results = run(gpt2, function, resume=resume)
         assert (results["target"] - run(gpt2)["target"]).abs().max() < 1e-6
+
+
+def decorated(layer, calls):
+    """A counter and an argument side by side, in a decorated function."""
+
+    @torch.no_grad()
+    def function(model, prompts, remote=False):
+        calls.append(1)
+        return logit_lens(model, prompts, layers=layer)
+
+    return function
+
+
+def test_a_counter_hides_no_argument(gpt2, tmp_path):
+    calls = []
+    run(gpt2, decorated([0], calls), checkpoint=tmp_path)
+    assert calls
+    same_run(tmp_path, gpt2, decorated([0], []))
+    other_run(tmp_path, r"variable 'layer' of variable 'func' of get_probs_func = '\[0\]", gpt2, decorated([1], calls))
+
+
+LAYER = [0]
+
+
+class ByGlobal:
+    def __call__(self, model, prompts, remote=False):
+        return logit_lens(model, prompts, layers=LAYER)
+
+
+class ByGlobalModule(torch.nn.Module):
+    def forward(self, model, prompts, remote=False):
+        return logit_lens(model, prompts, layers=LAYER)
+
+
+@pytest.mark.parametrize("kind", [ByGlobal, ByGlobalModule, lambda: ByGlobal().__call__])
+def test_global_variables_of_callable_objects(gpt2, tmp_path, monkeypatch, kind):
+    run(gpt2, kind(), checkpoint=tmp_path)
+    same_run(tmp_path, gpt2, kind())
+    monkeypatch.setitem(globals(), "LAYER", [1])
+    other_run(tmp_path, r"global variable 'LAYER' of get_probs_func = '\[0\]", gpt2, kind())
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------

@@ -132,9 +132,19 @@ def test_words_are_texts(tokenizer_of_kind, words):
             ask()
 
 
-@pytest.mark.parametrize(
-    "kind", [list, tuple, set, range, torch.tensor, np.array, partial(np.array, dtype=np.uint8), iter], ids=str
-)
+KINDS = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "range": range,
+    "iterator": iter,
+    "tensor": torch.tensor,
+    "array": np.array,
+    "bytes in an array": partial(np.array, dtype=np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_kinds_of_integers(tiny, kind):
     model = tiny("gpt2")
     ids = range(20, 23) if kind is range else kind([20, 21, 22])

@@ -41,18 +41,14 @@ def plain_globals(function: FunctionType) -> list[tuple[str, Any]]:
     return plain_values(names_read(function.__code__), function.__globals__)
 
 
-def neighbours(function: FunctionType) -> dict[str, FunctionType]:
-    """Return the functions of the same module that a function calls, and those that they call; sorted by name."""
-    found: dict[str, FunctionType] = {}
-    todo = [function]
-    while todo:
-        current = todo.pop()
-        for name in names_read(current.__code__):
-            value = function.__globals__.get(name)
-            if isinstance(value, FunctionType) and value.__module__ == function.__module__ and name not in found:
-                found[name] = value
-                todo.append(value)
-    return dict(sorted(found.items()))
+def neighbours(function: FunctionType) -> list[tuple[str, FunctionType | type]]:
+    """Return the functions and classes of the same module whose names a function reads."""
+    found = [(name, function.__globals__.get(name)) for name in names_read(function.__code__)]
+    return [
+        (name, value)
+        for name, value in found
+        if isinstance(value, (FunctionType, type)) and value.__module__ == function.__module__
+    ]
 
 
 def is_plain(value: Any, depth: int = 16) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnterp.prompts._code import SIMPLE, closure_of, is_array, is_plain, neighbours, plain_globals
+from nnterp.prompts._code import SIMPLE, closure_of, is_array, neighbours, plain_globals
 from nnterp.prompts._weights import checksum, checksum_of_tensors
 
 _SHOWN = 60  # characters of a container in a summary
@@ -25,7 +25,7 @@ def summary(value: Any) -> Any:
         return value
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and abs(value) < float("inf")):
         return value
-    text = repr(value) if is_plain(value) else ""
+    text = repr(value) if isinstance(value, (list, tuple)) and all(isinstance(item, SIMPLE) for item in value) else ""
     shown = text if 0 < len(text) <= _SHOWN else type(value).__name__
     return f"{shown} #{digest(value)}"
 
@@ -105,8 +105,8 @@ def _form_of_definition(value: Any, inside: tuple[int, ...]) -> Any:
         return "builtin", name_of(value)
     defaults = _form(value.__defaults__, inside), _form(value.__kwdefaults__, inside)
     variables = [(name, _form(own, inside)) for name, own in (*closure_of(value), *plain_globals(value))]
-    called = [(name, _form(own.__code__, inside)) for name, own in neighbours(value).items()]
-    return "function", name_of(value), _form(value.__code__, inside), defaults, variables, called
+    used = [(name, _form(getattr(own, "__code__", None), inside)) for name, own in neighbours(value)]
+    return "function", name_of(value), _form(value.__code__, inside), defaults, variables, used
 
 
 def _form_of_object(value: Any, inside: tuple[int, ...]) -> Any:

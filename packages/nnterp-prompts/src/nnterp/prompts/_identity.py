@@ -68,7 +68,7 @@ def mark_changes(
     }
     for key, values in now.items():
         for name, before in settings[key].items():
-            if values.get(name) != before:
+            if not _same(values.get(name), before):
                 settings[key][name] = CHANGES
 
 
@@ -76,8 +76,8 @@ def parts_of_function(function: Callable[..., Any]) -> dict[str, Any]:
     """Return a `summary` of everything that decides what a callable returns, under names for messages.
 
     These are the code, the default values, the variables of the closure, the arguments that a `functools.partial` sets,
-    the plain values of global variables, the functions of the same module that it calls, and the attributes of a
-    callable object.
+    the plain values of global variables, the functions and classes of the same module that it uses, and the attributes
+    of a callable object.
     """
     found: dict[str, Any] = {}
     while isinstance(function, partial):
@@ -87,17 +87,39 @@ def parts_of_function(function: Callable[..., Any]) -> dict[str, Any]:
     if isinstance(function, MethodType):
         found |= _attributes(function.__self__)
         function = function.__func__
-    if isinstance(function, nn.Module):
-        return {**found, "code": digest(type(function)), "weights": checksum(function)}
     if not isinstance(function, FunctionType):
-        return {**found, "code": digest(type(function)), **_attributes(function)}
-    found["code"] = digest(function.__code__)
-    found |= {f"default {i}": summary(value) for i, value in enumerate(function.__defaults__ or ())}
-    found |= {f"default of {name!r}": summary(value) for name, value in (function.__kwdefaults__ or {}).items()}
-    found |= {f"variable {name!r}": summary(value) for name, value in closure_of(function)}
-    found |= {f"global variable {name!r}": summary(value) for name, value in plain_globals(function)}
-    found |= {f"function {name!r}": digest(value) for name, value in neighbours(function).items()}
+        found |= {"class": digest(type(function)), **_attributes(function)}
+        if isinstance(function, nn.Module):
+            found["weights"] = checksum(function)
+        function = getattr(type(function), "forward" if isinstance(function, nn.Module) else "__call__")
+    if isinstance(function, FunctionType):
+        _add_parts(found, function, "", set())
     return found
+
+
+def _add_parts(found: dict[str, Any], function: FunctionType, of: str, seen: set[int]) -> None:
+    """Add the parts of a function and of the functions that it uses.
+
+    Each value has an entry of its own, so that a counter among them does not hide the others.
+
+    Args:
+        found: The parts so far.
+        function: The function.
+        of: Ends the names of its parts, such as " of 'helper'".
+        seen: The `id`s of functions that are added already.
+    """
+    seen.add(id(function))
+    found[f"code{of}"] = digest(function.__code__)
+    variables = {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    variables |= {f"default of {name!r}": value for name, value in (function.__kwdefaults__ or {}).items()}
+    variables |= {f"variable {name!r}": value for name, value in closure_of(function)}
+    variables |= {f"global variable {name!r}": value for name, value in plain_globals(function)}
+    variables |= {f"{name!r}": value for name, value in neighbours(function)}
+    for name, value in variables.items():
+        if not isinstance(value, FunctionType):
+            found[f"{name}{of}"] = summary(value)
+        elif id(value) not in seen:
+            _add_parts(found, value, f" of {name}{of}", seen)
 
 
 def differences(earlier: Mapping[str, Any], current: dict[str, Any]) -> tuple[list[str], list[str]]:
