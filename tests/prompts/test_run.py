@@ -1,5 +1,7 @@
 """`run_prompts` against a loop over single prompts through HuggingFace's own forward."""
 
+import time
+
 import pytest
 import torch
 
@@ -142,16 +144,16 @@ def test_custom_functions(tiny, lens, whole_lens):
 def test_a_function_is_called_as_in_1x(tiny):
     model, calls = tiny("gpt2"), []
 
-    def uniform(nn_model, prompts, remote=False, scale=1.0):
+    def uniform(nn_model, prompts, remote=False, scale=None):
         calls.append((nn_model, prompts, remote, scale))
         return torch.full((len(prompts), 2, model.vocab_size), scale)
 
     prompts = make(model.tokenizer)
-    results = run_prompts(model, prompts, 4, uniform, {"scale": 0.5}, tqdm=None)
+    each = 1 / model.vocab_size
+    results = run_prompts(model, prompts, 4, uniform, {"scale": each}, tqdm=None)
     assert sorted(text for call in calls for text in call[1]) == sorted(TEXTS)
-    assert all(call[0] is model and call[2] is False and call[3] == 0.5 for call in calls)
-    for name, tokens in prompts[0].target_tokens.items():
-        assert torch.equal(results[name], torch.full((len(TEXTS), 2), 0.5 * len(tokens)))
+    assert all(call[0] is model and call[2] is False and call[3] == each for call in calls)
+    close(results, {name: torch.full((len(TEXTS), 2), each * len(t)) for name, t in prompts[0].target_tokens.items()})
 
 
 def test_a_partial_of_a_reducing_function_reduces(tiny, lens):
@@ -234,7 +236,6 @@ def test_bad_input_is_refused_before_anything_runs(forbidden, function):
     model, tokenizer = forbidden, forbidden.tokenizer
     good = make(tokenizer, TEXTS[:2])
     ways = {"get_probs_func": function}
-    refused(model, [], "No prompts", **ways)
     other = Prompt.from_strings("x", {"target": "Paris", "more": "Rome"}, tokenizer)
     refused(model, [*good, other], r"same target keys.*'more'", **ways)
     refused(model, [*good, Prompt("x", {"target": [3], "other": []})], "'other' has no tokens", **ways)
@@ -384,6 +385,59 @@ def test_the_bar(tiny, capsys):
     assert "Running" not in capsys.readouterr().err
     run_prompts(model, prompts)
     assert "Running prompts" in capsys.readouterr().err
+
+
+def test_progress_in_either_spelling(tiny, capsys, monkeypatch):
+    model, seen = tiny("gpt2"), []
+    prompts = make(model.tokenizer)
+
+    def bar(items, desc):
+        seen.append(desc)
+        return items
+
+    def shown(**options):
+        seen.clear()
+        close(run_prompts(model, prompts, batch_size=2, **options), whole)
+        return "Running prompts" in capsys.readouterr().err, len(seen)
+
+    whole = run_prompts(model, prompts, progress=False)
+    assert "Running" not in capsys.readouterr().err
+    assert shown() == shown(progress=True) == (True, 0)
+    assert shown(progress=False) == shown(tqdm=None) == shown(tqdm=None, progress=True) == (False, 0)
+    assert shown(progress=None) == (False, 0), "it takes less than two seconds"
+    assert shown(tqdm=bar) == shown(tqdm=bar, progress=True) == shown(tqdm=bar, progress=None) == (False, 1)
+    assert shown(tqdm=bar, progress=False) == (False, 0)
+
+    def slow(model, some, remote=False):
+        time.sleep(0.8)
+        return next_token_probs(model, some)
+
+    assert shown(progress=None, get_probs_func=slow) == (True, 0)
+    with pytest.raises(TypeError, match="progress must be"):
+        run_prompts(model, prompts, progress="yes")
+
+
+@pytest.mark.parametrize("scoring", ["first_token", "sequence"])
+@pytest.mark.parametrize("function", [None, next_token_probs])
+def test_no_prompts(forbidden, tmp_path, scoring, function):
+    """As in 1.x: a loop over nothing."""
+    from nnterp import prompt_utils
+
+    options = {"scoring": scoring, "get_probs_func": function}
+    results = run_prompts(forbidden, [], **options)
+    assert results == {}
+    assert isinstance(results, PromptResults)
+    assert results.complete
+    assert repr(results) == "<PromptResults: 0 of 0 prompts>"
+    assert len(results.to_dataframe()) == 0
+    assert run_prompts(forbidden, iter(()), checkpoint=tmp_path, **options) == {}
+    assert run_prompts(forbidden, [], resume=tmp_path, checkpoint=tmp_path, **options) == {}
+    assert PromptResults.load(tmp_path) == {}
+    assert prompt_utils.run_prompts(forbidden, [], get_probs_func=function) == {}
+    with pytest.raises(ValueError, match="No prompt was run"):
+        results.accuracy()
+    refused(forbidden, [], "scoring='last'", scoring="last")
+    refused(forbidden, [Prompt("x", {"a": [3]}, {"a": "b"})], "0 prompts", resume=results, **options)
 
 
 def test_a_function_shows_no_bar_of_its_own(tiny, lens):

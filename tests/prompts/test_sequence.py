@@ -213,7 +213,6 @@ def test_bad_answers_are_refused_before_anything_runs(tiny, tokenizer_of_kind, m
         refused([Prompt("x", {"target": [3]}, {"target": "a " * model._module.config.n_positions})], "longest answer")
         same = Prompt("x", {"a": [3], "b": [4]}, {"a": "Paris", "b": ["Rome", "Paris"]})
         refused([same], "'a', 'b' share an answer", CollisionError, distinct=True)
-        refused([], "No prompts")
     finally:
         handle.remove()
     pieces = model_with("llama", "word_piece")
@@ -221,3 +220,85 @@ def test_bad_answers_are_refused_before_anything_runs(tiny, tokenizer_of_kind, m
         run_prompts(pieces, [Prompt("x", {"t": [3]}, {"t": "Paris 東京"})], scoring="sequence", tqdm=None)
     with pytest.raises(TokenizationError, match="no tokens"):
         run_prompts(pieces, [Prompt("x", {"t": [3]}, {"t": "\u200b"})], scoring="sequence", tqdm=None)
+
+
+# -- answers that continue another answer ------------------------------------------------------------------------------
+
+NESTED = {
+    "two tokens longer": ["Paris is", "Paris"],
+    "one token longer": ["New", "New York"],
+    "a chain": ["the", "the city", "the city of", "the city of London"],
+    "two branches": ["New", "New York", "New Delhi", "Paris is", "Rome", "Paris"],
+    "twice": ["Paris", "Paris is", "Paris", "Paris is"],
+}
+
+
+def slow_nested(module, tokenizer, text, answers, normalize):
+    """Scores one answer at a time; an answer that begins with another one's text is left out of the sum."""
+    logs = {answer: answer_logs(module, tokenizer, text, answer) for answer in answers}
+    if normalize:
+        return max(each.mean() for each in logs.values())
+    apart = [a for a in logs if not any(a != b and a.startswith(f"{b} ") for b in logs)]
+    return torch.stack([logs[answer].sum() for answer in apart]).logsumexp(0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("answers", NESTED.values(), ids=NESTED)
+def test_nested_answers_against_a_loop(tiny, lens, whole_lens, answers, normalize):
+    model, module = tiny("gpt2"), tiny_model("gpt2")
+    targets = {"nested": answers, "other": ["Rome is not", "London"]}
+    prompts = make(model.tokenizer, targets=targets)
+    wanted = {
+        name: torch.stack([slow_nested(module, model.tokenizer, text, own, normalize) for text in TEXTS])
+        for name, own in targets.items()
+    }
+    options = {"scoring": "sequence", "normalize_length": normalize, "batch_size": 4, "tqdm": None}
+    close(run_prompts(model, prompts, **options), wanted)
+    close(run_prompts(model, prompts, get_probs_func=next_token_probs, **options), wanted)
+    for function in (lens, whole_lens):
+        layered = run_prompts(model, prompts, get_probs_func=function, **options)
+        close({name: values[:, -1] for name, values in layered.items()}, wanted)
+
+
+def test_the_longer_answer_may_be_the_best_per_token(tiny):
+    """Of two answers that share their first token, the better mean is taken even if it is the longer one's."""
+    model, module = tiny("gpt2"), tiny_model("gpt2")
+    longer = 0
+    for text in [f"{word} {i}" for word in ("The", "Paris", "Rome", "One") for i in range(6)]:
+        means = [answer_logs(module, model.tokenizer, text, answer).mean() for answer in ("Paris", "Paris is")]
+        [prompt] = make(model.tokenizer, [text], {"t": ["Paris", "Paris is"]})
+        found = run_prompts(model, [prompt], scoring="sequence", normalize_length=True, tqdm=None)
+        close(found, {"t": torch.stack(means).amax(0, keepdim=True)})
+        longer += int(means[1] > means[0])
+    assert 0 < longer < 24, "both cases have to occur"
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "mamba", "paligemma"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_nested_answers_where_each_token_has_a_row(model_type, normalize, tiny, monkeypatch):
+    model, module = tiny(model_type), tiny_model(model_type)
+    monkeypatch.setitem(globals(), "answer_logs", answer_logs_by_beginnings)
+    answers = NESTED["two branches"]
+    prompts = make(model.tokenizer, TEXTS[:1], {"t": answers})
+    found = run_prompts(model, prompts, scoring="sequence", normalize_length=normalize, tqdm=None)
+    close(found, {"t": slow_nested(module, model.tokenizer, TEXTS[0], answers, normalize)[None]}, 2e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_every_row_is_asked_something(tiny, normalize):
+    from nnterp.prompts._plan import make_plan
+
+    model = tiny("gpt2")
+    for answers in NESTED.values():
+        for teacher_forcing in (False, True):
+            prompts = make(model.tokenizer, targets={"a": answers, "b": answers[::-1]})
+            plan = make_plan(model, prompts, "sequence", teacher_forcing, normalize_length=normalize)
+            assert all(questions for sheet in plan.sheets for questions in sheet.questions)
+
+
+def test_a_shared_answer_is_found_behind_a_shorter_one(tiny):
+    model = tiny("gpt2")
+    prompts = make(model.tokenizer, TEXTS[:1], {"a": ["Paris", "Paris is"], "b": ["Paris is"]})
+    for normalize in (False, True):
+        with pytest.raises(CollisionError, match="'a', 'b' share an answer"):
+            run_prompts(model, prompts, scoring="sequence", normalize_length=normalize, distinct=True, tqdm=None)

@@ -5,6 +5,7 @@ import warnings
 
 import pandas as pd
 import pytest
+import torch
 
 from nnterp.prompts import (
     CollisionError,
@@ -181,6 +182,11 @@ def test_report(tokenizer, tokenizer_of_kind, model_with):
     pieces = tokenizer_of_kind("word_piece")
     assert "special, '<sep>'" in str(tokenization_report([Prompt("the", {"t": [5]})], pieces))
     assert tokenization_report([Prompt([5, 6], {"t": [5]})], pieces).lengths == (2,)
+    by_tensor = tokenization_report([Prompt(torch.tensor([5, 6]), {"t": [5]})], pieces)
+    assert by_tensor == tokenization_report([Prompt([5, 6], {"t": [5]})], pieces)
+    for mixed in ([prompts[0], PromptPair(*prompts[:2])], [PromptPair(*prompts[:2]), prompts[0]], ["a text"]):
+        with pytest.raises(TypeError, match="prompts or pairs, not both"):
+            tokenization_report(mixed, tokenizer)
     with pytest.raises(ValueError, match="No prompts"):
         tokenization_report([], tokenizer)
 

@@ -1,4 +1,4 @@
-"""The 1.x spelling of `nnterp.prompts`, with the 1.x names of arguments."""
+"""`nnterp.prompts` under its 1.x name, with the 1.x names of arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Prompt", "TokenizationError", "get_first_tokens", "next_token_probs_
 def get_first_tokens(
     words: str | list[str], llm_or_tokenizer: Any, use_hacky_implementation: bool = False
 ) -> list[int]:
-    """`nnterp.prompts.get_first_tokens`."""
+    """Return `nnterp.prompts.get_first_tokens` of the same arguments."""
     return _prompts.get_first_tokens(words, llm_or_tokenizer, use_hacky_implementation)
 
 
@@ -30,5 +30,5 @@ def run_prompts(
     remote: Any = False,
     tqdm: Callable[..., Any] | None = auto_tqdm,
 ) -> PromptResults:
-    """`nnterp.prompts.run_prompts`, which has more options."""
+    """Return `nnterp.prompts.run_prompts` of the same arguments; that function has more options."""
     return _prompts.run_prompts(nn_model, prompts, batch_size, get_probs_func, func_kwargs, remote, tqdm)

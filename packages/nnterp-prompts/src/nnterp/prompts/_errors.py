@@ -1,11 +1,6 @@
-"""What can go wrong with prompts, and what is saved of a run that broke off."""
+"""Errors and warnings about prompts and targets."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nnterp.prompts._results import PromptResults
 
 
 class TokenizationError(ValueError):
@@ -13,20 +8,12 @@ class TokenizationError(ValueError):
 
 
 class CollisionError(ValueError):
-    """Targets that were to be distinct begin with the same token."""
+    """`distinct=True` was passed, and two categories share a token (or an answer)."""
+
+
+class MissingScoresWarning(UserWarning):
+    """Prompts have no score, because the model's logits or a function's probabilities are NaN or infinite."""
 
 
 class SharedTokenWarning(UserWarning):
-    """Different words begin with the same token, so that the model's next token cannot tell them apart."""
-
-
-class IncompleteRunError(RuntimeError):
-    """A batch failed; what had been computed before is kept.
-
-    Attributes:
-        partial: The `PromptResults` so far, NaN where nothing was computed; `run_prompts(..., resume=partial)` goes on.
-    """
-
-    def __init__(self, message: str, partial: PromptResults) -> None:
-        super().__init__(message)
-        self.partial = partial
+    """Different words begin with the same token, so the model's next token cannot tell them apart."""

@@ -1,7 +1,4 @@
-"""What a run asks of the model: rows of tokens, questions at their positions, and how answers become scores.
-
-Everything that can be wrong with prompts and targets is found here, before the model runs.
-"""
+"""Check prompts and targets before the model runs, and turn them into rows and questions."""
 
 from __future__ import annotations
 
@@ -9,72 +6,30 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
-
-from nnterp.inputs import Row, context_length, encode
-from nnterp.prompts._errors import CollisionError, TokenizationError
-from nnterp.prompts._prompt import Prompt, as_words, collision_text
-from nnterp.prompts._tokens import continuations, encode_texts
-
-if TYPE_CHECKING:
-    from nnterp import StandardizedTransformer
+from nnterp import StandardizedTransformer
+from nnterp.inputs import context_length, encode
+from nnterp.prompts._answers import answers_of
+from nnterp.prompts._errors import CollisionError
+from nnterp.prompts._ids import ids_of_categories
+from nnterp.prompts._prompt import Prompt
+from nnterp.prompts._questions import Sheet, Tokens, first_token_sheet, sequence_sheet, without_continuations
+from nnterp.prompts._tokens import collision_text
 
 Scoring = Literal["first_token", "sequence"]
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Question:
-    """How probable is it that the token after `position` of a row is one of `tokens`?"""
-
-    position: int
-    tokens: Tokens
-
-
-@dataclass
-class Sheet:
-    """One prompt's rows with their questions, and what its categories make of the answers.
-
-    Attributes:
-        rows: What the model reads.
-        questions: For each row its questions.
-        terms: For each category its alternatives, each the (row, question) pairs whose log-probabilities are added up.
-    """
-
-    rows: list[Row]
-    questions: list[list[Question]]
-    terms: list[list[list[tuple[int, int]]]]
-
-    def combine(self, answers: Sequence[torch.Tensor], normalize_length: bool) -> torch.Tensor:
-        """Log-probability of each category, `[categories]` or `[layers, categories]`.
-
-        Args:
-            answers: For each row the log-probabilities of its questions, `[questions]` or `[layers, questions]`.
-            normalize_length: Take the mean over an alternative's tokens, and of a category its best alternative.
-        """
-        scores = []
-        for alternatives in self.terms:
-            each = []
-            for terms in alternatives:
-                logs = torch.stack([answers[row][..., question] for row, question in terms])
-                each.append(logs.mean(0) if normalize_length else logs.sum(0))
-            together = torch.stack(each)
-            scores.append(together.amax(0) if normalize_length else together.logsumexp(0))
-        return torch.stack(scores, dim=-1)
 
 
 @dataclass
 class Plan:
-    """A whole run.
+    """Everything that a run asks of the model.
 
     Attributes:
-        categories: Their names, in the order of the first prompt.
-        sheets: One for each prompt.
-        texts: For each prompt what it reads, chat templates applied.
-        plain: Whether every prompt is a plain text, to be handed to a user's function as it is.
-        fingerprints: For each prompt a digest of its rows and questions, by which a resumed run knows them.
+        categories: Names of the categories, in the order of the first prompt.
+        sheets: The rows and questions of each prompt.
+        texts: The text that the model reads for each prompt, after the chat template if it is a chat.
+        plain: True if every prompt is a plain text, which a user's function can be given as it is.
+        fingerprints: A digest of each prompt's rows and questions, by which a resumed run recognises them.
     """
 
     categories: tuple[str, ...]
@@ -91,48 +46,58 @@ def make_plan(
     teacher_forcing: bool = True,
     answer_prefix: str = " ",
     distinct: bool = False,
+    normalize_length: bool = False,
 ) -> Plan:
-    """Check prompts and targets, and turn them into rows and questions.
+    """Check prompts and targets, and turn them into rows and questions. Without prompts, the plan is empty.
 
     Args:
         model: The model that will run.
         prompts: The prompts.
-        scoring: Whether a target is its first tokens or its whole answers.
-        teacher_forcing: Ask about all tokens of an answer in one row; otherwise each row asks at its last position
-            only.
-        answer_prefix: Put before a whole answer where neither it nor the end of the prompt is whitespace.
-        distinct: Refuse categories of one prompt that share a token (or an answer).
+        scoring: "first_token" for the first tokens of a target, "sequence" for its whole answers.
+        teacher_forcing: See `sequence_sheet`.
+        answer_prefix: Text between a prompt and a whole answer, if neither has whitespace there.
+        distinct: Raise if two categories of a prompt share a token (or an answer).
+        normalize_length: Ask about every answer. If False, an answer that continues another one of its category is left
+            out, because the other one's probability includes it.
 
     Raises:
-        ValueError: There are no prompts, categories differ between prompts, a target is empty or outside the
-            vocabulary, or a prompt (with its answer) is longer than the model's context.
+        ValueError: Prompts have different categories, a target is empty or outside the vocabulary, or a prompt (with
+            its answer) is longer than the model's context.
         TokenizationError: An answer has no tokens.
-        CollisionError: `distinct`, and categories collide.
+        CollisionError: `distinct=True`, and two categories share a token or an answer.
     """
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    if scoring not in ("first_token", "sequence"):
+        raise ValueError(f"scoring={scoring!r}: there are 'first_token' and 'sequence'.")
+    if not prompts:
+        return Plan((), [], [], plain=True)
     categories = _categories(prompts)
     rows = encode(model, [prompt.prompt for prompt in prompts])
     if scoring == "first_token":
-        sheets = [
-            _first_token_sheet(model, i, prompt, row, categories)
-            for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
-        ]
-    elif scoring == "sequence":
-        answers = _answers(model, prompts, rows, categories, answer_prefix)
-        sheets = [_sequence_sheet(row, own, teacher_forcing) for row, own in zip(rows, answers, strict=True)]
-        _check_lengths(model, sheets)
+        targets = [_targets(model, i, prompt, categories) for i, prompt in enumerate(prompts)]
+        if distinct:
+            _check_tokens_distinct(model, prompts)
+        sheets = [first_token_sheet(row, own) for row, own in zip(rows, targets, strict=True)]
     else:
-        raise ValueError(f"scoring={scoring!r}: there are 'first_token' and 'sequence'.")
-    if distinct:
-        _check_distinct(model, prompts, sheets, categories, scoring)
+        answers = answers_of(model, prompts, rows, categories, answer_prefix)
+        if distinct:
+            _check_answers_distinct(prompts, categories, answers)
+        if not normalize_length:
+            answers = [[without_continuations(group) for group in own] for own in answers]
+        sheets = [sequence_sheet(row, own, teacher_forcing) for row, own in zip(rows, answers, strict=True)]
+        _check_lengths(model, sheets)
     texts = [row.text if row.text is not None else model.tokenizer.decode(list(row.ids)) for row in rows]
     plain = all(isinstance(prompt.prompt, str) for prompt in prompts)
     return Plan(categories, sheets, texts, plain, [_fingerprint(sheet) for sheet in sheets])
 
 
-def _categories(prompts: list[Prompt]) -> tuple[str, ...]:
-    if not prompts:
-        raise ValueError("No prompts were given: pass at least one Prompt.")
+def _categories(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Return the categories that all prompts have.
+
+    Raises:
+        ValueError: There are no categories, or prompts have different ones.
+        TypeError: Something is not a `Prompt`.
+    """
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, Prompt):
             raise TypeError(
@@ -145,134 +110,32 @@ def _categories(prompts: list[Prompt]) -> tuple[str, ...]:
         if set(prompt.target_tokens) != set(categories):
             raise ValueError(
                 f"All prompts must have the same target keys (categories). Prompt 0 has {sorted(categories)}; prompt "
-                f"{i} "
-                f"({prompt.prompt!r:.80}) has {sorted(prompt.target_tokens)}."
+                f"{i} ({prompt.prompt!r:.80}) has {sorted(prompt.target_tokens)}."
             )
     return categories
 
 
-def _first_token_sheet(
-    model: StandardizedTransformer, index: int, prompt: Prompt, row: Row, categories: tuple[str, ...]
-) -> Sheet:
-    questions = []
-    for name in categories:
-        tokens = tuple(dict.fromkeys(int(token) for token in prompt.target_tokens[name]))
+def _targets(model: StandardizedTransformer, index: int, prompt: Prompt, categories: Sequence[str]) -> list[Tokens]:
+    """Return the distinct token ids of each category of one prompt.
+
+    Raises:
+        TypeError: A token is not an integer.
+        ValueError: A category has no tokens, or one outside the vocabulary.
+    """
+    where = f"Prompt {index} ({prompt.prompt!r:.80})"
+    found = ids_of_categories(prompt.target_tokens, model.vocab_size, where)
+    for name, tokens in found.items():
         if not tokens:
-            raise ValueError(f"Prompt {index} ({prompt.prompt!r:.80}): the target {name!r} has no tokens.")
-        size = model.vocab_size
-        if min(tokens) < 0 or (size is not None and max(tokens) >= size):
-            raise ValueError(
-                f"Prompt {index} ({prompt.prompt!r:.80}): tokens {list(tokens)} of the target {name!r} are not all "
-                f"in the "
-                f"model's vocabulary of {size}. Were they made with another model's tokenizer?"
-            )
-        questions.append(Question(len(row) - 1, tokens))
-    return Sheet([row], [questions], [[[(0, i)]] for i in range(len(categories))])
+            raise ValueError(f"{where}: the target {name!r} has no tokens.")
+    return [found[name] for name in categories]
 
 
-def _answers(
-    model: StandardizedTransformer, prompts: list[Prompt], rows: list[Row], categories: tuple[str, ...], prefix: str
-) -> list[list[list[Tokens]]]:
-    """For each prompt and category, the tokens of each of its answers as they follow the prompt."""
-    wanted: list[list[list[str]]] = []
-    pairs: dict[tuple[str, str], None] = {}
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        if prompt.target_strings is None or not set(categories) <= set(prompt.target_strings):
-            raise ValueError(
-                f"scoring='sequence' scores whole answers, but prompt {i} ({prompt.prompt!r:.80}) has no "
-                f"target_strings for all "
-                f"of {list(categories)}. Make prompts with Prompt.from_strings, or pass target_strings."
-            )
-        own = []
-        for name in categories:
-            words = as_words(name, prompt.target_strings[name])
-            if empty := [word for word in words if not word]:
-                raise TokenizationError(
-                    f"Prompt {i} ({prompt.prompt!r:.80}): the target {name!r} holds {empty[0]!r}, an empty text."
-                )
-            own.append([_joined(prompt, row, word, prefix) for word in words])
-        wanted.append(own)
-        pairs.update({(row.text or "", text): None for group in own for text in group})
-    spelled = _spelled(model.tokenizer, list(pairs))
-    found = []
-    for i, (prompt, row, own) in enumerate(zip(prompts, rows, wanted, strict=True)):
-        for name, group in zip(categories, own, strict=True):
-            for text in group:
-                ids = spelled.get((row.text or "", text))
-                if not ids:
-                    raise TokenizationError(
-                        f"Prompt {i} ({prompt.prompt!r:.80}): the answer {text!r} of {name!r} has no tokens."
-                    )
-                unknown = getattr(model.tokenizer, "unk_token_id", None)
-                if unknown in ids and text.strip() != model.tokenizer.unk_token:
-                    raise TokenizationError(
-                        f"Prompt {i} ({prompt.prompt!r:.80}): the tokenizer does not know all of the answer {text!r} "
-                        f"of {name!r}."
-                    )
-        found.append([[spelled[row.text or "", text] for text in group] for group in own])
-    return found
+def _check_lengths(model: StandardizedTransformer, sheets: Sequence[Sheet]) -> None:
+    """Raise if a prompt with its longest answer does not fit into the model's context.
 
-
-def _joined(prompt: Prompt, row: Row, answer: str, prefix: str) -> str:
-    """An answer with what stands between it and its prompt."""
-    if answer[0].isspace() or not isinstance(prompt.prompt, str) or row.text is None or row.text[-1:].isspace():
-        return answer
-    return prefix + answer
-
-
-def _spelled(tokenizer: object, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Tokens]:
-    """Tokens of each (prompt, answer): what the answer adds to the prompt's, or else its own inside a text."""
-    befores = {before: None for before, _ in pairs}
-    heads = dict(zip(befores, encode_texts(tokenizer, list(befores)), strict=True))
-    whole = dict(zip(pairs, encode_texts(tokenizer, [before + answer for before, answer in pairs]), strict=True))
-    found: dict[tuple[str, str], Tokens] = {}
-    for pair, ids in whole.items():
-        head = heads[pair[0]]
-        if head and ids[: len(head)] == head and len(ids) > len(head):
-            found[pair] = tuple(ids[len(head) :])
-    left = [pair for pair in pairs if pair not in found]
-    inside = continuations(tokenizer, [answer for _, answer in left])
-    found.update({pair: tuple(inside[pair[1]]) for pair in left if pair[1] in inside})
-    return found
-
-
-def _sequence_sheet(row: Row, categories: list[list[Tokens]], teacher_forcing: bool) -> Sheet:
-    """Rows for all answers of one prompt; what answers have in common is read and asked once."""
-    nodes = list(dict.fromkeys(answer[:k] for group in categories for answer in group for k in range(len(answer))))
-    rows: list[Row] = []
-    place: dict[Tokens, tuple[int, int]] = {}
-    for node in sorted(nodes, key=len, reverse=True):
-        if node in place:
-            continue
-        rows.append(row if not node else Row((*row.ids, *node)))
-        place[node] = (len(rows) - 1, len(row) - 1 + len(node))
-        if teacher_forcing:  # a causal model reads every shorter beginning on the way
-            for k in range(len(node)):
-                place.setdefault(node[:k], (len(rows) - 1, len(row) - 1 + k))
-    questions: list[list[Question]] = [[] for _ in rows]
-    asked: dict[tuple[Tokens, int], tuple[int, int]] = {}
-
-    def ask(node: Tokens, token: int) -> tuple[int, int]:
-        if (node, token) not in asked:
-            index, position = place[node]
-            questions[index].append(Question(position, (token,)))
-            asked[node, token] = (index, len(questions[index]) - 1)
-        return asked[node, token]
-
-    terms = [
-        [[ask(answer[:k], answer[k]) for k in range(len(answer))] for answer in _disjoint(group)]
-        for group in categories
-    ]
-    return Sheet(rows, questions, terms)
-
-
-def _disjoint(answers: list[Tokens]) -> list[Tokens]:
-    """The answers without those that continue another: their probability is part of the shorter one's."""
-    distinct = list(dict.fromkeys(answers))
-    return [a for a in distinct if not any(a != b and a[: len(b)] == b for b in distinct)]
-
-
-def _check_lengths(model: StandardizedTransformer, sheets: list[Sheet]) -> None:
+    Raises:
+        ValueError: It does not.
+    """
     limit = context_length(model)
     for i, sheet in enumerate(sheets):
         longest = max(len(row) for row in sheet.rows)
@@ -283,30 +146,42 @@ def _check_lengths(model: StandardizedTransformer, sheets: list[Sheet]) -> None:
             )
 
 
-def _check_distinct(
-    model: StandardizedTransformer,
-    prompts: list[Prompt],
-    sheets: list[Sheet],
-    categories: tuple[str, ...],
-    scoring: Scoring,
-) -> None:
-    for i, (prompt, sheet) in enumerate(zip(prompts, sheets, strict=True)):
-        if scoring == "first_token":
-            shared = prompt.collisions()
-            text = collision_text(shared, model.tokenizer) if shared else ""
-        else:
-            owners: dict[tuple, list[str]] = {}
-            for name, alternatives in zip(categories, sheet.terms, strict=True):
-                for terms in alternatives:
-                    owners.setdefault(tuple(terms), []).append(name)
-            text = "; ".join(
-                f"{', '.join(map(repr, names))} share an answer" for names in owners.values() if len(names) > 1
+def _check_tokens_distinct(model: StandardizedTransformer, prompts: Sequence[Prompt]) -> None:
+    """Raise if two categories of a prompt share a token.
+
+    Raises:
+        CollisionError: They do.
+    """
+    for i, prompt in enumerate(prompts):
+        if shared := prompt.collisions():
+            raise CollisionError(
+                f"Prompt {i} ({prompt.prompt!r:.80}): {collision_text(shared, model.tokenizer)}. Choose other targets, "
+                f"or drop distinct=True."
             )
-        if text:
-            raise CollisionError(f"Prompt {i} ({prompt.prompt!r:.80}): {text}, and the targets were to be distinct.")
+
+
+def _check_answers_distinct(
+    prompts: Sequence[Prompt], categories: Sequence[str], answers: Sequence[Sequence[Sequence[Tokens]]]
+) -> None:
+    """Raise if two categories of a prompt share an answer.
+
+    Raises:
+        CollisionError: They do.
+    """
+    for i, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+        owners: dict[Tokens, list[str]] = {}
+        for name, group in zip(categories, own, strict=True):
+            for answer in group:
+                owners.setdefault(answer, []).append(name)
+        shared = [f"{', '.join(map(repr, names))} share an answer" for names in owners.values() if len(names) > 1]
+        if shared:
+            raise CollisionError(
+                f"Prompt {i} ({prompt.prompt!r:.80}): {'; '.join(shared)}. Choose other targets, or drop distinct=True."
+            )
 
 
 def _fingerprint(sheet: Sheet) -> str:
+    """Return a digest of a prompt's rows and questions."""
     told = [
         [list(row.ids) for row in sheet.rows],
         [[[q.position, *q.tokens] for q in qs] for qs in sheet.questions],

@@ -1,17 +1,20 @@
-"""A prompt and the tokens to track after it."""
+"""`Prompt`: a prompt with the tokens to track after it. `PromptPair`: a clean and a corrupted prompt."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
-from nnterp.prompts._tokens import first_tokens, token_name, tokenizer_of
+from nnterp.prompts._ids import ids_of_categories, token_ids
+from nnterp.prompts._missing import warn_of_missing, without_broken
+from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
+from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
+from nnterp.prompts._words import as_words
 
 Text = str | list[dict[str, str]] | list[int]
 
@@ -21,18 +24,32 @@ class Prompt:
     """A prompt with the tokens to track in the model's next-token distribution after it.
 
     Attributes:
-        prompt: A text, chat messages (a list of {"role", "content"}; put through the tokenizer's chat template), or
-            token ids.
-        target_tokens: For each category its token ids; the category's probability is their sum.
-        target_strings: For each category what the tokens stand for: an answer or several. `scoring="sequence"` scores
-            these.
-        metadata: Anything else known of the prompt, such as its row of a table; becomes columns of a data frame.
+        prompt: A text, token ids, or chat messages (a list of {"role", "content"} dicts, which go through the
+            tokenizer's chat template).
+        target_tokens: The token ids of each category. The category's probability is the sum over them.
+        target_strings: The answer or answers that each category stands for; `scoring="sequence"` scores these.
+        metadata: Anything else known about the prompt, such as its row of a table. Its keys become columns of a data
+            frame.
+
+    Raises:
+        TypeError: `target_tokens` is not a dict of lists of integers.
+        ValueError: A token id is negative.
     """
 
     prompt: Text
     target_tokens: dict[str, list[int]]
     target_strings: dict[str, str | list[str]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_tokens, Mapping):
+            raise TypeError(
+                f"target_tokens is {self.target_tokens!r:.80} ({type(self.target_tokens).__name__}); give a dict that "
+                f"maps each category to its token ids. Prompt.from_strings takes words."
+            )
+        self.target_tokens = {
+            name: token_ids(tokens, f"The target {name!r}") for name, tokens in self.target_tokens.items()
+        }
 
     @classmethod
     def from_strings(
@@ -44,20 +61,19 @@ class Prompt:
         distinct: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """A prompt whose targets are the first tokens of words, see `get_first_tokens`.
+        """Make a prompt that tracks the first tokens of words; see `get_first_tokens`.
 
         Args:
-            prompt: As the attribute.
-            target_strings: A word, several words, or a dict of categories of these; without categories the category is
-                called "target".
+            prompt: As the attribute `prompt`.
+            target_strings: A word, a list of words, or a dict that maps each category to a word or a list of words.
+                Without a dict there is one category, called "target".
             tokenizer: A tokenizer, or a model with one.
-            distinct: Refuse categories that begin with the same token; otherwise they are reported by a
-                `SharedTokenWarning`.
-            metadata: As the attribute.
+            distinct: Raise if two categories share a token. If False, they are reported by a `SharedTokenWarning`.
+            metadata: As the attribute `metadata`.
 
         Raises:
             TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
-            CollisionError: `distinct`, and two categories share a token.
+            CollisionError: `distinct=True`, and two categories share a token.
         """
         tokenizer = tokenizer_of(tokenizer)
         categories: dict[str, Any] = (
@@ -72,14 +88,18 @@ class Prompt:
             dict(metadata or {}),
         )
         if shared := made.collisions():
-            message = f"Of the targets of {prompt!r:.80}: {collision_text(shared, tokenizer)}."
+            message = f"In the prompt {prompt!r:.80}, {collision_text(shared, tokenizer)}."
             if distinct:
-                raise CollisionError(f"{message} They were to be distinct: choose other words, or drop distinct=True.")
+                raise CollisionError(f"{message} Choose other words, or drop distinct=True.")
             warnings.warn(message, SharedTokenWarning, stacklevel=2)
         return made
 
     def collisions(self, ignore_targets: str | Sequence[str] | None = None) -> dict[int, list[str]]:
-        """The tokens that several categories share, each with those categories."""
+        """Return the tokens that several categories share, each with the names of those categories.
+
+        Args:
+            ignore_targets: A category, or several, to leave out.
+        """
         ignored = _names(ignore_targets)
         owners: dict[int, list[str]] = {}
         for name, tokens in self.target_tokens.items():
@@ -89,20 +109,26 @@ class Prompt:
         return {token: names for token, names in owners.items() if len(names) > 1}
 
     def has_no_collisions(self, ignore_targets: str | Sequence[str] | None = None) -> bool:
-        """Whether no token is tracked twice, categories in `ignore_targets` left aside."""
+        """Return True if no token is listed twice, in one category or in two.
+
+        Args:
+            ignore_targets: A category, or several, to leave out.
+        """
         ignored = _names(ignore_targets)
         tokens = [t for name, group in self.target_tokens.items() if name not in ignored for t in group]
         return len(tokens) == len(set(tokens))
 
     def get_target_probs(self, probs: torch.Tensor, layer: int | None = None) -> dict[str, torch.Tensor]:
-        """Each category's probability in given distributions.
+        """Return the sum over each category's tokens in the distributions given.
 
         Args:
-            probs: `[batch, layers, vocab]`, or `[batch, vocab]`.
-            layer: One layer; all if None.
+            probs: `[batch, layers, vocab]` or `[batch, vocab]`. Not checked: logits give sums of logits.
+            layer: The layer to read; all layers if None.
 
         Returns:
-            `[batch, layers]` for each category, on the CPU; `[batch]` for one layer, or where `probs` has none.
+            `{category: [batch, layers]}`, or `{category: [batch]}` for one layer or for `probs` without layers. On the
+            CPU, in the dtype of `probs`. NaN for distributions that hold NaN or infinite values; a
+            `MissingScoresWarning` counts the prompts with such distributions.
 
         Raises:
             ValueError: `probs` has another number of axes, or a target is outside the vocabulary.
@@ -117,71 +143,52 @@ class Prompt:
                     f"layer={layer} was asked for, but probs of shape {list(probs.shape)} has no axis of layers."
                 )
             probs = probs[:, layer]
-        return {name: sum_of_tokens(probs, tokens).cpu() for name, tokens in self.target_tokens.items()}
+        probs = without_broken(probs)
+        warn_of_missing(probs[..., 0].isnan(), "Their probabilities are NaN.", 2)
+        return {
+            name: sum_of_tokens(probs, tokens, f"The target {name!r}").cpu()
+            for name, tokens in self.target_tokens.items()
+        }
 
     @torch.no_grad()
     def run(self, nn_model: Any, get_probs: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each category's probability after this prompt.
+        """Run a function on this prompt and return the probability of each category.
 
         Args:
             nn_model: The model.
-            get_probs: `(model, prompts) → [prompts, layers, vocab]` (or `[prompts, vocab]`), such as `logit_lens`. A
-                function that declares `reduces_targets` is given the targets and returns no vocabulary.
+            get_probs: A function `(model, prompts) → [prompts, layers, vocab]` or `[prompts, vocab]`, such as
+                `logit_lens`. A function with the attribute `reduces_targets = True` is also given `targets`, and
+                returns their probabilities instead of the vocabulary.
 
         Returns:
-            `[1, layers]` (or `[1]`) for each category, on the CPU.
+            `{category: [1, layers]}` or `{category: [1]}`, on the CPU.
+
+        Raises:
+            ValueError: The function returned something else than probabilities, or a target is outside the vocabulary.
         """
         if reduces_targets(get_probs):
-            targets = [[list(dict.fromkeys(tokens)) for tokens in self.target_tokens.values()]]
+            size = getattr(nn_model, "vocab_size", None)
+            targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
             values = get_probs(nn_model, [self.prompt], targets=targets)
-            return {name: values[..., i].cpu() for i, name in enumerate(self.target_tokens)}
-        return self.get_target_probs(get_probs(nn_model, self.prompt))
+            values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
+            warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
+            return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
+        return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
 
 
-def reduces_targets(get_probs: Callable[..., Any]) -> bool:
-    """Whether a function takes `targets=` and sums over them itself, so that the vocabulary never leaves the model.
+@dataclass(frozen=True)
+class PromptPair:
+    """A clean prompt, and a corrupted one whose right answer is another.
 
-    A function declares it by an attribute `reduces_targets = True`; `functools.partial` objects are looked through.
+    Both track the same two categories: "clean" holds the answer to the clean prompt, "corrupted" the answer to the
+    corrupted one.
     """
-    while hasattr(get_probs, "func") and not hasattr(get_probs, "reduces_targets"):
-        get_probs = get_probs.func
-    return bool(
-        getattr(inspect.unwrap(get_probs), "reduces_targets", False) or getattr(get_probs, "reduces_targets", False)
-    )
 
+    clean: Prompt
+    corrupted: Prompt
 
-def sum_of_tokens(probs: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-    """Sum over distinct tokens of the last axis, `[..., vocab]` → `[...]`.
-
-    Raises:
-        ValueError: A token is outside the vocabulary.
-    """
-    wanted = list(dict.fromkeys(tokens))
-    if wanted and not 0 <= min(wanted) <= max(wanted) < probs.shape[-1]:
-        raise ValueError(f"Target tokens {wanted} are not all in a vocabulary of {probs.shape[-1]} tokens.")
-    return probs[..., torch.tensor(wanted, dtype=torch.long, device=probs.device)].sum(-1)
-
-
-def as_words(category: str, answers: Any) -> list[str]:
-    """The answers of one category as a list.
-
-    Raises:
-        ValueError: There are none.
-        TypeError: They are no texts.
-    """
-    words = [answers] if isinstance(answers, str) else list(answers)
-    if not words:
-        raise ValueError(f"The target {category!r} is empty: give it at least one word.")
-    if not all(isinstance(word, str) for word in words):
-        raise TypeError(f"The target {category!r} holds {words!r:.80}; words are texts.")
-    return words
-
-
-def collision_text(shared: Mapping[int, Sequence[str]], tokenizer: Any) -> str:
-    """Collisions in words: which categories share which tokens."""
-    return "; ".join(
-        f"{', '.join(map(repr, names))} share {token_name(tokenizer, token)}" for token, names in shared.items()
-    )
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter((self.clean, self.corrupted))
 
 
 def _names(ignore_targets: str | Sequence[str] | None) -> set[str]:

@@ -1,4 +1,4 @@
-"""What tokenizes how, and what collides: a look at a set of prompts before it is run."""
+"""`tokenization_report`: how prompts and targets tokenize, and which categories share tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nnterp.prompts._prompt import Prompt, Text
-from nnterp.prompts._templates import PromptPair
+from nnterp.prompts._prompt import Prompt, PromptPair
+from nnterp.prompts._texts import prompt_text, prompt_tokens
 from nnterp.prompts._tokens import is_lone_space, token_name, tokenizer_of
 
 if TYPE_CHECKING:
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """One prompt of a report.
+    """How one prompt and its targets tokenize.
 
     Attributes:
-        text: Its text, chat template applied.
-        tokens: Names of its tokens, special tokens included.
-        targets: For each category the names of the tokens that are tracked.
-        collisions: Names of tokens that several categories share, each with those categories.
-        remarks: What may not be meant: a last token that is only a space, or that is special.
+        text: The prompt's text, after the chat template if it is a chat.
+        tokens: Names of the prompt's tokens, special tokens included.
+        targets: Names of the tokens that each category tracks.
+        collisions: Names of the tokens that several categories share, each with those categories.
+        remarks: Possible mistakes: the last token is only a space, or it is a special token.
     """
 
     text: str
@@ -36,11 +36,12 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class TokenizationReport:
-    """How a set of prompts and their targets tokenize; print it, or take its data frame.
+    """How a set of prompts and their targets tokenize. `print` it, or call `to_dataframe()`.
 
     Attributes:
-        prompts: One report each.
-        unequal: Of pairs, the indices of those whose two prompts differ in their number of tokens; None for prompts.
+        prompts: One `PromptReport` for each prompt.
+        unequal: Indices of the pairs whose two prompts have different numbers of tokens; None if the report is about
+            prompts and not pairs.
     """
 
     prompts: tuple[PromptReport, ...]
@@ -48,12 +49,12 @@ class TokenizationReport:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Each prompt's number of tokens."""
+        """Number of tokens of each prompt."""
         return tuple(len(prompt.tokens) for prompt in self.prompts)
 
     @property
     def colliding(self) -> tuple[int, ...]:
-        """Indices of prompts in which categories share a token."""
+        """Indices of the prompts in which two categories share a token."""
         return tuple(i for i, prompt in enumerate(self.prompts) if prompt.collisions)
 
     def __str__(self) -> str:
@@ -74,7 +75,7 @@ class TokenizationReport:
         return "\n".join(lines)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per prompt and category.
+        """Return a data frame with one row for each prompt and category.
 
         Columns: `prompt_index`, `prompt`, `length`, `category`, `target_tokens`, `shared_with`.
 
@@ -100,16 +101,24 @@ class TokenizationReport:
 def tokenization_report(
     prompts: Sequence[Prompt] | Sequence[PromptPair], tokenizer_or_model: Any
 ) -> TokenizationReport:
-    """How prompts (or pairs, as clean, corrupted, clean, ...) and their targets tokenize. Runs no model.
+    """Report how prompts and their targets tokenize. No model runs.
+
+    Args:
+        prompts: Prompts, or pairs. The report on pairs lists clean, corrupted, clean, corrupted, ...
+        tokenizer_or_model: A tokenizer, or a model with one.
 
     Raises:
         ValueError: There are no prompts.
+        TypeError: There are prompts beside pairs, or something else.
     """
     tokenizer = tokenizer_of(tokenizer_or_model)
     given: list[Prompt | PromptPair] = list(prompts)
     if not given:
         raise ValueError("No prompts were given: pass at least one Prompt or PromptPair.")
     pairs = isinstance(given[0], PromptPair)
+    for i, each in enumerate(given):
+        if not isinstance(each, PromptPair if pairs else Prompt):
+            raise TypeError(f"Item {i} is a {type(each).__name__}; give prompts or pairs, not both.")
     flat: list[Prompt] = []
     for each in given:
         flat += [each.clean, each.corrupted] if isinstance(each, PromptPair) else [each]
@@ -120,32 +129,12 @@ def tokenization_report(
     return TokenizationReport(reports, unequal)
 
 
-def prompt_tokens(tokenizer: Any, prompt: Text) -> list[int]:
-    """Token ids of a prompt of any kind, as the model reads them."""
-    text = prompt_text(tokenizer, prompt)
-    if text is None:
-        return list(prompt)  # type: ignore[arg-type]
-    return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
-
-
-def prompt_text(tokenizer: Any, prompt: Text) -> str | None:
-    """Its text, chat template applied; None for token ids."""
-    if isinstance(prompt, str):
-        return prompt
-    if prompt and isinstance(prompt[0], int):
-        return None
-    continues = prompt[-1]["role"] == "assistant"  # type: ignore[index]
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
-    )
-
-
 def _report(tokenizer: Any, prompt: Prompt) -> PromptReport:
     ids = prompt_tokens(tokenizer, prompt.prompt)
     text = prompt_text(tokenizer, prompt.prompt)
     remarks = []
     if ids and is_lone_space(tokenizer, ids[-1]):
-        remarks.append("the last token is only a space, which most words already hold at their beginning")
+        remarks.append("the last token is only a space; most words begin with a space of their own")
     if ids and isinstance(prompt.prompt, str) and ids[-1] in getattr(tokenizer, "all_special_ids", ()):
         remarks.append(f"the last token is special, {tokenizer.convert_ids_to_tokens(ids[-1])!r}")
     return PromptReport(

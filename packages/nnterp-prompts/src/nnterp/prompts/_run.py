@@ -1,28 +1,28 @@
-"""Run many prompts and keep, of each, what is asked for."""
+"""`run_prompts`: the probabilities of targets after many prompts."""
 
 from __future__ import annotations
 
-import inspect
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm as auto_tqdm
 
+from nnterp import StandardizedTransformer
 from nnterp.inputs import Batch, batches
 from nnterp.prompts import _storage
-from nnterp.prompts._errors import IncompleteRunError
-from nnterp.prompts._plan import Plan, Question, Scoring, make_plan
-from nnterp.prompts._prompt import Prompt, reduces_targets, sum_of_tokens
-from nnterp.prompts._readout import ask, reads_on_the_way
+from nnterp.prompts._checkpoint import Keeper
+from nnterp.prompts._functions import ask_function
+from nnterp.prompts._identity import settings_of
+from nnterp.prompts._missing import warn_of_missing
+from nnterp.prompts._plan import Plan, Scoring, make_plan
+from nnterp.prompts._prompt import Prompt
+from nnterp.prompts._questions import Question
+from nnterp.prompts._readout import ask, is_causal
 from nnterp.prompts._results import PromptResults
-
-if TYPE_CHECKING:
-    from nnterp import StandardizedTransformer
-
-SAVE_EVERY = 30.0  # seconds between two writes of a checkpoint
+from nnterp.prompts._resume import take_over
 
 
 @torch.no_grad()
@@ -41,99 +41,86 @@ def run_prompts(
     distinct: bool = False,
     resume: PromptResults | str | Path | None = None,
     checkpoint: str | Path | None = None,
+    progress: bool | None = True,
 ) -> PromptResults:
-    """Each category's probability after each prompt.
+    """Return the probability of each category after each prompt.
 
-    Prompts of like length share a batch, and results are given back in the prompts' order. Only what is asked for
-    leaves the model, so that memory does not grow with vocabulary × layers × prompts.
+    Prompts of similar length share a batch; the results are in the order of the prompts. Only the targets'
+    probabilities leave the model, so memory does not grow with vocabulary × layers × prompts.
 
     Args:
         model: The model.
         prompts: Prompts, all with the same categories.
-        batch_size: Rows of a batch, at most.
-        get_probs_func: Whose probabilities are taken; the model's own next-token distribution if None. Any
-            `(model, prompts, remote=..., **func_kwargs) → [prompts, layers, vocab]` (or `[prompts, vocab]`). A function
-            with an attribute `reduces_targets = True` (such as `nnterp.interventions.logit_lens`) is called with the
-            prompts as token ids and `targets`, for each prompt a list of lists of token ids, and returns
-            `[prompts, layers, len(targets[i])]`, the probability of each list, so that no vocabulary leaves the trace.
-            If it has an argument `progress`, that is False.
+        batch_size: Largest number of rows in a batch.
+        get_probs_func: The function whose probabilities are taken; None for the model's own next-token distribution.
+            It is called as `(model, prompts, remote=..., **func_kwargs)` and returns `[prompts, layers, vocab]` or
+            `[prompts, vocab]`. A function with the attribute `reduces_targets = True` (such as
+            `nnterp.interventions.logit_lens`) is called with the prompts as token ids, and with `targets`: for each
+            prompt a list of lists of token ids. It returns `[prompts, layers, len(targets[i])]` or
+            `[prompts, len(targets[i])]`, the probability of each list, so that the vocabulary stays inside the trace.
+            What comes back is checked: values between 0 and 1 that add up to 1 over the vocabulary.
+            If such a function has an argument `progress`, it is given False.
         func_kwargs: Further keyword arguments of `get_probs_func`.
         remote: Passed to the trace.
-        tqdm: Wraps the batches to show progress, called as `tqdm(batches, desc=...)`. None for no bar.
-        scoring: "first_token": a category is the set of its `target_tokens`. "sequence": it is its `target_strings`,
-            whole, by teacher forcing (in a row for each token where a model is not causal). Several answers count
-            together (an answer that continues another is part of it). Functions with `get_probs_func` read an answer
-            of n tokens in n rows, one for each of its beginnings.
-        normalize_length: With "sequence": the mean log-probability per token, and of several answers the best.
-        answer_prefix: With "sequence": put before an answer where neither it nor the end of a text prompt is
-            whitespace.
-        distinct: Refuse prompts in which two categories share a token (or an answer).
-        resume: Results of a run of the same prompts that broke off, or the folder they were saved to; what they have is
-            not computed again.
-        checkpoint: A folder to save results to on the way (every half minute, at the end, and when a batch fails). If
-            it already holds results of this run, it is resumed.
+        tqdm: Wraps the batches to show progress; called as `tqdm(batches, desc=...)`. None for no bar.
+        scoring: "first_token" scores a category by its `target_tokens`. "sequence" scores the whole answers in its
+            `target_strings`: the log-probability of every token of an answer, by teacher forcing. Models that are not
+            causal, and functions given as `get_probs_func`, read an answer of n tokens in n rows instead. Several
+            answers of a category are added up; an answer that continues another one is part of it.
+        normalize_length: With "sequence", score an answer by the mean log-probability of its tokens, and a category by
+            its best answer.
+        answer_prefix: With "sequence", the text between a text prompt and an answer, if neither has whitespace there.
+        distinct: Raise if two categories of a prompt share a token (or an answer).
+        resume: The results of an earlier run of the same prompts that broke off, or the folder they were saved to.
+            What they hold is not computed again. The earlier run must have been made in the same way: with the same
+            settings, function and arguments (their values, and the function's code, defaults and closure), the same
+            model, dtype and weights.
+        checkpoint: A folder to save the results to: every half minute, at the end, and when a batch fails. If it
+            already holds results of this run, they are resumed. If it holds results of another run, that is an error.
+            It is also written before the first batch, so that a folder that cannot be written is found then.
+        progress: True for a progress bar, False for none. With None there is one if the run takes more than two
+            seconds.
 
     Returns:
-        `PromptResults`: as a dict, `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU.
+        `PromptResults`, a dict `{category: [prompts]}` or `{category: [prompts, layers]}`, float32 on the CPU. Prompts
+        for which the model's logits (or the function's probabilities) are NaN or infinite are NaN; a
+        `MissingScoresWarning` says how many. Empty without prompts.
 
     Raises:
-        ValueError: Before the model runs: no prompts, categories that differ, an empty target, a prompt longer than the
-            model's context, a result to resume from that belongs to another run.
+        ValueError: Before the model runs: prompts have different categories, a target is empty or outside the
+            vocabulary, a prompt is longer than the model's context, or the results to resume from are of another run
+            (the message names what differs).
         TokenizationError: Before the model runs: an answer has no tokens.
-        CollisionError: Before the model runs: `distinct`, and categories collide.
-        IncompleteRunError: A batch failed. Its cause is the error; its `partial` holds the results so far.
+        CollisionError: Before the model runs: `distinct=True`, and two categories share a token or an answer.
+        OSError: Before the model runs: the checkpoint cannot be written, or the folder holds other files of its names.
+        IncompleteRunError: A batch failed, or the checkpoint could not be written at the end. Its `__cause__` is the
+            error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
     """
-    _check_call(model, batch_size, get_probs_func, func_kwargs, tqdm, scoring, normalize_length)
+    _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
+    bar = _bar(tqdm, progress)
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    plan = make_plan(model, prompts, scoring, get_probs_func is None, answer_prefix, distinct)
-    if scoring == "sequence" and get_probs_func is None and not _can_teach(model, plan, remote):
-        plan = make_plan(model, prompts, scoring, False, answer_prefix, distinct)
+    plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
+    if prompts and not remote and not model.remote:
+        model.dispatch()  # the weights are a part of what is compared when a run is resumed
     results = PromptResults(
         plan.categories,
         plan.texts,
         [dict(prompt.metadata) for prompt in prompts],
-        _settings(model, scoring, normalize_length, get_probs_func, func_kwargs),
+        settings_of(model, scoring, normalize_length, get_probs_func, func_kwargs),
         plan.fingerprints,
     )
     if resume is not None:
-        _resume(results, resume)
+        take_over(results, resume)
     if checkpoint is not None and _storage.exists(checkpoint):
-        _resume(results, checkpoint)
+        take_over(results, checkpoint)
 
-    owners = [
-        (i, j)
-        for i, sheet in enumerate(plan.sheets)
-        if not results.done[i]
-        for j in range(len(sheet.rows))
-        if j not in results.pending.get(i, {})
-    ]
-    rows = [plan.sheets[i].rows[j] for i, j in owners]
-    work = list(batches(model, rows, batch_size))
-    saved = time.monotonic()
-    bar = work if tqdm is None else tqdm(work, desc="Running prompts")
-    finished = 0
-    try:
-        for batch in bar:
-            asked = [plan.sheets[i].questions[j] for i, j in (owners[k] for k in batch.indices)]
-            answers: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
-            if get_probs_func is None:
-                answers = _own_answers(model, batch, asked, remote)
-            else:
-                answers = _answers_of(get_probs_func, model, batch, asked, plan.plain, remote, func_kwargs or {})
-            for k, answer in zip(batch.indices, answers, strict=True):
-                i, j = owners[k]
-                _take(results, plan, i, j, answer, normalize_length)
-            finished += 1
-            if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
-                results.save(checkpoint)
-                saved = time.monotonic()
-    except BaseException as error:
-        _break_off(results, error, finished, len(work), checkpoint)
-        raise
-    results._fill()
-    if checkpoint is not None:
-        results.save(checkpoint)
+    answer = partial(_answer, model, get_probs_func, func_kwargs or {}, plan.plain, remote)
+    keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
+    keeper.begin()
+    _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
+    keeper.finish()
+    warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
     return results
 
 
@@ -142,12 +129,16 @@ def _check_call(
     batch_size: int,
     get_probs_func: Any,
     func_kwargs: dict[str, Any] | None,
-    tqdm: Any,
     scoring: str,
     normalize_length: bool,
 ) -> None:
-    from nnterp import StandardizedTransformer
+    """Check the arguments of `run_prompts` that do not depend on the prompts.
 
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument has a value that does not exist or does not go with the others.
+        InsideTraceError: Called inside a trace of the model.
+    """
     if not isinstance(model, StandardizedTransformer):
         raise TypeError(
             f"run_prompts needs a StandardizedTransformer, not a {type(model).__name__}: StandardizedTransformer(...)."
@@ -159,164 +150,146 @@ def _check_call(
         raise TypeError(f"get_probs_func must be a function (model, prompts, **kwargs), not {get_probs_func!r}.")
     if get_probs_func is None and func_kwargs:
         raise ValueError(f"func_kwargs={sorted(func_kwargs)} are for get_probs_func, and none was given.")
-    if tqdm is not None and not callable(tqdm):
-        raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
     if normalize_length and scoring != "sequence":
         raise ValueError("normalize_length=True is for scoring='sequence'; a first token has no length.")
 
 
-def _can_teach(model: StandardizedTransformer, plan: Plan, remote: Any) -> bool:
-    """Whether all tokens of an answer can be read in one row, or each needs a row that ends before it."""
+def _bar(tqdm: Callable[..., Any] | None, progress: bool | None) -> Callable[..., Any]:
+    """Return the function that wraps the batches of a run; see `run_prompts`.
+
+    Raises:
+        TypeError: An argument has another type.
+    """
+    if tqdm is not None and not callable(tqdm):
+        raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
+    if progress is not None and not isinstance(progress, bool):
+        raise TypeError(f"progress must be True, False or None, not {progress!r}.")
+    if tqdm is None or progress is False:
+        return lambda batches, **_: batches
+    return partial(tqdm, delay=2.0, leave=False) if progress is None and tqdm is auto_tqdm else tqdm
+
+
+def _plan_of(
+    model: StandardizedTransformer,
+    prompts: Sequence[Prompt],
+    scoring: Scoring,
+    get_probs_func: Callable[..., Any] | None,
+    answer_prefix: str,
+    distinct: bool,
+    normalize_length: bool,
+    remote: Any,
+) -> Plan:
+    """Return the plan of a run; the arguments are those of `run_prompts`. May run the model on one row."""
+    make = partial(
+        make_plan,
+        model,
+        prompts,
+        scoring,
+        answer_prefix=answer_prefix,
+        distinct=distinct,
+        normalize_length=normalize_length,
+    )
+    if scoring != "sequence" or not prompts:
+        return make()
+    if get_probs_func is not None:
+        return make(teacher_forcing=False)
+    plan = make()
+    return plan if _reads_answers_in_one_row(model, plan, remote) else make(teacher_forcing=False)
+
+
+def _answer(
+    model: StandardizedTransformer,
+    get_probs_func: Callable[..., torch.Tensor] | None,
+    func_kwargs: dict[str, Any],
+    plain: bool,
+    remote: Any,
+    batch: Batch,
+    asked: Sequence[Sequence[Question]],
+) -> Iterable[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield, for each row of a batch, the log-probabilities of its questions and their ranks in the vocabulary.
+
+    Args:
+        model: The model.
+        get_probs_func: As in `run_prompts`. Ranks are None with a function.
+        func_kwargs: As in `run_prompts`.
+        plain: As in `Plan`.
+        remote: As in `run_prompts`.
+        batch: The rows.
+        asked: For each row its questions.
+    """
+    if get_probs_func is None:
+        logs, ranks = ask(model, batch, asked, remote)
+        sizes = [len(questions) for questions in asked]
+        yield from zip(logs.double().split(sizes), ranks.split(sizes), strict=True)
+    else:
+        for row in ask_function(get_probs_func, model, batch, asked, plain, remote, func_kwargs):
+            yield row, None
+
+
+def _reads_answers_in_one_row(model: StandardizedTransformer, plan: Plan, remote: Any) -> bool:
+    """Return True if all tokens of an answer can be read in one row, False if each needs a row of its own."""
     model.prepare(remote)
     if not model.padding_is_exact:
         return False
     longest = max((row for sheet in plan.sheets for row in sheet.rows), key=len)
-    return reads_on_the_way(model, longest, remote)
+    return is_causal(model, longest, remote)
 
 
-def _own_answers(
-    model: StandardizedTransformer, batch: Batch, asked: Sequence[Sequence[Question]], remote: Any
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each row the log-probabilities and vocabulary ranks of its questions, from the model itself."""
-    logs, ranks = ask(model, batch, asked, remote)
-    sizes = [len(questions) for questions in asked]
-    return zip(logs.double().split(sizes), ranks.split(sizes), strict=True)
-
-
-def _answers_of(
-    get_probs: Callable[..., torch.Tensor],
+def _run_batches(
     model: StandardizedTransformer,
-    batch: Batch,
-    asked: Sequence[Sequence[Question]],
-    plain: bool,
-    remote: Any,
-    kwargs: dict[str, Any],
-) -> list[tuple[torch.Tensor, None]]:
-    """For each row the log-probabilities of its questions, `[questions]` or `[layers, questions]`, from a function."""
-    ids = [list(row.ids) for row in batch.rows]
-    most = max(map(len, asked))
-    if reduces_targets(get_probs):
-        # Every row of a batch needs as many targets: the first is repeated, and the surplus dropped again.
-        targets = [
-            [list((questions[k] if k < len(questions) else questions[0]).tokens) for k in range(most)]
-            for questions in asked
-        ]
-        if "progress" in inspect.signature(get_probs).parameters:
-            kwargs = {"progress": False, **kwargs}  # the run has a bar of its own, or none
-        values = get_probs(model, ids, remote=remote, targets=targets, **kwargs)
-        _check_shape(get_probs, values, len(batch), most, "categories")
-        found = [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]
-    else:
-        texts = [row.text for row in batch.rows]
-        values = get_probs(model, texts if plain and None not in texts else ids, remote=remote, **kwargs)
-        _check_shape(get_probs, values, len(batch), None, "vocab")
-        found = [
-            torch.stack([sum_of_tokens(row, question.tokens) for question in questions], dim=-1)
-            for row, questions in zip(values, asked, strict=True)
-        ]
-    return [(row.detach().cpu().double().log(), None) for row in found]
+    plan: Plan,
+    keeper: Keeper,
+    answer: Callable[[Batch, Sequence[Sequence[Question]]], Iterable[tuple[torch.Tensor, torch.Tensor | None]]],
+    batch_size: int,
+    bar: Callable[..., Any],
+    normalize_length: bool,
+) -> None:
+    """Run the rows that the results do not have yet, and store what they answer.
+
+    Args:
+        model: The model.
+        plan: The rows and questions.
+        keeper: Holds the results.
+        answer: Returns, for each row of a batch, its log-probabilities and its ranks in the vocabulary (or None).
+        batch_size: Largest number of rows in a batch.
+        bar: Wraps the batches.
+        normalize_length: See `Sheet.combine`.
+    """
+    results = keeper.results
+    owners = [  # the prompt and the row of each row that is left to run
+        (i, j)
+        for i, sheet in enumerate(plan.sheets)
+        if not results.done[i]
+        for j in range(len(sheet.rows))
+        if j not in results.pending.get(i, {})
+    ]
+    work = list(batches(model, [plan.sheets[i].rows[j] for i, j in owners], batch_size))
+    finished = 0
+    try:
+        for batch in bar(work, desc="Running prompts"):
+            chosen = [owners[k] for k in batch.indices]
+            asked = [plan.sheets[i].questions[j] for i, j in chosen]
+            for (i, j), (logs, ranks) in zip(chosen, answer(batch, asked), strict=True):
+                _store(results, plan, i, j, logs, ranks, normalize_length)
+            finished += 1
+            keeper.save_if_due()
+    except BaseException as error:
+        keeper.break_off(error, f"Batch {finished + 1} of {len(work)}")
 
 
-def _check_shape(get_probs: Callable[..., Any], values: Any, rows: int, last: int | None, name: str) -> None:
-    fits = isinstance(values, torch.Tensor) and values.dim() in (2, 3) and values.shape[0] == rows
-    if not fits or (last is not None and values.shape[-1] != last):
-        got = f"shape {list(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-        wanted = name if last is None else f"{name} = {last}"
-        raise ValueError(
-            f"{getattr(get_probs, '__name__', get_probs)!r} returned {got} for {rows} prompts; "
-            f"[prompts, layers, {wanted}] or [prompts, {wanted}] was expected."
-        )
-
-
-def _take(
+def _store(
     results: PromptResults,
     plan: Plan,
     index: int,
     row: int,
-    answer: tuple[torch.Tensor, torch.Tensor | None],
+    logs: torch.Tensor,
+    ranks: torch.Tensor | None,
     normalize_length: bool,
 ) -> None:
-    """Keep the answers to one row; when a prompt's rows are all there, turn them into its scores."""
-    logs, ranks = answer
+    """Store the answers to one row. Once all rows of a prompt are there, compute its scores."""
     rows = results.pending.setdefault(index, {})
     rows[row] = logs
     if len(rows) == len(plan.sheets[index].rows):
         scores = plan.sheets[index].combine([rows[j] for j in range(len(rows))], normalize_length)
         results._record(index, scores, ranks if results.scoring == "first_token" else None)
         del results.pending[index]
-
-
-def _settings(
-    model: StandardizedTransformer, scoring: str, normalize_length: bool, get_probs: Any, kwargs: dict[str, Any] | None
-) -> dict[str, Any]:
-    function = getattr(get_probs, "func", get_probs)
-    simple = (bool, int, float, str, type(None))
-    return {
-        "scoring": scoring,
-        "normalize_length": normalize_length,
-        "get_probs_func": None if get_probs is None else getattr(function, "__qualname__", type(function).__qualname__),
-        "func_kwargs": {
-            key: value if isinstance(value, simple) else type(value).__name__ for key, value in (kwargs or {}).items()
-        },
-        "model_class": model.anatomy.model_class,
-        "model": model.repo_id or "",
-    }
-
-
-def _resume(results: PromptResults, earlier: PromptResults | str | Path) -> None:
-    """Take over what an earlier run of the same prompts has.
-
-    Raises:
-        ValueError: It was another run.
-    """
-    where = "the results to resume from" if isinstance(earlier, PromptResults) else str(earlier)
-    if not isinstance(earlier, PromptResults):
-        earlier = PromptResults.load(earlier)
-    differing = [key for key in results.settings if earlier.settings.get(key) != results.settings[key]]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"Cannot resume: {where} was run with {key}={earlier.settings.get(key)!r}, and this run has "
-            f"{results.settings[key]!r}. "
-            f"Repeat the earlier call, or start anew without it."
-        )
-    if earlier.categories != results.categories or len(earlier.texts) != len(results.texts):
-        raise ValueError(
-            f"Cannot resume: {where} has {len(earlier.texts)} prompts with {list(earlier.categories)}, and this run "
-            f"has "
-            f"{len(results.texts)} with {list(results.categories)}. Pass the same prompts in the same order."
-        )
-    for i, (theirs, ours) in enumerate(zip(earlier.fingerprints, results.fingerprints, strict=True)):
-        if theirs != ours:
-            raise ValueError(
-                f"Cannot resume: prompt {i} of {where} is {earlier.texts[i]!r:.80}, and in this run it is "
-                f"{results.texts[i]!r:.80} "
-                f"or has other targets. Pass the same prompts in the same order."
-            )
-    for i in earlier.done.nonzero().flatten().tolist():
-        if not results.done[i]:
-            results.pending.pop(i, None)
-            ranks = None if earlier.vocabulary_ranks is None else earlier.vocabulary_ranks[i]
-            results._record(i, earlier.log_probs[i], ranks)
-    for i, rows in earlier.pending.items():
-        if not results.done[i]:
-            results.pending[i] = {**results.pending.get(i, {}), **rows}
-    results._fill()
-
-
-def _break_off(results: PromptResults, error: BaseException, finished: int, total: int, checkpoint: Any) -> None:
-    """Hand on what there is: as `IncompleteRunError.partial`, or on an interrupt as its attribute `partial`."""
-    results._fill()
-    kept = f"{int(results.done.sum())} of {len(results.done)} prompts"
-    if checkpoint is not None:
-        results.save(checkpoint)
-    where = f" and in {checkpoint}" if checkpoint is not None else ""
-    if isinstance(error, Exception):
-        raise IncompleteRunError(
-            f"Batch {finished + 1} of {total} failed after {kept} ({type(error).__name__}: {error}). What was "
-            f"computed is in this "
-            f"error's `partial`{where}: run_prompts(..., resume=error.partial) goes on from there.",
-            results,
-        ) from error
-    error.partial = results  # type: ignore[attr-defined]
-    error.add_note(f"run_prompts was interrupted after {kept}; they are in this exception's `partial`{where}.")

@@ -1,8 +1,9 @@
-"""Tables of whatever kind as a list of rows."""
+"""`read_table`: dicts, data frames and files as a list of rows."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,15 +13,15 @@ Table = Iterable[Mapping[str, Any]] | str | Path | Any
 
 
 def read_table(table: Table) -> list[dict[str, Any]]:
-    """A table's rows as dicts.
+    """Return the rows of a table as dicts.
 
     Args:
-        table: Dicts, a pandas DataFrame, or the path of a `.csv` (with a header), `.jsonl` or `.json` file (a list of
-            objects). Values of a CSV file are texts.
+        table: Dicts, a pandas DataFrame, or the path of a `.csv` file with a header, a `.jsonl` file, or a `.json` file
+            that holds a list of objects. The values of a CSV file are texts.
 
     Raises:
-        ValueError: The table is empty, a row has too many or too few columns, or the file is of another kind.
-        TypeError: It is none of these.
+        ValueError: The table is empty, a row has more or fewer columns than the header, or the file is of another kind.
+        TypeError: It is not a table, or a row is not a dict.
     """
     if isinstance(table, (str, Path)):
         rows = _from_file(Path(table))
@@ -41,31 +42,56 @@ def read_table(table: Table) -> list[dict[str, Any]]:
 
 
 def _from_file(path: Path) -> list[Any]:
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        return rows
-    if kind == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} holds a {type(rows).__name__}; a list of objects was expected.")
-        return rows
-    if kind == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="", restval=None)
-            rows = list(reader)
-        for i, row in enumerate(rows):
-            if "" in row or None in row.values():
-                raise ValueError(
-                    f"{path}: row {i} has {'more' if '' in row else 'fewer'} columns than the header: {row!r:.120}"
-                )
-        return rows
-    raise ValueError(
-        f"{path}: tables are read from .csv, .jsonl and .json files; pass rows as dicts or a DataFrame for others."
-    )
+    readers = {".csv": _from_csv, ".jsonl": _from_jsonl, ".json": _from_json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: tables are read from .csv, .jsonl and .json files; pass rows as dicts or a DataFrame for others."
+        )
+    return reader(path)
+
+
+def _from_csv(path: Path) -> list[Any]:
+    try:
+        rows: list[Any] = list(csv.DictReader(io.StringIO(_text(path), newline=""), restkey="", restval=None))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV: {error}") from error
+    for i, row in enumerate(rows):
+        if "" in row or None in row.values():
+            raise ValueError(
+                f"{path}: row {i} has {'more' if '' in row else 'fewer'} columns than the header: {row!r:.120}"
+            )
+    return rows
+
+
+def _from_jsonl(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), 1):  # a JSON text may hold other separators of lines
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    return rows
+
+
+def _from_json(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; a list of objects was expected.")
+    return rows
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file in UTF-8, line ends as they are.
+
+    Raises:
+        ValueError: It is not in UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error

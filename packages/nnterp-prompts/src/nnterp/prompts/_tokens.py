@@ -1,27 +1,28 @@
-"""From words to the tokens a model would write them with."""
+"""The first tokens of words: which token a model writes when it begins a word."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nnterp.prompts._errors import SharedTokenWarning, TokenizationError
+from transformers import PreTrainedTokenizerBase
 
-# Texts to put before a word, to see which tokens it has in the middle of a text. Tokenizers differ in what they glue to
-# a word or treat as unknown; the first anchor whose own tokens stay as they are decides.
+from nnterp.prompts._errors import SharedTokenWarning, TokenizationError
+from nnterp.prompts._words import listed
+
+# To see a word's tokens in the middle of a text, it is tokenized after an anchor. Some tokenizers merge an anchor with
+# the word or treat it as unknown, so there are several: the first whose own tokens stay the same is used.
 _ANCHORS = ("🍐", "(", ":", "\n", "1:", "=")
-_SPACES = " ▁Ġ"  # a space as it is, in SentencePiece's spelling and in byte-level BPE's
+_SPACES = " ▁Ġ"  # a plain space, SentencePiece's and byte-level BPE's
 
 
 def tokenizer_of(tokenizer_or_model: Any) -> Any:
-    """The tokenizer itself, or the model's.
+    """Return the tokenizer that was given, or the tokenizer of the model that was given.
 
     Raises:
         TypeError: It is neither a tokenizer nor a model with one.
     """
-    from transformers import PreTrainedTokenizerBase
-
     if isinstance(tokenizer_or_model, PreTrainedTokenizerBase):
         return tokenizer_or_model
     tokenizer = getattr(tokenizer_or_model, "tokenizer", None)
@@ -33,32 +34,32 @@ def tokenizer_of(tokenizer_or_model: Any) -> Any:
 def get_first_tokens(
     words: str | Sequence[str], tokenizer_or_model: Any, use_hacky_implementation: bool = False
 ) -> list[int]:
-    """The tokens a model can begin each word with: the first of "word" and the first of " word".
+    """Return the tokens a model can begin each word with: the first token of "word" and the first of " word".
 
-    Each word is looked at in the middle of a text, because many tokenizers treat a text's first word specially. A word
-    that begins with whitespace itself is taken as it is written. A token that is nothing but a space is never returned:
-    where " word" begins with one, only "word" counts. Words that begin with the same token are reported by a
-    `SharedTokenWarning`.
+    Each word is tokenized in the middle of a text, because many tokenizers treat the first word of a text specially. A
+    word that begins with whitespace is taken as written. A token that is only a space is never returned: if " word"
+    begins with one, only "word" counts. Words that begin with the same token are reported by a `SharedTokenWarning`.
 
     Args:
-        words: A word or several.
+        words: A word, or a list of words.
         tokenizer_or_model: A tokenizer, or a model with one.
-        use_hacky_implementation: Only the token of "word" directly after other text (a 1.x option; nothing needs it).
+        use_hacky_implementation: Return only the first token of "word" directly after other text. Kept from 1.x.
 
     Returns:
-        Token ids without repetition, in the order of the words.
+        Token ids in the order of the words, each once.
 
     Raises:
         TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
+        TypeError: A word is not a text.
     """
-    words = [words] if isinstance(words, str) else list(words)
+    words = listed(words, "words")
     found = first_tokens(words, tokenizer_of(tokenizer_or_model), bare_only=use_hacky_implementation)
     report_sharing(found, tokenizer_of(tokenizer_or_model))
     return list(dict.fromkeys(token for tokens in found.values() for token in tokens))
 
 
 def first_tokens(words: Iterable[str], tokenizer: Any, bare_only: bool = False) -> dict[str, list[int]]:
-    """For each word its first tokens; see `get_first_tokens`."""
+    """Map each word to its first tokens; see `get_first_tokens`."""
     words = list(dict.fromkeys(words))
     for word in words:
         if not isinstance(word, str):
@@ -73,12 +74,13 @@ def first_tokens(words: Iterable[str], tokenizer: Any, bare_only: bool = False) 
 
 
 def _of_word(tokenizer: Any, word: str, alone: list[int], inside: dict[str, list[int]], bare_only: bool) -> list[int]:
+    """Return the first tokens of one word, given its tokens as a text of its own and inside a text."""
     if bare_only or word[0].isspace():
         forms = [inside.get(word)]
     else:
         spaced = inside.get(" " + word)
-        # Where a text's first word is written as after a space (a prefix space, or spaces that do not count), the word
-        # directly after other text has to be seen there; everywhere else a word alone is what it is inside.
+        # If a text's first word is written as after a space, the word without a space must be seen inside a text.
+        # For all other tokenizers a word alone has the tokens that it has inside a text.
         special_first = bool(alone and spaced and alone[0] == spaced[0])
         forms = [inside.get(word) if special_first else alone, spaced]
     tokens = [form[0] for form in forms if form and not is_lone_space(tokenizer, form[0])]
@@ -90,15 +92,17 @@ def _of_word(tokenizer: Any, word: str, alone: list[int], inside: dict[str, list
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown in tokens and word.strip() != tokenizer.unk_token:
         raise TokenizationError(
-            f"The target {word!r} begins with {tokenizer.unk_token!r}: the tokenizer does not know it, and the "
-            f"probability of "
-            f"the unknown token would be that of any unknown word."
+            f"The target {word!r} begins with {tokenizer.unk_token!r}: the tokenizer does not know it. The probability "
+            f"of the unknown token would stand for every unknown word."
         )
     return list(dict.fromkeys(tokens))
 
 
 def continuations(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
-    """The tokens of each text as it follows other text; texts that melt into it are left out."""
+    """Map each text to its tokens after other text.
+
+    A text is left out if the tokenizer merges it with every anchor.
+    """
     found: dict[str, list[int]] = {}
     for anchor in _ANCHORS:
         left = [text for text in dict.fromkeys(texts) if text not in found]
@@ -108,7 +112,7 @@ def continuations(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
         for text, (ids, ends) in zip(left, after, strict=True):
             if not before or ids[: len(before)] != before or len(ids) == len(before):
                 continue
-            # An unknown token may have swallowed the beginning of the text together with the anchor.
+            # One unknown token may cover the anchor and the beginning of the text.
             apart = before[-1] != tokenizer.unk_token_id if ends is None else ends[len(before) - 1] <= len(anchor)
             if apart:
                 found[text] = ids[len(before) :]
@@ -116,12 +120,12 @@ def continuations(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
+    """Return the token ids of each text, without special tokens."""
     return [ids for ids, _ in _encode(tokenizer, texts)]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int] | None]]:
-    """Token ids of each text and where in it each token ends; None for the latter where the tokenizer cannot tell."""
+    """Return each text's token ids and the character at which each token ends (None for a slow tokenizer)."""
     if not texts:
         return []
     if not getattr(tokenizer, "is_fast", False):
@@ -134,16 +138,20 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[
 
 
 def is_lone_space(tokenizer: Any, token: int) -> bool:
-    """Whether a token is nothing but spaces."""
+    """Return True if a token consists of spaces only."""
     name = tokenizer.convert_ids_to_tokens(token)
     return name == "<0x20>" or (bool(name) and not name.strip(_SPACES))
 
 
 def shared_first_tokens(words: Iterable[str], tokenizer_or_model: Any) -> dict[int, list[str]]:
-    """The tokens that several of the words begin with, each with those words.
+    """Return the tokens that several of the words begin with, each with those words.
+
+    Args:
+        words: The words.
+        tokenizer_or_model: A tokenizer, or a model with one.
 
     Raises:
-        TokenizationError: As `get_first_tokens`.
+        TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
     """
     return _sharing(first_tokens(words, tokenizer_of(tokenizer_or_model)))
 
@@ -157,7 +165,7 @@ def _sharing(found: dict[str, list[int]]) -> dict[int, list[str]]:
 
 
 def report_sharing(found: dict[str, list[int]], tokenizer: Any, stacklevel: int = 3) -> None:
-    """Warn of words that begin with the same token."""
+    """Warn about words that begin with the same token."""
     if shared := _sharing(found):
         text = "; ".join(
             f"{', '.join(map(repr, words))} by {token_name(tokenizer, token)}"
@@ -167,8 +175,15 @@ def report_sharing(found: dict[str, list[int]], tokenizer: Any, stacklevel: int 
 
 
 def token_name(tokenizer: Any, token: int) -> str:
-    """A token for errors and reports: its name, quoted, and its id."""
+    """Return a token's quoted name and its id, as in "'Paris' (40)"."""
     return f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+
+
+def collision_text(shared: Mapping[int, Sequence[str]], tokenizer: Any) -> str:
+    """Say which categories share which tokens, as in "'a', 'b' share 'Paris' (40)"."""
+    return "; ".join(
+        f"{', '.join(map(repr, names))} share {token_name(tokenizer, token)}" for token, names in shared.items()
+    )
 
 
 def _shown(tokenizer: Any, ids: list[int]) -> str:

@@ -1,0 +1,67 @@
+"""What a function's code refers to: its closure, the global variables it reads, and its neighbours in the module."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, EllipsisType, FunctionType, NoneType
+from typing import Any
+
+import torch
+
+SIMPLE = (bool, int, float, complex, str, bytes, NoneType, EllipsisType, range, torch.dtype, torch.device)
+
+
+def names_read(code: CodeType) -> list[str]:
+    """Return the global names that code reads, also in the functions defined inside it; sorted."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= set(names_read(constant))
+    return sorted(names)
+
+
+def closure_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables of enclosing functions that a function uses, and their values."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # the variable has no value yet
+            continue
+        yield name, value
+
+
+def plain_values(names: Iterable[str], scope: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the variables with plain values: numbers, texts, tensors, arrays, and containers of these."""
+    return [(name, scope[name]) for name in names if name in scope and is_plain(scope[name])]
+
+
+def plain_globals(function: FunctionType) -> list[tuple[str, Any]]:
+    """Return the global variables with plain values that a function reads."""
+    return plain_values(names_read(function.__code__), function.__globals__)
+
+
+def neighbours(function: FunctionType) -> list[tuple[str, FunctionType | type]]:
+    """Return the functions and classes of the same module whose names a function reads."""
+    found = [(name, function.__globals__.get(name)) for name in names_read(function.__code__)]
+    return [
+        (name, value)
+        for name, value in found
+        if isinstance(value, (FunctionType, type)) and value.__module__ == function.__module__
+    ]
+
+
+def is_plain(value: Any, depth: int = 16) -> bool:
+    """Return True for numbers, texts, tensors, arrays, and containers of these, at most `depth` in one another."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return depth > 0 and all(is_plain(item, depth - 1) for item in value)
+    if isinstance(value, dict):
+        return depth > 0 and all(is_plain(item, depth - 1) for pair in value.items() for item in pair)
+    return isinstance(value, (*SIMPLE, torch.Tensor)) or is_array(value)
+
+
+def is_array(value: Any) -> bool:
+    """Return True for arrays and numbers of NumPy, unless they hold objects."""
+    return (
+        type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not getattr(value.dtype, "hasobject", True)
+    )

@@ -1,0 +1,60 @@
+"""A checksum of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+_WORDS = 1024  # numbers of 8 bytes of each tensor that are hashed themselves
+
+
+def checksum(module: nn.Module) -> str:
+    """Return a checksum of the parameters and persistent buffers of a module, 16 hexadecimal digits.
+
+    It holds the name, shape and dtype of each tensor, the sum of its bits as 64-bit integers, and numbers sampled at
+    equal distances, which tell apart tensors with the same numbers in another order. The cost is one read of the
+    weights. Of a tensor without numbers (on the meta device) only name, shape and dtype count. Buffers that are not
+    saved with the model are left out, because they may differ between devices in their last bit.
+    """
+    return checksum_of_tensors([*module.named_parameters(), *_persistent_buffers(module)])
+
+
+def checksum_of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the checksum of named tensors; see `checksum`."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+        for plain in _plain_tensors(tensor.detach()):
+            if plain.numel() and not plain.is_meta and not plain.is_quantized:
+                digest.update(_words(plain).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensor, or the tensors that a subclass (a quantised or a distributed one) is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain_tensors(getattr(tensor, name))]
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's bits and samples of them, a 1-d int64 tensor on its device."""
+    data = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    data = data.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    whole = len(data) - len(data) % 8
+    words, rest = data[:whole], data[whole:].to(torch.int64)
+    if words.storage_offset() % 8:
+        words = words.clone()
+    words = words.view(torch.int64)
+    step = max(1, len(words) // _WORDS)
+    return torch.cat((words.sum().view(1), words[::step], rest))
