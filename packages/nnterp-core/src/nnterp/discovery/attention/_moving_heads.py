@@ -8,7 +8,8 @@ from nnterp.anatomy import Layer
 from nnterp.discovery._linears import feeding, linears
 from nnterp.discovery._probe import ROWS, Probe
 from nnterp.discovery._recording import Recording
-from nnterp.discovery.attention._search import Attention, split_heads
+from nnterp.discovery.attention._attention import Attention
+from nnterp.discovery.attention._heads import split_heads
 from nnterp.eager import eagerly
 from nnterp.tensors import same
 from nnterp.traced import Everywhere, Inside, Place, Site, View
