@@ -87,10 +87,10 @@ class Probe:
 
         The pass does not stop early if the module of that layer runs several times.
         """
-        blocks = self.anatomy.blocks
-        path = blocks[-1].path if until is None else until
+        layers = self.anatomy.blocks
+        path = layers[-1].path if until is None else until
         last = self.module.get_submodule(path)
-        once = sum(self.module.get_submodule(block.path) is last for block in blocks) == 1
+        once = sum(self.module.get_submodule(layer.path) is last for layer in layers) == 1
         if not once or path in self.repeated:
             self.module(**self.inputs)
             return
@@ -109,9 +109,9 @@ class Probe:
     def layers_modules(self) -> list[str]:
         """Paths of the layers and of all modules in them."""
         return [
-            f"{block.path}.{name}" if name else block.path
-            for block in self.anatomy.blocks
-            for name, _ in self.module.get_submodule(block.path).named_modules()
+            f"{layer.path}.{name}" if name else layer.path
+            for layer in self.anatomy.blocks
+            for name, _ in self.module.get_submodule(layer.path).named_modules()
         ]
 
 

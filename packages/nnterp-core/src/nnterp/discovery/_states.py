@@ -1,10 +1,10 @@
 """Find the recurrent state of linear attention and state space layers.
 
-A mixer stores its state by calling a method of transformers' cache. The methods for keys and values, and for a
-convolution's inputs, are ruled out by name. If the method is `update_recurrent_state`, the state is read from the cache
-after the mixer has run, because many mixers change it in place at the tokens after the prompt. For any other method, the
-state is the tensor that the method is given. Some models keep the state as an attribute of the module; there, it is what
-the operation that made that tensor returns.
+A mixer stores its state by calling a method of transformers' cache. The methods for keys and values, and for the
+inputs of a convolution, are ruled out by name. If the method is `update_recurrent_state`, the state is read from the
+cache after the mixer has run, because many mixers change it in place at the tokens after the prompt. For any other
+method, the state is the tensor that the method is given. Some models keep the state as an attribute of the module;
+there, it is what the operation that made that tensor returns.
 """
 
 from __future__ import annotations
