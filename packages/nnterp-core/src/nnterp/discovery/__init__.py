@@ -1,4 +1,4 @@
-"""What running the plain HuggingFace module shows: where the inside of its layers is, and how layers add up."""
+"""Run the plain HuggingFace module to find where values inside its layers are, and how a layer adds its parts."""
 
 from nnterp.discovery._between import PROBE as BETWEEN_PROBE
 from nnterp.discovery._between import find_between

@@ -1,8 +1,8 @@
-"""Find the stream between a layer's two parts: the one operation that the feed-forward and the residual path both read.
+"""Find the stream between a layer's two parts: the operation whose result the feed-forward and the residual path read.
 
-Writing the input of the feed-forward's norm would leave the residual path unchanged. The sum itself is an operation of
-the layer's forward: it is found there by its numbers and proven by a write. It is then instrumented before every run,
-alone (`bracket_one`), so that a layer that has begun when the value is first read serves it.
+A write to the input of the feed-forward's norm would not reach the residual path. The sum of stream and attention is an
+operation in the layer's forward. It is found by its numbers and proven by a write. `bracket_one` then instruments that
+operation alone, for every later run, so that it can be read even if the layer has already begun.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from nnterp.tensors import same
 from nnterp.traced import Inside, bracket_one
 
 PROBE = (1, 5)
-MAX_TRIES = 6  # few operations hold the stream's numbers, and the first is nearly always the one
+MAX_TRIES = 6  # few operations hold the stream's numbers, and the first is nearly always right
 
 
 def find_between(probe: Probe, structures: tuple[ResidualStructure, ...]) -> tuple[Inside | None, ...]:
-    """Per layer, the operation that makes the stream between its parts; None where there is none.
+    """Find the operation that makes the stream between the parts of each layer, and instrument it.
 
-    An operation is taken once a write proves it: moved, it moves what the feed-forward is given and the stream that the
-    feed-forward's contribution is added to, both by as much. It is then instrumented.
+    An operation is proven by a write: what is added to its output must arrive in the feed-forward's input and in the
+    stream that the feed-forward's output is added to.
 
     Args:
-        probe: Of one row.
+        probe: A prompt of one row.
         structures: The proven residual structure of each layer.
+
+    Returns:
+        Per layer, the operation; None where there is none.
     """
     search = _Search(probe, structures)
     if search.wanted:
@@ -55,9 +58,9 @@ class _Search:
         }
 
     def by_kind(self) -> None:
-        """Layers of one kind run the same code: search the first of each kind, and prove the operation in all of them.
+        """Search the first layer of each kind, and try the operation found there in all layers of that kind.
 
-        The search runs only as far as the layers that are searched.
+        Layers of one kind run the same code. The forward pass of the search stops after the last layer it needs.
         """
         kinds: dict[tuple, list[int]] = {}
         for index, between in self.wanted.items():
@@ -76,7 +79,7 @@ class _Search:
         self.try_out(trying)
 
     def one_by_one(self) -> None:
-        """Search each layer that is left, and try its candidates in turn."""
+        """Search each layer without a proven operation, and try its candidates one after the other."""
         left = {i: between for i, between in self.wanted.items() if i not in self.found}
         if not left:
             return
@@ -89,7 +92,7 @@ class _Search:
             self.try_out(trying)
 
     def try_out(self, trying: dict[int, tuple[str, Labels]]) -> None:
-        """Move one operation in each of some layers; keep those that a write proves."""
+        """Write to one operation in each of some layers; keep and instrument those that are proven."""
         if not trying:
             return
         edits = dict.fromkeys(trying.values(), _moved)
@@ -113,7 +116,7 @@ class _Search:
 
 
 def _moved(output: torch.Tensor) -> torch.Tensor:
-    """The stream plus one random direction of about its size, at every position."""
+    """The stream plus one random vector of about its size, the same at every position."""
     generator = torch.Generator().manual_seed(0)
     step = torch.randn(output.shape[-1], generator=generator).to(output)
     return output + step * output.detach().float().std().clamp(min=1e-3).to(output.dtype)
@@ -139,7 +142,7 @@ class _Between:
         self.before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def kind(self, root: nn.Module) -> tuple:
-        """What layers that run the same code have in common."""
+        """A key that is equal for layers that run the same code."""
         within = [path.removeprefix(self.layer) for path in (*self.paths, *self.edges())]
         classes = [type(root.get_submodule(path)) for path in self.paths]
         return (self.structure.kind, *within, *classes)
@@ -150,7 +153,7 @@ class _Between:
         return [self.layer, self.structure.mid or self.layer, *(term.path for part in parts for term in part.terms)]
 
     def candidates(self, recording: Recording, tolerance: float) -> list[tuple[str, Labels]]:
-        """Operations that hold the stream's numbers: the layer's own first, then those of modules in it."""
+        """(path, labels) of operations that hold the stream's numbers: the layer's own, then those of modules in it."""
         stream, entered = recording.given(self.structure.mid or self.layer), recording.given(self.layer)
         carried = self.carried(recording)
         if stream is None:
@@ -170,10 +173,10 @@ class _Between:
         return found
 
     def is_moved(self, operation: Operation | None, recording: Recording, tolerance: float) -> bool:
-        """Whether moving an operation has moved what both readers of the stream read.
+        """Whether a write to an operation arrived both in the feed-forward and on the residual path.
 
-        The feed-forward must be given what was moved, and the residual path must carry it: as it is, or scaled and
-        shifted per channel as it is when nothing is moved.
+        The feed-forward must be given the written stream. The residual path must carry it as it is, or scaled and
+        shifted per channel by as much as in the run without the write.
         """
         if operation is None or operation.times > 1 or not isinstance(operation.output, torch.Tensor):
             return False
@@ -188,8 +191,11 @@ class _Between:
         return same(after, moved, tolerance) or self.is_moved_per_channel(moved, after, tolerance)
 
     def is_moved_per_channel(self, moved: torch.Tensor, after: torch.Tensor, tolerance: float) -> bool:
-        """Whether the residual path carries the moved stream times a factor per channel, or with a shift as well."""
-        if self.before is None:  # what the residual path carries when nothing is moved was not seen
+        """Whether the residual path carries the written stream times a factor per channel, with or without a shift.
+
+        Factor and shift are those of the run without the write.
+        """
+        if self.before is None:  # the run without the write did not record the residual path
             return False
         stream, carried = (t.reshape(-1, t.shape[-1]) for t in self.before)
         factor = (stream * carried).sum(0) / stream.square().sum(0).clamp(min=1e-30)
@@ -201,7 +207,7 @@ class _Between:
         return same(after, moved * factor + shift, tolerance)
 
     def carried(self, recording: Recording) -> torch.Tensor | None:
-        """The layer's output without what its feed-forward, and modules after it, add."""
+        """The layer's output minus what its feed-forward and further modules add, float64; None if one did not run."""
         total = recording.made(self.layer)
         if total is None:
             return None

@@ -1,4 +1,4 @@
-"""What a config declares about the code of a model. The certificate proves it; nothing here is believed."""
+"""Read from a config what its code does to logits and which layers share keys. The certificate tests all of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 from nnterp.huggingface import text_config
 from nnterp.traced import Chain, Lender
 
-# Config fields that act on the logits after the head, by what they do.
+# Config fields whose numbers are applied to the logits after the head.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def declared_chain(config: Any) -> Chain:
-    """Scale and softcap of the logits."""
+    """Scale and softcap of the logits, 1 and None where the config names none."""
     text = text_config(config)
     scale = 1.0
     for name in _MULTIPLIERS:
@@ -32,13 +32,18 @@ def _number(config: Any, name: str) -> float | None:
 
 
 def declared_lenders(module: nn.Module, count: int) -> list[Lender]:
-    """(layer, the later layers that borrow from it, what they borrow) of each layer that later ones borrow from."""
+    """(layer, later layers that reuse something it computes, what they reuse), for each layer with such later layers.
+
+    Args:
+        module: The HuggingFace module.
+        count: Number of layers.
+    """
     config = text_config(module.config)
     return [*_lent_keys(config, count), *_lent_choices(config, count)]
 
 
 def _lent_keys(config: Any, count: int) -> list[Lender]:
-    """Gemma 3n and 4: the last layer of each type before the sharing ones lends them its keys and values."""
+    """Gemma 3n and 4: the last layers reuse the keys and values of the last layer of their type before them."""
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     if not shared:
         return []
@@ -53,7 +58,7 @@ def _lent_keys(config: Any, count: int) -> list[Lender]:
 
 
 def _lent_choices(config: Any, count: int) -> list[Lender]:
-    """Sparse attention: a "shared" layer attends to the keys that the last "full" one picked."""
+    """Sparse attention: a "shared" layer attends to the keys that the last "full" layer before it picked."""
     kinds = list(getattr(config, "indexer_types", None) or ())
     found: list[Lender] = []
     for i, kind in enumerate(kinds[:count]):

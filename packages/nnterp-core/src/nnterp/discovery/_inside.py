@@ -1,4 +1,4 @@
-"""Look into every layer of a model once and keep where everything inside it is served."""
+"""Run a model on a short prompt and find where the values inside each of its layers are served."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Findings:
         neurons: Per layer, where the neurons of its feed-forward are served, or the reason why they are not.
         shared_neurons: The same for the expert that runs on all tokens.
         routers: Per layer, (router logits, chosen experts): places, or reasons.
-        exits: Path of a module inside a part that returns what the part returns → the part's own exit.
-        ticks: (path, labels, "input" or "output") → when the probe passed it first.
-        texts: (path, labels) of a function that was looked into → its source.
+        exits: Path of a module inside a part whose output is also the part's output → the part's own exit.
+        ticks: (path, labels, "input" or "output") → when the forward pass first reached it.
+        texts: (path, labels) of an instrumented function → its source.
     """
 
     attention: list[Attention | None] = field(default_factory=list)
@@ -46,16 +46,23 @@ class Findings:
 
 
 def find_inside(probe: Probe) -> Findings:
-    """Look into every layer of a model.
+    """Find where the values inside every layer are served.
 
-    Runs the plain module on a probe of two short rows, and a second time where attention is not computed eagerly.
+    Runs the plain module on the probe, and a second time with eager attention if the model computes attention in
+    another way. Layers whose heads are not proven by these runs take two more, which layers of the same code share.
     """
     with quiet(probe.module):
         return _Look(probe).findings()
 
 
 class _Look:
-    """Two recordings of the probe, as the model computes attention and eagerly, and what is read off them."""
+    """The findings of two recordings: one as the model computes attention, one with eager attention.
+
+    Attributes:
+        current: The recording in which attention was computed as the model does it.
+        eager: The recording with eager attention; None if that does not run.
+        whole: `eager`, or `current` in its place.
+    """
 
     def __init__(self, probe: Probe) -> None:
         self.probe, self.root = probe, probe.module
@@ -126,7 +133,7 @@ class _Look:
         )
 
     def same_as_exit(self, layer: Layer) -> Iterator[tuple[str, str]]:
-        """(path, the part's exit) of each module inside a part that returns what the part returns."""
+        """(path, the part's exit) of each module inside a part whose output is also the part's output."""
         for part in (layer.self_attn, layer.mixer, layer.mlp):
             if part is None or (result := self.current.made(part.exit)) is None:
                 continue

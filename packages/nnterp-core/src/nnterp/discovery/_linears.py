@@ -44,13 +44,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def arguments_of(part: Part, recording: Recording) -> list[torch.Tensor]:
-    """All floating tensors that a part was called with."""
+    """All floating tensors that a part was called with; empty if it did not run."""
     call = recording.call(part.path or part.entry)
     return [] if call is None else call.floats_in
 
 
 def feeding(candidates: list[Linear], path: str, tolerance: float) -> str | None:
-    """The linear module whose output is what the one at `path` is given; None if there is none."""
+    """Path of the last linear module whose output is the input of the one at `path`; None if there is none."""
     entering = next((linear.given for linear in candidates if linear.path == path), None)
     for other in reversed(candidates):
         if entering is None or other.path == path:
@@ -70,8 +70,8 @@ def ending(
 ) -> Linear | None:
     """The projection that ends a part.
 
-    It is the last linear module that ran and whose output is what the part returns, either as it is or added to
-    something the part was given (BLOOM, whose parts add the residual themselves).
+    It is the last linear module whose output is what the part returns, either as it is or added to something the part
+    was given (BLOOM's parts add the residual themselves).
 
     Args:
         candidates: The part's linear modules, in the order they ran.
@@ -79,6 +79,9 @@ def ending(
         given: What it was called with.
         tolerance: The largest relative error that counts as equal.
         multiples: Whether the output may be multiplied by one number first (Falcon-H1).
+
+    Returns:
+        The projection; None if no linear module fits.
     """
     for linear in reversed(candidates):
         if linear.made.numel() != result.numel():

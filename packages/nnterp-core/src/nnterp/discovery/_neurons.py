@@ -33,7 +33,7 @@ def find_neurons(root: nn.Module, layer: Layer, recording: Recording, tolerance:
 
 
 def find_shared_neurons(root: nn.Module, layer: Layer, recording: Recording, tolerance: float) -> Place | str:
-    """Where the neurons of the expert that runs on all tokens are served, or why they are not."""
+    """Where the neurons of the shared expert, which runs on all tokens, are served, or why they are not."""
     if layer.mlp is None or not layer.mixture_of_experts:
         return "the layer has no mixture of experts"
     result = recording.made(layer.mlp.exit)

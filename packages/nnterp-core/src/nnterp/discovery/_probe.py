@@ -15,20 +15,20 @@ from nnterp.huggingface import uncached
 
 ROWS = 2
 LENGTH = 11  # a prime, so that no product of heads and widths is mistaken for it
-VOCABULARY = 4096  # probe tokens are among the first so many
+VOCABULARY = 4096  # probe tokens have smaller ids than this
 
 
 def probe_ids(
     module: nn.Module, vocab_size: int | None, rows: int, length: int, seed: int = 0, avoid: Iterable[int] = ()
 ) -> torch.Tensor:
-    """Random token ids that are no special tokens, the same on every machine.
+    """Random token ids without special tokens; the same on every machine.
 
     Args:
         module: The HuggingFace module.
         vocab_size: Size of its vocabulary; read from the embedding if None.
         rows, length: Shape of the result.
         seed: Of the random numbers.
-        avoid: Ids that are special beside those that the config names.
+        avoid: Further special ids; those that the config names are left out anyway.
 
     Returns:
         `[rows, length]`, int64, on the device that the model takes inputs on.
@@ -42,7 +42,7 @@ def probe_ids(
 
 
 def _special_ids(config: Any) -> set[int]:
-    """Ids that a config gives a meaning of their own."""
+    """Ids of the special tokens that a config names (`eos_token_id`, `image_token_index`, ...)."""
     owners = [owner for owner in (config, getattr(config, "text_config", None)) if owner is not None]
     named = (
         value for owner in owners for name, value in vars(owner).items() if name.endswith(("token_id", "token_index"))
@@ -79,15 +79,18 @@ class Probe:
         self.inputs: dict[str, Any] = {"input_ids": ids, **uncached(module)}
 
     def record(self, until: str | None = None, **options: Any) -> Recording:
-        """Run the module and record it, see `record`; as far as the end of the layer at `until`, or of the last."""
+        """Run the module with `run(until)` and record it; `options` are those of `record`."""
         return record(self.module, lambda: self.run(until), **options)
 
     def run(self, until: str | None = None) -> None:
-        """One forward pass, as far as the end of the last layer, or of the layer at `until`."""
-        blocks = self.anatomy.blocks
-        path = blocks[-1].path if until is None else until
+        """Run one forward pass that stops after the layer at `until`, by default the last.
+
+        The pass does not stop early if the module of that layer runs several times.
+        """
+        layers = self.anatomy.blocks
+        path = layers[-1].path if until is None else until
         last = self.module.get_submodule(path)
-        once = sum(self.module.get_submodule(block.path) is last for block in blocks) == 1
+        once = sum(self.module.get_submodule(layer.path) is last for layer in layers) == 1
         if not once or path in self.repeated:
             self.module(**self.inputs)
             return
@@ -106,11 +109,11 @@ class Probe:
     def layers_modules(self) -> list[str]:
         """Paths of the layers and of all modules in them."""
         return [
-            f"{block.path}.{name}" if name else block.path
-            for block in self.anatomy.blocks
-            for name, _ in self.module.get_submodule(block.path).named_modules()
+            f"{layer.path}.{name}" if name else layer.path
+            for layer in self.anatomy.blocks
+            for name, _ in self.module.get_submodule(layer.path).named_modules()
         ]
 
 
 class _LastLayer(Exception):
-    """The probe has run as far as it should."""
+    """Raised to stop a forward pass after the layer it should reach."""

@@ -1,4 +1,4 @@
-"""Run a plain module for a look at it, and leave it as it was."""
+"""Run a plain module without changing its state."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients.
+    """Run the block with the module in evaluation mode and without gradients.
 
-    When the block ends, every module's training flag, the random state of the CPU, and the states that modules keep on
-    themselves (RecurrentGemma) are as they were.
+    At the end, every module's training flag, the CPU's random state, and the tensors that modules keep as plain
+    attributes (RecurrentGemma's states) are restored.
     """
     training = [m for m in module.modules() if m.training]
     before = [(m, dict(vars(m))) for m in module.modules()]
@@ -35,13 +35,16 @@ def quiet(module: nn.Module) -> Iterator[None]:
 
 
 def held_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Floating tensors that a module holds and that are neither parameters nor buffers."""
+    """Attribute name → floating tensor, for those that are neither parameters nor buffers."""
     return {name: x for name, x in vars(module).items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
 
 
 @contextlib.contextmanager
 def static_experts(model: nn.Module) -> Iterator[None]:
-    """Run mixtures of experts in the one implementation whose shapes do not depend on which experts are chosen."""
+    """Run mixtures of experts as batched products, whose shapes do not depend on which experts are chosen.
+
+    At the end, the model's own implementation is restored.
+    """
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
     switch = getattr(model, "set_experts_implementation", None)
     if before is None or switch is None:

@@ -1,8 +1,8 @@
-"""One forward pass of the plain module, recorded with torch hooks and, inside forwards, by nnsight's instrumentation.
+"""Record one forward pass of the plain module: modules by torch hooks, operations in a forward by nnsight.
 
-nnsight names the calls and assignments in a forward after its source text (`envoy.source.{name}_{n}`). These labels
-belong to one version of transformers and of nnsight, so nnterp never writes one down: it runs the forward once, keeps
-what every operation was given and returned, and recognises the operation it wants by its tensors.
+nnsight labels the calls and assignments in a forward after its source text (`envoy.source.{name}_{n}`). Labels change
+with the versions of transformers and nnsight, so no label is written in nnterp's code. A forward pass is recorded
+instead, with the arguments and results of every operation, and an operation is recognised by its tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from torch import nn
 
 from nnterp.tensors import copied, stream_in, stream_out
 
-Labels = tuple[str, ...]  # from a module's forward down to an operation: a function it calls, an operation in it, ...
+Labels = tuple[str, ...]  # an operation in a module's forward: the functions that call it, outermost first, then itself
 
 
 @dataclass
 class Call:
-    """One call of a module: what went in, what came out, and when it began and ended."""
+    """One call of a module.
+
+    Attributes:
+        args, kwargs: Copies of what it was called with.
+        output: A copy of what it returned.
+        began, ended: When, on the recording's clock.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
@@ -34,17 +40,17 @@ class Call:
 
     @property
     def stream_in(self) -> torch.Tensor | None:
-        """The stream among what went in."""
+        """The stream among the arguments, see `nnterp.tensors.stream_in`; None if there is none."""
         return stream_in(self.args, self.kwargs)
 
     @property
     def stream_out(self) -> torch.Tensor | None:
-        """The stream among what came out."""
+        """The output, or its first entry, if that is a tensor; else None."""
         return stream_out(self.output)
 
     @property
     def floats_in(self) -> list[torch.Tensor]:
-        """All floating tensors among what went in."""
+        """All floating tensors among the arguments."""
         given = (*self.args, *self.kwargs.values())
         return [x for x in given if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
@@ -60,7 +66,7 @@ class Operation:
         args, kwargs: Copies of what it was called with.
         output: A copy of what it returned.
         began, ended: When, on the recording's clock.
-        times: How often it ran. An operation that ran several times has no one value to serve.
+        times: How often it ran. The rest describes its first run.
     """
 
     path: str
@@ -100,7 +106,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class SourceText:
-    """Source of a function that was looked into: its file, its text, each label's line in it, and its first line."""
+    """Source of an instrumented function.
+
+    Attributes:
+        file: The file it stands in.
+        text: Its source.
+        lines: Label → its line in the text.
+        start: The function's first line in the file.
+    """
 
     file: str
     text: str
@@ -137,21 +150,21 @@ class Recording:
         return next((c for c in self.calls.get(path, ()) if outer.began < c.began < outer.ended), None)
 
     def given(self, path: str) -> torch.Tensor | None:
-        """The stream that a module was given in its first call."""
+        """The stream that a module was given in its first call; None if there is none or it never ran."""
         call = self.call(path)
         return None if call is None else call.stream_in
 
     def made(self, path: str) -> torch.Tensor | None:
-        """The stream that a module returned from its first call."""
+        """The stream that a module returned from its first call; None if there is none or it never ran."""
         call = self.call(path)
         return None if call is None else call.stream_out
 
     def operations_of(self, path: str) -> list[Operation]:
-        """The operations of one module's forward, those of functions that it calls included."""
+        """The operations of one module's forward and of the instrumented functions that it calls."""
         return [operation for operation in self.operations if operation.path == path]
 
     def ticks(self) -> dict[tuple[str, Labels, str], int]:
-        """(path, labels, "input" or "output") → when it was first passed. Modules have no labels."""
+        """(path, labels, "input" or "output") → when the forward pass first reached it; a module's labels are `()`."""
         found: dict[tuple[str, Labels, str], int] = {}
         for path, calls in self.calls.items():
             found[path, (), "input"], found[path, (), "output"] = calls[0].began, calls[0].ended
@@ -174,18 +187,18 @@ def record(
     arguments: bool = True,
     edits: Edits | None = None,
 ) -> Recording:
-    """Run a forward pass and keep the calls of some modules and the operations in some forwards.
+    """Run a forward pass and record the calls of some modules and the operations in the forwards of some.
 
     Args:
-        root: The HuggingFace module; wrapped by nnsight, if operations are asked for.
+        root: The HuggingFace module; to record operations, nnsight must have wrapped it.
         run: Runs the forward pass.
-        modules: Paths of the modules whose calls are kept.
-        operations: Paths of the modules whose forwards are instrumented. One whose forward has no Python source is
-            left out.
-        look_into: Whether to instrument a function that such a forward calls too; by default functions of modelling
-            files.
-        arguments: Whether to keep what operations are called with.
-        edits: (path, labels) of an operation → a function from its output to what replaces it.
+        modules: Paths of the modules whose calls are recorded.
+        operations: Paths of the modules in whose forwards operations are recorded. Those whose forward has no Python
+            source are left out.
+        look_into: True for a function whose operations are recorded too, when such a forward calls it; by default for
+            the functions of modelling files.
+        arguments: Whether to record the arguments of operations.
+        edits: (path, labels) of an operation → a function of its output; what it returns replaces the output.
     """
     recorder = _Recorder(look_into or in_modelling_code, arguments, edits or {})
     with contextlib.ExitStack() as stack:
@@ -209,7 +222,7 @@ class _Recorder:
         return self.clock
 
     def watch(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
-        """Keep the calls of a module."""
+        """Record the calls of a module."""
         running: list[Call] = []
 
         def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -225,7 +238,7 @@ class _Recorder:
         stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
     def instrument(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
-        """Keep the operations of a module's forward."""
+        """Record the operations of a module's forward."""
         state = module.__dict__[STATE]
         try:
             body, compiled = instrument(state.original, self.bracket(path, ()))
@@ -241,7 +254,7 @@ class _Recorder:
         )
 
     def bracket(self, path: str, prefix: Labels) -> Callable:
-        """What nnsight calls in place of every operation of a function."""
+        """The function that nnsight calls in place of every operation: it runs the operation and records it."""
 
         def operation(location: str, function: Any, *args: Any, **kwargs: Any) -> Any:
             labels = (*prefix, location.removeprefix("source."))
@@ -258,7 +271,7 @@ class _Recorder:
         return operation
 
     def run(self, function: Any, path: str, labels: Labels) -> Callable:
-        """The function to run: instrumented, if it is to be looked into."""
+        """The function to run: instrumented, if `look_into` says so and it has source."""
         if function is not bind and self.look_into(function):
             with contextlib.suppress(SourceNotAvailable):
                 instrumented, compiled = instrument(function, self.bracket(path, labels))
@@ -279,7 +292,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _with_body(state: Any, body: Callable) -> Iterator[None]:
-    """Let an nnsight module run another forward inside the block."""
+    """Run another forward in place of the module's own inside the block."""
     before = state.body
     state.body = body
     try:

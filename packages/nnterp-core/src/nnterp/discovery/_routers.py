@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from nnterp.anatomy import Layer
 from nnterp.discovery._probe import Probe
-from nnterp.discovery._recording import Recording
+from nnterp.discovery._recording import Labels, Operation, Recording
 from nnterp.tensors import same
 from nnterp.traced import Inside, Item, Place, ReadOnly, Site
 
@@ -19,24 +20,29 @@ NO_CHOICES = "its router does not return which experts it chose"
 USED = "its router has chosen by them when it returns them"
 
 
-def router_path(root: nn.Module, block: Layer) -> str | None:
+def router_path(root: nn.Module, layer: Layer) -> str | None:
     """Path of the router's module in one layer; None if transformers records none."""
-    found = _recorded(root, block)
+    found = _recorded(root, layer)
     return None if found is None else found[0]
 
 
 class Routers:
-    """The search, over the layers of one model."""
+    """Finds the routers of one model's layers. Layers whose routers run the same code share one trial.
+
+    Args:
+        probe: A short prompt for the model.
+        recording: A forward pass of the probe in which the routers' calls and operations were recorded.
+    """
 
     def __init__(self, probe: Probe, recording: Recording) -> None:
         self.probe, self.recording = probe, recording
-        self.deciding: dict[tuple[type, tuple[str, ...]], bool] = {}
+        self.deciding: dict[tuple[type, Labels], bool] = {}
 
-    def of(self, block: Layer) -> tuple[Place | str, Place | str]:
-        """(logits, chosen experts) of one layer: places, or reasons."""
-        if block.mlp is None or not block.mixture_of_experts:
+    def of(self, layer: Layer) -> tuple[Place | str, Place | str]:
+        """(logits, chosen experts) of one layer: for each its place, or the reason why it has none."""
+        if layer.mlp is None or not layer.mixture_of_experts:
             return NO_EXPERTS, NO_EXPERTS
-        found = _recorded(self.probe.module, block)
+        found = _recorded(self.probe.module, layer)
         if found is None:
             return NO_LOGITS, NO_CHOICES
         path, index = found
@@ -46,34 +52,29 @@ class Routers:
             return Site(path, "output"), NO_CHOICES
         if not isinstance(output, (tuple, list)):
             return NO_LOGITS, NO_CHOICES
-        whole = [
-            i for i, o in enumerate(output) if isinstance(o, torch.Tensor) and not o.is_floating_point() and o.dim() > 1
-        ]
-        chosen = Item(path, whole[-1]) if whole else NO_CHOICES
-        if index >= len(output) or not isinstance(output[index], torch.Tensor):
-            return NO_LOGITS, chosen
-        labels = self.decides(path, index, output)
-        return (ReadOnly(Item(path, index), USED) if labels is None else Inside(path, labels)), chosen
+        return self.logits(path, index, output), _choices(path, output)
 
-    def decides(self, path: str, index: int, output: Any) -> tuple[str, ...] | None:
-        """The operation that makes the logits, once it is proven that what the router returns depends on it."""
-        logits = output[index]
-        rest = [o for i, o in enumerate(output) if i != index and isinstance(o, torch.Tensor)]
+    def logits(self, path: str, index: int, output: Sequence[Any]) -> Place | str:
+        """Where the logits of a router that returns several things are served; read-only if no write was proven."""
+        if index >= len(output) or not isinstance(output[index], torch.Tensor):
+            return NO_LOGITS
         for operation in sorted(self.recording.operations_of(path), key=lambda o: o.ended):
-            if operation.times > 1 or not same(operation.output, logits, self.probe.tolerance):
-                continue
-            kind = (type(self.probe.module.get_submodule(path)), operation.labels)
-            if kind not in self.deciding:
-                edits = {(path, operation.labels): _reversed}
-                after = self.probe.record(modules=[path], operations=[path], edits=edits, arguments=False).call(path)
-                now = () if after is None else after.output or ()
-                others = [o for i, o in enumerate(now) if i != index and isinstance(o, torch.Tensor)]
-                self.deciding[kind] = any(
-                    a.shape != b.shape or not torch.equal(a, b) for a, b in zip(rest, others, strict=True)
-                )
-            if self.deciding[kind]:
-                return operation.labels
-        return None
+            holds = operation.times == 1 and same(operation.output, output[index], self.probe.tolerance)
+            if holds and self.decides(operation, index, output):
+                return Inside(path, operation.labels)
+        return ReadOnly(Item(path, index), USED)
+
+    def decides(self, operation: Operation, index: int, output: Sequence[Any]) -> bool:
+        """Whether the rest of the router's output changes when the logits that an operation returns are reversed."""
+        path, labels = operation.path, operation.labels
+        kind = (type(self.probe.module.get_submodule(path)), labels)
+        if kind not in self.deciding:
+            edits = {(path, labels): _reversed}
+            after = self.probe.record(modules=[path], operations=[path], edits=edits, arguments=False).call(path)
+            edited = () if after is None else after.output or ()
+            pairs = zip(_without(output, index), _without(edited, index), strict=True)
+            self.deciding[kind] = any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+        return self.deciding[kind]
 
 
 def _reversed(logits: torch.Tensor) -> torch.Tensor:
@@ -81,28 +82,38 @@ def _reversed(logits: torch.Tensor) -> torch.Tensor:
     return logits.flip(-1)
 
 
-def _recorded(root: nn.Module, block: Layer) -> tuple[str, int] | None:
-    """(path, index of the logits in its output) of a layer's router, as transformers records it."""
-    if block.mlp is None or not block.mixture_of_experts:
-        return None
-    top = block.mlp.path or block.mlp.entry
-    records = [
-        entry
-        for module in root.modules()
-        if isinstance(table := getattr(module, "_can_record_outputs", None), dict)
-        for entry in (table.get("router_logits") or (),)
+def _without(output: Sequence[Any], index: int) -> list[torch.Tensor]:
+    """The tensors of an output, except the one at `index`."""
+    return [item for i, item in enumerate(output) if i != index and isinstance(item, torch.Tensor)]
+
+
+def _choices(path: str, output: Sequence[Any]) -> Place | str:
+    """Where the chosen experts are served: the last tensor of whole numbers that the router returns."""
+    whole = [
+        i for i, o in enumerate(output) if isinstance(o, torch.Tensor) and not o.is_floating_point() and o.dim() > 1
     ]
-    entries = [e for record in records for e in (record if isinstance(record, (list, tuple)) else [record])]
-    for entry in entries:
-        target, index, name = (
-            getattr(entry, "target_class", entry),
-            getattr(entry, "index", 0) or 0,
-            getattr(entry, "layer_name", None),
-        )
-        if not isinstance(target, type):
-            continue
+    return Item(path, whole[-1]) if whole else NO_CHOICES
+
+
+def _recorded(root: nn.Module, layer: Layer) -> tuple[str, int] | None:
+    """(path, index of the logits in its output) of a layer's router; None if transformers records none."""
+    if layer.mlp is None or not layer.mixture_of_experts:
+        return None
+    top = layer.mlp.path or layer.mlp.entry
+    for router, index, name in _declared(root):
         for inner, module in root.get_submodule(top).named_modules():
             path = f"{top}.{inner}" if inner else top
-            if isinstance(module, target) and (name is None or name in path):
+            if isinstance(module, router) and (name is None or name in path):
                 return path, index
     return None
+
+
+def _declared(root: nn.Module) -> Iterator[tuple[type, int, str | None]]:
+    """(class, index of the logits in its output, part of its path or None) of each router that transformers records."""
+    for module in root.modules():
+        table = getattr(module, "_can_record_outputs", None)
+        declared = (table.get("router_logits") or ()) if isinstance(table, dict) else ()
+        for entry in declared if isinstance(declared, (list, tuple)) else (declared,):
+            router = getattr(entry, "target_class", entry)
+            if isinstance(router, type):
+                yield router, getattr(entry, "index", 0) or 0, getattr(entry, "layer_name", None)

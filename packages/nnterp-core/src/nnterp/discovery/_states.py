@@ -1,9 +1,10 @@
-"""Find the recurrent state of linear attention and state space layers: what such a layer hands to the cache.
+"""Find the recurrent state of linear attention and state space layers.
 
-It is found by the call with which a mixer stores it: a method of transformers' cache that is neither that of keys and
-values nor that of a convolution's inputs. Where the call stores the cache's own recurrent state, the state is read from
-the cache when the mixer has ended, because many mixers change it in place at the tokens after the prompt. Otherwise the
-value is what the call is given. In models that keep the state on the module itself, it is what is assigned there.
+A mixer stores its state by calling a method of transformers' cache. The methods for keys and values, and for the
+inputs of a convolution, are ruled out by name. If the method is `update_recurrent_state`, the state is read from the
+cache after the mixer has run, because many mixers change it in place at the tokens after the prompt. For any other
+method, the state is the tensor that the method is given. Some models keep the state as an attribute of the module;
+there, it is what the operation that made that tensor returns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ States = tuple[list[Place | str], dict[tuple[str, Labels], SourceText]]
 
 
 def find_states(probe: Probe) -> States:
-    """Per layer, where its state is served or why it is not; and the source of the functions that were looked into."""
+    """Find where the state of each layer is served.
+
+    Returns:
+        Per layer, the place of its state or the reason why it has none; and the source of the instrumented functions,
+        by (module path, labels).
+    """
     module, layers = probe.module, probe.anatomy.blocks
     if all(layer.mixer == layer.self_attn for layer in layers) and not _has_states(module):
         return ["its mixer is softmax attention, whose state is its keys and values"] * len(layers), {}
@@ -55,14 +61,14 @@ def _mixers(layer: Layer) -> list[Part]:
 
 
 def _has_states(module: nn.Module) -> bool:
-    """Whether attention layers keep more than keys and values."""
+    """Whether the config names layers that are not softmax attention."""
     config = getattr(module, "config", None)
     kinds = (getattr(text_config(config), "layer_types", None) if config is not None else None) or ()
     return any(kind not in ("full_attention", "sliding_attention", "chunked_attention") for kind in kinds)
 
 
 def _handed_on(operations: list[Operation]) -> Iterator[Place]:
-    """What is handed to the cache. transformers' own recurrent state is read in the cache: it may change in place."""
+    """Places of what operations hand to the cache; for `update_recurrent_state` the cache's own tensor comes first."""
     for operation in operations:
         owner = getattr(operation.function, "__self__", None)
         if not isinstance(owner, Cache) or operation.called in _OTHERS or operation.times > 1:
@@ -76,7 +82,7 @@ def _handed_on(operations: list[Operation]) -> Iterator[Place]:
 
 
 def _assigned(root: nn.Module, operations: list[Operation], before: dict[str, dict]) -> Iterator[Place]:
-    """What an operation returned and its module has kept (RecurrentGemma)."""
+    """Places of what operations returned and their module keeps as an attribute (RecurrentGemma)."""
     for operation in operations:
         for name, state in held_tensors(root.get_submodule(operation.path)).items():
             if state is before[operation.path].get(name) or "conv" in name or operation.function is None:

@@ -1,4 +1,4 @@
-"""Prove the heads in W_O's input by removing one: only its own block may change."""
+"""Find the heads in W_O's input by removing head 0: the block that changes is its own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from nnterp.anatomy import Layer
 from nnterp.discovery._linears import feeding, linears
 from nnterp.discovery._probe import ROWS, Probe
 from nnterp.discovery._recording import Recording
-from nnterp.discovery.attention._search import Attention, split_heads
+from nnterp.discovery.attention._attention import Attention
+from nnterp.discovery.attention._heads import split_heads
 from nnterp.eager import eagerly
 from nnterp.tensors import same
 from nnterp.traced import Everywhere, Inside, Place, Site, View
 from nnterp.wording import generic_path
 
-Blocks = tuple[int | None, int | None]  # head blocks in W_O's input, and in the input of the projection that feeds W_O
+Blocks = tuple[int | None, int | None]  # number of head blocks in W_O's input, and in that of the projection before it
 
 
 class MovingHeads:
-    """Finds the heads of attentions whose W_O is not simply given the probabilities times the values.
+    """Finds the heads of attentions in which the input of W_O is not exactly the probabilities times the values.
 
-    The probabilities of head 0 are set to zero, and what changes in W_O's input is head 0's block. Where the heads are
-    mixed before W_O by one more projection (DeepSeek-V4's, of groups of heads), they are that projection's input.
+    The probabilities of head 0 are set to zero; the part of W_O's input that changes is head 0's block. If another
+    projection mixes the heads before W_O (DeepSeek-V4's, over groups of heads), the heads are the input of that one.
     Layers that run the same code share one trial.
+
+    Args:
+        probe: A short prompt for the model.
+        recording: A forward pass of the probe in which all modules' calls were recorded.
     """
 
     def __init__(self, probe: Probe, recording: Recording) -> None:
@@ -30,7 +35,7 @@ class MovingHeads:
         self.tried: dict[tuple, Blocks] = {}
 
     def prove(self, layer: Layer, attention: Attention) -> None:
-        """Correct where the heads of one attention are served, or say why they are not."""
+        """Correct the places of one attention's heads, or replace them by a reason. Does nothing if they are proven."""
         if attention.exact or attention.out is None or "attention_head_outputs" not in attention.places:
             return
         operations = _operations_of(attention.places.get("attention_probabilities"))
@@ -47,7 +52,7 @@ class MovingHeads:
         self.apply(attention, before_out, *self.tried[kind])
 
     def blocks(self, operations: list[Inside], attention: Attention, before_out: str | None) -> Blocks:
-        """Run the probe with and without head 0."""
+        """Run the probe with and without head 0 and count the head blocks."""
         assert attention.out is not None
         watched = [path for path in (attention.out, before_out) if path is not None]
         edits = {(o.path, o.labels): without_first_head for o in operations}
@@ -68,6 +73,7 @@ class MovingHeads:
         return counts[0], counts[1]
 
     def apply(self, attention: Attention, before_out: str | None, direct: int | None, grouped: int | None) -> None:
+        """Change an attention: its heads are blocks in W_O's input, in that of `before_out`, or in neither."""
         attention.out_heads = direct or grouped
         place: Place | None = None
         if direct is None and grouped is not None and before_out is not None:
@@ -88,7 +94,7 @@ class MovingHeads:
 
 
 def _operations_of(place: Place | None) -> list[Inside]:
-    """The operations that a place is made of."""
+    """The operations that a place reads."""
     if isinstance(place, Everywhere):
         return [operation for inner in place.places for operation in _operations_of(inner)]
     if isinstance(place, View):
@@ -97,7 +103,11 @@ def _operations_of(place: Place | None) -> list[Inside]:
 
 
 def without_first_head(output: torch.Tensor) -> torch.Tensor:
-    """Probabilities with those of head 0 at zero; `[rows, heads, query, key]` or with rows and heads in one axis."""
+    """A copy of the probabilities with those of head 0 at zero.
+
+    Args:
+        output: `[rows, heads, query, key]`, or `[rows × heads, query, key]`.
+    """
     output = output.clone()
     if output.dim() == 4:
         output[:, 0] = 0
@@ -116,7 +126,7 @@ def head_blocks(before: torch.Tensor, after: torch.Tensor, heads: int, width_of_
         before: W_O's input, `[rows, seq, width]`.
         after: The same with the probabilities of head 0 at zero.
         heads: Heads of the probabilities.
-        width_of_head: What a head hands to W_O is this wide, where it is known.
+        width_of_head: Width of one head's block, where it is known.
     """
     width = before.shape[-1]
     for count in (heads, heads // 2):
