@@ -6,7 +6,8 @@ from nnterp.table import VALUES, Value
 
 _HEAD = """# Values
 
-Everything that can be read and written in a forward pass. Inside a `trace`, `generate` or `session`:
+What can be read and written in a forward pass? Everything in the tables below, inside a `trace`, `generate` or
+`session`:
 
 ```python
 with model.trace("The Eiffel Tower is in"):
@@ -15,36 +16,43 @@ with model.trace("The Eiffel Tower is in"):
     logits = model.logits.save()
 ```
 
-Values are read in forward order, which is the order of the tables below: layer by layer, and from top to bottom
-inside a layer. `model.collect` and `model.gradients` take them in any order. A value that is written must have the
-shape of what it replaces. What is read is the model's own tensor: an edit in place edits the run, unless the note says
-that the value is a new tensor; and a model may itself go on to change a tensor in place, so `.clone()` what has to stay
-as it was.
+* **Order.** Read values in forward order: layer by layer, and inside a layer in the order of the table.
+  `model.collect` and `model.gradients` take them in any order.
+* **Writing.** What you write must have the shape of the value it replaces.
+* **Editing in place.** What you read is the model's own tensor, so an edit in place changes the run. The exceptions are
+  values whose note says that they are a new tensor: assign these. The model's own code may also edit a tensor in place
+  later, so `.clone()` what you want to keep as it is.
+* **Shapes.** The batch is the first axis and the sequence the second, whatever the model's own layout. Patterns are
+  `[batch, heads, query, key]`.
+* **Padding.** In a trace, prompts are padded on the tokenizer's side, and indices along the sequence count padding.
+  `model.collect` counts each prompt's own tokens instead.
+* **Several attentions in a layer.** A layer of LongCat-Flash holds two attentions, one after the other. There, index a
+  value of attention in a trace with the layer and the attention's number: `model.attention_head_outputs[3, 1]`.
 
-Shapes have the batch first and positions second, whatever the model does inside; patterns are `[batch, heads, query,
-key]`. Rows are padded on the tokenizer's side; `model.collect` counts positions over each prompt's own tokens instead.
-
-In LongCat-Flash, whose layers hold two attentions one after the other, values of attention are indexed with the layer
-and the attention's number in it, in a trace: `model.attention_head_outputs[3, 1]`.
-
-`model.support()` says which of them a model has on which layers, and why not on the others. `model.explain(name,
-layer=3)` prints where one is read: the native module or operation, its source lines, its layout.
+Which values does my model have? `model.support()` lists the layers that have each value, and the reason for the others.
+Where is one read? `model.explain(name, layer=3)` prints the native module or operation, its source lines and its
+layout.
 """
 
 _TAIL = """
 ## Where they are read
 
-A value that is a module's input or output is read there. The others are found by running the model once on a short
-probe with every operation of its layers watched: the probabilities are what leaves the softmax and still holds its
-numbers when it meets the values; queries and keys are the two tensors whose product is observed among the scores; the
-heads' outputs are the input of the projection whose output is attention's, and where they are not simply the
-probabilities times the values, moving one head must move one block of them; the stream between the sublayers is the
-operation that moves both the feed-forward's input and the residual path when it is moved. What cannot be told this way
-is unavailable, with the reason.
+A value that is a module's input or output is read at that module. The others are found by running the model on a short
+probe and recording every operation in its layers:
+
+* **Probabilities**: the softmax returns them, and they are unchanged when they are multiplied with the values.
+* **Queries and keys**: their product is found among the scores.
+* **Outputs of heads**: the input of the projection whose output is attention's output. If they are not simply the
+  probabilities times the values, changing one head must change one block of them.
+* **The stream between mixer and feed-forward**: the operation that, when it is changed, changes both the feed-forward's
+  input and the residual path.
+
+What cannot be recognised this way is unavailable, with the reason.
 
 ## Gradients in a trace
 
-Gradients come backwards, so `.grad` is read from the last value to the first, inside the `with` of `backward`:
+The backward pass computes gradients from the last value to the first. Read `.grad` in that order, inside the `with` of
+`backward`:
 
 ```python
 with model.trace("The Eiffel Tower is in"):
@@ -55,7 +63,8 @@ with model.trace("The Eiffel Tower is in"):
         early_grad = early.grad.save()
 ```
 
-`model.gradients(prompts, metric, values)` takes care of the order and gives plain tensors; see [collect](collect.md).
+`model.gradients(prompts, metric, values)` takes care of the order and returns plain tensors; see
+[Collecting](collect.md#gradients).
 """
 
 
