@@ -43,7 +43,7 @@ SECTIONS = [
     (
         "lens",
         "Logit lens",
-        "The next token that each layer predicts at each position (nostalgebraist, 2020). Bright cells are the most certain.",
+        "The next token that each layer predicts at each position (nostalgebraist, 2020). Bright cells are certain.",
         """\
         from nnterp.interventions import logit_lens_table
 

@@ -11,7 +11,7 @@ from nnterp.display._attention_head import draw_head
 from nnterp.display._attention_pattern import checked_pattern, pattern_of_result
 from nnterp.display._attention_wall import draw_wall
 from nnterp.display._grid import check_same
-from nnterp.display._results import is_numbers
+from nnterp.display._results import is_numbers, refuse_choices
 from nnterp.display._text import as_names
 from nnterp.display._theme import shown
 
@@ -23,6 +23,7 @@ def plot_attention(
     *,
     layers: Sequence[Any] | None = None,
     heads: Sequence[Any] | None = None,
+    prompt: int | None = None,
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
@@ -36,6 +37,7 @@ def plot_attention(
             of these tokens.
         tokenizer: Names tokens that are given as ids.
         layers, heads: Labels; 0, 1, … if None.
+        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
@@ -44,12 +46,15 @@ def plot_attention(
 
     Raises:
         ValueError: These are no probabilities, labels do not fit, or the wall has more than 300,000 cells.
+        IndexError: The result has no prompt `prompt`.
         TypeError: `pattern` is neither numbers nor a result.
     """
     if not is_numbers(pattern):
-        own = pattern_of_result(pattern)
+        own = pattern_of_result(pattern, prompt)
         pattern, tokens = own.values, own.tokens if tokens is None else tokens
         layers, heads = own.layers if layers is None else layers, own.heads if heads is None else heads
+    else:
+        refuse_choices("plot_attention", {} if prompt is None else {"prompt": prompt})
     probs = checked_pattern(pattern)
     keys = probs.shape[-1]
     names = [str(i) for i in range(keys)] if tokens is None else as_names(tokens, tokenizer)

@@ -28,11 +28,12 @@ class LabelledPattern:
     heads: Sequence[Any] | None
 
 
-def pattern_of_result(given: Any) -> LabelledPattern:
-    """The first tensor of a result whose last two axes are queries and keys.
+def pattern_of_result(given: Any, prompt: int | None) -> LabelledPattern:
+    """The first tensor of a result whose last two axes are queries and keys, of one prompt.
 
     Raises:
         ValueError: It has no such tensor, or one with another axis of several labels.
+        IndexError: There is no such prompt.
         TypeError: It is no result.
     """
     result = require_result(given, "plot_attention")
@@ -44,7 +45,7 @@ def pattern_of_result(given: Any) -> LabelledPattern:
             f"This result has no tensor whose last axes are queries and keys; it has {axes_in_words(result)}."
         )
     query, key = tuple(result.axes[names[0]])[-2:]
-    picked = pick(result, names[0], {}, "layers", "heads", query, key)
+    picked = pick(result, names[0], {}, "layers", "heads", query, key, prompt=prompt)
     labels = {axis: list(result.labels[axis]) for axis in ("layers", "heads") if axis in picked.axes}
     tokens = tokens_at(result, picked.taken.get("prompts", 0)) or list(map(str, result.labels[key]))
     return LabelledPattern(picked.values, tokens, labels.get("layers"), labels.get("heads"))

@@ -30,15 +30,17 @@ class ComponentScores:
     title: str
 
 
-def scores_of_result(given: Any, choose: Mapping[str, Any]) -> ComponentScores:
+def scores_of_result(given: Any, choose: Mapping[str, Any], prompt: int | None = None) -> ComponentScores:
     """The scores of each component or sender.
 
     Args:
         given: The result.
         choose: Axis name to the label to take there, or to "mean" to average over the axis.
+        prompt: Index of the prompt to draw.
 
     Raises:
         ValueError: There is no axis of components, or another axis has several labels and none was chosen.
+        IndexError: There is no such prompt.
         TypeError: It is no result.
     """
     result = require_result(given, "plot_components")
@@ -47,13 +49,13 @@ def scores_of_result(given: Any, choose: Mapping[str, Any]) -> ComponentScores:
     along = next((axis for axis in ("components", "senders") if axis in axes), None)
     if along is None:
         raise ValueError(f"{name} has axes {', '.join(axes)}; bars are drawn of components or senders.")
-    picked = pick(result, name, choose, along)
+    picked = pick(result, name, choose, along, prompt=prompt)
     scores, components = picked.values, list(result.labels[along])
     if along in choose:
         scores, components = scores[None], [components[picked.taken[along]]] if along in picked.taken else ["mean"]
     unchanged = _unchanged_run(result)
     others = {axis: label for axis, label in choose.items() if axis != along}
-    base = pick(result, unchanged, others).values if unchanged in result.tensors else np.zeros(())
+    base = pick(result, unchanged, others, prompt=prompt).values if unchanged in result.tensors else np.zeros(())
     return ComponentScores(
         scores, scores - base, components, score_name(result, name), title_of(result, _what(result, choose, picked))
     )

@@ -30,6 +30,7 @@ def plot_components(
     *,
     baseline: float | None = None,
     score: str = "score",
+    prompt: int | None = None,
     title: str | None = None,
     show: bool = False,
     **choose: Any,
@@ -44,23 +45,25 @@ def plot_components(
         components: Their names; 0, 1, … if None.
         baseline: The score of the run in which nothing is changed; 0 if None. A result object has its own.
         score: What the score is, with its unit ("logit difference").
+        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
-        **choose: For a result of several prompts, which one to draw (`prompts="..."`), or `prompts="mean"`.
+        **choose: For a result of several prompts, the text of the one to draw (`prompts="..."`), or `prompts="mean"`.
 
     Returns:
         The figure, of the changes from the baseline, coloured from −m to m around zero.
 
     Raises:
         ValueError: Names do not fit, or the result has several prompts and none was chosen.
+        IndexError: The result has no prompt `prompt`.
         TypeError: `scores` are neither numbers nor a result.
     """
     if is_numbers(scores):
-        refuse_choices("plot_components", choose)
+        refuse_choices("plot_components", choose if prompt is None else {"prompt": prompt})
         values = as_array(scores, "scores ([components])", 1)
         change = values - (0.0 if baseline is None else baseline)
     else:
-        own = scores_of_result(scores, choose)
+        own = scores_of_result(scores, choose, prompt)
         values, change = own.scores, own.change
         components = own.components if components is None else components
         score, title = own.score if score == "score" else score, own.title if title is None else title

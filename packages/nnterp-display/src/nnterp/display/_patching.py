@@ -28,6 +28,7 @@ def plot_patching(
     layers: Sequence[Any] | None = None,
     column_axis: str = "position (token)",
     score: str = "score",
+    prompt: int | None = None,
     title: str | None = None,
     show: bool = False,
     **choose: Any,
@@ -41,37 +42,59 @@ def plot_patching(
         layers: Labels of the rows; 0, 1, … if None.
         column_axis: Name of the columns' axis.
         score: What the score is, with its unit ("normalised logit difference").
+        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
         **choose: For a result object with more axes than two, which label to draw, by the axis' name
-            (`values="layers_output"`), or "mean" to average over it (`prompts="mean"`).
+            (`values="layers_output"`), or "mean" to average over it (`prompts="mean"`). Positions are averaged over
+            prompts only where they are the same place in each: columns selected by text or as the last token, or
+            prompts of one template (equally many tokens, which differ only in the template's slots). Hovering says how
+            many prompts a mean is of, and so does the label of a column that some prompts have no score for.
 
     Returns:
         The figure, coloured from −m to m around zero, with the numbers in the cells up to 24 × 24 of them.
 
     Raises:
-        ValueError: Labels do not fit their axis, or another axis of the result has several labels and none was chosen.
+        ValueError: Labels do not fit their axis, or another axis of the result has several labels and none was chosen,
+            or positions are not the same places in the prompts whose mean was asked for.
+        IndexError: The result has no prompt `prompt`.
         TypeError: `scores` are neither numbers nor a result.
     """
+    counts, prompts = None, 0
     if not is_numbers(scores):
-        own = cells_of_sweep(scores, choose)
+        own = cells_of_sweep(scores, choose, prompt)
+        counts, prompts = own.counts, own.prompts
         scores, column_axis = own.scores, own.column_axis
         columns = own.columns if columns is None else columns
         layers = own.layers if layers is None else layers
         score = own.score if score == "score" else score
         title = own.title if title is None else title
     else:
-        refuse_choices("plot_patching", choose)
+        refuse_choices("plot_patching", choose if prompt is None else {"prompt": prompt})
     cells = as_array(scores, "scores ([layers, columns])", 2)
     rows, count = cells.shape
     names = [str(i) for i in range(count)] if columns is None else _column_names(columns, tokenizer, column_axis)
     check_same("columns", len(names), count, "the second axis of scores")
     row_names = axis_labels("layers", layers, rows, "the first axis of scores")
-    return shown(_draw(cells, names, row_names, column_axis, score, title), show)
+    hover = _hover(cells, names, row_names, column_axis, score)
+    if counts is not None:
+        hover = [
+            [f"{text}<br>mean of {n} of {prompts} prompts" for text, n in zip(texts, row, strict=True)]
+            for texts, row in zip(hover, counts, strict=True)
+        ]
+        most = counts.max(0)
+        names = [name if n == prompts else f"({n}/{prompts}) {name}" for name, n in zip(names, most, strict=True)]
+    return shown(_draw(cells, names, row_names, hover, column_axis, score, title), show)
 
 
 def _draw(
-    cells: np.ndarray, names: list[str], row_names: list[str], column_axis: str, score: str, title: str | None
+    cells: np.ndarray,
+    names: list[str],
+    row_names: list[str],
+    hover: list[list[str]],
+    column_axis: str,
+    score: str,
+    title: str | None,
 ) -> go.Figure:
     rows, count = cells.shape
     written = rows <= _NUMBERS_UP_TO and count <= _NUMBERS_UP_TO
@@ -81,7 +104,7 @@ def _draw(
     figure.add_trace(
         go.Heatmap(
             z=cells,
-            hovertext=_hover(cells, names, row_names, column_axis, score),
+            hovertext=hover,
             hovertemplate="%{hovertext}<extra></extra>",
             hoverongaps=False,
             colorscale=DIVERGING,

@@ -115,7 +115,7 @@ def axes_in_words(result: LabelledResult) -> str:
     return "; ".join(f"{name} [{', '.join(result.axes[name])}]" for name in result.tensors)
 
 
-def pick(result: LabelledResult, name: str, choose: Mapping[str, Any], *keep: str) -> Picked:
+def pick(result: LabelledResult, name: str, choose: Mapping[str, Any], *keep: str, prompt: int | None = None) -> Picked:
     """One tensor of a result with the axes `keep`, in that order.
 
     Args:
@@ -123,25 +123,40 @@ def pick(result: LabelledResult, name: str, choose: Mapping[str, Any], *keep: st
         name: Name of the tensor.
         choose: Axis name to the label to take there, or to "mean" to average over the axis (NaN left out).
         *keep: Axes to keep, where the tensor has them. An axis that is neither kept nor chosen must have one label.
+        prompt: Index to take on the axis "prompts".
 
     Raises:
         ValueError: The tensor has no such axis or label, or an axis has several labels and none was chosen.
+        IndexError: There is no such prompt.
     """
     axes = tuple(result.axes[name])
     array = tensor_of(result, name)
     unknown = [axis for axis in choose if axis not in axes]
     if unknown:
         raise ValueError(f"{name} has no axis {unknown[0]!r}; its axes are {', '.join(axes)}.")
+    if prompt is not None and "prompts" in choose:
+        raise ValueError("Choose a prompt by its index with prompt=..., or by its label with prompts=..., not both.")
+    if prompt is not None and "prompts" not in axes:
+        raise ValueError(f"{name} has no axis 'prompts' to choose prompt {prompt} on; its axes are {', '.join(axes)}.")
     taken: dict[str, int] = {}
     for axis in [axis for axis in axes if axis in choose or axis not in keep]:
         if averages(result, choose, axis):
-            array = np.nanmean(array, axis=axes.index(axis))
+            array = _mean(array, axes.index(axis))
         else:
-            taken[axis] = _index(axis, list(result.labels[axis]), choose)
+            labels = list(result.labels[axis])
+            by_index = axis == "prompts" and prompt is not None
+            taken[axis] = prompt_index(labels, prompt or 0) if by_index else _index(axis, labels, choose)
             array = np.take(array, taken[axis], axis=axes.index(axis))
         axes = tuple(other for other in axes if other != axis)
     order = tuple(axis for axis in keep if axis in axes)
     return Picked(np.transpose(array, [axes.index(axis) for axis in order]), order, taken)
+
+
+def _mean(array: np.ndarray, axis: int) -> np.ndarray:
+    """The mean over an axis, NaN left out; NaN where there is nothing else."""
+    there = ~np.isnan(array)
+    total = np.where(there, array, 0.0).sum(axis)
+    return np.where(there.any(axis), total / np.maximum(there.sum(axis), 1), np.nan)
 
 
 def averages(result: LabelledResult, choose: Mapping[str, Any], axis: str) -> bool:
@@ -156,7 +171,10 @@ def _index(axis: str, labels: list[Any], choose: Mapping[str, Any]) -> int:
             raise ValueError(f"{axis}={choose[axis]!r} is not among the {axis} of this result: {_listed(labels)}.")
         return labels.index(choose[axis])
     if len(labels) > 1:
-        raise ValueError(f"This result has {len(labels)} {axis}: choose one with {axis}=..., one of {_listed(labels)}.")
+        by_index = f", or by its index with prompt=0 to prompt={len(labels) - 1}" if axis == "prompts" else ""
+        raise ValueError(
+            f"This result has {len(labels)} {axis}: choose one with {axis}=..., one of {_listed(labels)}{by_index}."
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from nnterp.display._arrays import as_array, number
 from nnterp.display._cell_text import inks
 from nnterp.display._grid import check_same
+from nnterp.display._results import refuse_choices
 from nnterp.display._text import as_names, escape
 from nnterp.display._theme import DIVERGING, MONO, MONO_WIDTH, SEQUENTIAL, new_figure, shown
 from nnterp.display._token_values import values_of_result
@@ -28,6 +29,7 @@ def plot_tokens(
     name: str = "value",
     limits: tuple[float, float] | None = None,
     columns: int = 90,
+    prompt: int | None = None,
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
@@ -40,6 +42,7 @@ def plot_tokens(
         name: What the value is, with its unit.
         limits: Both ends of the colour scale; if None, the least and the greatest value (from 0, if none is negative).
         columns: Characters in a line.
+        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
@@ -48,20 +51,39 @@ def plot_tokens(
 
     Raises:
         ValueError: There is not one value for each token.
+        IndexError: The result has no prompt `prompt`.
         TypeError: `values` are missing and `tokens` is no result.
     """
     if values is None:
-        tokens, values, name = values_of_result(tokens, name)
+        tokens, values, name = values_of_result(tokens, name, prompt)
+    else:
+        refuse_choices("plot_tokens", {} if prompt is None else {"prompt": prompt})
     numbers = as_array(values, "values ([positions])", 1)
     names = as_names(tokens, tokenizer)
     check_same("tokens", len(names), len(numbers), "values")
     texts = [shorten(text, min(_LONGEST, columns - 1)) for text in names]
     starts, lines = _flow(texts, names, columns)
 
+    figure = new_figure(title)
+    _add_tokens(figure, texts, names, numbers, name, starts, lines, limits)
+    longest = max(start + width(text) + 1 for start, text in zip(starts, texts, strict=True))
+    return shown(_fit(figure, longest, lines[-1] + 1), show)
+
+
+def _add_tokens(
+    figure: go.Figure,
+    texts: list[str],
+    names: list[str],
+    numbers: np.ndarray,
+    name: str,
+    starts: list[int],
+    lines: list[int],
+    limits: tuple[float, float] | None,
+) -> None:
+    """Draw each token as a bar with its text in it, and the colour bar."""
     low, high, signed = _limits(numbers, limits)
     scale = DIVERGING if signed else SEQUENTIAL
     ink = inks((numbers - low) / (high - low), scale, reverse=signed)
-    figure = new_figure(title)
     figure.add_trace(
         go.Bar(
             orientation="h",
@@ -86,8 +108,6 @@ def plot_tokens(
     figure.update_layout(
         coloraxis={"colorscale": scale, "reversescale": signed, "cmin": low, "cmax": high, "colorbar": _bar(name)}
     )
-    longest = max(start + width(text) + 1 for start, text in zip(starts, texts, strict=True))
-    return shown(_fit(figure, longest, lines[-1] + 1), show)
 
 
 def _limits(numbers: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float, bool]:
