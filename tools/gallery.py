@@ -21,10 +21,10 @@ LIMIT = 2_000_000  # bytes of all images together
 HEAD = """\
 # Gallery
 
-Every figure below is what its code draws of the model that comes with nnterp (`nnterp.toy_checkpoint()`). Figures are
-`plotly.graph_objects.Figure`: hover for exact numbers, `figure.show()` to see one, and
-`display.save(figure, "figure.html")` for a page that opens offline (or `.png` and `.svg`, with
-`pip install 'nnterp-display[images]'`).
+Each figure below was drawn by the code above it, with the small model of `nnterp.toy_checkpoint()`. Figures are
+`plotly.graph_objects.Figure`: hover for exact numbers, and call `figure.show()` to see one.
+`display.save(figure, "figure.html")` writes a page that opens offline; `.png` and `.svg` need
+`pip install 'nnterp-display[images]'`.
 
 This page and its images are made by `uv run python tools/gallery.py`.
 
@@ -43,7 +43,7 @@ SECTIONS = [
     (
         "lens",
         "Logit lens",
-        "What each layer would say next at each position (nostalgebraist, 2020). Bright cells are sure of their token.",
+        "The next token that each layer predicts at each position (nostalgebraist, 2020). Bright cells are certain.",
         """\
         from nnterp.interventions import logit_lens_table
 
@@ -63,7 +63,7 @@ SECTIONS = [
     (
         "targets",
         "Targets over layers",
-        "Probabilities of target categories over a set of prompts: median, and a band over the middle half of them.",
+        "Probabilities of target categories over a set of prompts: the line is the median, the band the middle half.",
         """\
         from nnterp.interventions import logit_lens
         from nnterp.prompts import Prompt, run_prompts
@@ -80,7 +80,7 @@ SECTIONS = [
     (
         "patching",
         "Activation patching by position",
-        "Where an indirect object is decided: 1 is the clean run's logit difference, 0 the corrupted run's.",
+        "The positions that decide the indirect object: 1 is the clean run's logit difference, 0 the corrupted run's.",
         """\
         from nnterp.interventions import activation_patching, logit_difference
 
@@ -110,7 +110,7 @@ SECTIONS = [
     (
         "attention",
         "Attention of one head",
-        "The head that patching points at. Query positions down, key positions across; the future is blank.",
+        "One of the heads, chosen from the map above. Query positions down, key positions across; the future is blank.",
         """\
         collected = model.collect(clean, "attention_probabilities")
         pattern = collected["attention_probabilities"][:, 0]  # [layers, heads, query, key]
@@ -121,7 +121,7 @@ SECTIONS = [
     (
         "attention-wall",
         "A wall of heads",
-        "All heads of all layers at once, to find the one to look at.",
+        "All heads of all layers at once, to choose the heads worth a closer look.",
         """\
         figure = display.plot_attention(pattern, tokens, model.tokenizer, title="Attention of every head")
         """,
@@ -129,7 +129,7 @@ SECTIONS = [
     (
         "tokens",
         "Tokens by a value",
-        "A text in reading order, each token coloured by a number: here, how surprised the model was by it.",
+        "A text in reading order, each token coloured by a number: here the model's surprise (minus log probability).",
         """\
         probs = logit_lens(model, text, positions=slice(None), layers=-1)[0, 0]  # [positions, vocab]
         ids = model.tokenizer(text)["input_ids"]
@@ -142,7 +142,7 @@ SECTIONS = [
     (
         "patchscope",
         "Patchscope",
-        "A hidden state read out by a prompt that repeats words (Ghandeharioun et al., 2024).",
+        "Hidden states patched into a prompt that makes the model repeat words (Ghandeharioun et al., 2024).",
         """\
         from nnterp.interventions import patchscope_table
 
@@ -153,7 +153,7 @@ SECTIONS = [
     (
         "topk",
         "Top tokens of each layer",
-        "The figure of nnterp 1.x, one panel per prompt.",
+        "One panel per prompt, as in nnterp 1.x.",
         """\
         probs = logit_lens(model, ["The capital of France is", "The capital of Japan is"])
         figure = display.plot_topk_tokens(probs, model.tokenizer, k=4, show=False)
@@ -162,7 +162,7 @@ SECTIONS = [
     (
         "dark",
         "In the dark",
-        "Any of them in the dark theme. Saved pages follow the reader's own setting without it.",
+        "Any figure can be drawn in the dark theme. Saved pages follow the reader's own setting without this.",
         """\
         figure = display.with_theme(results.plot(title="The capital emerges over depth"), "dark")
         """,
@@ -170,7 +170,7 @@ SECTIONS = [
     (
         "certificate",
         "The certificate",
-        "What was proven about this model's names when it was loaded.",
+        "The checks that ran when the model was loaded, and their results.",
         """\
         figure = display.plot_certificate(model.certificate)
         """,
@@ -185,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(1)
     space: dict = {}
     exec(SETUP, space)
-    # The page must not name the folder of whoever made it.
+    # Titles name the model by its path; the page must not show a local folder.
     space["model"].repo_id = "toy"
     object.__setattr__(space["model"].certificate, "model", "toy")
     page = [HEAD.format(setup=SETUP.strip())]

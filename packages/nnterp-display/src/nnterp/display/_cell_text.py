@@ -1,4 +1,4 @@
-"""Text in the cells of a heat map, each in black or white, whichever stands out more from its cell."""
+"""Text in the cells of a heat map, black or white, whichever has more contrast with the cell."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _STEPS = 256
 
 
 def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray:
-    """The better of black and white on each place of a colour scale (WCAG 2 relative luminance).
+    """Text colours, black or white, with the better contrast on a colour scale (WCAG 2 relative luminance).
 
     Args:
         levels: Places from 0 to 1, any shape; NaN stands for an empty cell.
         scale: Name of a plotly colour scale.
-        reverse: Whether the scale is drawn reversed.
+        reverse: True if the scale is drawn reversed.
+
+    Returns:
+        `"#000000"` or `"#ffffff"` for each level, in the shape of `levels`.
     """
     colours = [unlabel_rgb(c) for c in sample_colorscale(get_colorscale(scale), list(np.linspace(0, 1, _STEPS)))]
     rgb = np.array(colours) / 255
@@ -33,7 +36,7 @@ def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray
 
 
 def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *, mono: bool = True) -> go.Scatter:
-    """The texts, escaped here, at the centres of cells `[rows, columns]`; hovering goes through to the cells."""
+    """A trace that writes texts, escaped here, in the cells `[rows][columns]`; hovering ignores it."""
     spots = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
     return go.Scatter(
         x=[j for _, j in spots],

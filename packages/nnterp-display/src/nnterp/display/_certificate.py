@@ -20,12 +20,15 @@ _COLUMNS = {"claim": 52, "detail": 64}
 
 
 def plot_certificate(certificate: Certificate, *, title: str | None = None, show: bool = False) -> go.Figure:
-    """The lines of a certificate: mark, claim, measured error, allowed error, what was found.
+    """A table with a row for each line of a certificate: mark, claim, measured error, allowed error, finding.
 
     Args:
         certificate: What `model.validate()` returns, or a loaded `Certificate`.
         title: Plain text; the certificate's own verdict if None.
         show: Also show the figure, in a notebook or a browser.
+
+    Returns:
+        The figure.
     """
     rows = certificate.rows()
     head, *_ = str(certificate).split("\n", 1)

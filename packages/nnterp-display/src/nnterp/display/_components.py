@@ -1,18 +1,20 @@
-"""What parts of a model do alone: ablations and patched paths, as a map by layer and head or as a list of bars."""
+"""Effects of single components (ablated, or patched along a path): a map by layer and head, or a list of bars."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, number
-from nnterp.display._grid import check_same, fit, label_pixels, number_ticks
+from nnterp.display._component_scores import scores_of_result
+from nnterp.display._grid import axis_labels, fit, label_pixels, number_ticks
 from nnterp.display._patching import plot_patching
+from nnterp.display._results import is_numbers, refuse_choices
 from nnterp.display._text import escape
 from nnterp.display._theme import DIVERGING, MONO, new_figure, shown
 from nnterp.token_text import shorten
@@ -28,96 +30,74 @@ def plot_components(
     *,
     baseline: float | None = None,
     score: str = "score",
+    prompt: int | None = None,
     title: str | None = None,
     show: bool = False,
     **choose: Any,
 ) -> go.Figure:
     """How much each component's ablation, or its patched path, changes a score.
 
-    Components that are single heads of layers (or whole parts, one column for each kind) make a map, layer up and head
-    across; others a bar each, in their order, from the top.
+    Single heads of several layers are drawn as a map, layer up and head across, and so are whole parts of several
+    layers, with a column for each kind of part. Other components are drawn as bars, in their order from the top.
 
     Args:
         scores: `[components]`, or the result object of `ablate` or `path_patching` of `nnterp.interventions`.
         components: Their names; 0, 1, … if None.
-        baseline: What the score is when nothing is changed; 0 if None. A result object brings its own.
+        baseline: The score of the run in which nothing is changed; 0 if None. A result object has its own.
         score: What the score is, with its unit ("logit difference").
+        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
-        **choose: For a result of several prompts, which one to draw (`prompts="..."`), or `prompts="mean"`.
+        **choose: For a result of several prompts, the text of the one to draw (`prompts="..."`), or `prompts="mean"`.
 
     Returns:
         The figure, of the changes from the baseline, coloured from −m to m around zero.
 
     Raises:
         ValueError: Names do not fit, or the result has several prompts and none was chosen.
+        IndexError: The result has no prompt `prompt`.
+        TypeError: `scores` are neither numbers nor a result.
     """
-    if _adapt.is_numbers(scores):
-        if choose:
-            raise TypeError(
-                f"plot_components() has no argument {next(iter(choose))!r}; axes are chosen of a result object only."
-            )
+    if is_numbers(scores):
+        refuse_choices("plot_components", choose if prompt is None else {"prompt": prompt})
         values = as_array(scores, "scores ([components])", 1)
         change = values - (0.0 if baseline is None else baseline)
     else:
-        values, change, own = from_result(scores, choose)
-        components = own["components"] if components is None else components
-        score, title = own["score"] if score == "score" else score, own["title"] if title is None else title
-    names = [str(i) for i in range(len(values))] if components is None else [str(name) for name in components]
-    check_same("components", len(names), len(values), "scores")
+        own = scores_of_result(scores, choose, prompt)
+        values, change = own.scores, own.change
+        components = own.components if components is None else components
+        score, title = own.score if score == "score" else score, own.title if title is None else title
+    names = axis_labels("components", components, len(values), "scores")
     label = f"change of {score}"
-    placed = _grid_of(names)
-    if placed is not None:
-        layers, columns, axis, places = placed
-        cells = np.full((len(layers), len(columns)), np.nan)
-        for (row, column), number_ in zip(places, change, strict=True):
-            cells[row, column] = number_
-        return plot_patching(cells, columns, layers=layers, column_axis=axis, score=label, title=title, show=show)
-    return _bars(names, values, change, score, label, title, show)
-
-
-def from_result(result: Any, choose: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """`[components]` scores and their changes from the run in which nothing is changed, with the labels."""
-    _adapt.require_result(result, "plot_components")
-    name = next(iter(result.tensors))
-    axes = list(result.axes[name])
-    along = next((axis for axis in ("components", "senders") if axis in axes), None)
-    if along is None:
-        raise ValueError(f"{name} has axes {', '.join(axes)}; bars are drawn of components or senders.")
-    about = getattr(result, "about", None) or {}
-    arguments = about.get("arguments", {})
-    unchanged = "baseline"
-    if unchanged not in result.tensors:
-        unchanged = "clean" if arguments.get("direction") == "noising" else "corrupted"
-    values, _, taken = _adapt.pick(result, name, choose, along)
-    if unchanged in result.tensors:
-        base, _, _ = _adapt.pick(result, unchanged, {k: v for k, v in choose.items() if k != along})
-    else:
-        base = np.zeros(())
-    if along in choose:
-        values, names = values[None], [result.labels[along][taken[along]]] if along in taken else ["mean"]
-    else:
-        names = list(result.labels[along])
-    where = "mean over prompts" if choose.get("prompts") == "mean" else ""
-    if "prompts" in taken and len(result.labels["prompts"]) > 1:
-        where = f"prompt {result.labels['prompts'][taken['prompts']]}"
-    function = str(about.get("function", "")).replace("_", " ")
-    words = {"ablate": "Ablation", "path patching": "Path patching"}.get(function, function.capitalize())
-    how = arguments.get("how")
-    details = ", ".join(filter(None, [how if isinstance(how, str) and "<" not in how else "", where]))
-    return (
-        values,
-        values - base,
-        {
-            "components": names,
-            "score": _adapt.score_name(result, name),
-            "title": _adapt.title_of(result, f"{words}{f' ({details})' if details else ''}"),
-        },
+    grid = _grid_of(names)
+    if grid is None:
+        return shown(_bars(names, values, change, score, label, title), show)
+    cells = np.full((len(grid.layers), len(grid.columns)), np.nan)
+    for place, moved in zip(grid.places, change, strict=True):
+        cells[place] = moved
+    return plot_patching(
+        cells, grid.columns, layers=grid.layers, column_axis=grid.column_axis, score=label, title=title, show=show
     )
 
 
-def _grid_of(names: Sequence[str]) -> tuple[list[int], list[str], str, list[tuple[int, int]]] | None:
-    """Layers, columns and each component's place, where the names are those of single parts of two layers or more."""
+@dataclass(frozen=True)
+class _Grid:
+    """Components as cells of a map.
+
+    Attributes:
+        layers, columns: Labels of the axes.
+        column_axis: Name of the columns' axis.
+        places: Row and column of each component.
+    """
+
+    layers: list[int]
+    columns: list[str]
+    column_axis: str
+    places: list[tuple[int, int]]
+
+
+def _grid_of(names: Sequence[str]) -> _Grid | None:
+    """The map of these components; None unless each is a single part and they fill at least two layers and columns."""
     found = [_LABEL.fullmatch(name) for name in names]
     if not found or not all(found):
         return None
@@ -139,11 +119,11 @@ def _grid_of(names: Sequence[str]) -> tuple[list[int], list[str], str, list[tupl
     places = [(layers.index(int(p["layer"])), columns.index(key)) for p, key in zip(parts, keys, strict=True)]
     if len(layers) < 2 or len(columns) < 2 or len(set(places)) < len(places) or (axis != "head" and len(columns) > 8):
         return None
-    return layers, [str(column) for column in columns], axis, places
+    return _Grid(layers, [str(column) for column in columns], axis, places)
 
 
 def _bars(
-    names: Sequence[str], values: np.ndarray, change: np.ndarray, score: str, label: str, title: str | None, show: bool
+    names: Sequence[str], values: np.ndarray, change: np.ndarray, score: str, label: str, title: str | None
 ) -> go.Figure:
     rows = list(range(len(names)))
     most = float(np.nanmax(np.abs(change))) if len(rows) and not np.isnan(change).all() else 0.0
@@ -181,4 +161,4 @@ def _bars(
     )
     figure.update_xaxes(title_text=escape(label), zeroline=True)
     left = max((label_pixels([name]) if len(name) <= 18 else round(len(name) * 6.7) + 8) for name in cut or [""])
-    return shown(fit(figure, width=420, height=max(len(rows) * _BAR, 60), left=left + 16, bottom=64, right=40), show)
+    return fit(figure, width=420, height=max(len(rows) * _BAR, 60), left=left + 16, bottom=64, right=40)

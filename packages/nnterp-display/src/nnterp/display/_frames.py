@@ -1,4 +1,4 @@
-"""Everything tabular as a pandas DataFrame."""
+"""Tables as pandas DataFrames: prompts, top tokens, a certificate, an anatomy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from nnterp.display._arrays import as_array, check_probabilities
+from nnterp.display._arrays import top_tokens
 from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def prompts_to_df(prompts: Iterable[Any], tokenizer: Any = None) -> pd.DataFrame:
-    """Prompts with their targets, a column each: the text, `<target>_string`, and with a tokenizer `<target>_tokens`.
+    """Prompts with their targets, one column per prompt and one row per field.
+
+    The rows are `prompt`, `<target>_string` for each target, and with a tokenizer `<target>_tokens`.
 
     Args:
         prompts: `nnterp.prompts.Prompt` objects (anything with `prompt`, `target_strings` and `target_tokens`).
@@ -45,12 +47,7 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
     Raises:
         ValueError: These are no probabilities over the vocabulary, or `k` is not between 1 and its size.
     """
-    probs = as_array(next_token_probs, "next_token_probs ([prompts, layers, vocab])", 1, 2, 3)
-    probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
-    check_probabilities(probs, "next_token_probs")
-    if not 1 <= k <= probs.shape[-1]:
-        raise ValueError(f"k goes from 1 to {probs.shape[-1]}, the size of the vocabulary, not {k}.")
-    ids = np.argsort(-probs, axis=-1, kind="stable")[..., :k]
+    best, ids = top_tokens(next_token_probs, k)
     names = TokenNames(tokenizer)
     rows = [
         {
@@ -59,7 +56,7 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
             "rank": j + 1,
             "id": int(ids[p, i, j]),
             "token": names(int(ids[p, i, j])),
-            "probability": probs[p, i, ids[p, i, j]],
+            "probability": best[p, i, j],
         }
         for p, i, j in np.ndindex(*ids.shape)
     ]
@@ -74,5 +71,5 @@ def certificate_to_df(certificate: Certificate) -> pd.DataFrame:
 
 
 def anatomy_to_df(anatomy: Anatomy) -> pd.DataFrame:
-    """What is called what in a model, a row each: standard name, native path."""
+    """The names of a model's modules, a row each: standard name, native path."""
     return pd.DataFrame(list(anatomy.names()), columns=["name", "native"])

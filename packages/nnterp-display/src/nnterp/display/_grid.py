@@ -1,4 +1,4 @@
-"""Cells of equal size: how large a heat map has to be to be read, and how its axes are labelled."""
+"""Layout of heat maps: the size of a readable cell, the labels of the axes, the size of the whole figure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -51,8 +52,8 @@ class Cells:
         return cls(size, size, 11)
 
 
-def token_ticks(names: Sequence[str], cell: int, font: int = 11, *, vertical: bool | None = None) -> dict:
-    """Axis settings that show every token under its own cell, upright where they fit and turned where they do not."""
+def token_ticks(names: Sequence[str], cell: int, font: int = 11, *, vertical: bool | None = None) -> dict[str, Any]:
+    """Axis settings that show every token beside its cell; turned by 90° if `vertical`, or if None where too wide."""
     shown = [shorten(name, LABEL_COLUMNS) for name in names]
     turned = (
         max((width(name) for name in shown), default=0) * font * MONO_WIDTH > cell - 4 if vertical is None else vertical
@@ -69,8 +70,8 @@ def token_ticks(names: Sequence[str], cell: int, font: int = 11, *, vertical: bo
     }
 
 
-def number_ticks(labels: Sequence[object], cell: int, font: int = 11) -> dict:
-    """Axis settings for numbered rows: every label where they fit, every 2nd, 5th, 10th, … where they do not."""
+def number_ticks(labels: Sequence[object], cell: int, font: int = 11) -> dict[str, Any]:
+    """Axis settings for numbered rows: every label if they fit, else every 2nd, 5th, 10th, …"""
     names = [str(label) for label in labels]
     every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell >= font + 3), 100)
     kept = [i for i in range(len(names)) if i % every == 0]
@@ -86,7 +87,7 @@ def number_ticks(labels: Sequence[object], cell: int, font: int = 11) -> dict:
 
 
 def label_pixels(names: Sequence[str], font: int = 11) -> int:
-    """Pixels that the longest of these labels takes."""
+    """Width of the longest of these labels in pixels."""
     longest = max((min(width(name), LABEL_COLUMNS) for name in names), default=1)
     return round(longest * font * MONO_WIDTH) + 8
 
@@ -120,18 +121,29 @@ def fit(
 
 
 def _wrapped(text: str, pixels: int, font: int = 13) -> list[str]:
-    """A title in lines that fit in so many pixels."""
+    """A title cut into lines of at most this many pixels."""
     return textwrap.wrap(text, max(round(pixels / (font * 0.6)), 8)) or [""]
 
 
 def check_same(what: str, got: int, expected: int, of: str) -> None:
-    """Raise where a list of labels does not match the axis it labels.
+    """Check that a list of labels is as long as the axis it labels.
 
     Raises:
         ValueError: The lengths differ.
     """
     if got != expected:
         raise ValueError(f"{what} has {got} entries, but {of} has {expected}. Give one label for each.")
+
+
+def axis_labels(what: str, labels: Sequence[object] | None, count: int, of: str) -> list[str]:
+    """The labels of an axis as texts; 0, 1, … if there are none.
+
+    Raises:
+        ValueError: There is not one label for each of the `count` entries.
+    """
+    names = [str(i) for i in range(count)] if labels is None else [str(label) for label in labels]
+    check_same(what, len(names), count, of)
+    return names
 
 
 def table_row(lines: int, font: int) -> int:

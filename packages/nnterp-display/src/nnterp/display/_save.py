@@ -1,4 +1,4 @@
-"""Write a figure to a file: a page that opens without a network, or an image."""
+"""Write a figure to a file: an HTML page that needs no network, or an image."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ PAGES = ("html", "htm")
 
 
 class ImageWriterMissing(RuntimeError):
-    """An image was asked for, and what plotly writes images with is not installed or does not run."""
+    """The image cannot be written: kaleido, or the browser it needs, is not installed or does not run."""
 
 
 def save(
     figure: go.Figure, path: str | Path, *, theme: Theme | None = None, scale: float = 2.0, title: str | None = None
 ) -> Path:
-    """Write a figure; what kind of file is read off the path.
+    """Write a figure to a file whose kind is given by the suffix of the path.
 
-    * `.html`: one self-contained page with plotly.js in it, which opens offline and asks nothing of a network. It
-      follows the reader's light or dark setting unless `theme` fixes it.
+    * `.html`: one self-contained page with plotly.js in it, which opens offline and makes no network requests. It
+      follows the reader's light or dark setting unless `theme` is given.
     * `.png`, `.svg`, `.pdf`, `.jpg`, `.webp`: an image, through plotly's own writer (kaleido and a Chrome).
 
-    Directories are made. The file is complete or not there: a failed write leaves what was there before.
+    Missing directories are made. The file is replaced in one step: if writing fails, an older file stays as it was.
 
     Args:
         figure: Any plotly figure.
-        path: Where to.
+        path: The file to write.
         theme: "light" or "dark"; the figure's own if None.
         scale: Pixels of an image per pixel of the figure.
         title: The page's title; the figure's if None.
@@ -43,8 +43,8 @@ def save(
         The path written.
 
     Raises:
-        ValueError: The path's suffix is none of these.
-        ImageWriterMissing: There is no image writer; the message says how to get one, and `.html` needs none.
+        ValueError: The path has another suffix.
+        ImageWriterMissing: Images cannot be written here; the message says what to install. `.html` always works.
         OSError: The directory or the file cannot be written.
     """
     path = Path(path)
@@ -100,7 +100,7 @@ def _is_ours(figure: go.Figure) -> bool:
 
 
 def _follow_reader() -> str:
-    """Script that puts the figure in the reader's light or dark setting, now and when it changes."""
+    """A script that gives the figure the theme of the reader's light or dark setting, also when the setting changes."""
     templates = {name: template.to_plotly_json() for name, template in TEMPLATES.items()}
     return (
         f"const templates = {pio.json.to_json_plotly(templates)};"
@@ -131,7 +131,7 @@ def _image(figure: go.Figure, kind: str, scale: float) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader finds the old content or the new, never a part."""
+    """Write a file in one step: a reader sees the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from nnterp.display import _adapt
 from nnterp.display._arrays import as_array, number
-from nnterp.display._grid import check_same
+from nnterp.display._grid import axis_labels
+from nnterp.display._target_curves import curves_of_result
 from nnterp.display._text import escape
 from nnterp.display._theme import DASHES, LINES, SYMBOLS, new_figure, shown
 from nnterp.token_text import shorten, visible, width
@@ -44,13 +44,18 @@ def plot_targets(
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: There is no layer axis, or the categories have different numbers of layers.
+        TypeError: `targets` is neither a mapping nor a result.
     """
     if not isinstance(targets, Mapping):
-        targets, own = _adapt.target_curves(targets)
-        layers = own["layers"] if layers is None else layers
-        title = own["title"] if title is None else title
+        own = curves_of_result(targets)
+        targets = own.curves
+        layers = own.layers if layers is None else layers
+        title = own.title if title is None else title
     if not targets:
         raise ValueError("There are no targets to draw: give category → [prompts, layers].")
     if band is not None and band not in _BANDS:
@@ -60,67 +65,82 @@ def plot_targets(
     if len(set(lengths.values())) > 1:
         raise ValueError(f"All targets must have the same number of layers; they have {lengths}.")
     count = next(iter(lengths.values()))
-    rows = [str(i) for i in range(count)] if layers is None else [str(layer) for layer in layers]
-    check_same("layers", len(rows), count, "the layer axis of the targets")
+    rows = axis_labels("layers", layers, count, "the layer axis of the targets")
 
-    several = max(curve.shape[0] for curve in curves.values()) > 1
+    prompts = max(curve.shape[0] for curve in curves.values())
+    drawn_band = band if prompts > 1 else None
     figure = new_figure(title)
-    x = list(range(count))
     for i, (name, curve) in enumerate(curves.items()):
-        label = escape(shorten(visible_name(name), 32))
-        line, low, high = _summary(curve, band)
-        colour = LINES[i % len(LINES)]
-        if several and band is not None:
-            figure.add_trace(_band(x, low, high, colour, label))
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=line,
-                name=label,
-                legendgroup=label,
-                mode="lines+markers",
-                line={"color": colour, "width": 2.5, "dash": DASHES[i % len(DASHES)]},
-                marker={"color": colour, "size": 6, "symbol": SYMBOLS[i % len(SYMBOLS)]},
-                hovertext=[
-                    _hover(
-                        escape(visible_name(name)),
-                        rows[j],
-                        curve[:, j],
-                        line[j],
-                        low[j],
-                        high[j],
-                        band if several else None,
-                    )
-                    for j in x
-                ],
-                hovertemplate="%{hovertext}<extra></extra>",
-            )
-        )
-    pixels = max(560, min(18 * count, 1100))
-    every = next((step for step in (1, 2, 5, 10, 20, 50) if pixels / max(count, 1) * step >= 26), 100)
-    figure.update_xaxes(
-        title_text="layer", tickmode="array", tickvals=x[::every], ticktext=[escape(r) for r in rows[::every]]
-    )
-    figure.update_xaxes(range=[-0.5, count - 0.5], zeroline=False)
-    figure.update_yaxes(title_text=escape(unit), rangemode="tozero")
-    if unit == "probability":
-        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".1f")
-    legend = max(width(shorten(visible_name(name), 32)) for name in curves) * 8 + 70
-    figure.update_layout(
-        width=pixels + 70 + legend, height=420, showlegend=True, margin={"l": 64, "r": legend, "t": 64, "b": 84}
-    )
-    figure.update_layout(legend={"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top"})
-    if several and band is not None:
-        prompts = max(curve.shape[0] for curve in curves.values())
-        note = f"{_BANDS[band]} ({prompts} prompts)"
+        figure.add_traces(_traces(i, _visible_name(name), curve, rows, band, drawn_band))
+    legend = max(width(shorten(_visible_name(name), 32)) for name in curves) * 8 + 70
+    _lay_out(figure, rows, unit, legend)
+    if drawn_band is not None:
         figure.add_annotation(
-            text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, xanchor="left", yanchor="bottom", font_size=11
+            text=f"{_BANDS[drawn_band]} ({prompts} prompts)",
+            xref="paper",
+            yref="paper",
+            x=0,
+            y=0,
+            yshift=-72,
+            xanchor="left",
+            yanchor="bottom",
+            font_size=11,
         )
     return shown(figure, show)
 
 
-def visible_name(name: Any) -> str:
-    """A category's name; spaces inside it are ordinary ones."""
+def _traces(
+    i: int, name: str, curve: np.ndarray, rows: list[str], band: Band | None, drawn_band: Band | None
+) -> list[go.Scatter]:
+    """The line of one category, and under it the band if one is drawn."""
+    label = escape(shorten(name, 32))
+    line, low, high = _summary(curve, band)
+    colour = LINES[i % len(LINES)]
+    x = list(range(len(rows)))
+    traces = [] if drawn_band is None else [_band(x, low, high, colour, label)]
+    traces.append(
+        go.Scatter(
+            x=x,
+            y=line,
+            name=label,
+            legendgroup=label,
+            mode="lines+markers",
+            line={"color": colour, "width": 2.5, "dash": DASHES[i % len(DASHES)]},
+            marker={"color": colour, "size": 6, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+            hovertext=[_hover(escape(name), rows[j], curve[:, j], line[j], low[j], high[j], drawn_band) for j in x],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    )
+    return traces
+
+
+def _lay_out(figure: go.Figure, rows: list[str], unit: str, legend: int) -> None:
+    """Axes and size of the figure, with `legend` pixels for the legend."""
+    count = len(rows)
+    pixels = max(560, min(18 * count, 1100))
+    every = next((step for step in (1, 2, 5, 10, 20, 50) if pixels / max(count, 1) * step >= 26), 100)
+    figure.update_xaxes(
+        title_text="layer",
+        tickmode="array",
+        tickvals=list(range(count))[::every],
+        ticktext=[escape(row) for row in rows[::every]],
+        range=[-0.5, count - 0.5],
+        zeroline=False,
+    )
+    figure.update_yaxes(title_text=escape(unit), rangemode="tozero")
+    if unit == "probability":
+        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".1f")
+    figure.update_layout(
+        width=pixels + 70 + legend,
+        height=420,
+        showlegend=True,
+        legend={"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top"},
+        margin={"l": 64, "r": legend, "t": 64, "b": 84},
+    )
+
+
+def _visible_name(name: Any) -> str:
+    """A category's name as visible text; inner spaces stay spaces unless the name starts or ends with white space."""
     return visible(str(name)).replace("·", " ") if str(name).strip() == str(name) else visible(str(name))
 
 
@@ -130,6 +150,7 @@ def _curve(name: Any, values: Any) -> np.ndarray:
 
 
 def _summary(curve: np.ndarray, band: Band | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Line, lower and upper end of the band at each layer, NaN left out."""
     if band == "quartiles":
         low, line, high = np.nanquantile(curve, [0.25, 0.5, 0.75], axis=0)
         return line, low, high

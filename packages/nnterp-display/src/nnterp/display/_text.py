@@ -1,4 +1,4 @@
-"""Texts for plotly, which takes a subset of HTML, entities and LaTeX in every label for markup."""
+"""Texts for labels of plotly figures, escaped because plotly reads HTML and LaTeX in every label."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from nnterp.token_text import TokenNames, visible
 
 
 def escape(text: str) -> str:
-    """A text for plotly, which reads a subset of HTML, entities and (where MathJax is loaded) LaTeX in every label.
+    """Escape a text for a label of a plotly figure, so that it shows as it is.
 
-    Right-to-left text is isolated, so that the numbers beside it stay beside it.
+    Plotly reads a subset of HTML, entities and (where MathJax is loaded) LaTeX in every label. Text with right-to-left
+    letters is put between Unicode isolates, so that it does not reorder the numbers next to it.
     """
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
     if any(unicodedata.bidirectional(char) in {"R", "AL"} for char in text):
@@ -21,12 +22,12 @@ def escape(text: str) -> str:
 
 
 def escape_lines(text: str) -> str:
-    """`escape`, with the line breaks kept."""
+    """`escape` each line, and turn line breaks into `<br>`."""
     return "<br>".join(escape(line) for line in text.split("\n"))
 
 
 def as_names(tokens: Sequence[Any] | Any, tokenizer: Any = None) -> list[str]:
-    """Labels for tokens given as ids (list or 1-d tensor, with the tokenizer) or as plain texts."""
+    """Visible labels of tokens given as texts, or as ids (a list or a tensor `[tokens]`), which the tokenizer names."""
     if hasattr(tokens, "tolist"):
         tokens = tokens.tolist()
     names = TokenNames(tokenizer)

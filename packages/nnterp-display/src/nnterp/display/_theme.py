@@ -1,24 +1,26 @@
-"""One look for every figure: a light and a dark template, and colours that survive colour blindness."""
+"""The look of every figure: a light and a dark template, and colour scales that colour-blind readers can read."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 import plotly.io as pio
+
+from nnterp.display._text import escape_lines
 
 Theme = Literal["light", "dark"]
 
 SEQUENTIAL = "Cividis"  # Nuñez, Anderton and Renslow 2018: made for colour-vision deficiency, monotone in lightness
 DIVERGING = "RdBu"  # ColorBrewer, colour-blind safe; white at zero
-# Okabe and Ito 2008, the ones that stand out on white and on black first; their black is left out.
+# Okabe and Ito 2008 without their black and yellow, ordered by contrast on white and on black paper.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
-MONO_WIDTH = 0.62  # a column of the widest of these, over the font size
+MONO_WIDTH = 0.62  # width of a character in the widest of these fonts, per font size
 
 _INKS = {
     "light": {"paper": "#ffffff", "ink": "#1f2430", "soft": "#5c6370", "grid": "#e3e6ea", "panel": "#f4f6f8"},
@@ -65,7 +67,7 @@ def _template(theme: Theme) -> go.layout.Template:
     )
 
 
-def _colorbar(ink: dict[str, str]) -> dict:
+def _colorbar(ink: dict[str, str]) -> dict[str, Any]:
     return {
         "outlinewidth": 0,
         "ticks": "outside",
@@ -80,7 +82,7 @@ TEMPLATES: dict[Theme, go.layout.Template] = {"light": _template("light"), "dark
 
 
 def current_theme() -> Theme:
-    """The theme new figures are made with: "dark" where plotly's default template is a dark one."""
+    """The theme of new figures: "dark" if the name of plotly's default template has "dark" in it, else "light"."""
     return "dark" if "dark" in str(pio.templates.default or "") else "light"
 
 
@@ -97,8 +99,6 @@ def with_theme(figure: go.Figure, theme: Theme) -> go.Figure:
 
 def new_figure(title: str | None, **layout: object) -> go.Figure:
     """An empty figure in the current theme; `title` is plain text."""
-    from nnterp.display._text import escape_lines
-
     figure = go.Figure(layout={"template": TEMPLATES[current_theme()], **layout})
     if title:
         figure.update_layout(title_text=escape_lines(title))
@@ -106,7 +106,7 @@ def new_figure(title: str | None, **layout: object) -> go.Figure:
 
 
 def shown(figure: go.Figure, show: bool) -> go.Figure:
-    """The figure, after it has been shown if that was asked for."""
+    """Show the figure if `show`, and return it."""
     if show:
         figure.show()
     return figure

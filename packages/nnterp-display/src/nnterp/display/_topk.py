@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from nnterp.display._arrays import as_array, check_probabilities, number
+from nnterp.display._arrays import number, top_tokens
 from nnterp.display._cell_text import cell_text, inks
 from nnterp.display._grid import number_ticks
 from nnterp.display._save import save
@@ -44,9 +45,9 @@ def plot_topk_tokens(
         k: How many tokens.
         title: Plain text.
         use_token_ids: Show ids instead of tokens.
-        file: Also write the figure: an image if the suffix is one of an image, a page if it is `.html`.
-        save_html: With an image, also write the page beside it.
-        height: Pixels of a panel at least; a panel with many layers grows so that they can be read.
+        file: Also write the figure to this path: an image or an `.html` page, by its suffix (see `save`).
+        save_html: If `file` is an image, also write the page next to it.
+        height: Least height of a panel in pixels; panels with many layers are higher, so that each row can be read.
         width: Pixels of a panel.
         show: Show the figure, in a notebook or a browser. False leaves that to the caller.
 
@@ -55,77 +56,122 @@ def plot_topk_tokens(
 
     Raises:
         ValueError: These are no probabilities over the vocabulary, or `k` is not between 1 and its size.
-        ImageWriterMissing: An image was asked for, and there is nothing to write it with; a page that was asked for as
-            well has been written.
+        ImageWriterMissing: `file` is an image, and plotly has nothing to write it with. With `save_html`, the page has
+            been written by then.
     """
-    probs = as_array(next_token_probs, "next_token_probs ([prompts, layers, vocab])", 1, 2, 3)
-    probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
-    check_probabilities(probs, "next_token_probs")
-    prompts, layers, vocab = probs.shape
-    if not 1 <= k <= vocab:
-        raise ValueError(f"k goes from 1 to {vocab}, the size of the vocabulary, not {k}.")
-    ids = np.argsort(-probs, axis=-1, kind="stable")[..., :k]
-    best = np.take_along_axis(probs, ids, -1)
+    best, ids = top_tokens(next_token_probs, k)
+    prompts, layers, _ = ids.shape
     names = TokenNames(tokenizer)
-
-    across = min(_PANELS_ACROSS, prompts)
-    down = math.ceil(prompts / across)
-    tall = max(height - _TOP - _BOTTOM, layers * _ROW, 80)
-    wide = max(width - _LEFT - 20, 120)
-    inner = (across * wide + (across - 1) * _GAP_X, down * tall + (down - 1) * _GAP_Y)
+    panels = _Panels(prompts, max(width - _LEFT - 20, 120), max(height - _TOP - _BOTTOM, layers * _ROW, 80))
     figure = make_subplots(
-        rows=down, cols=across, horizontal_spacing=_GAP_X / inner[0], vertical_spacing=_GAP_Y / inner[1]
+        rows=panels.down,
+        cols=panels.across,
+        horizontal_spacing=_GAP_X / panels.inner[0],
+        vertical_spacing=_GAP_Y / panels.inner[1],
     )
-    columns = max(int((wide / k - 6) / (11 * MONO_WIDTH)), 2)
     for prompt in range(prompts):
+        hover = _hover(best[prompt], ids[prompt], names)
         texts = [[str(token) if use_token_ids else names(token) for token in row] for row in ids[prompt].tolist()]
-        figure.add_trace(
-            go.Heatmap(
-                z=best[prompt],
-                x=list(range(k)),
-                y=list(range(layers)),
-                hovertext=[
-                    [
-                        f"layer {i}, rank {j + 1}<br>id {ids[prompt, i, j]}  {escape(names(ids[prompt, i, j]))}"
-                        f"<br>probability {number(best[prompt, i, j])}"
-                        for j in range(k)
-                    ]
-                    for i in range(layers)
-                ],
-                hovertemplate="%{hovertext}<extra></extra>",
-                coloraxis="coloraxis",
-                xgap=1,
-                ygap=1,
-            ),
-            row=prompt // across + 1,
-            col=prompt % across + 1,
+        row, column = divmod(prompt, panels.across)
+        _add_panel(figure, panels, best[prompt], texts, hover, row=row + 1, col=column + 1)
+    _lay_out(figure, panels, title or f"Top {k} tokens of each layer")
+    if file is not None:
+        path = Path(file)
+        if save_html and path.suffix != ".html":
+            save(figure, path.with_suffix(".html"))
+        save(figure, path, scale=3)
+    return shown(figure, show)
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """Panels of equal size, in rows of up to three.
+
+    Attributes:
+        count: How many panels.
+        wide, tall: Pixels of a panel.
+    """
+
+    count: int
+    wide: int
+    tall: int
+
+    @property
+    def across(self) -> int:
+        """Panels in a row."""
+        return min(_PANELS_ACROSS, self.count)
+
+    @property
+    def down(self) -> int:
+        """Rows of panels."""
+        return math.ceil(self.count / self.across)
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """Pixels of all panels with the gaps between them."""
+        return (
+            self.across * self.wide + (self.across - 1) * _GAP_X,
+            self.down * self.tall + (self.down - 1) * _GAP_Y,
         )
-        figure.add_trace(
-            cell_text([[shorten(text, columns) for text in row] for row in texts], inks(best[prompt], SEQUENTIAL), 11),
-            row=prompt // across + 1,
-            col=prompt % across + 1,
-        )
-        figure.update_xaxes(
-            title_text="rank (1 = most probable)",
-            tickmode="array",
-            tickvals=list(range(k)),
-            range=[-0.5, k - 0.5],
-            ticktext=[str(i + 1) for i in range(k)],
-            showgrid=False,
-            zeroline=False,
-            row=prompt // across + 1,
-            col=prompt % across + 1,
-        )
-        figure.update_yaxes(
-            **number_ticks(range(layers), tall // layers),
-            range=[-0.5, layers - 0.5],
-            title_text="layer",
-            row=prompt // across + 1,
-            col=prompt % across + 1,
-        )
+
+
+def _hover(best: np.ndarray, ids: np.ndarray, names: TokenNames) -> list[list[str]]:
+    return [
+        [
+            f"layer {i}, rank {j + 1}<br>id {token}  {escape(names(token))}<br>probability {number(value)}"
+            for j, (token, value) in enumerate(zip(*row, strict=True))
+        ]
+        for i, row in enumerate(zip(ids, best, strict=True))
+    ]
+
+
+def _add_panel(
+    figure: go.Figure,
+    panels: _Panels,
+    best: np.ndarray,
+    texts: list[list[str]],
+    hover: list[list[str]],
+    **place: int,
+) -> None:
+    """Draw the top probabilities of one prompt, `[layers, k]`, at a row and column of the figure."""
+    layers, k = best.shape
+    characters = max(int((panels.wide / k - 6) / (11 * MONO_WIDTH)), 2)
+    figure.add_trace(
+        go.Heatmap(
+            z=best,
+            x=list(range(k)),
+            y=list(range(layers)),
+            hovertext=hover,
+            hovertemplate="%{hovertext}<extra></extra>",
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+        ),
+        **place,
+    )
+    shortened = [[shorten(text, characters) for text in row] for row in texts]
+    figure.add_trace(cell_text(shortened, inks(best, SEQUENTIAL), 11), **place)
+    figure.update_xaxes(
+        title_text="rank (1 = most probable)",
+        tickmode="array",
+        tickvals=list(range(k)),
+        range=[-0.5, k - 0.5],
+        ticktext=[str(i + 1) for i in range(k)],
+        showgrid=False,
+        zeroline=False,
+        **place,
+    )
+    figure.update_yaxes(
+        **number_ticks(range(layers), panels.tall // layers), range=[-0.5, layers - 0.5], title_text="layer", **place
+    )
+
+
+def _lay_out(figure: go.Figure, panels: _Panels, title: str) -> None:
+    """Theme, title, the common colour bar and the size of the figure."""
+    wide, tall = panels.inner
     figure.update_layout(
         template=TEMPLATES[current_theme()],
-        title_text=escape_lines(title or f"Top {k} tokens of each layer"),
+        title_text=escape_lines(title),
         coloraxis={
             "colorscale": SEQUENTIAL,
             "cmin": 0,
@@ -134,20 +180,14 @@ def plot_topk_tokens(
                 "title": {"text": "probability"},
                 "thickness": 14,
                 "lenmode": "pixels",
-                "len": min(inner[1] + 20, 420),
+                "len": min(tall + 20, 420),
                 "y": 1,
                 "yanchor": "top",
                 "ypad": 10,
             },
         },
-        width=inner[0] + _LEFT + _RIGHT,
-        height=inner[1] + _TOP + _BOTTOM,
+        width=wide + _LEFT + _RIGHT,
+        height=tall + _TOP + _BOTTOM,
         margin={"l": _LEFT, "r": _RIGHT, "t": _TOP, "b": _BOTTOM},
         showlegend=False,
     )
-    if file is not None:
-        path = Path(file)
-        if save_html and path.suffix != ".html":
-            save(figure, path.with_suffix(".html"))
-        save(figure, path, scale=3)
-    return shown(figure, show)
