@@ -6,7 +6,6 @@ import inspect
 import pickle
 import textwrap
 
-import nnsight
 import pytest
 import torch
 from nnsight import TransformersModel
@@ -45,7 +44,7 @@ def test_nothing_but_the_constructor_and_the_proof_sets_attributes(model_type):
     model.collect(PROMPTS, ["layers_output", "mlp_contributions"], positions=-1, progress=False)
     logit_lens(model, PROMPTS)
     target = torch.randn(model.vocab_size)
-    activation_patching(model, PROMPTS[0], "The capital of Italy is", lambda logits: logits.float() @ target)
+    activation_patching(model, [[9, 20, 31, 42]], [[9, 20, 33, 42]], lambda logits: logits.float() @ target)
     assert changed(loaded, attributes(model)) == set()
     model.validate()
     assert {name for _, name in changed(loaded, attributes(model))} == {"facts", "certificate"}

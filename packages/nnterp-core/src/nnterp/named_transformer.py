@@ -21,7 +21,10 @@ SENT_OF_NNSIGHT = (
     *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
-SENT = (*("num_layers", "model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),)
+SENT = (
+    *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
+    *("model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),
+)
 
 
 class NamedTransformer(TracedTransformer):
@@ -111,32 +114,32 @@ class NamedTransformer(TracedTransformer):
         return self.facts.anatomy.num_layers
 
     @property
-    def hidden_size(self) -> int | None:
+    def hidden_size(self) -> int | None:  # type: ignore[override]
         """Width of the residual stream; None where the config does not state it."""
         return self.facts.anatomy.sizes.hidden_size
 
     @property
-    def num_heads(self) -> int | None:
+    def num_heads(self) -> int | None:  # type: ignore[override]
         """Query heads of an attention layer; None where the config does not state them."""
         return self.facts.anatomy.sizes.num_heads
 
     @property
-    def num_kv_heads(self) -> int | None:
+    def num_kv_heads(self) -> int | None:  # type: ignore[override]
         """Key and value heads of an attention layer; None where the config does not state them."""
         return self.facts.anatomy.sizes.num_kv_heads
 
     @property
-    def head_dim(self) -> int | None:
+    def head_dim(self) -> int | None:  # type: ignore[override]
         """Width of one head; None where the config does not state it."""
         return self.facts.anatomy.sizes.head_dim
 
     @property
-    def intermediate_size(self) -> int | None:
+    def intermediate_size(self) -> int | None:  # type: ignore[override]
         """Width of the feed-forward; None where neither the config nor its matrices tell."""
         return self.facts.anatomy.sizes.intermediate_size
 
     @property
-    def vocab_size(self) -> int | None:
+    def vocab_size(self) -> int | None:  # type: ignore[override]
         """Size of the vocabulary that the logits are over; None where the config does not state it."""
         return self.facts.anatomy.sizes.vocab_size
 

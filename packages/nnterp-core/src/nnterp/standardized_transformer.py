@@ -17,7 +17,7 @@ from nnterp.anatomy import RenameConfig
 from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, certify
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
-from nnterp.facts import Facts
+from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place, travel_by_value
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
@@ -100,7 +100,7 @@ class StandardizedTransformer(NamedTransformer):
         if check_renaming:
             self.validate().raise_if_failed()
         elif self.dispatched:
-            self.adopt(self.facts.searching(self._module, self.interleaver))
+            self._stay_unproven()
 
     # -- loading and proof -----------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class StandardizedTransformer(NamedTransformer):
         if self.check_renaming:
             self.validate().raise_if_failed()
         else:
-            self.adopt(self.facts.searching(self._module, self.interleaver))
+            self._stay_unproven()
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -144,6 +144,11 @@ class StandardizedTransformer(NamedTransformer):
             first = self.attention_layers[0] if self.attention_layers else 0
             self.attention_probabilities.check_source(first, use_trace=self._probabilities_check)
         return certificate
+
+    def _stay_unproven(self) -> None:
+        """With weights, but without a proof: names alone, and what is inside layers is found when it is first needed."""
+        facts = unproven_facts(self._module, self.anatomy, self.facts.declared_probabilities)
+        self._take_over(facts.searching(self._module, self.interleaver), None)
 
     def _take_over(self, facts: Facts, certificate: Certificate | None) -> None:
         """The one place at which what was learnt of the model is assigned to it."""

@@ -148,9 +148,9 @@ _ROWS = (
         finder="attention",
         aliases=("blocks.{}.attn.hook_v",),
         note="As many heads as the model has key-value heads. With a cache, the values of all tokens so far. Models "
-        "whose attention is no function of its own (BLOOM, MPT, BERT, ...) pass them where they meet the "
-        "probabilities, after these. DiffLlama's heads average vectors twice as wide, of half as many "
-        "heads: a new tensor there.",
+        "that compute attention inline (BLOOM, MPT, BERT, ...) reach them after the scores and probabilities: read them "
+        "in that order there. In DiffLlama each head averages vectors twice as wide, of half as many heads: a new "
+        "tensor there.",
     ),
     Value(
         "attention_scores",
@@ -199,8 +199,8 @@ _ROWS = (
         "The recurrent state of a linear attention or state space mixer after the last position.",
         role="mixer",
         finder="state",
-        note="In runs with a cache (`use_cache=True`), to which it is handed: writing it changes what the next tokens "
-        "go on from, and nothing of this forward pass. Its axes are the mixer's own: `[batch, channels, state]` in "
+        note="Only in runs with a cache (`use_cache=True`), which stores it for the next token. Writing it changes the "
+        "tokens that follow, and nothing in the current forward pass. Its axes are the mixer's own: `[batch, channels, state]` in "
         "Mamba, `[batch, heads, key, value]` in delta rules.",
     ),
     Value(

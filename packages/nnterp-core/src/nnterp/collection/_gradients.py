@@ -10,6 +10,7 @@ import nnsight
 import torch
 
 from nnterp.collection._plan import Plan, make_plan
+from nnterp.errors import PaddingError
 from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
@@ -104,9 +105,9 @@ def gradients(
     plan = make_plan(model, values, layers)
     rows = encode(model, prompts)
     if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
-        raise ValueError(
-            f"{model.model_class} is not exact under padding, so prompts of different lengths cannot share a "
-            f"batch. Take the gradients of one length at a time."
+        raise PaddingError(
+            f"{model.model_class} is not proven to be exact under padding, so prompts of different lengths cannot share "
+            f"a batch (without a certificate, call model.validate()). Take the gradients of one length at a time."
         )
     with left_padded(model.tokenizer):
         batch = pad(model, rows)

@@ -37,6 +37,8 @@ class TracedTransformer(TransformersModel):
 
     Attributes:
         num_layers: Number of layers of the residual stream.
+        hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size: The model's sizes; None where its
+            config does not state one.
         model_class: Name of the HuggingFace class.
         layer_paths: Native path of each layer's module.
         readout: How hidden states become logits.
@@ -47,6 +49,12 @@ class TracedTransformer(TransformersModel):
     """
 
     num_layers: int
+    hidden_size: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    intermediate_size: int | None
+    vocab_size: int | None
     model_class: str
     layer_paths: tuple[str, ...]
     readout: Readout
