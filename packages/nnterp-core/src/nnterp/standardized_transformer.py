@@ -146,7 +146,7 @@ class StandardizedTransformer(NamedTransformer):
         return certificate
 
     def _stay_unproven(self) -> None:
-        """With weights, but without a proof: names alone, and what is inside layers is found when it is first needed."""
+        """With weights but without a proof: names alone; the inside of layers is found when it is first needed."""
         facts = unproven_facts(self._module, self.anatomy, self.facts.declared_probabilities)
         self._take_over(facts.searching(self._module, self.interleaver), None)
 

@@ -148,8 +148,8 @@ _ROWS = (
         finder="attention",
         aliases=("blocks.{}.attn.hook_v",),
         note="As many heads as the model has key-value heads. With a cache, the values of all tokens so far. Models "
-        "that compute attention inline (BLOOM, MPT, BERT, ...) reach them after the scores and probabilities: read them "
-        "in that order there. In DiffLlama each head averages vectors twice as wide, of half as many heads: a new "
+        "that compute attention inline (BLOOM, MPT, BERT, ...) reach them after the scores and probabilities: read "
+        "them in that order there. In DiffLlama each head averages vectors twice as wide, of half as many heads: a new "
         "tensor there.",
     ),
     Value(
@@ -200,8 +200,8 @@ _ROWS = (
         role="mixer",
         finder="state",
         note="Only in runs with a cache (`use_cache=True`), which stores it for the next token. Writing it changes the "
-        "tokens that follow, and nothing in the current forward pass. Its axes are the mixer's own: `[batch, channels, state]` in "
-        "Mamba, `[batch, heads, key, value]` in delta rules.",
+        "tokens that follow, and nothing in the current forward pass. Its axes are the mixer's own: "
+        "`[batch, channels, state]` in Mamba, `[batch, heads, key, value]` in delta rules.",
     ),
     Value(
         "attentions_output",

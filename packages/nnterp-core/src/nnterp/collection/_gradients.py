@@ -106,8 +106,8 @@ def gradients(
     rows = encode(model, prompts)
     if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
         raise PaddingError(
-            f"{model.model_class} is not proven to be exact under padding, so prompts of different lengths cannot share "
-            f"a batch (without a certificate, call model.validate()). Take the gradients of one length at a time."
+            f"{model.model_class} is not proven to be exact under padding, so prompts of different lengths cannot "
+            f"share a batch (without a certificate, call model.validate()). Take the gradients of one length at a time."
         )
     with left_padded(model.tokenizer):
         batch = pad(model, rows)
