@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
-from nnterp.errors import InsideTraceError, Unavailable
+from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
-from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names
+from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers
 from nnterp.values import directory_of, find_place
 
 # nnsight's own state and nnterp's that a remote request takes along; the bound names (`layers`, ...) go with it.
@@ -194,6 +196,39 @@ class NamedTransformer(TracedTransformer):
                 f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "
                 f"Call it before or after the `with` block."
             )
+
+    def skip_layers(
+        self,
+        start_layer: int,
+        end_layer: int,
+        skip_with: torch.Tensor | None = None,
+        layer_returns_tuple: bool | None = None,
+    ) -> None:
+        """See `TracedTransformer.skip_layers`; refuses layers of which it is unproven what they return.
+
+        Raises:
+            Unavailable: It is, and `layer_returns_tuple` does not say it.
+        """
+        returns = self.readout.returns
+        if not returns:
+            if layer_returns_tuple is None:
+                raise Unavailable(
+                    f"What the layers of {self.model_class} return beside the stream is unproven, because the model "
+                    "was loaded with check_renaming=False. Call model.validate() first, or pass layer_returns_tuple=."
+                )
+            returns = (() if layer_returns_tuple else None,) * self.num_layers
+        skip_layers(self, start_layer, end_layer, skip_with, returns)
+
+    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """See `TracedTransformer.project_on_vocab`; warns if the way is unproven."""
+        if self.readout.way == "unproven":
+            warnings.warn(
+                f"{self.model_class}: nothing proves that {self.readout.chain} gives its logits, because the model was "
+                "loaded with check_renaming=False. Call model.validate() to prove it.",
+                UnprovenWarning,
+                stacklevel=3,
+            )
+        return TracedTransformer.project_on_vocab(self, hidden_state)
 
     # -- travelling -------------------------------------------------------------------------------------------------
 

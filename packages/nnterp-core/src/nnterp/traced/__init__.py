@@ -21,8 +21,8 @@ from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._layouts import PARTS, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
-from nnterp.traced._running import Place, Running
-from nnterp.traced._skipping import Lender, skip_layers
+from nnterp.traced._running import Lender, Place, Running
+from nnterp.traced._skipping import skip_layers
 from nnterp.traced._states import CachedState, State
 from nnterp.traced._steering import steer
 from nnterp.traced._sums import Sum, added

@@ -6,11 +6,7 @@ from typing import Any
 
 
 class Apart:
-    """While the block is open, modules that are called belong to no trace: nothing of them is counted or served.
-
-    Args:
-        interleaver: nnsight's interleaver of the model (`model.interleaver`).
-    """
+    """While the block is open, modules that are called belong to no trace."""
 
     def __init__(self, interleaver: Any) -> None:
         self.interleaver = interleaver

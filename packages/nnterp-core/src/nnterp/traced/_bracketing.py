@@ -16,15 +16,9 @@ from torch import nn
 
 
 def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]) -> bool:
-    """Instrument one operation of a module's forward.
+    """Instrument one operation of a module's forward; whether it worked. It needs the forward's Python source.
 
-    Args:
-        module: A module of an nnsight model.
-        label: nnsight's label of the operation.
-        known: Compiled forwards by (code, label). Layers of one class share one: pass the same dict for all layers.
-
-    Returns:
-        Whether it worked; it does not for a forward without Python source.
+    Layers of one class share one compiled forward: pass the same `known` for all layers.
     """
     state: State = module.__dict__[STATE]
     if state.sourced:

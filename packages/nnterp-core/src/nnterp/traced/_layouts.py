@@ -1,4 +1,13 @@
-"""How a model stores a tensor, and how the value is shown."""
+"""How a model stores a tensor, and how the value is shown.
+
+The stream is nearly always `[batch, seq, hidden]`. Models with several streams have one more axis: Gemma 3n stacks
+the streams in front (`[streams, batch, seq, hidden]`), DeepSeek-V4 behind (`[batch, seq, streams, hidden]`). XLNet
+stores its stream as `[seq, batch, hidden]`; nnterp shows it batch first, like every other. ProphetNet stores a main
+stream and its predicting streams one after the other on the sequence axis; nnterp shows them as it shows
+DeepSeek-V4's. A stream longer than the input is taken for several streams if its length is a multiple of the input's,
+else for a soft prompt and the stream; the certificate tests that guess against HuggingFace's hidden states and
+logits.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +77,6 @@ class Layout(Record):
 class StreamLayout(Record):
     """Where batch and sequence stand in the tensors that layers return.
 
-    Nearly always `[batch, seq, hidden]`. Models with several streams have one more axis: Gemma 3n stacks the streams in
-    front (`[streams, batch, seq, hidden]`), DeepSeek-V4 behind (`[batch, seq, streams, hidden]`). XLNet stores its
-    stream as `[seq, batch, hidden]`; nnterp shows it batch first, like every other. ProphetNet stores a main stream and
-    its predicting streams one after the other on the sequence axis; nnterp shows them as it shows DeepSeek-V4's.
-
     Attributes:
         dims: Number of axes.
         batch: Index of the batch axis, as shown; the sequence axis follows it.
@@ -90,11 +94,7 @@ class StreamLayout(Record):
 
     @classmethod
     def of(cls, shape: torch.Size, batch: int, seq: int) -> StreamLayout | None:
-        """The layout of a stream recorded for an input of `[batch, seq]`; None if no axes are those of the input.
-
-        A stream longer than the input holds several streams if its length is a multiple of the input's, else a soft
-        prompt. That is a guess, which the certificate tests against HuggingFace's hidden states and logits.
-        """
+        """The layout of a stream recorded for an input of `[batch, seq]`; None if no axes are those of the input."""
         for axis in range(len(shape) - 2):
             if tuple(shape[axis : axis + 2]) == (batch, seq):
                 return cls(len(shape), axis, shape[-1])

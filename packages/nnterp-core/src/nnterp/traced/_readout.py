@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from nnterp.devices import device_of
-from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
+from nnterp.errors import ShapeError, Unavailable
 from nnterp.record import Record
 from nnterp.traced._apart import Apart
 from nnterp.traced._layouts import StreamLayout
@@ -53,19 +52,16 @@ class Readout(Record):
     """How one model's hidden states become logits. The certificate decides which way holds.
 
     Attributes:
-        model_class: Name of the HuggingFace class.
-        ln_final, lm_head: Paths of the final norm and the head; None where the model has none.
-        layer_paths: Path of each layer.
+        model_class, ln_final, lm_head, layer_paths: Class of the model; paths of the final norm, head and layers.
         chain: Scale and softcap of the logits, as the config declares them.
         layout: Where batch and sequence stand in hidden states.
-        way: "chain": see `Chain`, three or four module calls. "replay": the model's own forward with every layer
-            replaced by one that returns the hidden state; exact for any model whose code after the last layer depends
-            on the hidden state alone. "none": neither gives the logits, so projecting is refused. "unproven": nothing
-            was tried; projecting uses the chain and warns.
+        way: "chain": see `Chain`. "replay": the model's own forward, every layer replaced by one that returns the
+            hidden state; exact if what follows the last layer depends on it alone. "none": neither gives the logits.
+            "unproven": nothing was tried; the chain is used.
         reason: For "none", why.
-        returns: For each layer, where the other things that it returns come from when it is skipped: for every entry
-            after the stream, the argument (index or name) that is passed through, or None. None for a layer that
-            returns one tensor. Empty before it is known.
+        returns: For each layer, where what it returns beside the stream comes from when it is skipped: for each entry
+            the argument (index or name) that is passed through, or None; None for a layer that returns one tensor.
+            Empty while unproven.
     """
 
     def __init__(
@@ -109,13 +105,6 @@ class Readout(Record):
             )
         if self.way == "replay":
             return self.by_replay(module, hidden)
-        if self.way == "unproven":
-            warnings.warn(
-                f"{self.model_class}: nothing proves that {self.chain} gives its logits, because the model was loaded "
-                "with check_renaming=False. Call model.validate() to prove it.",
-                UnprovenWarning,
-                stacklevel=4,
-            )
         return self.by_chain(module, hidden)
 
     def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,9 @@ import torch
 from nnsight import Envoy
 from torch import nn
 
+Rest = tuple[int | str | None, ...] | None  # see `Readout.returns`
+Lender = tuple[int, list[int], str]  # (layer, the later layers that borrow from it, what they borrow)
+
 
 class Running(Protocol):
     """What a place, a readout or an edit needs of the model in whose forward pass it acts."""
@@ -16,6 +19,8 @@ class Running(Protocol):
     model_class: str
     layer_paths: tuple[str, ...]
     interleaver: Any
+    lenders: list[Lender]
+    readout: Any
     layers_input: Any
     layers_output: Any
     _module: nn.Module

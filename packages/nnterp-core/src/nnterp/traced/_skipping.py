@@ -10,33 +10,18 @@ from nnterp.errors import ShapeError, Unavailable
 from nnterp.traced._accessors import layer_index, require_running
 
 if TYPE_CHECKING:
-    from nnterp.traced._layouts import StreamLayout
-    from nnterp.traced._running import Running
-
-Rest = tuple[int | str | None, ...] | None  # see `Readout.returns`
-Lender = tuple[int, list[int], str]  # (layer, the later layers that borrow from it, what they borrow)
+    from nnterp.traced._running import Rest, Running
 
 
 def skip_layers(
-    model: Running,
-    start: int,
-    end: int,
-    skip_with: torch.Tensor | None,
-    lenders: list[Lender],
-    layout: StreamLayout,
-    returns: tuple[Rest, ...],
+    model: Running, start: int, end: int, skip_with: torch.Tensor | None, returns: tuple[Rest, ...]
 ) -> None:
-    """Make layers `start` to `end` of the running forward pass return `skip_with`, or what enters `start`."""
+    """Make layers `start` to `end` return `skip_with`, or what enters `start`."""
     first = layer_index(start, model.num_layers, "skip_layers(start_layer)")
     last = layer_index(end, model.num_layers, "skip_layers(end_layer)")
     if last < first:
         raise ValueError(f"skip_layers({start}, {end}): the last layer to skip comes before the first.")
     require_running(model, "skip_layers()")
-    if not returns:
-        raise Unavailable(
-            f"What the layers of {model.model_class} return beside the stream is unproven, because the model was "
-            "loaded with check_renaming=False. Call model.validate() first, or say it with layer_returns_tuple=."
-        )
     entering = model.layers_input[first]
     stream = entering if skip_with is None else skip_with
     if stream.shape != entering.shape:
@@ -45,14 +30,14 @@ def skip_layers(
             f"{list(entering.shape)}."
         )
     stream = stream.to(device=entering.device, dtype=entering.dtype)
-    require_skippable(model, lenders, range(first, last + 1))
+    require_skippable(model, range(first, last + 1))
     batcher = model.interleaver.batcher
-    if layout.sequence_first and batcher is not None and batcher.batching:
+    if model.readout.layout.sequence_first and batcher is not None and batcher.batching:
         raise Unavailable(
             f"{model.model_class} stores its stream as [seq, batch, hidden], so layers cannot be skipped in "
             "several invokes of one trace: put the prompts into one invoke, or into traces of their own."
         )
-    stream = layout.native(stream)
+    stream = model.readout.layout.native(stream)
     for layer in range(first, last + 1):
         envoy = model.envoy(model.layer_paths[layer])
         rest = returns[layer]
@@ -60,13 +45,13 @@ def skip_layers(
         envoy.skip(skipped_output(stream, rest, args, kwargs))
 
 
-def require_skippable(model: Running, lenders: list[Lender], layers: range) -> None:
+def require_skippable(model: Running, layers: range) -> None:
     """Raise for layers that later ones borrow from: their keys and values, or the keys they picked.
 
     Raises:
         Unavailable: Such a layer would be skipped while one that borrows from it still runs.
     """
-    for source, borrowers, what in lenders:
+    for source, borrowers, what in model.lenders:
         running = [i for i in borrowers if i not in layers]
         if source in layers and running:
             raise Unavailable(

@@ -1,8 +1,12 @@
-"""What each head adds to what attention returns."""
+"""What each head adds to what attention returns.
+
+W_O is applied to one head at a time, the others at zero, and what it returns for zeros is subtracted. That is right for
+any module that is linear up to a bias, quantised or adapted ones included.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,9 +20,6 @@ if TYPE_CHECKING:
 
 class ThroughOut(Record):
     """Each head's part of what W_O returns.
-
-    The projection is applied to one head at a time, the others at zero, less what it returns for zeros: right for any
-    module that is linear up to a bias, quantised or adapted ones included.
 
     Attributes:
         heads: Where the heads are.
@@ -48,25 +49,15 @@ class ThroughOut(Record):
             bias = self.project(model, z.new_zeros(1, 1, heads * width))
             if bias_only:
                 return bias
-            weight = self.plain_weight(out, heads * width)
-            if weight is not None:
+            weight: Any = getattr(out, "weight", None)
+            plain = type(out) is nn.Linear and self.before is None and type(weight) is nn.Parameter
+            if plain and weight.device.type != "meta" and weight.shape[1] == heads * width:  # not offloaded
                 return torch.einsum("bshd,ohd->bsho", z, weight.view(-1, heads, width).to(z.device))
             alone = z.new_zeros(heads, batch, seq, heads, width)
             index = torch.arange(heads, device=z.device)
             alone[index, :, :, index] = z.permute(2, 0, 1, 3)
             made = self.project(model, alone.reshape(heads * batch, seq, heads * width)) - bias
             return made.view(heads, batch, seq, -1).permute(1, 2, 0, 3)
-
-    def plain_weight(self, out: nn.Module, width: int) -> torch.Tensor | None:
-        """W_O's matrix, `[hidden, width]`, where W_O is that matrix and nothing else; None for any other module.
-
-        A quantised, adapted or offloaded W_O, and one behind another projection, is run instead.
-        """
-        weight = getattr(out, "weight", None)
-        if type(out) is not nn.Linear or self.before is not None or not isinstance(weight, torch.Tensor):
-            return None
-        plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.device.type != "meta"
-        return weight if plain and weight.shape[1] == width else None
 
     def project(self, model: Running, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, heads × head_dim]` to what W_O returns of it."""

@@ -21,47 +21,35 @@ from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._directory import Directory
 from nnterp.traced._places import Inside
 from nnterp.traced._readout import Readout, project_on_vocab
-from nnterp.traced._skipping import Lender, skip_layers
+from nnterp.traced._skipping import skip_layers
 from nnterp.traced._steering import steer
 
 if TYPE_CHECKING:
-    from nnterp.traced._running import Place
+    from nnterp.traced._running import Lender, Place
 
 
 class TracedTransformer(TransformersModel):
     """The half of a standardized model that works inside a forward pass: its names, values, and interventions.
 
-    A remote worker rebuilds this class from its source in each request, around the model that the worker has loaded. So
-    it finds and proves nothing: where each value is served arrives in `directory`. `NamedTransformer`, the class that
-    runs where nnterp is installed, looks the same attributes up in its facts.
-
-    Attributes:
-        num_layers: Number of layers of the residual stream.
-        hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size: The model's sizes; None where its
-            config does not state one.
-        model_class: Name of the HuggingFace class.
-        layer_paths: Native path of each layer's module.
-        readout: How hidden states become logits.
-        lenders: Layers that later ones borrow keys and values from.
-        directory: Where every value is served.
-        padding_is_exact: Whether a row of a padded batch is proven to equal the row alone.
-        positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
+    A remote worker rebuilds it from its source in each request. It finds and proves nothing: where values are served
+    arrives in `directory`.
     """
 
-    num_layers: int
-    hidden_size: int | None
+    # Comments, because a docstring travels.
+    num_layers: int  # layers of the residual stream
+    hidden_size: int | None  # sizes are None where the config does not state them
     num_heads: int | None
     num_kv_heads: int | None
     head_dim: int | None
     intermediate_size: int | None
     vocab_size: int | None
-    model_class: str
-    layer_paths: tuple[str, ...]
-    readout: Readout
-    lenders: list[Lender]
-    directory: Directory
-    padding_is_exact: bool
-    positions_from_mask: bool
+    model_class: str  # name of the HuggingFace class
+    layer_paths: tuple[str, ...]  # native path of each layer's module
+    readout: Readout  # how hidden states become logits
+    lenders: list[Lender]  # layers that later ones borrow keys and values from
+    directory: Directory  # where every value is served
+    padding_is_exact: bool  # whether a row of a padded batch is proven to equal the row alone
+    positions_from_mask: bool  # whether a padded batch must be told its positions, counted from the mask
 
     if TYPE_CHECKING:
         output: Any
@@ -247,19 +235,14 @@ class TracedTransformer(TransformersModel):
             start_layer: First layer to skip.
             end_layer: Last layer to skip.
             skip_with: What the skipped layers return, `[batch, seq, hidden]`; what enters `start_layer` if None.
-            layer_returns_tuple: Whether layers return a tuple that holds the stream alone. Used only by a model that
-                was loaded with `check_renaming=False`; otherwise the certificate knows what layers return.
+            layer_returns_tuple: Used only without a certificate: whether layers return the stream in a tuple.
 
         Raises:
             IndexError: There is no such layer.
             ValueError: `end_layer` comes before `start_layer`.
             ShapeError: `skip_with` does not have the shape of the residual stream.
-            Unavailable: A later layer borrows from a skipped one, or it is unproven what layers return.
         """
-        readout, returns = self.readout, self.readout.returns
-        if not returns and layer_returns_tuple is not None:
-            returns = (() if layer_returns_tuple else None,) * self.num_layers
-        skip_layers(self, start_layer, end_layer, skip_with, self.lenders, readout.layout, returns)
+        skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns)
 
     def steer(
         self,
