@@ -55,10 +55,11 @@ def ablate(
     Args:
         model: The model.
         prompts: A text or a list; anything that `nnterp.inputs.encode` takes.
-        what: Components, one run for each; a list among them is ablated together. `components(...)` makes a sweep.
-        how: "zero"; "mean", the value's mean over all positions of the reference prompts; "resample", the value of
-            another reference prompt at the same position counted from the end; or a tensor that broadcasts to the
-            value (its axes without the batch, cut to the component's positions and heads).
+        what: A component, or a list: one run for each entry, which is a component or a list of components to ablate
+            together. `components(...)` makes such a list.
+        how: What replaces the component. "zero"; "mean", its mean over all positions of the reference prompts;
+            "resample", its value in another reference prompt, at the same position counted from the end; or a tensor
+            that broadcasts to the value (its axes without the batch, cut to the component's positions and heads).
         metric: As in `activation_patching`; the KL divergence from the unedited run's prediction if None.
         reference: Prompts that "mean" and "resample" draw from; the prompts themselves if None.
         seed: Seed of the random draw of "resample".
@@ -80,10 +81,7 @@ def ablate(
         raise ValueError(f'how is "zero", "mean", "resample" or a tensor, not {how!r}.')
     model.prepare(remote)
     encoded = encode(model, prompts)
-    listed = [what] if isinstance(what, Component) else list(what)
-    cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in listed]
-    if not cases or not all(cases):
-        raise ValueError("what is empty; give at least one Component.")
+    cases = _cases(model, what)
     shortcuts = proven_shortcuts(model, remote)
     others = None if reference is None else encode(model, reference)
     fillings = _fillings(model, encoded, others, cases, how, seed, shortcuts, remote)
@@ -110,6 +108,19 @@ def ablate(
         },
         about=describe_run(model, "ablate", how=how, metric=metric_name(metric), seed=seed),
     )
+
+
+def _cases(model: StandardizedTransformer, what: Any) -> list[list[Component]]:
+    """The components that are ablated together in each run, checked.
+
+    Raises:
+        ValueError: There are none.
+    """
+    listed = [what] if isinstance(what, Component) else list(what)
+    cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in listed]
+    if not cases or not all(cases):
+        raise ValueError("what is empty; give at least one Component.")
+    return cases
 
 
 def _cells(

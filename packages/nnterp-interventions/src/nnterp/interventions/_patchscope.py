@@ -98,7 +98,9 @@ def patchscope_table(
 ) -> PatchscopeResult:
     """`patchscope_lens`, reduced inside the model to the `top_k` most probable tokens, with labels.
 
-    Args and errors: As in `patchscope_lens`.
+    Args:
+        model, source_prompts, target_patch_prompts, layers, remote, batch_size, progress: As in `patchscope_lens`.
+        top_k: Number of most probable tokens to keep.
 
     Returns:
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
