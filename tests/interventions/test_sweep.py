@@ -6,10 +6,9 @@ from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import RenamingError, ShapeError
 from nnterp.inputs import encode
-from nnterp.interventions._edits import Cell, Edit
-from nnterp.interventions._shortcuts import Shortcuts, prove
-from nnterp.interventions._sweep import sweep
-from nnterp.interventions._tiles import Span, plan
+from nnterp.interventions._engine import Cell, Edit, Shortcuts, sweep
+from nnterp.interventions._engine._tiles import Span, plan
+from nnterp.interventions._proving import proven_shortcuts
 from nnterp.testing import model_types
 from nnterp.values import get_value, site_of
 
@@ -98,9 +97,9 @@ def test_equals_one_forward_per_cell(tiny, model_type):
     rows = encode(model, PROMPTS)
     if model_type in REFUSED:
         with pytest.raises(REFUSED[model_type][0], match=REFUSED[model_type][1]):
-            sweep(model, rows, cells, whole, batch_size=7)
+            sweep(model, rows, cells, whole, proven_shortcuts(model), batch_size=7)
         return
-    found = sweep(model, rows, cells, whole, batch_size=7)["logits"]
+    found = sweep(model, rows, cells, whole, proven_shortcuts(model), batch_size=7)["logits"]
     for (prompt, edits), own in zip(specs, found, strict=True):
         close(own, slow(model, prompt, edits))
 
@@ -118,14 +117,14 @@ def test_shortcuts_are_taken_where_they_should_be(tiny):
         "deepseek_v3",
         "falcon",
     ):
-        taken = prove(tiny(model_type))
+        taken = proven_shortcuts(tiny(model_type))
         assert (taken.prefix, taken.skip, taken.readout, taken.ragged) == (True,) * 4, (model_type, taken.reasons)
         assert taken.join == (model_type != "bloom"), "its position bias is made for each row"
         assert taken.tail == (model_type not in ("opt", "falcon")), "they do not broadcast"
-    assert prove(tiny("gemma2")).window == 8
-    assert not prove(tiny("gemma2")).within(8).prefix
+    assert proven_shortcuts(tiny("gemma2")).window == 8
+    assert not proven_shortcuts(tiny("gemma2")).within(8).prefix
     for model_type in ("mamba", "jamba", "lfm2", "qwen3_next"):
-        taken = prove(tiny(model_type))
+        taken = proven_shortcuts(tiny(model_type))
         assert (taken.prefix, taken.skip) == (False, False)
         assert taken.reasons
 
@@ -140,7 +139,7 @@ def test_every_combination_of_shortcuts_is_exact(tiny, prefix, skip, readout, ot
     cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
     more = {"ragged": "ragged" in others, "join": "join" in others and skip, "tail": "tail" in others and readout}
     shortcuts = Shortcuts(prefix, skip, readout, **more)
-    found = sweep(model, encode(model, PROMPTS), cells, whole, shortcuts=shortcuts)["logits"]
+    found = sweep(model, encode(model, PROMPTS), cells, whole, shortcuts, fall_back=False)["logits"]
     for (prompt, edits), own in zip(specs, found, strict=True):
         close(own, slow(model, prompt, edits))
 
@@ -155,7 +154,7 @@ def test_a_shortcut_that_is_wrong_is_not_taken(tiny):
     first, third = model._module.model.layers[0], model._module.model.layers[2]
     first.register_forward_pre_hook(lambda m, args: kept.__setitem__("embeddings", args[0]))
     third.register_forward_hook(lambda m, args, out: out + kept["embeddings"][:, -out.shape[1] :].mean())
-    taken = prove(model)
+    taken = proven_shortcuts(model)
     assert not taken.skip
     assert any("off by" in reason for reason in taken.reasons), taken.reasons
 
@@ -164,7 +163,7 @@ def test_reading_other_positions(tiny):
     model = tiny("llama")
     rows = encode(model, PROMPTS[:2])
     cells = [Cell(p, (Edit("layers_output", layer, (2,), bend),)) for p in range(2) for layer in range(4)]
-    found = sweep(model, rows, cells, whole, read_at=[4, 2])["logits"]
+    found = sweep(model, rows, cells, whole, proven_shortcuts(model), read_at=[4, 2])["logits"]
     for cell, own in zip(cells, found, strict=True):
         edit = cell.edits[0]
         close(own, slow(model, cell.prompt, [(edit.value, edit.layer, edit.positions)], [4, 2][cell.prompt]))
@@ -173,17 +172,17 @@ def test_reading_other_positions(tiny):
 def test_an_edit_after_what_is_read_changes_nothing(tiny):
     model = tiny("llama")
     cells = [Cell(0, (Edit("layers_output", 1, (5,), bend),))]
-    found = sweep(model, encode(model, PROMPTS[:1]), cells, whole, read_at=[3])["logits"]
+    found = sweep(model, encode(model, PROMPTS[:1]), cells, whole, proven_shortcuts(model), read_at=[3])["logits"]
     close(found[0], logits_with(model, PROMPTS[0])[3])
 
 
 def test_memory_running_out_halves_the_batch(tiny):
     model = tiny("llama")
-    prove(model)
+    proven_shortcuts(model)
     specs = some_cells(model)
     cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
     rows = encode(model, PROMPTS)
-    expected = sweep(model, rows, cells, whole)["logits"]
+    expected = sweep(model, rows, cells, whole, proven_shortcuts(model))["logits"]
     sizes = []
 
     def short_of_memory(module, args, kwargs):
@@ -193,7 +192,7 @@ def test_memory_running_out_halves_the_batch(tiny):
 
     handle = model._module.register_forward_pre_hook(short_of_memory, with_kwargs=True)
     try:
-        found = sweep(model, rows, cells, whole, shortcuts=Shortcuts())["logits"]
+        found = sweep(model, rows, cells, whole, Shortcuts(), fall_back=False)["logits"]
     finally:
         handle.remove()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -205,7 +204,7 @@ def test_an_edit_of_the_wrong_shape_says_both_shapes(tiny):
     model = tiny("llama")
     cells = [Cell(0, (Edit("layers_output", 1, (2,), torch.zeros(3)),))]
     with pytest.raises(ShapeError, match=r"layers_output\[1\].*shape \[3\]"):
-        sweep(model, encode(model, PROMPTS[:1]), cells, whole)
+        sweep(model, encode(model, PROMPTS[:1]), cells, whole, proven_shortcuts(model))
 
 
 @pytest.mark.parametrize("join", [False, True])
@@ -235,12 +234,12 @@ def test_prompts_of_different_lengths_share_a_batch(tiny):
         lambda m, args, kwargs: ran.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
-        prove(model)
+        proven_shortcuts(model)
         ran.clear()
-        found = sweep(model, rows, cells, whole)["logits"]
+        found = sweep(model, rows, cells, whole, proven_shortcuts(model))["logits"]
         assert ran == [(4, 9), (1, 8)], "the unedited runs; then what follows the shared first token"
         ran.clear()
-        apart = sweep(model, rows, cells, whole, shortcuts=Shortcuts(True, True, True))["logits"]
+        apart = sweep(model, rows, cells, whole, Shortcuts(True, True, True), fall_back=False)["logits"]
         assert len(ran) >= 8
     finally:
         handle.remove()
@@ -255,18 +254,18 @@ def test_prompts_of_different_lengths_share_a_batch(tiny):
 def test_lengths_are_not_mixed_where_padding_is_not_exact(tiny, model_type):
     model = tiny(model_type)
     assert not model.padding_is_exact
-    assert not prove(model).ragged
+    assert not proven_shortcuts(model).ragged
 
 
 def test_a_value_that_does_not_fit_a_shortcut_is_run_without_it(tiny, monkeypatch):
     """Whatever goes wrong in a batch with joined rows, what is left is run plainly, and what is done is kept."""
-    from nnterp.interventions._batch import BatchRun
+    from nnterp.interventions._engine._batch import CellBatchRun
 
     model = tiny("llama")
     specs = some_cells(model)
     cells = [Cell(prompt, tuple(Edit(n, layer, at, bend) for n, layer, at in edits)) for prompt, edits in specs]
-    prove(model)
-    run, failed = BatchRun.run, []
+    proven_shortcuts(model)
+    run, failed = CellBatchRun.run, []
 
     def failing(self, *args):
         if self.taken.join and self.batch.offset:
@@ -274,8 +273,8 @@ def test_a_value_that_does_not_fit_a_shortcut_is_run_without_it(tiny, monkeypatc
             raise RuntimeError("the shape of this does not fit")
         return run(self, *args)
 
-    monkeypatch.setattr(BatchRun, "run", failing)
-    found = sweep(model, encode(model, PROMPTS), cells, whole)["logits"]
+    monkeypatch.setattr(CellBatchRun, "run", failing)
+    found = sweep(model, encode(model, PROMPTS), cells, whole, proven_shortcuts(model))["logits"]
     assert len(failed) == 1
     for (prompt, edits), own in zip(specs, found, strict=True):
         close(own, slow(model, prompt, edits))

@@ -8,10 +8,10 @@ from nnterp.interventions._patching import PatchingResult, activation_patching
 from nnterp.interventions._patchscope import (
     PatchscopeResult,
     patch_object_attn_lens,
-    patchscope_generate,
     patchscope_lens,
     patchscope_table,
 )
+from nnterp.interventions._patchscope_generate import patchscope_generate
 from nnterp.interventions._paths import PathResult, path_patching
 from nnterp.interventions._results import Result
 from nnterp.interventions._steer import steer

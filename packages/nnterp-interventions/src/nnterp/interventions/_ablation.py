@@ -1,8 +1,8 @@
-"""Ablation: what changes when a part of the model says nothing, or what it usually says."""
+"""Ablation: what changes when a component of the model is replaced by zero, by its mean or by another prompt's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -10,24 +10,26 @@ import torch
 
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
-from nnterp.interventions._edits import Cell, axes_of, positions_axis
+from nnterp.interventions._engine import Cell, Shortcuts, axes_of, positions_axis, sweep
 from nnterp.interventions._metrics import bind_some, by_prompt, kl_divergence, metric_name, scored
+from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import BatchSize, bar, check_batch_size
 from nnterp.interventions._states import states_of
-from nnterp.interventions._sweep import sweep
 from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 How: TypeAlias = Literal["zero", "mean", "resample"] | torch.Tensor
+# From a prompt (counted from the first that is held), a component and its positions to what replaces it there.
+Filling: TypeAlias = Callable[[int, Component, tuple[int, ...]], torch.Tensor]
 PROMPTS = 8  # prompts whose activations are held at a time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AblationResult(Result):
-    """The metric of each ablated run, `scores` `[prompts, components]`, and of the whole model, `baseline`."""
+    """The metric of each ablated run, `scores` `[prompts, components]`, and of the unedited runs, `baseline`."""
 
     figure: ClassVar[str] = "ablation"
 
@@ -45,30 +47,31 @@ def ablate(
     progress: bool | None = None,
     remote: Any = False,
 ) -> AblationResult:
-    """Run each prompt once for each component, the component's value replaced by one that says nothing of the prompt.
+    """Run each prompt once for each component, with the component replaced by zero, its mean or another prompt's.
 
-    (Zero, mean and resample ablation: Chan et al., "Causal scrubbing", 2022; Wang et al., 2022.) To leave out a whole
+    (Zero, mean and resample ablation: Chan et al., "Causal scrubbing", 2022; Wang et al., 2022.) To remove a whole
     layer, ablate its "mixer_contributions" and "mlp_contributions" together, to zero.
 
     Args:
         model: The model.
         prompts: A text or a list; anything that `nnterp.inputs.encode` takes.
-        what: Components, one run for each; a list among them is ablated together. `components(...)` makes a sweep.
-        how: "zero"; "mean", the value's mean over all positions of the reference prompts; "resample", the value of
-            another reference prompt at the same position counted from the end; or a tensor that broadcasts to the
-            value (its axes without the batch, cut to the component's positions and heads).
-        metric: As in `activation_patching`; the KL divergence from the whole model's prediction if None.
+        what: A component, or a list: one run for each entry, which is a component or a list of components to ablate
+            together. `components(...)` makes such a list.
+        how: What replaces the component. "zero"; "mean", its mean over all positions of the reference prompts;
+            "resample", its value in another reference prompt, at the same position counted from the end; or a tensor
+            that broadcasts to the value (its axes without the batch, cut to the component's positions and heads).
+        metric: As in `activation_patching`; the KL divergence from the unedited run's prediction if None.
         reference: Prompts that "mean" and "resample" draw from; the prompts themselves if None.
-        seed: Of the draw of "resample".
+        seed: Seed of the random draw of "resample".
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
-        remote: Run on the remote service, the metric with it.
+        remote: Run on the remote service, the metric included.
 
     Returns:
         `scores` `[prompts, components]` and `baseline` `[prompts]`, float32, on the CPU.
 
     Raises:
-        ValueError: `what` is empty, `how` is none of its choices, or no reference prompt is long enough.
+        ValueError: `what` is empty, `how` is not one of its choices, or no reference prompt is long enough.
         Unavailable: The model, or a layer, does not have a value.
         InsideTraceError: Called inside a trace of the same model.
     """
@@ -77,118 +80,141 @@ def ablate(
     if not isinstance(how, torch.Tensor) and how not in ("zero", "mean", "resample"):
         raise ValueError(f'how is "zero", "mean", "resample" or a tensor, not {how!r}.')
     model.prepare(remote)
-    rows = encode(model, prompts)
-    listed = [what] if isinstance(what, Component) else list(what)
-    cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in listed]
-    if not cases or not all(cases):
-        raise ValueError("what is empty; give at least one Component.")
-    others = rows if reference is None else encode(model, reference)
-    filling = _filling(model, rows, others, reference is None, cases, how, seed, remote)
+    encoded = encode(model, prompts)
+    cases = _cases(model, what)
+    shortcuts = proven_shortcuts(model, remote)
+    others = None if reference is None else encode(model, reference)
+    fillings = _fillings(model, encoded, others, cases, how, seed, shortcuts, remote)
     metric = kl_divergence() if metric is None else metric
-    scores, baseline = torch.empty(len(rows), len(cases)), torch.empty(len(rows))
-    with bar(len(rows) * len(cases), "ablation", progress) as shown:
-        for start in range(0, len(rows), PROMPTS):
-            chosen = range(start, min(start + PROMPTS, len(rows)))
-            some = [rows[i] for i in chosen]
-            _, logits = states_of(model, some, [], remote)
-            bound = bind_some(metric, model, len(rows), logits, chosen)
+    scores, baseline = torch.empty(len(encoded), len(cases)), torch.empty(len(encoded))
+    with bar(len(encoded) * len(cases), "ablation", progress) as shown:
+        for start in range(0, len(encoded), PROMPTS):
+            chosen = range(start, min(start + PROMPTS, len(encoded)))
+            some = [encoded[i] for i in chosen]
+            _, logits = states_of(model, some, [], shortcuts, remote)
+            bound = bind_some(metric, model, len(encoded), logits, chosen)
             baseline[list(chosen)] = by_prompt(bound, logits, list(range(len(some))))
-            fill = filling(chosen)
-            cells = []
-            for k, row in enumerate(some):
-                for case in cases:
-                    edits = []
-                    for component in case:
-                        at = positions_of(model, component, row, f"prompt {start + k}")
-                        edits.append(edit_of(component, at, fill(k, component, at)))
-                    cells.append(Cell(k, tuple(edits)))
-            reduce = scored(bound, cells)
-            found = sweep(model, some, cells, reduce, remote=remote, batch_size=batch_size, progress=False)["scores"]
+            cells = _cells(model, some, cases, fillings(chosen), start)
+            options: dict[str, Any] = {"remote": remote, "batch_size": batch_size, "progress": False}
+            found = sweep(model, some, cells, scored(bound, cells), shortcuts, **options)["scores"]
             scores[list(chosen)] = found.view(len(some), len(cases))
             shown.update(len(cells))
     return AblationResult(
         {"scores": scores, "baseline": baseline},
         {"scores": ("prompts", "components"), "baseline": ("prompts",)},
         {
-            "prompts": prompt_labels(rows, model),
+            "prompts": prompt_labels(encoded, model),
             "components": tuple(" and ".join(str(c) for c in case) for case in cases),
         },
         about=describe_run(model, "ablate", how=how, metric=metric_name(metric), seed=seed),
     )
 
 
-def _filling(
+def _cases(model: StandardizedTransformer, what: Any) -> list[list[Component]]:
+    """The components that are ablated together in each run, checked.
+
+    Raises:
+        ValueError: There are none.
+    """
+    listed = [what] if isinstance(what, Component) else list(what)
+    cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in listed]
+    if not cases or not all(cases):
+        raise ValueError("what is empty; give at least one Component.")
+    return cases
+
+
+def _cells(
+    model: StandardizedTransformer, prompts: list[Row], cases: list[list[Component]], filling: Filling, first: int
+) -> list[Cell]:
+    """A cell for each prompt and case; `first` is the first prompt's index, for errors."""
+    cells = []
+    for k, prompt in enumerate(prompts):
+        for case in cases:
+            edits = []
+            for component in case:
+                at = positions_of(model, component, prompt, f"prompt {first + k}")
+                edits.append(edit_of(component, at, filling(k, component, at)))
+            cells.append(Cell(k, tuple(edits)))
+    return cells
+
+
+def _fillings(
     model: StandardizedTransformer,
-    rows: list[Row],
-    others: list[Row],
-    same: bool,
+    prompts: list[Row],
+    reference: list[Row] | None,
     cases: list[list[Component]],
     how: How,
     seed: int,
+    shortcuts: Shortcuts,
     remote: Any,
-) -> Any:
-    """From the prompts of a chunk to a function (prompt of the chunk, component, positions) → what is put in."""
+) -> Callable[[range], Filling]:
+    """What replaces components, prepared for all prompts; called with the indices of some prompts, a `Filling`."""
     if isinstance(how, torch.Tensor):
         return lambda chosen: lambda prompt, component, at: how
     if how == "zero":
         return lambda chosen: lambda prompt, component, at: torch.zeros(())
     keys = list(dict.fromkeys((c.value, c.layer) for case in cases for c in case))
+    others = prompts if reference is None else reference
     if how == "mean":
-        for name, _ in keys:
-            if {"query", "key"} <= set(axes_of(get_value(name))):
-                raise ValueError(f"{name} has an axis of keys as long as the prompt, so it has no mean over positions.")
-        means = _means(model, others, keys, remote)
+        means = _means(model, others, keys, shortcuts, remote)
+        return lambda chosen: (
+            lambda prompt, component, at: cut(component, (0,) * len(at), means[component.value, component.layer])
+        )
+    partners = _partners(prompts, others, "prompt" if reference is None else "reference prompt", seed)
 
-        def mean(prompt: int, component: Component, at: tuple[int, ...]) -> torch.Tensor:
-            one = means[component.value, component.layer]
-            return cut(component, (0,) * len(at), one)
+    def drawn(chosen: range) -> Filling:
+        found, _ = states_of(model, [others[partners[i]] for i in chosen], keys, shortcuts, remote)
 
-        return lambda chosen: mean
-    partners = _partners(rows, others, same, seed)
-
-    def drawn(chosen: range) -> Any:
-        found, _ = states_of(model, [others[partners[i]] for i in chosen], keys, remote)
-
-        def fill(prompt: int, component: Component, at: tuple[int, ...]) -> torch.Tensor:
+        def filling(prompt: int, component: Component, at: tuple[int, ...]) -> torch.Tensor:
             i = chosen[prompt]
-            shift = len(others[partners[i]]) - len(rows[i])
+            shift = len(others[partners[i]]) - len(prompts[i])
             return cut(component, tuple(p + shift for p in at), found[prompt][component.value, component.layer])
 
-        return fill
+        return filling
 
     return drawn
 
 
 def _means(
-    model: StandardizedTransformer, rows: list[Row], keys: list[tuple[str, int]], remote: Any
+    model: StandardizedTransformer,
+    prompts: list[Row],
+    keys: list[tuple[str, int]],
+    shortcuts: Shortcuts,
+    remote: Any,
 ) -> dict[tuple[str, int], torch.Tensor]:
-    """Mean of values over all positions of all prompts, with an axis of one position."""
+    """Mean of values over all positions of all prompts, float64, with an axis of one position.
+
+    Raises:
+        ValueError: A value has an axis of keys, as long as the prompt.
+    """
+    for name, _ in keys:
+        if {"query", "key"} <= set(axes_of(get_value(name))):
+            raise ValueError(f"{name} has an axis of keys as long as the prompt, so it has no mean over positions.")
     sums: dict[tuple[str, int], torch.Tensor] = {}
-    for start in range(0, len(rows), PROMPTS):
-        found, _ = states_of(model, rows[start : start + PROMPTS], keys, remote)
+    for start in range(0, len(prompts), PROMPTS):
+        found, _ = states_of(model, prompts[start : start + PROMPTS], keys, shortcuts, remote)
         for states in found:
             for key in keys:
                 part = states[key].double().sum(positions_axis(key[0]), keepdim=True)
                 sums[key] = sums[key] + part if key in sums else part
-    count = sum(len(row) for row in rows)
+    count = sum(len(prompt) for prompt in prompts)
     return {key: total / count for key, total in sums.items()}
 
 
-def _partners(rows: list[Row], others: list[Row], same: bool, seed: int) -> list[int]:
-    """For each prompt another one, at least as long, drawn at random.
+def _partners(prompts: list[Row], others: list[Row], kind: str, seed: int) -> list[int]:
+    """For each prompt the index of another one that is at least as long, drawn at random.
 
     Raises:
         ValueError: There is none.
     """
     generator = torch.Generator().manual_seed(seed)
     partners = []
-    for i, row in enumerate(rows):
-        able = [k for k, other in enumerate(others) if len(other) >= len(row) and other.ids != row.ids]
+    for i, prompt in enumerate(prompts):
+        able = [k for k, other in enumerate(others) if len(other) >= len(prompt) and other.ids != prompt.ids]
         if not able:
-            kind = "prompt" if same else "reference prompt"
             raise ValueError(
-                f'how="resample": prompt {i} has {len(row)} tokens, and no other {kind} is as long; give longer ones '
-                f"as reference."
+                f'how="resample": prompt {i} has {len(prompt)} tokens, and no other {kind} is as long; give longer '
+                f"ones as reference."
             )
         partners.append(able[int(torch.randint(len(able), (), generator=generator))])
     return partners

@@ -1,4 +1,4 @@
-"""Parts of a model that are ablated, or that send and receive: a value of a layer, some of its heads and positions."""
+"""Components, which are ablated, or send and receive in path patching: some heads and positions of a layer's value."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.inputs import Row
-from nnterp.interventions._edits import Edit, index_of, positions_axis, units_axis
-from nnterp.interventions._lens import layers_of
-from nnterp.interventions._units import layers_with, units_of
+from nnterp.interventions._engine import Edit, index_of, positions_axis, units_axis
+from nnterp.interventions._layers import layers_of, layers_with
+from nnterp.interventions._units import units_of
 from nnterp.positions import Positions, resolve
 from nnterp.values import get_value
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Component:
-    """A value of one layer, or some of it.
+    """A value of one layer, or some heads and positions of it.
 
     Attributes:
-        value: Name of a row of the table of values, such as "attention_head_outputs" or "mlps_output".
+        value: Name of a value, such as "attention_head_outputs" or "mlps_output".
         layer: Its layer; negative counts from the last.
         heads: A head (or neuron) or several; all if None.
         positions: Over each prompt's own tokens: indices, selectors or a list of these; all if None.
@@ -49,14 +49,19 @@ def components(
     heads: Any = None,
     positions: Positions = None,
 ) -> list[Component]:
-    """One component for each layer (that has the value) and, with `heads`, for each head: the cells of a sweep.
+    """One component for each layer, or for each head of each layer: a list to sweep over with `ablate`.
 
     Args:
         model: The model.
-        value: Name of a row of the table of values.
+        value: Name of the value.
         layers: The layer or layers; all that have the value if None.
-        heads: Indices, or "all"; None for all of them together.
+        heads: One component for each of these heads (or neurons): indices, or "all". None for one component a layer.
         positions: As in `Component`, the same for all.
+
+    Raises:
+        ValueError: The value is not per layer, or has no axis that was asked for.
+        IndexError: There is no such layer or head.
+        Unavailable: The model, or a layer that was asked for, does not have the value.
     """
     chosen = layers_with(model, [value], layers)
     return [
@@ -67,14 +72,12 @@ def components(
 
 
 def check(model: StandardizedTransformer, component: Any) -> Component:
-    """A component with its layer and heads counted from 0.
+    """The component with its layer and heads as indices from 0.
 
     Raises:
-        TypeError: It is no component.
+        TypeError: It is not a Component.
         ValueError, IndexError, Unavailable: The model does not have it.
     """
-    from nnterp.interventions._patching import units_of
-
     if not isinstance(component, Component):
         raise TypeError(f"A Component was expected, such as Component('mlps_output', 3), not {component!r:.80}.")
     value = get_value(component.value)
@@ -91,23 +94,23 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
 
 
 def edit_of(component: Component, at: tuple[int, ...], new: Any) -> Edit:
-    """The edit that puts `new` at some positions of a (checked) component."""
+    """The edit that replaces a (checked) component by `new` at positions `at`."""
     heads = component.heads
     return Edit(component.value, component.layer, at, new, (heads,) if isinstance(heads, int) else heads)
 
 
-def positions_of(model: StandardizedTransformer, component: Component, row: Row, label: str) -> tuple[int, ...]:
+def positions_of(model: StandardizedTransformer, component: Component, prompt: Row, label: str) -> tuple[int, ...]:
     """The component's positions in one prompt.
 
     Raises:
-        ValueError: There are none.
+        ValueError: It has none there.
     """
-    at = resolve(model, row, component.positions, label)
+    at = resolve(model, prompt, component.positions, label)
     if not at:
         raise ValueError(f"{component} has no position in {label}.")
     return at
 
 
 def cut(component: Component, at: tuple[int, ...], whole: torch.Tensor) -> torch.Tensor:
-    """What of a value of one run `[seq, ...]` belongs to some positions of a component."""
+    """The part of a value of one run, `[seq, ...]`, that a component means at positions `at`."""
     return whole[index_of(edit_of(component, at, whole), 0, whole.device)]

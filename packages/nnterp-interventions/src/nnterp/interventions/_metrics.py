@@ -1,30 +1,33 @@
-"""Numbers made of next-token logits: what an intervention is judged by."""
+"""Metrics: the numbers, computed from next-token logits, by which interventions are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from nnterp.interventions._engine import Cell, Reduce
 from nnterp.interventions._tokens import ids_per_prompt
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
-    from nnterp.interventions._edits import Cell
 
-Bound = Callable[[torch.Tensor, int], torch.Tensor]
+Bound: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]  # from logits [n, vocab] and their prompt's index to [n]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of next-token logits that may depend on the prompt; made by the functions of this module.
+    """A number computed from next-token logits, which may depend on the prompt.
+
+    Made by `logit_difference`, `target_probability` and `kl_divergence`.
 
     Attributes:
         name: What results call it.
-        bind: From the model, the number of prompts and the logits of their reference runs `[prompts, vocab]` to a
-            function of logits `[n, vocab]` and the index of the prompt they belong to, which returns `[n]`.
+        bind: A function that prepares the metric. It takes the model, the number of prompts and the logits of their
+            reference runs, `[prompts, vocab]`; it returns a function that takes logits `[n, vocab]` of one prompt and
+            the prompt's index, and returns `[n]`.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Metric:
 
 
 def logit_difference(correct: Any, wrong: Any) -> Metric:
-    """Logit of the correct token less that of the wrong one (Wang et al., 2022); of several tokens the mean.
+    """Logit of the correct token minus that of the wrong one (Wang et al., 2022); the mean of several tokens.
 
     Args:
         correct, wrong: A token id or a text that is one token, or a list with one entry (or list of entries) for each
@@ -51,7 +54,7 @@ def logit_difference(correct: Any, wrong: Any) -> Metric:
 
 
 def target_probability(target: Any) -> Metric:
-    """Probability of a token; of several tokens the sum.
+    """Probability of a token; the sum over several tokens.
 
     Args:
         target: A token id or a text that is one token, or a list with one entry (or list of entries) for each prompt.
@@ -80,10 +83,14 @@ def kl_divergence() -> Metric:
 
 
 def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, reference: torch.Tensor) -> Bound:
-    """A metric, or any callable on logits `[n, vocab]`, as a function of logits and prompt that checks what it returns.
+    """Prepare a metric, or any callable on logits `[n, vocab]`.
+
+    Returns:
+        A function that takes logits `[n, vocab]` of one prompt and the prompt's index, and returns `[n]`, float32. It
+        raises ValueError if the metric returns another shape.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is neither a metric nor callable.
     """
     if isinstance(metric, Metric):
         bound = metric.bind(model, prompts, reference)
@@ -113,7 +120,18 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
 def bind_some(
     metric: Any, model: StandardizedTransformer, prompts: int, reference: torch.Tensor, chosen: range
 ) -> Bound:
-    """`bind_metric` for some of the prompts, counted from the first of them; `reference` holds their logits alone."""
+    """`bind_metric` for a range of the prompts.
+
+    Args:
+        metric: The metric.
+        model: The model.
+        prompts: Number of all prompts.
+        reference: Logits of the chosen prompts alone, `[chosen, vocab]`.
+        chosen: Indices of the chosen prompts.
+
+    Returns:
+        The bound metric, which counts prompts from the first chosen one.
+    """
     whole = reference.new_zeros(chosen.stop, reference.shape[1])
     whole[chosen.start :] = reference
     bound = bind_metric(metric, model, prompts, whole)
@@ -126,7 +144,7 @@ def metric_name(metric: Any) -> str:
 
 
 def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.Tensor:
-    """A metric of logits whose rows belong to several prompts, `[n]`."""
+    """The metric of logits `[n, vocab]`, each row of the prompt at the same place in `prompts`: `[n]`."""
     if len(set(prompts)) == 1:
         return bound(logits, prompts[0])
     made = torch.empty(len(prompts), device=logits.device)
@@ -136,8 +154,8 @@ def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.T
     return made
 
 
-def scored(bound: Bound, cells: Sequence[Cell]) -> Callable[[torch.Tensor, list[int]], dict[str, torch.Tensor]]:
-    """What a sweep does with the logits of its cells: the metric of each."""
+def scored(bound: Bound, cells: Sequence[Cell]) -> Reduce:
+    """The `reduce` of a sweep that computes the metric of each cell, as "scores"."""
     prompts = [cell.prompt for cell in cells]
     return lambda logits, indices: {"scores": by_prompt(bound, logits, [prompts[i] for i in indices])}
 

@@ -1,22 +1,22 @@
-"""Patchscopes: what a hidden state says when it is put into another prompt (Ghandeharioun et al., 2024)."""
+"""Patchscopes: hidden states are read by writing them into another prompt (Ghandeharioun et al., 2024)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from nnterp.errors import ShapeError
-from nnterp.inputs import Batch, Row, encode
-from nnterp.interventions._edits import Cell, Edit
-from nnterp.interventions._lens import Reduction, layers_of
-from nnterp.interventions._passing import Passing
+from nnterp.inputs import Row, encode
+from nnterp.interventions._engine import Cell, Edit, Reduce, sweep
+from nnterp.interventions._layers import layers_of
+from nnterp.interventions._proving import proven_shortcuts
+from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, vocabulary_of
-from nnterp.interventions._running import BatchSize, bar, forward_flags, in_batches, within_memory
-from nnterp.interventions._sweep import sweep
+from nnterp.interventions._running import BatchSize
+from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnterp.positions import resolve
 
@@ -45,7 +45,7 @@ def patchscope_lens(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
 ) -> torch.Tensor:
-    """Next-token probabilities of a target prompt, one of its tokens taken over by a source prompt's hidden state.
+    """Next-token probabilities of a target prompt in which one hidden state is replaced by a source prompt's.
 
     For each source and layer, the output of the layer at `index_to_patch` of the target prompt is replaced by the
     output of the same layer at the source's last token. (Ghandeharioun et al., "Patchscopes", 2024, section 3.)
@@ -55,7 +55,7 @@ def patchscope_lens(
         source_prompts: A text or a list; anything that `nnterp.inputs.encode` takes.
         target_patch_prompts: One `TargetPrompt` for all sources, or one for each; `repeat_prompt()` if None.
         layers: The layer or layers to patch; all if None.
-        latents: `[layers, sources, hidden]`, put in instead of hidden states of source prompts.
+        latents: Hidden states to write in, `[layers, sources, hidden]`, instead of those of source prompts.
         remote: Run on a remote service.
         layer_to_patch: Another name of `layers`.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
@@ -98,11 +98,15 @@ def patchscope_table(
 ) -> PatchscopeResult:
     """`patchscope_lens`, reduced inside the model to the `top_k` most probable tokens, with labels.
 
+    Args:
+        model, source_prompts, target_patch_prompts, layers, remote, batch_size, progress: As in `patchscope_lens`.
+        top_k: Number of most probable tokens to keep.
+
     Returns:
-        `top_probs` and `top_ids`, `[prompts, layers, top]`.
+        `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
     """
     reduction = Reduction(top_k=top_k)
-    rows, found = _patchscope(
+    sources, found = _patchscope(
         model,
         "patchscope_table()",
         source_prompts,
@@ -116,7 +120,7 @@ def patchscope_table(
     )
     axes = ("prompts", "layers", "top")
     labels = {
-        "prompts": prompt_labels(rows, model),
+        "prompts": prompt_labels(sources, model),
         "layers": tuple(layers_of(model, layers)),
         "top": tuple(range(top_k)),
     }
@@ -131,79 +135,6 @@ def patchscope_table(
     )
 
 
-@torch.no_grad()
-def patchscope_generate(
-    model: StandardizedTransformer,
-    prompts: Any,
-    target_patch_prompt: TargetPrompt,
-    max_length: int = 50,
-    layers: int | Sequence[int] | None = None,
-    remote: bool = False,
-    max_batch_size: int = 32,
-    *,
-    progress: bool | None = None,
-    **generation: Any,
-) -> dict[int, torch.Tensor]:
-    """Let the model write on from a target prompt in which one token is taken over by a source's hidden state.
-
-    Args:
-        model: The model.
-        prompts: The sources: a text or a list.
-        target_patch_prompt: The prompt that is continued, and the position to patch in it.
-        max_length: How many new tokens are generated at most.
-        layers: The layer or layers to patch; all if None.
-        remote: Run on a remote service.
-        max_batch_size: Sources times layers that are generated at a time.
-        progress: Show a progress bar; with None, only if the work lasts.
-        **generation: Passed to HuggingFace's `generate`.
-
-    Returns:
-        For each layer `[sources, length]`: ids of the target prompt and of what was generated, on the CPU, filled up
-        where a row ended before others of its batch.
-
-    Raises:
-        IndexError: There is no such layer, or the target prompt has no such position.
-        InsideTraceError: Called inside a trace of the same model.
-    """
-    model.require_no_trace("patchscope_generate()")
-    if max_batch_size < 1:
-        raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}.")
-    chosen, rows = layers_of(model, layers), encode(model, prompts)
-    (target,) = encode(model, target_patch_prompt.prompt)
-    at = resolve(model, target, int(target_patch_prompt.index_to_patch), "the target prompt")
-    latents = last_states(model, rows, chosen, "layers_output", remote, "auto", False)
-    cells = [(k, source) for k in range(len(chosen)) for source in range(len(rows))]
-    made: dict[tuple[int, int], torch.Tensor] = {}
-    limit, start = max_batch_size, 0
-
-    def step(some: list[tuple[int, int]]) -> None:
-        ids = torch.tensor([target.ids] * len(some))
-        edits: dict[int, list[tuple[int, Edit]]] = {}
-        for row, (k, source) in enumerate(some):
-            edit = Edit("layers_output", chosen[k], at, latents[k, source])
-            edits.setdefault(chosen[k], []).append((row, edit))
-        encoding, size = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (len(some), len(target))
-        with model.generate(encoding, max_new_tokens=max_length, remote=remote, **generation) as tracer:
-            for layer in sorted(edits):
-                Passing(model).write(("layers_output", layer), edits[layer], size, 0)
-            written = tracer.result.save()
-        made.update({cell: row.cpu() for cell, row in zip(some, written, strict=True)})
-
-    with bar(len(cells), "patchscope", progress) as shown:
-        while start < len(cells):
-            some = cells[start : start + limit]
-            if not within_memory(partial(step, some), len(some)):
-                limit = max(1, len(some) // 2)
-                continue
-            start += len(some)
-            shown.update(len(some))
-    filler = getattr(model.tokenizer, "pad_token_id", None) or 0
-    return {
-        layer: torch.nn.utils.rnn.pad_sequence([made[k, s] for s in range(len(rows))], True, filler)
-        for k, layer in enumerate(chosen)
-    }
-
-
 def patch_object_attn_lens(
     model: StandardizedTransformer,
     source_prompts: Any,
@@ -215,7 +146,7 @@ def patch_object_attn_lens(
     progress: bool | None = None,
     remote: bool = False,
 ) -> torch.Tensor:
-    """Next-token probabilities of target prompts whose attention reads a source's last token in place of one of theirs.
+    """Next-token probabilities of target prompts whose attention reads a source's last token at one position.
 
     For each layer, the input of the attention of that layer and of the ones after it, `num_patches` in all, is replaced
     at `attn_idx_patch` by the input of the same attention at the source's last token.
@@ -231,7 +162,7 @@ def patch_object_attn_lens(
         remote: Run on a remote service.
 
     Returns:
-        `[targets, layers, vocab]`, float32, on the CPU: for each first patched layer.
+        `[targets, layers, vocab]`, float32, on the CPU; the layer is the first one that is patched.
 
     Raises:
         ValueError: There are several sources and another number of targets, or `num_patches` is not positive.
@@ -245,7 +176,7 @@ def patch_object_attn_lens(
     sources, targets = encode(model, source_prompts), encode(model, target_prompts)
     if len(sources) not in (1, len(targets)):
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
-    at = [resolve(model, row, attn_idx_patch, f"target prompt {i}") for i, row in enumerate(targets)]
+    at = [resolve(model, target, attn_idx_patch, f"target prompt {i}") for i, target in enumerate(targets)]
     layers = list(range(model.num_layers))
     states = last_states(model, sources, layers, "attentions_input", remote, batch_size, False)
     cells = []
@@ -255,50 +186,18 @@ def patch_object_attn_lens(
             patched = range(layer, min(model.num_layers, layer + num_patches))
             edits = tuple(Edit("attentions_input", other, at[i], states[other, source]) for other in patched)
             cells.append(Cell(i, edits))
-    reduction = Reduction(probs=True)
     found = sweep(
         model,
         targets,
         cells,
-        lambda logits, _: reduction(logits, torch.zeros(len(logits), dtype=torch.long)),
+        _reducing(Reduction(probs=True)),
+        proven_shortcuts(model, remote),
         remote=remote,
         batch_size=batch_size,
         progress=progress,
         what="attention patchscope",
     )
     return found["probs"].unflatten(0, (len(targets), len(layers)))
-
-
-@torch.no_grad()
-def last_states(
-    model: StandardizedTransformer,
-    rows: Sequence[Row],
-    layers: Sequence[int],
-    name: str,
-    remote: bool,
-    batch_size: BatchSize,
-    progress: bool | None,
-) -> torch.Tensor:
-    """A value of layers at each prompt's own last token, `[layers, prompts, hidden]`, where the model computes it."""
-    model.prepare(remote)
-    flags, order = forward_flags(model), sorted(set(layers))
-    kept: list[torch.Tensor | None] = [None] * len(rows)
-
-    def step(batch: Batch) -> None:
-        count, last = torch.arange(len(batch)), batch.last
-        with model.trace(batch.encoding, remote=remote, **flags) as tracer:
-            states, passing = [], Passing(model)
-            for layer in order:
-                tensor = passing.read((name, layer))
-                states.append(tensor[count.to(tensor.device), last.to(tensor.device)])
-            stacked = torch.stack([state.to(states[-1].device) for state in states], dim=1).save()
-            tracer.stop()
-        for k, i in enumerate(batch.indices):
-            kept[i] = stacked[k]
-
-    in_batches(model, rows, batch_size, step, "sources", progress)
-    whole = torch.stack([state for state in kept if state is not None], dim=1)
-    return whole[[order.index(layer) for layer in layers]]
 
 
 def _patchscope(
@@ -313,48 +212,77 @@ def _patchscope(
     batch_size: BatchSize,
     progress: bool | None,
 ) -> tuple[list[Row], dict[str, torch.Tensor]]:
+    """The encoded sources, and for each tensor of `reduction` `[sources, layers, ...]`."""
     model.require_no_trace(function)
     if (source_prompts is None) == (latents is None):
         raise ValueError(f"{function}: give either source_prompts or latents, to say what is patched in.")
     chosen = layers_of(model, layers)
     sources = [] if source_prompts is None else encode(model, source_prompts)
-    if latents is not None:
-        latents = torch.stack(list(latents)) if not isinstance(latents, torch.Tensor) else latents
-        expected = [len(chosen), latents.shape[1] if latents.dim() > 1 else 1, model.hidden_size]
-        if list(latents.shape) != expected:
-            raise ShapeError(
-                f"latents has shape {list(latents.shape)}; it must be [layers, sources, hidden], here "
-                f"[{len(chosen)}, sources, {model.hidden_size}]."
-            )
+    latents = None if latents is None else _checked_latents(model, latents, len(chosen))
     count = len(sources) if latents is None else latents.shape[1]
-    batch = TargetPromptBatch.auto(repeat_prompt() if target_patch_prompts is None else target_patch_prompts, count)
-    if len(batch) != count:
-        raise ValueError(f"{len(batch)} target prompts for {count} sources; give one target prompt, or one per source.")
-    encoded = encode(model, list(batch.prompts))
-    at = [
-        resolve(model, row, int(index), f"target prompt {i}")
-        for i, (row, index) in enumerate(zip(encoded, batch.index_to_patch, strict=True))
-    ]
+    targets, at = _encode_targets(model, target_patch_prompts, count)
     if latents is None:
         latents = last_states(model, sources, chosen, "layers_output", remote, batch_size, False)
-    targets = list({row.ids: row for row in encoded}.values())
-    place = {row.ids: i for i, row in enumerate(targets)}
+    distinct = list({target.ids: target for target in targets}.values())
+    place = {target.ids: i for i, target in enumerate(distinct)}
     cells = [
-        Cell(place[encoded[source].ids], (Edit("layers_output", layer, at[source], latents[k, source]),))
+        Cell(place[targets[source].ids], (Edit("layers_output", layer, at[source], latents[k, source]),))
         for source in range(count)
         for k, layer in enumerate(chosen)
     ]
     found = sweep(
         model,
-        targets,
+        distinct,
         cells,
-        lambda logits, _: reduction(logits, torch.zeros(len(logits), dtype=torch.long)),
+        _reducing(reduction),
+        proven_shortcuts(model, remote),
         remote=remote,
         batch_size=batch_size,
         progress=progress,
         what="patchscope",
     )
     return sources, {name: tensor.unflatten(0, (count, len(chosen))) for name, tensor in found.items()}
+
+
+def _checked_latents(model: StandardizedTransformer, latents: Any, layers: int) -> torch.Tensor:
+    """Latents as one tensor.
+
+    Raises:
+        ShapeError: It is not `[layers, sources, hidden]`.
+    """
+    latents = latents if isinstance(latents, torch.Tensor) else torch.stack(list(latents))
+    expected = [layers, latents.shape[1] if latents.dim() > 1 else 1, model.hidden_size]
+    if list(latents.shape) != expected:
+        raise ShapeError(
+            f"latents has shape {list(latents.shape)}; it must be [layers, sources, hidden], here "
+            f"[{layers}, sources, {model.hidden_size}]."
+        )
+    return latents
+
+
+def _encode_targets(
+    model: StandardizedTransformer, given: Targets, count: int
+) -> tuple[list[Row], list[tuple[int, ...]]]:
+    """One target prompt for each of `count` sources, and the position to patch in each.
+
+    Raises:
+        ValueError: Their numbers do not match.
+        IndexError: A target prompt has no such position.
+    """
+    batch = TargetPromptBatch.auto(repeat_prompt() if given is None else given, count)
+    if len(batch) != count:
+        raise ValueError(f"{len(batch)} target prompts for {count} sources; give one target prompt, or one per source.")
+    targets = encode(model, list(batch.prompts))
+    at = [
+        resolve(model, target, int(index), f"target prompt {i}")
+        for i, (target, index) in enumerate(zip(targets, batch.index_to_patch, strict=True))
+    ]
+    return targets, at
+
+
+def _reducing(reduction: Reduction) -> Reduce:
+    """A reduction without targets as the `reduce` of a sweep."""
+    return lambda logits, _: reduction(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
 def _one_of(

@@ -1,4 +1,4 @@
-"""Path patching: what one part of a model tells another directly, with everything between them held still."""
+"""Path patching: the effect of one component on another along the residual stream, with all parts between frozen."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ import nnsight
 import torch
 
 from nnterp.errors import Unavailable
-from nnterp.inputs import Row, encode
+from nnterp.inputs import Row, forward_flags
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
-from nnterp.interventions._edits import Cell, Edit, positions_axis, rows_of
-from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
-from nnterp.interventions._passing import Key, Passing, forward_order, forward_steps
-from nnterp.interventions._patching import Direction
+from nnterp.interventions._engine import (
+    Cell,
+    Edit,
+    Key,
+    Passing,
+    Shortcuts,
+    forward_order,
+    forward_steps,
+    positions_axis,
+    rows_of,
+    sweep,
+)
+from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
+from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
+from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
-from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, forward_flags, within_memory
+from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, within_memory
 from nnterp.interventions._states import States, states_of
-from nnterp.interventions._sweep import sweep
 from nnterp.values import get_label, get_value
 
 if TYPE_CHECKING:
@@ -47,25 +57,25 @@ def path_patching(
     progress: bool | None = None,
     remote: Any = False,
 ) -> PathResult:
-    """The direct effect of a sender on receivers: along the residual stream, past every other part.
+    """The direct effect of a sender on receivers: along the residual stream, through no other part.
 
-    In a first run the sender is taken from the other prompt, while what every other mixer and feed-forward from its
-    layer on returns is held at what it was; what reaches the receivers is recorded. In a second run the receivers, and
-    nothing else, are given that. (Wang et al., "Interpretability in the wild", 2022, section 3.1; Goldowsky-Dill et
-    al., "Localizing model behavior with path patching", 2023.)
+    In a first run the sender is taken from the other prompt, and the outputs of all other mixers and MLPs from its
+    layer on are frozen at their unedited values; the receivers' values are recorded. In a second run the receivers,
+    and nothing else, are replaced by these. (Wang et al., "Interpretability in the wild", 2022, section 3.1;
+    Goldowsky-Dill et al., "Localizing model behavior with path patching", 2023.)
 
     Args:
         model: The model.
         clean: A prompt, or a list.
         corrupted: As many prompts, each as long as its clean one.
         sender: A `Component`, such as a head `Component("attention_head_outputs", 5, 1)`; a list for a sweep.
-        receivers: Components that are given the result together: "attention_queries", "attention_keys",
+        receivers: Components that are replaced together: "attention_queries", "attention_keys",
             "attention_values" of heads, "mlps_input", "attentions_input", ...; or "logits".
         metric: As in `activation_patching`.
         direction: "denoising" takes the sender from the clean run, into the corrupted one; "noising" the reverse.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
-        remote: Run on the remote service, the metric with it; what is patched in is fetched first.
+        remote: Run on the remote service, the metric included; the activations to patch in are fetched first.
 
     Returns:
         `scores` `[prompts, senders]`, `clean` and `corrupted` `[prompts]`, float32, on the CPU.
@@ -77,12 +87,38 @@ def path_patching(
     """
     model.require_no_trace("path_patching()")
     check_batch_size(batch_size)
-    if direction not in ("denoising", "noising"):
-        raise ValueError(f'direction is "denoising" or "noising", not {direction!r}.')
-    pair = encode(model, clean), encode(model, corrupted)
-    if [len(row) for row in pair[0]] != [len(row) for row in pair[1]]:
+    pairs = encode_pairs(model, clean, corrupted, direction)
+    if [len(prompt) for prompt in pairs.clean] != [len(prompt) for prompt in pairs.corrupted]:
         raise ValueError("Clean and corrupted prompts go in pairs of equally many tokens.")
     model.prepare(remote)
+    senders, receiving = _senders_and_receivers(model, sender, receivers)
+    run = _Paths(model, senders, receiving, proven_shortcuts(model, remote), batch_size, remote)
+    with bar(len(pairs) * len(senders), "path patching", progress) as shown:
+        tensors = run.all_pairs(pairs, metric, shown)
+    return PathResult(
+        tensors,
+        {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
+        {"prompts": prompt_labels(pairs.clean, model), "senders": tuple(str(s) for s in senders)},
+        about=describe_run(
+            model,
+            "path_patching",
+            receivers=[str(r) for r in receiving],
+            metric=metric_name(metric),
+            direction=direction,
+            corrupted=prompt_labels(pairs.corrupted, model),
+        ),
+    )
+
+
+def _senders_and_receivers(
+    model: StandardizedTransformer, sender: Any, receivers: Any
+) -> tuple[list[Component], list[Component]]:
+    """Both as lists of checked components; the receiver "logits" is what leaves the last layer.
+
+    Raises:
+        ValueError: There are none, or a receiver comes before a sender.
+        Unavailable: The model does not have one, or adds to the stream outside of its layers.
+    """
     if model.anatomy.between:
         raise Unavailable(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "
@@ -97,104 +133,97 @@ def path_patching(
     if not senders or not receiving:
         raise ValueError("There are no senders or no receivers; give at least one of each.")
     _check_order(model, senders, receiving)
-    runs = _Paths(model, senders, receiving, batch_size, remote)
-    into, source = (pair[1], pair[0]) if direction == "denoising" else pair
-    scores, ends = torch.empty(len(into), len(senders)), torch.empty(2, len(into))
-    with bar(scores.numel(), "path patching", progress) as shown:
-        for i in range(len(into)):
-            (given,), source_logits = states_of(model, [source[i]], [(s.value, s.layer) for s in senders], remote)
-            (held,), into_logits = states_of(model, [into[i]], runs.held, remote)
-            both = (source_logits, into_logits) if direction == "denoising" else (into_logits, source_logits)
-            bound = bind_some(metric, model, len(into), both[0], range(i, i + 1))
-            for end in range(2):
-                ends[end, i] = by_prompt(bound, both[end], [0])[0]
-            scores[i] = runs.scores(into[i], given, held, bound)
-            shown.update(len(senders))
-    return PathResult(
-        {"scores": scores, "clean": ends[0], "corrupted": ends[1]},
-        {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
-        {"prompts": prompt_labels(pair[0], model), "senders": tuple(str(s) for s in senders)},
-        about=describe_run(
-            model,
-            "path_patching",
-            receivers=[str(r) for r in receiving],
-            metric=metric_name(metric),
-            direction=direction,
-            corrupted=prompt_labels(pair[1], model),
-        ),
-    )
+    return senders, receiving
 
 
 class _Paths:
-    """Senders and receivers of one model, and what is held still between them."""
+    """The runs of a call of `path_patching`.
+
+    Attributes:
+        frozen: Names and layers of the outputs that are frozen: of all mixers and MLPs between senders and receivers.
+    """
 
     def __init__(
         self,
         model: StandardizedTransformer,
         senders: list[Component],
         receivers: list[Component],
+        shortcuts: Shortcuts,
         batch_size: BatchSize,
         remote: Any,
     ) -> None:
         self.model, self.senders, self.receivers = model, senders, receivers
-        self.batch_size, self.remote = batch_size, remote
+        self.shortcuts, self.batch_size, self.remote = shortcuts, batch_size, remote
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
-        self.held: list[tuple[str, int]] = []
+        self.frozen: list[tuple[str, int]] = []
         for block in model.anatomy.blocks[first : last + 1]:
             mixers = {"mixers_output": block.mixer}
             if block.self_attn is not None and block.self_attn != block.mixer:
                 mixers["attentions_output"] = block.self_attn
             parts = {**mixers, "mlps_output": block.mlp}
-            self.held += [(name, block.index) for name, part in parts.items() if part is not None]
+            self.frozen += [(name, block.index) for name, part in parts.items() if part is not None]
 
-    def scores(self, row: Row, given: States, held: States, bound: Any) -> torch.Tensor:
-        """The metric of every sender's path in one prompt."""
+    def all_pairs(self, pairs: Pairs, metric: Any, shown: Any) -> dict[str, torch.Tensor]:
+        """`scores` `[prompts, senders]`, and the metric of the unpatched runs, `clean` and `corrupted` `[prompts]`."""
+        model, shortcuts, remote = self.model, self.shortcuts, self.remote
+        wanted = [(s.value, s.layer) for s in self.senders]
+        scores, ends = torch.empty(len(pairs), len(self.senders)), torch.empty(2, len(pairs))
+        for i, (into, source) in enumerate(zip(pairs.into, pairs.source, strict=True)):
+            (given,), source_logits = states_of(model, [source], wanted, shortcuts, remote)
+            (frozen,), into_logits = states_of(model, [into], self.frozen, shortcuts, remote)
+            both = (source_logits, into_logits) if pairs.denoising else (into_logits, source_logits)
+            bound = bind_some(metric, model, len(pairs), both[0], range(i, i + 1))
+            for end in range(2):
+                ends[end, i] = by_prompt(bound, both[end], [0])[0]
+            scores[i] = self.scores(into, given, frozen, bound)
+            shown.update(len(self.senders))
+        return {"scores": scores, "clean": ends[0], "corrupted": ends[1]}
+
+    def scores(self, prompt: Row, given: States, frozen: States, bound: Bound) -> torch.Tensor:
+        """The metric of every sender's path in one prompt, `[senders]`."""
         found: list[torch.Tensor] = []
         start = 0
         while start < len(self.senders):
             some = self.senders[start : start + self.limit]
-            if not within_memory(partial(self.some, row, given, held, bound, some, found), len(some)):
+            if not within_memory(partial(self.some, prompt, given, frozen, bound, some, found), len(some)):
                 self.limit = max(1, len(some) // 2)
                 continue
             start += len(some)
         return torch.cat(found)
 
     def some(
-        self, row: Row, given: States, held: States, bound: Any, senders: list[Component], found: list[torch.Tensor]
+        self,
+        prompt: Row,
+        given: States,
+        frozen: States,
+        bound: Bound,
+        senders: list[Component],
+        found: list[torch.Tensor],
     ) -> None:
-        """Both runs of some senders' paths."""
-        received = self.received(row, given, held, senders)
-        every = tuple(range(len(row)))
+        """Both runs for some senders; appends their metrics to `found`."""
+        model = self.model
+        received = self.received(prompt, given, frozen, senders)
+        every = tuple(range(len(prompt)))
         cells = []
         for k in range(len(senders)):
             edits = []
             for receiver, arrived in zip(self.receivers, received, strict=True):
-                at = every if receiver.positions is None else positions_of(self.model, receiver, row, "the prompt")
+                at = every if receiver.positions is None else positions_of(model, receiver, prompt, "the prompt")
                 edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
             cells.append(Cell(0, tuple(edits)))
-        reduce = scored(bound, cells)
-        swept = sweep(self.model, [row], cells, reduce, remote=self.remote, batch_size=self.batch_size, progress=False)
-        found.append(swept["scores"])
+        options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
+        found.append(sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"])
 
     @torch.no_grad()
-    def received(self, row: Row, given: States, held: States, senders: list[Component]) -> list[torch.Tensor]:
-        """For each receiver what reaches it from each sender, `[senders, seq, ...]`."""
-        model, size, every = self.model, (len(senders), len(row)), tuple(range(len(row)))
-        edits: dict[Key, list[tuple[int, Edit]]] = {}
-        for name, layer in self.held:
-            held_key = name, layer
-            for k, sender in enumerate(senders):
-                if layer >= sender.layer and not _speaks(model, sender, held_key):
-                    edits.setdefault(held_key, []).append((k, Edit(name, layer, every, held[held_key])))
-        for k, sender in enumerate(senders):
-            at = positions_of(model, sender, row, "the prompt")
-            new = cut(sender, at, given[sender.value, sender.layer])
-            edits.setdefault((sender.value, sender.layer), []).append((k, edit_of(sender, at, new)))
+    def received(self, prompt: Row, given: States, frozen: States, senders: list[Component]) -> list[torch.Tensor]:
+        """The first run: for each receiver its values, `[senders, seq, ...]`."""
+        model, size = self.model, (len(senders), len(prompt))
+        edits = self.first_edits(prompt, given, frozen, senders)
         wanted = [(r.value, r.layer) for r in self.receivers]
         steps = forward_steps(model, [*edits, *wanted])
         steps = steps[: 1 + max(k for k, step in enumerate(steps) if step.term is None and step.key in wanted)]
-        ids = torch.tensor([row.ids] * len(senders))
+        ids = torch.tensor([prompt.ids] * len(senders))
         with model.trace({"input_ids": ids}, remote=self.remote, **forward_flags(model)) as tracer:
             arrived: dict[Key, torch.Tensor] = nnsight.save({})
             passing = Passing(model)
@@ -209,9 +238,25 @@ class _Paths:
             tracer.stop()
         return [arrived[key] for key in wanted]
 
+    def first_edits(
+        self, prompt: Row, given: States, frozen: States, senders: list[Component]
+    ) -> dict[Key, list[tuple[int, Edit]]]:
+        """Edits of the first run, by value and layer: each row has one sender replaced and all other parts frozen."""
+        every = tuple(range(len(prompt)))
+        edits: dict[Key, list[tuple[int, Edit]]] = {}
+        for name, layer in self.frozen:
+            for row, sender in enumerate(senders):
+                if layer >= sender.layer and not _writes_through(self.model, sender, (name, layer)):
+                    edits.setdefault((name, layer), []).append((row, Edit(name, layer, every, frozen[name, layer])))
+        for row, sender in enumerate(senders):
+            at = positions_of(self.model, sender, prompt, "the prompt")
+            new = cut(sender, at, given[sender.value, sender.layer])
+            edits.setdefault((sender.value, sender.layer), []).append((row, edit_of(sender, at, new)))
+        return edits
 
-def _speaks(model: StandardizedTransformer, sender: Component, key: tuple[str, int]) -> bool:
-    """Whether a held value is what the sender itself speaks through, in its own layer."""
+
+def _writes_through(model: StandardizedTransformer, sender: Component, key: tuple[str, int]) -> bool:
+    """Whether a frozen output is the one through which the sender itself writes into the stream."""
     if key[1] != sender.layer:
         return False
     block = model.anatomy.blocks[sender.layer]

@@ -1,4 +1,4 @@
-"""Small labelled results: named tensors whose axes carry labels, with the way they were made."""
+"""Results: named tensors with labelled axes, and a record of the call that made them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _DISTRIBUTIONS = ("nnterp-core", "nnterp-interventions", "nnsight", "transformer
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Named tensors on the CPU with labelled axes, and what made them.
+    """Named tensors on the CPU with labelled axes, and a record of the call that made them.
 
     Attributes:
-        tensors: By name; the first is what the result is about. Cells that do not exist (a position past the end of a
-            shorter prompt) are NaN, or -1 for integers.
-        axes: For each tensor the names of its axes.
-        labels: For each axis its labels, in order.
-        tokens: For each prompt the token at each label of the "positions" axis, None past the prompt's end.
+        tensors: Tensors by name, the main one first. Entries that do not exist (a position past the end of a shorter
+            prompt) are NaN, or -1 for integers.
+        axes: The names of each tensor's axes.
+        labels: The labels of each axis, in order.
+        tokens: For each prompt, its token at each label of the "positions" axis, None past the prompt's end.
         vocabulary: Text of the token ids that occur in the tensors.
         about: Model, versions, function and arguments.
     """
@@ -67,12 +67,12 @@ class Result:
 
     @property
     def main(self) -> str:
-        """Name of the tensor the result is about."""
+        """Name of the main tensor, the first."""
         return next(iter(self.tensors))
 
     @property
     def values(self) -> torch.Tensor:
-        """The tensor the result is about."""
+        """The main tensor."""
         return self.tensors[self.main]
 
     def __repr__(self) -> str:
@@ -91,7 +91,9 @@ class Result:
         return [self._cell(name, int(i)) for i in order]
 
     def to_dataframe(self, tensor: str | None = None) -> pandas.DataFrame:
-        """One row per cell of a tensor (the first, if none is named); columns are its axes and the tensors on them.
+        """A table with a row for each entry of a tensor (the main one if None).
+
+        Columns are the tensor's axes, the token where there are positions, and every tensor over the same axes.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -162,11 +164,11 @@ class Result:
         )
 
     def plot(self, **kwargs: Any) -> Any:
-        """The figure that nnterp-display draws of this kind of result, a `plotly.graph_objects.Figure`.
+        """Draw the result with nnterp-display; returns a `plotly.graph_objects.Figure`.
 
         Raises:
             ModuleNotFoundError: nnterp-display is not installed.
-            NotImplementedError: It draws no such figure.
+            NotImplementedError: It has no figure for this class of result.
         """
         draw = plugins.load(plugins.FIGURES, self.figure)
         if draw is None:
@@ -181,7 +183,7 @@ class Result:
 
 
 def describe_run(model: StandardizedTransformer, function: str, **arguments: Any) -> dict[str, Any]:
-    """What goes into `Result.about`: JSON alone, so that it can be stored."""
+    """The record of a call for `Result.about`, of values that JSON can hold."""
     return {
         "model": model.repo_id or model.anatomy.model_class,
         "revision": model.revision,
@@ -191,18 +193,18 @@ def describe_run(model: StandardizedTransformer, function: str, **arguments: Any
     }
 
 
-def prompt_labels(rows: list[Row], model: StandardizedTransformer) -> tuple[str, ...]:
-    """What prompts are called: their text, or their decoded ids."""
-    return tuple(row.text if row.text is not None else model.tokenizer.decode(list(row.ids)) for row in rows)
+def prompt_labels(prompts: list[Row], model: StandardizedTransformer) -> tuple[str, ...]:
+    """The labels of prompts: their texts, or their decoded ids."""
+    return tuple(p.text if p.text is not None else model.tokenizer.decode(list(p.ids)) for p in prompts)
 
 
 def token_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
-    """Each token id decoded alone."""
+    """The text of each token id, decoded on its own."""
     return [model.tokenizer.decode([int(i)]) for i in ids]
 
 
 def vocabulary_of(model: StandardizedTransformer, ids: torch.Tensor) -> dict[int, str]:
-    """Texts of the token ids in a tensor, -1 left out."""
+    """The text of every token id in a tensor, except -1."""
     unique = [i for i in ids.unique().tolist() if i >= 0]
     return dict(zip(unique, token_texts(model, unique), strict=True))
 

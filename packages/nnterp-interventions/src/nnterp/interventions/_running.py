@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from loguru import logger
@@ -17,22 +16,15 @@ from nnterp.inputs import Batch, Row, pad
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-BatchSize = int | Literal["auto"]
-AUTO_TOKENS = 8192  # tokens a batch of whole prompts may have when its size is left to us
+BatchSize: TypeAlias = int | Literal["auto"]
+AUTO_TOKENS = 8192  # most tokens of a batch of whole prompts whose size is "auto"
 AUTO_ROWS = 64
 
 
-def forward_flags(model: StandardizedTransformer) -> dict[str, Any]:
-    """Keywords for a forward pass that is not going to be continued."""
-    accepts = inspect.signature(model._module.forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepts.values())
-    return {"use_cache": False} if "use_cache" in accepts or open_ended else {}
-
-
-def filled(rows: Sequence[Row]) -> torch.Tensor:
-    """Token ids of prompts, `[prompts, seq]`; the shorter ones go on with their last token."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([row.ids + row.ids[-1:] * (width - len(row)) for row in rows])
+def filled(prompts: Sequence[Row]) -> torch.Tensor:
+    """Token ids of prompts, `[prompts, seq]`, int64; shorter prompts repeat their last token on the right."""
+    width = max(len(prompt) for prompt in prompts)
+    return torch.tensor([prompt.ids + prompt.ids[-1:] * (width - len(prompt)) for prompt in prompts])
 
 
 def check_batch_size(batch_size: BatchSize) -> None:
@@ -47,33 +39,33 @@ def check_batch_size(batch_size: BatchSize) -> None:
 
 def in_batches(
     model: StandardizedTransformer,
-    rows: Sequence[Row],
+    prompts: Sequence[Row],
     batch_size: BatchSize,
     step: Callable[[Batch], None],
     what: str,
     progress: bool | None,
 ) -> None:
-    """Call `step` on every row, in batches of like length, longest first.
+    """Call `step` on all prompts, in batches of like length, longest first.
 
-    Rows of different lengths share a batch only where the model is exact under padding. When memory runs out, the batch
-    is halved and tried again; what is done is kept.
+    Prompts of different lengths share a batch only where the model is exact under padding. When memory runs out, the
+    batch is halved and run again; finished batches are not.
 
     Raises:
         ValueError: `batch_size` is neither "auto" nor positive.
         torch.OutOfMemoryError: A single prompt does not fit.
     """
     check_batch_size(batch_size)
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    limit = len(rows) if batch_size == "auto" else batch_size
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    limit = len(prompts) if batch_size == "auto" else batch_size
     start = 0
-    with bar(len(rows), what, progress) as shown:
+    with bar(len(prompts), what, progress) as shown:
         while start < len(order):
-            width = len(rows[order[start]])
+            width = len(prompts[order[start]])
             size = min(limit, max(1, AUTO_TOKENS // width), AUTO_ROWS) if batch_size == "auto" else limit
             chosen = order[start : start + size]
             if not model.padding_is_exact:
-                chosen = [i for i in chosen if len(rows[i]) == width]
-            batch = pad(model, [rows[i] for i in chosen], tuple(chosen))
+                chosen = [i for i in chosen if len(prompts[i]) == width]
+            batch = pad(model, [prompts[i] for i in chosen], tuple(chosen))
             if not within_memory(partial(step, batch), len(chosen)):
                 limit = max(1, len(chosen) // 2)
                 continue
@@ -82,7 +74,7 @@ def in_batches(
 
 
 def within_memory(run: Callable[[], None], rows: int) -> bool:
-    """Run, and say whether memory sufficed; a single row that does not fit raises."""
+    """Call `run`, a batch of `rows` rows; False if memory ran out, which raises if there was only one row."""
     try:
         run()
         return True
@@ -97,7 +89,7 @@ def within_memory(run: Callable[[], None], rows: int) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in any of torch's ways."""
+    """Whether an error says that memory ran out, in any of torch's wordings."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
@@ -105,7 +97,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def bar(total: int, what: str, progress: bool | None) -> Any:
-    """A progress bar; with None, only if the work lasts."""
+    """A progress bar; with None, it appears only after two seconds."""
     if progress is None:
         return tqdm(total=total, desc=what, delay=2.0, leave=False)
     return tqdm(total=total, desc=what, disable=not progress)

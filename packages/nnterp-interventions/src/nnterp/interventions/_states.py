@@ -1,82 +1,123 @@
-"""Values of whole runs, to be put into other runs."""
+"""Values of whole runs, to be written into other runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import nnsight
 import torch
 
-from nnterp.inputs import Row
-from nnterp.interventions._edits import POSITION_AXES, axes_of, rows_of
-from nnterp.interventions._passing import Passing, forward_steps
-from nnterp.interventions._running import filled, forward_flags
-from nnterp.interventions._shortcuts import Shortcuts, prove
+from nnterp.inputs import Batch, Row, forward_flags
+from nnterp.interventions._engine import POSITION_AXES, Passing, Shortcuts, Step, axes_of, forward_steps, rows_of
+from nnterp.interventions._running import BatchSize, filled, in_batches
 from nnterp.values import get_label, get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-States = dict[tuple[str, int], torch.Tensor]
+States: TypeAlias = dict[tuple[str, int], torch.Tensor]
 
 
 @torch.no_grad()
 def states_of(
-    model: StandardizedTransformer, rows: Sequence[Row], keys: Sequence[tuple[str, int]], remote: Any = False
+    model: StandardizedTransformer,
+    prompts: Sequence[Row],
+    keys: Sequence[tuple[str, int]],
+    shortcuts: Shortcuts,
+    remote: Any = False,
 ) -> tuple[list[States], torch.Tensor]:
     """Values of layers over all positions of each prompt, and the logits after it.
 
     Args:
         model: The model.
-        rows: The prompts; they share a forward pass, where they are of different lengths only if that is proven exact.
+        prompts: The prompts; they share a forward pass, those of different lengths only with the `ragged` shortcut.
         keys: Names of values, with their layers.
-        remote: Run on the remote service.
+        shortcuts: Those proven for the model; of them, `ragged` and `readout` are taken.
+        remote: Run on the remote service; then pass `Shortcuts()`.
 
     Returns:
-        For each prompt the values by name and layer, without the batch, where the model computes them; and the logits
-        at each prompt's last token, float32 `[prompts, vocab]`, on the CPU.
+        For each prompt its values by name and layer, without the batch axis, on the model's device; and the logits at
+        each prompt's last token, float32 `[prompts, vocab]`, on the CPU.
     """
     model.prepare(remote)
-    taken = Shortcuts() if remote else prove(model)
-    readout = taken.readout
-    flags, steps = forward_flags(model), forward_steps(model, keys)
-    order = [step.key for step in steps if step.term is None]
-    found: list[States] = [{} for _ in rows]
+    steps = forward_steps(model, keys)
+    found: list[States] = [{} for _ in prompts]
     logits: dict[int, torch.Tensor] = {}
     groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(0 if taken.ragged else len(row), []).append(i)
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(0 if shortcuts.ragged else len(prompt), []).append(i)
     for chosen in groups.values():
-        ids = filled([rows[i] for i in chosen])
-        count, width = ids.shape
-        place, at = torch.arange(count), torch.tensor([len(rows[i]) - 1 for i in chosen])
-        with model.trace({"input_ids": ids}, remote=remote, **flags) as tracer:
-            kept, passing = [], Passing(model)
-            for step in steps:
-                if step.term is not None:
-                    passing.hold(step)
-                    continue
-                kept.append(rows_of(passing.read(step.key), count, width, get_label(step.key[0])).clone())
-            nnsight.save(kept)
-            if readout:
-                whole = passing.read(("layers_output", model.num_layers - 1))
-                last = whole[place.to(whole.device), at.to(whole.device)].save()
-                tracer.stop()
-            else:
-                whole = model.logits
-                last = whole[place.to(whole.device), at.to(whole.device)].save()
-        last = (model.project_on_vocab(last) if readout else last).float().cpu()
+        some = [prompts[i] for i in chosen]
+        kept, last = _run(model, some, steps, shortcuts.readout, remote)
+        width = max(len(prompt) for prompt in some)
         for k, i in enumerate(chosen):
-            for (name, layer), tensor in zip(order, kept, strict=True):
+            for (name, layer), tensor in zip((step.key for step in steps if step.term is None), kept, strict=True):
                 assert layer is not None
-                found[i][name, layer] = own_part(tensor[k], name, len(rows[i]), width)
+                found[i][name, layer] = own_part(tensor[k], name, len(prompts[i]), width)
             logits[i] = last[k]
-    return found, torch.stack([logits[i] for i in range(len(rows))])
+    return found, torch.stack([logits[i] for i in range(len(prompts))])
+
+
+def _run(
+    model: StandardizedTransformer, prompts: list[Row], steps: list[Step], readout: bool, remote: Any
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Read the values of one batch: `[prompts, ...]` each, and the logits at the last tokens, `[prompts, vocab]`."""
+    ids, flags = filled(prompts), forward_flags(model)
+    count, width = ids.shape
+    place, at = torch.arange(count), torch.tensor([len(prompt) - 1 for prompt in prompts])
+    with model.trace({"input_ids": ids}, remote=remote, **flags) as tracer:
+        kept, passing = [], Passing(model)
+        for step in steps:
+            if step.term is not None:
+                passing.hold(step)
+                continue
+            kept.append(rows_of(passing.read(step.key), count, width, get_label(step.key[0])).clone())
+        nnsight.save(kept)
+        if readout:
+            whole = passing.read(("layers_output", model.num_layers - 1))
+            last = whole[place.to(whole.device), at.to(whole.device)].save()
+            tracer.stop()
+        else:
+            whole = model.logits
+            last = whole[place.to(whole.device), at.to(whole.device)].save()
+    return kept, (model.project_on_vocab(last) if readout else last).float().cpu()
+
+
+@torch.no_grad()
+def last_states(
+    model: StandardizedTransformer,
+    prompts: Sequence[Row],
+    layers: Sequence[int],
+    name: str,
+    remote: bool,
+    batch_size: BatchSize,
+    progress: bool | None,
+) -> torch.Tensor:
+    """A value of layers at each prompt's own last token, `[layers, prompts, hidden]`, on the last layer's device."""
+    model.prepare(remote)
+    flags, order = forward_flags(model), sorted(set(layers))
+    kept: list[torch.Tensor | None] = [None] * len(prompts)
+
+    def step(batch: Batch) -> None:
+        count, last = torch.arange(len(batch)), batch.last
+        with model.trace(batch.encoding, remote=remote, **flags) as tracer:
+            states, passing = [], Passing(model)
+            for layer in order:
+                tensor = passing.read((name, layer))
+                states.append(tensor[count.to(tensor.device), last.to(tensor.device)])
+            stacked = torch.stack([state.to(states[-1].device) for state in states], dim=1).save()
+            tracer.stop()
+        for k, i in enumerate(batch.indices):
+            kept[i] = stacked[k]
+
+    in_batches(model, prompts, batch_size, step, "sources", progress)
+    whole = torch.stack([state for state in kept if state is not None], dim=1)
+    return whole[[order.index(layer) for layer in layers]]
 
 
 def own_part(tensor: torch.Tensor, name: str, length: int, width: int) -> torch.Tensor:
-    """What of one row of a value, in a batch filled up to `width` positions, belongs to a prompt of `length`."""
+    """One row of a value, cut to a prompt of `length` tokens in a batch filled up to `width` positions."""
     for axis, label in enumerate(axes_of(get_value(name))[1:]):
         if label in (*POSITION_AXES, "key") and tensor.shape[axis] == width:
             tensor = tensor.narrow(axis, 0, length)

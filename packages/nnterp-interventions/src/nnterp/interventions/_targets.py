@@ -1,4 +1,4 @@
-"""Target prompts of patchscopes: a prompt, and the token whose hidden state is replaced."""
+"""Target prompts of patchscopes: a prompt and the position at which its hidden state is replaced."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ class TargetPromptBatch:
 
     @classmethod
     def from_target_prompts(cls, prompts_: Sequence[TargetPrompt]) -> TargetPromptBatch:
-        """Of several target prompts."""
+        """Make a batch of several target prompts."""
         return cls([p.prompt for p in prompts_], torch.tensor([int(p.index_to_patch) for p in prompts_]))
 
     @classmethod
     def from_target_prompt(cls, prompt: TargetPrompt, batch_size: int) -> TargetPromptBatch:
-        """Of one target prompt, `batch_size` times."""
+        """Make a batch of one target prompt, repeated `batch_size` times."""
         return cls.from_target_prompts([prompt] * batch_size)
 
     @classmethod
     def from_prompts(
         cls, prompts: str | Sequence[str], index_to_patch: int | Sequence[int] | torch.Tensor
     ) -> TargetPromptBatch:
-        """Of texts, and one position for all or one for each.
+        """Make a batch of texts, with one position for all or one for each.
 
         Raises:
-            ValueError: There is another number of positions than of prompts, or they are no integers.
+            ValueError: The numbers of prompts and positions differ, or the positions are not integers.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if isinstance(index_to_patch, int):
@@ -68,10 +68,10 @@ class TargetPromptBatch:
 
     @staticmethod
     def auto(target_prompt: Any, batch_size: int) -> TargetPromptBatch:
-        """Of a `TargetPrompt` (repeated), a list of them, or a batch as it is.
+        """Make a batch of a `TargetPrompt` (repeated), a list of them, or a batch (returned unchanged).
 
         Raises:
-            ValueError: It is none of these.
+            ValueError: `target_prompt` is none of these.
         """
         if isinstance(target_prompt, TargetPromptBatch):
             return target_prompt
@@ -101,16 +101,16 @@ def repeat_prompt(
     placeholder: str = "?",
     index_to_patch: int = -1,
 ) -> TargetPrompt:
-    """A prompt that repeats words, so that the model goes on to repeat what is patched into its last token.
+    """A prompt that repeats words, so that the model also repeats the word whose hidden state is patched in.
 
     (Ghandeharioun et al., "Patchscopes", 2024, section 4.1: the token identity prompt.)
 
     Args:
-        words: The words that are repeated before; three unrelated ones if None.
-        rel: Between a word and its repetition.
-        sep: Between pairs.
+        words: The words that the prompt repeats; three unrelated ones if None.
+        rel: Text between a word and its repetition.
+        sep: Text between pairs.
         placeholder: The token to patch.
-        index_to_patch: Its position.
+        index_to_patch: The position to patch; by default the last token.
     """
     words = ("king", "1135", "hello") if words is None else words
     return TargetPrompt(sep.join([*(f"{word}{rel}{word}" for word in words), placeholder]), index_to_patch)
@@ -126,15 +126,15 @@ def it_repeat_prompt(
     add_user_instr: bool = True,
     use_system_prompt: bool = True,
 ) -> TargetPrompt:
-    """`repeat_prompt` in the chat template of an instruction-tuned model, the last token to be patched.
+    """`repeat_prompt` in the chat template of an instruction-tuned model; the last token is patched.
 
     Args:
         tokenizer: The model's tokenizer.
         words, rel, sep, placeholder: As in `repeat_prompt`.
-        complete_prompt: The assistant's turn begins with the list, so that the placeholder is the last token.
-            Otherwise the turn is empty and its last token is what the template puts there.
-        add_user_instr: The task is explained in a first exchange, and the list is a turn of its own.
-        use_system_prompt: Begin with a system message (some templates have none).
+        complete_prompt: Begin the assistant's turn with the repeated words, so that the placeholder is the last token.
+            If False, the assistant's turn is empty, and the last token is the template's own.
+        add_user_instr: Explain the task in a first exchange; the repeated words are then a turn of their own.
+        use_system_prompt: Begin with a system message, which some templates do not allow.
 
     Raises:
         ValueError: The tokenizer has no chat template.
@@ -161,5 +161,5 @@ def it_repeat_prompt(
     whole = tokenizer.apply_chat_template(chat, tokenize=False, **how)
     start = tokenizer.bos_token
     if start and whole.startswith(start) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        whole = whole.removeprefix(start)  # the tokenizer puts it there again
+        whole = whole.removeprefix(start)  # the tokenizer adds it itself
     return TargetPrompt(whole, -1)

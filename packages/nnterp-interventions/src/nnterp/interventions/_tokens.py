@@ -1,4 +1,4 @@
-"""Token ids named by the user: as ids, or as text that is one token."""
+"""Tokens given by the user, as ids or as texts that are one token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def token_id(model: StandardizedTransformer, token: Token) -> int:
     """The id of one token.
 
     Args:
-        model: Whose tokenizer reads it.
-        token: An id, or a text that is exactly one token (with the space before it, where it continues a sentence).
+        model: The model, whose tokenizer is used.
+        token: An id, or a text that is exactly one token, with the space before it if it continues a sentence.
 
     Raises:
-        ValueError: The text is no token or several, or there is no such id.
+        ValueError: The text is not exactly one token, or there is no such id.
     """
     if not isinstance(token, str):
         index = int(token)
@@ -34,7 +34,7 @@ def token_id(model: StandardizedTransformer, token: Token) -> int:
         return int(ids[0])
     bare = model.tokenizer(token.lstrip(" "), add_special_tokens=False)["input_ids"]
     if len(bare) == 1 and len(ids) == 2 and ids[1] == bare[0]:
-        return int(bare[0])  # SentencePiece writes the space before a word by itself, so here it stands alone
+        return int(bare[0])  # SentencePiece puts a space before a word itself, so a second one is a token of its own
     pieces = model.tokenizer.convert_ids_to_tokens(ids)
     raise ValueError(
         f"{token!r} is {len(ids)} tokens ({' '.join(map(repr, pieces))}), not one; give the id of the one you mean."
@@ -42,17 +42,17 @@ def token_id(model: StandardizedTransformer, token: Token) -> int:
 
 
 def groups_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, name: str) -> torch.Tensor:
-    """Groups of token ids for each prompt, `[prompts, groups, members]`, filled up with -1.
+    """Groups of token ids for each prompt: int64 `[prompts, groups, members]` on the CPU, padded with -1.
 
     Args:
-        model: Whose tokenizer reads texts.
-        tokens: One token for all prompts, or a list with one entry per prompt: a token, or a list in which each entry
-            is a token or a list of tokens that count together.
-        prompts: How many prompts there are.
-        name: What errors call it.
+        model: The model, whose tokenizer is used.
+        tokens: One token for all prompts, or a list with one entry per prompt. An entry is a token, or a list of
+            groups; a group is a token, or a list of tokens that count together.
+        prompts: Number of prompts.
+        name: Name of the argument, for errors.
 
     Raises:
-        ValueError: The list has not one entry per prompt, an entry is empty, or a text is not one token.
+        ValueError: The list does not have one entry per prompt, an entry is empty, or a text is not one token.
     """
     if isinstance(tokens, torch.Tensor):
         tokens = tokens.tolist()
@@ -77,10 +77,12 @@ def groups_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int,
 
 
 def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, name: str) -> torch.Tensor:
-    """Token ids for each prompt, `[prompts, most]`, filled up with -1; one token, or one entry per prompt.
+    """Token ids for each prompt: int64 `[prompts, most]` on the CPU, padded with -1.
+
+    The arguments are those of `groups_per_prompt`, but an entry of `tokens` is a token or a list of tokens.
 
     Raises:
-        ValueError: As `groups_per_prompt`; also where tokens are grouped.
+        ValueError: As `groups_per_prompt`; or tokens are grouped.
     """
     ids = groups_per_prompt(model, tokens, prompts, name)
     if ids.shape[2] != 1:

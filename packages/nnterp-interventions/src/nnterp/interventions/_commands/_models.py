@@ -1,4 +1,4 @@
-"""The model that a command is given, and what is said while it loads."""
+"""Loading the model of a command, and what the terminal shows meanwhile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> StandardizedTransformer:
-    """The model of a hub id or a folder, or "toy", with its weights."""
+    """Load the model that was named (a hub id, a folder or "toy") with its weights."""
     from nnterp import StandardizedTransformer, toy_checkpoint
 
     placed = {"device_map": arguments.device} if arguments.device else {}
@@ -38,7 +38,7 @@ def load_model(arguments: argparse.Namespace) -> StandardizedTransformer:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and warnings of the libraries underneath, which would break into a table."""
+    """Silence the progress bars and warnings of other libraries, which would interrupt a table."""
     import transformers
     from transformers.utils import logging
 
@@ -56,7 +56,7 @@ def quiet() -> Iterator[None]:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar that is gone when the work is done, and nothing where there is no terminal."""
+    """A progress bar that disappears at the end; shown only in a terminal."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     return Progress(

@@ -19,7 +19,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def bar(probability: float, columns: int = 14) -> Text:
-    """A probability as a horizontal bar, to an eighth of a character."""
+    """A probability as a horizontal bar with a resolution of an eighth of a character."""
     from rich.text import Text
 
     eighths = round(min(max(probability, 0.0), 1.0) * columns * 8)
@@ -43,7 +43,7 @@ def _cut(text: str) -> Text:
 
 
 def some_rows(count: int, most: int = 24) -> list[int]:
-    """Which of many rows to print: all, or `most` of them evenly, the first and the last among them."""
+    """Indices of the rows to print: all, or `most` of them, evenly spaced from the first to the last."""
     if count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
@@ -58,15 +58,15 @@ def layer_table(
     first: str,
     last_first: bool = True,
 ) -> Table:
-    """One row per layer: its first token with a bar, and the ones after it.
+    """A table with one row per layer: the most probable token with a bar, and the next ones.
 
     Args:
         layers: Labels of the rows.
         ids: `[layers, k]`, most probable first.
         probabilities: `[layers, k]`.
-        names: Names the tokens.
-        first: What the first token is called in the header.
-        last_first: Whether the last layer comes on top, as in the figures.
+        names: Texts of the tokens.
+        first: Header of the most probable token.
+        last_first: Put the last layer on top, as in the figures.
     """
     from rich import box
     from rich.table import Table
@@ -78,7 +78,7 @@ def layer_table(
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     if ids.shape[1] > 1:
-        table.add_column("then", style="dim")  # the only one that gives way where the terminal is narrow
+        table.add_column("then", style="dim")  # the only column that is cut in a narrow terminal
     rows = some_rows(len(layers))
     for i in reversed(rows) if last_first else rows:
         texts = [shorten(name, WIDEST_TOKEN) for name in names.many(ids[i].tolist())]
@@ -97,14 +97,14 @@ def layer_table(
 def side_by_side(
     columns: dict[str, tuple[torch.Tensor, torch.Tensor]], names: TokenNames, *, bar_columns: int = 4
 ) -> Table:
-    """Several distributions beside each other: heading → token ids `[k]` and probabilities `[k]`."""
+    """A table of several distributions side by side: heading → token ids `[k]` and probabilities `[k]`."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in columns:
-        table.add_column(Text(heading))  # gives way where the terminal is narrow
+        table.add_column(Text(heading))  # is cut in a narrow terminal
         table.add_column("", no_wrap=True)
         table.add_column("", justify="right", no_wrap=True, style="dim")
     rows = min(len(ids) for ids, _ in columns.values())

@@ -1,4 +1,4 @@
-"""`nnterp demo`: a minute with a real model, and everything nnterp does to it in passing."""
+"""`nnterp demo`: loads a small model and shows names, lens, steering, a patchscope and the certificate."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Steering:
-    """The next token of `STEERED`, as it is and with a direction added: each `[2, k]` token ids and probabilities.
+    """The next token after `STEERED`, without and with a direction added to the stream.
 
     Attributes:
-        layer: Where the direction was read and added.
-        plain, pleasant, unpleasant: Ids and probabilities, most probable first.
+        layer: The layer at which the direction was read and added.
+        plain, pleasant, unpleasant: Token ids `[k]` and probabilities `[k]`, most probable first.
     """
 
     layer: int
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def attempt(step: Callable[[StandardizedTransformer], Found], model: StandardizedTransformer) -> Found | str:
-    """What a step finds, or why this model does not allow it."""
+    """What a step returns, or the message of its error if the model does not support it."""
     try:
         return step(model)
     except (RenamingError, ValueError, IndexError) as error:
@@ -123,7 +123,7 @@ def attempt(step: Callable[[StandardizedTransformer], Found], model: Standardize
 
 @torch.no_grad()
 def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
-    """Add the mean difference of pleasant and unpleasant weather at a middle layer, both ways (Rimsky et al. 2024)."""
+    """Steer both ways along the mean difference of pleasant and unpleasant weather (Rimsky et al. 2024)."""
     layer = model.num_layers // 2
 
     def last_state(prompt: str) -> torch.Tensor:
@@ -144,7 +144,7 @@ def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
 
 
 def read_source(model: StandardizedTransformer) -> PatchscopeResult:
-    """What `SOURCE`'s last hidden state says inside a prompt that repeats words (Ghandeharioun et al. 2024)."""
+    """Write `SOURCE`'s last hidden state into a prompt that repeats words (Ghandeharioun et al. 2024)."""
     from nnterp.interventions import patchscope_table
 
     return patchscope_table(model, [SOURCE], top_k=3, progress=False)
@@ -158,7 +158,7 @@ def show(
     readings: PatchscopeResult | str,
     path: Path | None,
 ) -> None:
-    """Print the whole of it."""
+    """Print all sections."""
     from rich.text import Text
 
     names = TokenNames(model.tokenizer)
@@ -185,7 +185,7 @@ def show(
 
 
 def heading(console: Console, number: int, what: str, code: str) -> None:
-    """A section's title, and the call that makes it."""
+    """Print a section's title, and the code for it."""
     from rich.text import Text
 
     console.print()
@@ -194,7 +194,7 @@ def heading(console: Console, number: int, what: str, code: str) -> None:
 
 
 def show_lens(console: Console, read: LensResult, names: TokenNames) -> None:
-    """The lens at the last position, and from where on its last word leads."""
+    """Print the lens at the last position, and the layer from which its final token is the most probable."""
     from rich.text import Text
 
     layers = list(read.labels["layers"])
@@ -209,7 +209,7 @@ def show_lens(console: Console, read: LensResult, names: TokenNames) -> None:
 
 
 def show_steering(console: Console, steering: Steering | str, names: TokenNames) -> None:
-    """The next token as it is and pushed both ways."""
+    """Print the next token without steering and with it in both directions."""
     from rich.text import Text
 
     if isinstance(steering, str):
@@ -225,7 +225,7 @@ def show_steering(console: Console, steering: Steering | str, names: TokenNames)
 
 
 def show_readings(console: Console, readings: PatchscopeResult | str, names: TokenNames) -> None:
-    """What each layer's hidden state is read out as."""
+    """Print which token the patchscope reads from each layer's hidden state."""
     from rich.text import Text
 
     if isinstance(readings, str):
@@ -242,7 +242,7 @@ def show_readings(console: Console, readings: PatchscopeResult | str, names: Tok
 
 
 def show_verdict(console: Console, model: StandardizedTransformer) -> None:
-    """The certificate in one line."""
+    """Print the certificate in one line."""
     from rich.text import Text
 
     from nnterp.rendering import BAD, GOOD

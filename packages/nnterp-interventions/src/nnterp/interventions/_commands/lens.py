@@ -1,4 +1,4 @@
-"""`nnterp lens MODEL PROMPT`: what every layer would say next."""
+"""`nnterp lens MODEL PROMPT`: the next token that every layer would predict."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table and write the figure; 0, or 1 with the reason on the error output."""
+    """Print the table and write the figure. Returns 0, or 1 after printing the reason on stderr."""
     from rich.console import Console
 
     if arguments.html is not None and plugins.load(plugins.FIGURES, "lens") is None:
@@ -64,7 +64,7 @@ def read_lens(model: StandardizedTransformer, prompt: str, top_k: int) -> LensRe
 
 
 def print_lens(console: Console, model: StandardizedTransformer, result: LensResult) -> None:
-    """The last position's table."""
+    """Print the table of the last position."""
     from nnterp.interventions._commands._tables import layer_table
     from nnterp.token_text import TokenNames
 
@@ -79,7 +79,7 @@ def print_lens(console: Console, model: StandardizedTransformer, result: LensRes
 
 
 def write_lens(model: StandardizedTransformer, result: LensResult, path: Path) -> Path:
-    """Draw the lens and write it.
+    """Draw the lens, write the figure to a file and return its path.
 
     Raises:
         ValueError: nnterp-display is not installed, or cannot write such a file.

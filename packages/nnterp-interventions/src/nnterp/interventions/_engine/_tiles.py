@@ -1,21 +1,21 @@
-"""How the cells of a sweep are cut into batches: rows that share a prefix of positions and of layers run together."""
+"""Cutting the cells of a sweep into batches, so that cells that begin and end at like places run together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Costs are counted in tokens passing one layer. A layer's weights have to be read however few tokens pass it, which
-# costs as much as some more tokens; a forward pass costs a little on top.
+# The unit of cost is one token in one layer. Reading a layer's weights costs as much as this many tokens, however few
+# tokens run; a forward pass costs a little on top.
 LAYER_OVERHEAD = {"cpu": 32}
 LAYER_OVERHEAD_ELSEWHERE = 1024
 PASS_OVERHEAD = 16
-BANDS = (1, 2, 3, 4, 6, 8)  # into how many bands of layers cells are tried to be cut
+BANDS = (1, 2, 3, 4, 6, 8)  # numbers of bands of layers that are tried
 
 
 @dataclass(frozen=True)
 class Span:
-    """What has to run for one cell: positions from `position` up to (not including) `end`, layers from `layer` on."""
+    """What must run for one cell: positions from `position` up to (not including) `end`, layers from `layer` on."""
 
     position: int
     layer: int
@@ -27,10 +27,10 @@ class Tile:
     """Cells that run as the rows of one batch.
 
     Attributes:
-        cells: Their indices, in the order of the layers that they begin at.
+        cells: Indices of the cells, in the order of `layers`.
         position: The first position that runs; those before it come from the cache.
         end: The position before which the run ends.
-        layers: For each cell the first layer that runs; all alike where rows cannot join on the way.
+        layers: Per cell: the first layer that runs. All are equal if rows cannot join a running batch.
     """
 
     cells: tuple[int, ...]
@@ -42,18 +42,19 @@ class Tile:
 def plan(
     spans: Sequence[Span], layers: int, most_rows: int, most_tokens: int, device: str = "cpu", join: bool = False
 ) -> list[Tile]:
-    """A cheap way of cutting cells into batches.
+    """Cut cells into batches, at nearly the lowest cost.
 
-    Rows that may join a running batch at their own layer are cut along the positions alone; otherwise into bands of
-    layers, and each of these along the positions.
+    If rows can join a running batch at their own layer, cells are cut by their positions alone; otherwise they are cut
+    into bands of layers first, and each band by positions.
 
     Args:
-        spans: What has to run for each cell.
-        layers: Layers of the model.
+        spans: What must run for each cell.
+        layers: Number of layers of the model.
         most_rows, most_tokens: Bounds of a batch.
-        device: Kind of device, which decides how much a layer costs besides its tokens.
-        join: Whether rows may join.
+        device: Type of the device, such as "cuda"; it decides how much reading a layer's weights costs.
+        join: Whether rows can join a running batch.
     """
+    limits = most_rows, most_tokens
     overhead = LAYER_OVERHEAD.get(device, LAYER_OVERHEAD_ELSEWHERE)
     idle = [i for i, span in enumerate(spans) if span.layer >= layers]
     running = [i for i, span in enumerate(spans) if span.layer < layers]
@@ -68,10 +69,7 @@ def plan(
             inside = set(levels[band * len(levels) // bands : (band + 1) * len(levels) // bands])
             chosen = [i for i in running if spans[i].layer in inside]
             own, tiled = min(
-                (
-                    _cut(spans, order, layers, most_rows, most_tokens, overhead, join)
-                    for order in _orders(spans, chosen)
-                ),
+                (_cut(spans, order, layers, limits, overhead, join) for order in _orders(spans, chosen)),
                 key=lambda made: made[0],
             )
             cost += own
@@ -82,7 +80,7 @@ def plan(
 
 
 def _orders(spans: Sequence[Span], chosen: list[int]) -> list[list[int]]:
-    """Orders in which neighbours are alike; prompts of different lengths end differently."""
+    """Orders of cells in which neighbours have like spans: by first position, and by end if the ends differ."""
     orders = [sorted(chosen, key=lambda i: (spans[i].position, spans[i].end, spans[i].layer))]
     if len({spans[i].end for i in chosen}) > 1:
         orders.append(sorted(chosen, key=lambda i: (spans[i].end, spans[i].position, spans[i].layer)))
@@ -90,19 +88,15 @@ def _orders(spans: Sequence[Span], chosen: list[int]) -> list[list[int]]:
 
 
 def _cut(
-    spans: Sequence[Span],
-    order: list[int],
-    layers: int,
-    most_rows: int,
-    most_tokens: int,
-    overhead: int,
-    join: bool,
+    spans: Sequence[Span], order: list[int], layers: int, limits: tuple[int, int], overhead: int, join: bool
 ) -> tuple[float, list[Tile]]:
-    """The cheapest cut of cells in a given order into consecutive batches, with its cost."""
+    """The cheapest cut of cells, in this order, into consecutive batches: its cost, and the batches."""
+    most_rows, most_tokens = limits
     best = [0.0] + [float("inf")] * len(order)
     cut = [0] * (len(order) + 1)
     for stop in range(1, len(order) + 1):
-        position, end, most, total = 1 << 60, 0, 0, 0  # layers that run: in the row with most, in all rows together
+        # Layers that run: `most` in the row with most, `total` in all rows together.
+        position, end, most, total = 1 << 60, 0, 0, 0
         for start in range(stop - 1, max(-1, stop - 1 - most_rows), -1):
             span = spans[order[start]]
             run = layers - span.layer

@@ -1,4 +1,4 @@
-"""What a cell of a sweep changes: edits of values, and how they are put into the rows of a batch."""
+"""Edits of values, the cells of a sweep made of them, and how edits are written into the rows of a batch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
 
 
 class Edit(Record):
-    """One value of one layer, replaced at some positions, for some heads.
+    """Replace one value of one layer at some positions, for some heads.
 
     Attributes:
-        value: Name of a row of the table of values.
+        value: Name of the value, such as "layers_output".
         layer: Its layer; None for values that are not per layer.
-        positions: Over the row's own tokens, from 0.
-        new: What replaces it: a tensor with the value's axes without the batch, cut to these positions and heads (or
-            anything that broadcasts to that), or a function of the tensor that is there.
-        heads: Entries of the value's head (or neuron) axis; all if None.
+        positions: Over the prompt's own tokens, from 0.
+        new: The replacement: a tensor with the value's axes without the batch, cut to these positions and heads (or
+            anything that broadcasts to that); or a function from the current tensor to that.
+        heads: Indices on the value's axis of heads (or neurons); all if None.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Edit(Record):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: a prompt, by its index, and the edits made to its forward pass."""
+    """One run of a sweep: the index of a prompt, and the edits made in its forward pass."""
 
     prompt: int
     edits: tuple[Edit, ...]
@@ -62,7 +62,7 @@ class Cell:
 
 
 def first_layer(edit: Edit, num_layers: int) -> int:
-    """The first layer that has to run for an edit to take effect; what a layer returns is edited after it."""
+    """The first layer that must run after an edit. An edit of a layer's output needs only the layers after it."""
     value = get_value(edit.value)
     if edit.layer is None:
         return 0 if value.rank == 0 else num_layers
@@ -70,20 +70,20 @@ def first_layer(edit: Edit, num_layers: int) -> int:
 
 
 def axes_of(value: Label | Value) -> tuple[str, ...]:
-    """Names of a value's axes, the batch first."""
+    """Names of a value's axes, the batch first: ("batch", "seq", "hidden")."""
     return tuple(axis.strip() for axis in value.shape.strip("[]").split(","))
 
 
 def axis_index(value: Label | Value, names: Sequence[str]) -> int | None:
-    """Which axis of one row of a value (the batch left out) bears one of these names."""
+    """Index of the axis with one of these names, not counting the batch; None if there is none."""
     return next((i for i, axis in enumerate(axes_of(value)[1:]) if axis in names), None)
 
 
 def positions_axis(name: str) -> int:
-    """Which axis of one row of a value runs over the positions.
+    """Index of a value's axis of positions, not counting the batch.
 
     Raises:
-        ValueError: None does.
+        ValueError: It has none.
     """
     value = get_label(name)
     axis = axis_index(value, POSITION_AXES)
@@ -95,10 +95,10 @@ def positions_axis(name: str) -> int:
 
 
 def units_axis(name: str) -> int:
-    """Which axis of one row of a value runs over heads or neurons.
+    """Index of a value's axis of heads or neurons, not counting the batch.
 
     Raises:
-        ValueError: None does; names values that have one.
+        ValueError: It has none; the message names values that have one.
     """
     value = get_label(name)
     axis = axis_index(value, UNIT_AXES)
@@ -111,17 +111,23 @@ def units_axis(name: str) -> int:
 
 
 def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Label | Value) -> torch.Tensor:
-    """A view of a value with one entry per row of a batch of `rows` prompts of `seq` tokens.
+    """A view of a value `[rows, seq, ...]`, where the model may keep batch and positions in one axis.
 
-    OPT's feed-forward has batch and positions in one axis.
+    OPT's MLP does; and rows that joined a running batch may pass in one row of all their positions.
+
+    Args:
+        tensor: The value.
+        rows: Rows of the batch.
+        seq: Positions that run.
+        value: Its label.
 
     Raises:
-        ShapeError: The axis of the rows cannot be told.
+        ShapeError: The shape does not show which axis is the batch.
     """
     axes = len(axes_of(value))
     if tensor.dim() < axes and tensor.shape[0] == rows * seq:
         return tensor.unflatten(0, (rows, seq))
-    if rows > 1 and tensor.dim() == axes and tensor.shape[:2] == (1, rows * seq):  # rows that joined on the way
+    if rows > 1 and tensor.dim() == axes and tensor.shape[:2] == (1, rows * seq):  # rows that joined a running batch
         return tensor[0].unflatten(0, (rows, seq))
     batch_first = tensor.shape[0] == rows
     if batch_first and tensor.dim() > axes:  # several streams side by side, after batch and positions
@@ -135,7 +141,7 @@ def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Label | Value) -> 
 
 
 def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
-    """Where an edit falls in one row whose positions begin at `offset`."""
+    """The index of an edit's entries in one row of its value, whose first position is `offset`."""
     value = get_label(edit.value)
     where: list[Any] = [slice(None)] * (len(axes_of(value)) - 1)
     at = positions_axis(edit.value)
@@ -151,9 +157,12 @@ def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
 
 
 def _begin(value: Label | Value, row: torch.Tensor, seq: int, offset: int) -> int:
-    """Which position of the prompt one row of a value begins with, in a forward pass of the `seq` from `offset` on.
+    """The prompt's position at which one row of a value begins, when `seq` positions run from `offset` on.
 
-    Keys and values of attention may hold those of the positions before as well, or not.
+    Keys and values of attention may also hold the cached positions before `offset`, and then begin at 0.
+
+    Raises:
+        ShapeError: The row has neither as many positions as run, nor as many as the prompt.
     """
     axis = positions_axis(value.name)
     if axes_of(value)[1 + axis] != "keys" or row.shape[axis] == seq:
@@ -169,10 +178,16 @@ def _begin(value: Label | Value, row: torch.Tensor, seq: int, offset: int) -> in
 def apply_edits(
     tensor: torch.Tensor, edits: Iterable[tuple[int, Edit]], size: tuple[int, int], offset: int
 ) -> torch.Tensor:
-    """A copy of one value with each (row, edit) put in; `size` is the batch's number of rows and of positions.
+    """A copy of one value with edits written into it.
+
+    Args:
+        tensor: The value.
+        edits: Pairs of a row and an edit of this value.
+        size: Rows of the batch and positions that run.
+        offset: The first position that runs.
 
     Raises:
-        ShapeError: What an edit brings does not have the shape of what it replaces.
+        ShapeError: An edit's tensor does not have the shape of what it replaces.
     """
     copy = tensor.clone()
     value = None

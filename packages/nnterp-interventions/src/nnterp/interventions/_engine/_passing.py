@@ -1,4 +1,4 @@
-"""Reading and editing several values in one forward pass, each when the pass comes to it."""
+"""Reading and editing several values in one forward pass, in the order in which the model computes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nnterp.interventions._edits import Edit, apply_edits
+from nnterp.interventions._engine._edits import Edit, apply_edits
 from nnterp.record import Record
 from nnterp.values import Site, Sum, get_label, get_value, read_value, reads, when, write_value
 
@@ -18,12 +18,11 @@ Key = tuple[str, int | None]
 
 
 class Step(Record):
-    """Something to do in a forward pass.
+    """One thing to do in a forward pass: hold a term of a value that is a sum, or read or edit a value.
 
     Attributes:
-        key: A value's name and layer.
-        term: Which of the tensors that make up the value is read and held until the last of them is there; None where
-            the value itself is there to be read and edited.
+        key: The value's name and layer.
+        term: Index of the term to hold until the last term is computed; None to read or edit the whole value.
     """
 
     def __init__(self, key: Key, term: int | None = None) -> None:
@@ -31,14 +30,14 @@ class Step(Record):
 
 
 def forward_steps(model: StandardizedTransformer, keys: Iterable[Key]) -> list[Step]:
-    """Values of layers in the order in which a forward pass comes to them, each once; parts of sums on the way."""
+    """Steps for these values in the order in which the model computes them, each once, with the terms of sums."""
     once = list(dict.fromkeys(keys))
     layers = [layer for _, layer in once]
     by_rank = [Step(key) for key in sorted(once, key=lambda key: _rank(model, key))]
     if len(set(layers)) == len(layers):  # no two values of one layer
         return by_rank
     # Which of two values of a layer comes first depends on the model: parallel blocks run their parts in any order, and
-    # between the terms of a sum other values may be passed.
+    # other values may be computed between the terms of a sum.
     steps: list[tuple[float, bool, tuple[int, float], Step]] = []
     try:
         for key in once:
@@ -46,37 +45,37 @@ def forward_steps(model: StandardizedTransformer, keys: Iterable[Key]) -> list[S
             rank = _rank(model, key)
             steps += [(tick, True, rank, Step(key, term)) for term, tick in enumerate(ticks[:-1])]
             steps.append((max(ticks), False, rank, Step(key)))
-    except (KeyError, TypeError):  # a value that the probe did not pass
+    except (KeyError, TypeError):  # the probe never reached a value
         return by_rank
-    # What a tensor is changed to counts for the sums that are made of it, so it is held after it is edited.
+    # A term is held after edits of the same tensor, so that the sum contains the edit.
     return [step for *_, step in sorted(steps, key=lambda entry: entry[:3])]
 
 
 def forward_order(model: StandardizedTransformer, keys: Iterable[Key]) -> list[Key]:
-    """Values of layers in the order in which a forward pass comes to them, each once."""
+    """These values in the order in which the model computes them, each once."""
     return [step.key for step in forward_steps(model, keys) if step.term is None]
 
 
 class Passing:
-    """The values of a running forward pass, taken in the order of `forward_steps`; to be made inside of the trace."""
+    """Reads and edits values of a running forward pass, in the order of `forward_steps`. Make one inside the trace."""
 
     def __init__(self, model: StandardizedTransformer) -> None:
         self.model = model
         self.held: dict[Key, list[torch.Tensor]] = {}
 
     def streams_first(self, name: str) -> bool:
-        """Whether the model keeps several streams, all in `[streams, batch, seq, hidden]`."""
+        """Whether the value is `[streams, batch, seq, hidden]`: the model keeps several streams side by side."""
         return name in ("layers_input", "layers_output") and self.model.readout.layout.batch == 1
 
     def hold(self, step: Step) -> None:
-        """Keep one of the tensors that a value is made of."""
+        """Read one term of a value and keep it until the value is read."""
         name, layer = step.key
         assert step.term is not None
         terms, _ = reads(self.model, self.model.place(name, layer))
         self.held.setdefault(step.key, []).append(terms[step.term].read(self.model, f"{name}[{layer}]"))
 
     def read(self, key: Key) -> torch.Tensor:
-        """A value, once its last tensor is there; streams side by side come after the positions."""
+        """A value whose other terms are held; several streams are `[batch, seq, streams, hidden]`."""
         name, layer = key
         if self.streams_first(name):
             return read_value(self.model, get_label(name), layer).movedim(0, 2)
@@ -86,7 +85,7 @@ class Passing:
         return combine([*self.held[key], terms[-1].read(self.model, f"{name}[{layer}]")])
 
     def write(self, key: Key, edits: list[tuple[int, Edit]], size: tuple[int, int], offset: int) -> torch.Tensor:
-        """Put edits of one value into the pass; returns what the value is now."""
+        """Make edits (pairs of row and edit) of one value, and return the edited value; arguments as `apply_edits`."""
         name, layer = key
         place = self.model.place(name, layer)
         current = self.read(key)
@@ -95,7 +94,7 @@ class Passing:
             kept = new.movedim(2, 0) if self.streams_first(name) else new
             write_value(self.model, get_label(name), kept, layer)
             return new
-        # The terms are passed one after the other: the last of them takes what changes.
+        # The terms but the last are computed and used already, so the last term takes the whole change.
         path, factor = place.terms[-1]
         site, label = Site(path, "output"), f"{name}[{layer}]"
         last = site.read(self.model, label)

@@ -1,0 +1,155 @@
+"""The grid of activation patching: pairs × values × layers × heads × positions, and the cell at each point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from nnterp.interventions._engine import Cell, Edit, Shortcuts, index_of
+from nnterp.interventions._layers import layers_with
+from nnterp.interventions._pairs import Pairs
+from nnterp.interventions._results import prompt_labels, token_texts
+from nnterp.interventions._states import States
+from nnterp.interventions._units import units_of
+from nnterp.positions import resolve
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+Column: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # positions in the run patched into, and in the source
+
+
+class Grid:
+    """The axes of a call of `activation_patching`.
+
+    Attributes:
+        names, layers, units: The values, layers and heads (`[None]` if heads are not told apart).
+        together: All positions are patched at once.
+        columns: The positions asked for; None for every position.
+        where: For each pair its columns.
+        width: Columns of the pair that has most.
+        shape: `(values, layers, heads, positions)`.
+    """
+
+    def __init__(
+        self,
+        model: StandardizedTransformer,
+        pairs: Pairs,
+        names: list[str],
+        layers: int | Sequence[int] | None,
+        positions: Any,
+        heads: Any,
+    ) -> None:
+        self.model, self.pairs, self.names = model, pairs, names
+        self.layers = layers_with(model, names, layers)
+        self.units = units_of(model, names, heads, self.layers)
+        self.by_head = heads is not None
+        if isinstance(positions, str) and positions != "all":
+            raise ValueError(f'positions are indices, selectors such as at(...), or "all"; not {positions!r}.')
+        self.together = positions == "all" if isinstance(positions, str) else positions is None and self.by_head
+        self.columns: list[Any] | None = None
+        if not self.together and positions is not None:
+            self.columns = list(positions) if isinstance(positions, Sequence) else [positions]
+            if not self.columns:
+                raise ValueError("positions is empty; give at least one, or None for every position.")
+        self.where = [
+            self._every_position(i) if self.columns is None else [self._column(i, column) for column in self.columns]
+            for i in range(len(pairs))
+        ]
+        self.width = max(len(columns) for columns in self.where)
+        self.shape = (len(names), len(self.layers), len(self.units), self.width)
+
+    def _every_position(self, pair: int) -> list[Column]:
+        clean, corrupted = len(self.pairs.clean[pair]), len(self.pairs.corrupted[pair])
+        if clean != corrupted:
+            raise ValueError(
+                f"Pair {pair}: the clean prompt has {clean} tokens and the corrupted one {corrupted}, so their "
+                f"positions do not correspond; make them equally long, or give positions that are found in both, such "
+                f"as nnterp.positions.last_of(...)."
+            )
+        every = tuple(range(clean))
+        return [(every, every)] if self.together else [((p,), (p,)) for p in every]
+
+    def _column(self, pair: int, column: Any) -> Column:
+        kinds = ("corrupted", "clean") if self.pairs.denoising else ("clean", "corrupted")
+        prompts = self.pairs.into[pair], self.pairs.source[pair]
+        into, source = (
+            resolve(self.model, prompt, column, f"the {kind} prompt {pair}")
+            for prompt, kind in zip(prompts, kinds, strict=True)
+        )
+        if len(into) != len(source):
+            raise ValueError(
+                f"Pair {pair}: {column!r} is {len(into)} tokens of the {kinds[0]} prompt and {len(source)} of the "
+                f"{kinds[1]} one; give positions that are equally many in both."
+            )
+        if not into:
+            raise ValueError(f"Pair {pair}: {column!r} is no token of the prompt.")
+        return into, source
+
+    def cells(
+        self, pair: int, prompt: int, name: str, states: States, shortcuts: Shortcuts
+    ) -> Iterator[tuple[tuple[int, ...], Cell]]:
+        """Each cell of one pair and one value, with its indices of layer, head and position.
+
+        Args:
+            pair: Index of the pair.
+            prompt: Index of its prompt in the sweep.
+            name: The value.
+            states: The value's states in the run patched from.
+            shortcuts: Those proven for the model.
+        """
+        same = self._same_prefix(pair, shortcuts)
+        for (a, layer), (b, unit), (c, (at, at_source)) in product(
+            enumerate(self.layers), enumerate(self.units), enumerate(self.where[pair])
+        ):
+            kept = [k for k, position in enumerate(at) if position >= same or at != at_source]
+            if not kept:  # both runs are equal up to here
+                yield (a, b, c), Cell(prompt, ())
+                continue
+            heads = None if unit is None else (unit,)
+            there = Edit(name, layer, tuple(at_source[k] for k in kept), lambda x: x, heads)
+            source = states[name, layer]
+            new = source[index_of(there, 0, source.device)]
+            yield (a, b, c), Cell(prompt, (Edit(name, layer, tuple(at[k] for k in kept), new, heads),))
+
+    def _same_prefix(self, pair: int, shortcuts: Shortcuts) -> int:
+        """Number of first positions at which both runs are equal, in a model proven not to look ahead; else 0."""
+        into, source = self.pairs.into[pair].ids, self.pairs.source[pair].ids
+        if not shortcuts.within(len(into)).prefix:
+            return 0
+        return next(
+            (i for i, (a, b) in enumerate(zip(into, source, strict=False)) if a != b), min(len(into), len(source))
+        )
+
+    def labelled(
+        self, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[str, ...], dict[str, tuple[Any, ...]], tuple[tuple[str | None, ...], ...]]:
+        """Scores `[pairs, *shape]` without the axes that were not asked for; their axes, labels and tokens."""
+        axes = ["prompts", "values", "layers", "heads", "positions"]
+        positions: tuple[Any, ...] = tuple(range(self.width))
+        if self.columns is not None:
+            positions = tuple(c if isinstance(c, int) else repr(c) for c in self.columns)
+        labels: dict[str, tuple[Any, ...]] = {
+            "prompts": prompt_labels(self.pairs.clean, self.model),
+            "values": tuple(self.names),
+            "layers": tuple(self.layers),
+            "heads": tuple(self.units),
+            "positions": positions,
+        }
+        left_out = {"values": len(self.names) == 1, "heads": not self.by_head, "positions": self.together}
+        for axis in [axis for axis in axes if left_out.get(axis)]:
+            scores = scores.squeeze(axes.index(axis))
+            axes.remove(axis)
+            labels.pop(axis)
+        tokens = () if self.together else tuple(self._tokens(i) for i in range(len(self.pairs)))
+        return scores, tuple(axes), labels, tokens
+
+    def _tokens(self, pair: int) -> tuple[str | None, ...]:
+        """The clean prompt's tokens in each column."""
+        side = 1 if self.pairs.denoising else 0
+        ids = self.pairs.clean[pair].ids
+        own = ["".join(token_texts(self.model, [ids[p] for p in column[side]])) for column in self.where[pair]]
+        return (*own, *(None,) * (self.width - len(own)))
