@@ -55,7 +55,7 @@ def test_nor_does_a_model_without_weights(tmp_path):
     model = StandardizedTransformer(folder, remote=True)
     loaded, structural = attributes(model), model.facts
     with RemoteWorker(folder) as worker, worker.serving(), torch.no_grad():
-        for _ in range(2):
+        for _ in range(3):
             with model.trace(PROMPTS[0], remote=True):
                 model.layers_output[1].save()
         assert {name for _, name in changed(loaded, attributes(model))} == {"facts"}
@@ -68,7 +68,8 @@ def test_nor_does_a_model_without_weights(tmp_path):
                 model.layers_output[1].save()
         assert changed(learnt, attributes(model)) == set()
         sizes = [request.size for request in worker.requests]
-    assert sizes[0] == sizes[1]
+    assert abs(sizes[0] - sizes[1]) < 64  # nnsight itself numbers some names differently the first time
+    assert sizes[1] == sizes[2]
     assert sizes[-1] == sizes[-2]
 
 
