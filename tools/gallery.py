@@ -1,4 +1,4 @@
-"""Make the gallery: run each snippet of it on the toy checkpoint, draw, and write docs/gallery.md with its images.
+"""Write docs/gallery.md and its images: run each code snippet on the toy checkpoint and save its figure.
 
     uv run python tools/gallery.py
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,10 +22,10 @@ LIMIT = 2_000_000  # bytes of all images together
 HEAD = """\
 # Gallery
 
-Each figure below was drawn by the code above it, with the small model of `nnterp.toy_checkpoint()`. Figures are
-`plotly.graph_objects.Figure`: hover for exact numbers, and call `figure.show()` to see one.
-`display.save(figure, "figure.html")` writes a page that opens offline; `.png` and `.svg` need
-`pip install 'nnterp-display[images]'`.
+Each figure comes with the code that drew it, on the model that is part of nnterp (`nnterp.toy_checkpoint()`). Figures
+are `plotly.graph_objects.Figure`: hovering shows exact numbers, `figure.show()` shows the figure, and
+`display.save(figure, "figure.html")` writes a page that opens offline (or a `.png` or `.svg`, with
+`pip install 'nnterp-display[images]'`).
 
 This page and its images are made by `uv run python tools/gallery.py`.
 
@@ -43,7 +44,7 @@ SECTIONS = [
     (
         "lens",
         "Logit lens",
-        "The next token that each layer predicts at each position (nostalgebraist, 2020). Bright cells are certain.",
+        "The token each layer would predict next, at each position (nostalgebraist, 2020). Bright is probable.",
         """\
         from nnterp.interventions import logit_lens_table
 
@@ -54,7 +55,7 @@ SECTIONS = [
     ),
     (
         "lens-entropy",
-        "How sure each layer is",
+        "How certain each layer is",
         "The same lens, coloured by the entropy of each distribution.",
         """\
         figure = lens.plot(tokenizer=model.tokenizer, color="entropy", title="Entropy of the lens")
@@ -63,7 +64,7 @@ SECTIONS = [
     (
         "targets",
         "Targets over layers",
-        "Probabilities of target categories over a set of prompts: the line is the median, the band the middle half.",
+        "Probabilities of target categories over several prompts: the median, and a band over the middle half.",
         """\
         from nnterp.interventions import logit_lens
         from nnterp.prompts import Prompt, run_prompts
@@ -80,7 +81,7 @@ SECTIONS = [
     (
         "patching",
         "Activation patching by position",
-        "The positions that decide the indirect object: 1 is the clean run's logit difference, 0 the corrupted run's.",
+        "Which activations decide the indirect object: 1 is the clean run's logit difference, 0 the corrupted run's.",
         """\
         from nnterp.interventions import activation_patching, logit_difference
 
@@ -110,7 +111,7 @@ SECTIONS = [
     (
         "attention",
         "Attention of one head",
-        "One of the heads, chosen from the map above. Query positions down, key positions across; the future is blank.",
+        "The head with the largest effect above. Query positions down, key positions across.",
         """\
         collected = model.collect(clean, "attention_probabilities")
         pattern = collected["attention_probabilities"][:, 0]  # [layers, heads, query, key]
@@ -121,7 +122,7 @@ SECTIONS = [
     (
         "attention-wall",
         "A wall of heads",
-        "All heads of all layers at once, to choose the heads worth a closer look.",
+        "All heads of all layers at once, to find the one to look at.",
         """\
         figure = display.plot_attention(pattern, tokens, model.tokenizer, title="Attention of every head")
         """,
@@ -129,7 +130,7 @@ SECTIONS = [
     (
         "tokens",
         "Tokens by a value",
-        "A text in reading order, each token coloured by a number: here the model's surprise (minus log probability).",
+        "A text in reading order, each token coloured by a number: here its surprise, −log of its probability.",
         """\
         probs = logit_lens(model, text, positions=slice(None), layers=-1)[0, 0]  # [positions, vocab]
         ids = model.tokenizer(text)["input_ids"]
@@ -142,7 +143,7 @@ SECTIONS = [
     (
         "patchscope",
         "Patchscope",
-        "Hidden states patched into a prompt that makes the model repeat words (Ghandeharioun et al., 2024).",
+        "Hidden states, read out by a target prompt that repeats words (Ghandeharioun et al., 2024).",
         """\
         from nnterp.interventions import patchscope_table
 
@@ -153,7 +154,7 @@ SECTIONS = [
     (
         "topk",
         "Top tokens of each layer",
-        "One panel per prompt, as in nnterp 1.x.",
+        "The figure of nnterp 1.x, one panel per prompt.",
         """\
         probs = logit_lens(model, ["The capital of France is", "The capital of Japan is"])
         figure = display.plot_topk_tokens(probs, model.tokenizer, k=4, show=False)
@@ -161,8 +162,8 @@ SECTIONS = [
     ),
     (
         "dark",
-        "In the dark",
-        "Any figure can be drawn in the dark theme. Saved pages follow the reader's own setting without this.",
+        "Dark theme",
+        "Any figure in the dark theme. Saved pages follow the reader's light or dark setting by themselves.",
         """\
         figure = display.with_theme(results.plot(title="The capital emerges over depth"), "dark")
         """,
@@ -170,7 +171,7 @@ SECTIONS = [
     (
         "certificate",
         "The certificate",
-        "The checks that ran when the model was loaded, and their results.",
+        "What was proven about this model's names when it was loaded, line by line.",
         """\
         figure = display.plot_certificate(model.certificate)
         """,
@@ -183,9 +184,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS, help="where gallery.md and gallery/ go")
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    space: dict = {}
+    space: dict[str, Any] = {}
     exec(SETUP, space)
-    # Titles name the model by its path; the page must not show a local folder.
+    # Titles name the model; without this they would show a path of the machine that makes the page.
     space["model"].repo_id = "toy"
     object.__setattr__(space["model"].certificate, "model", "toy")
     page = [HEAD.format(setup=SETUP.strip())]

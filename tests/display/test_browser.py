@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,18 @@ def causal(*shape, seed=0):
     return scores.masked_fill(future, float("-inf")).softmax(-1)
 
 
+def several_prompts(labels, tokens):
+    """A patching result of several prompts; their tokens are texts, None past a prompt's end."""
+    scores = torch.linspace(-1, 1, len(tokens) * 3 * len(labels)).view(len(tokens), 3, len(labels))
+    scores[torch.tensor([[token is None for token in row] for row in tokens])[:, None].expand_as(scores)] = torch.nan
+    return SimpleNamespace(
+        tensors={"scores": scores},
+        axes={"scores": ("prompts", "layers", "positions")},
+        labels={"prompts": range(len(tokens)), "layers": range(3), "positions": labels},
+        tokens=tokens,
+    )
+
+
 def every_figure():
     words = [*HOSTILE, "·", "plain"]
     tokenizer, n = Words(words), len(words)
@@ -72,6 +85,12 @@ def every_figure():
         "wall": display.plot_attention(causal(3, 4, n, n), texts),
         "tokens": display.plot_tokens(texts, torch.linspace(-1, 1, n), name="<b>loss</b> (nats)"),
         "patching": display.plot_patching(torch.linspace(-1, 1, 6 * n).view(6, n), texts, score="<s>score</s>"),
+        "selectors": display.plot_patching(
+            several_prompts([f"last_of({word!r})" for word in words], [words] * 2), prompts="mean"
+        ),
+        "counted": display.plot_patching(
+            several_prompts(range(n), [[*words[:i], *[None] * (n - i)] for i in range(3, n + 1)]), prompts="mean"
+        ),
         "components": display.plot_components(torch.linspace(-1, 1, n), texts, score="<s>score</s>"),
         "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=words[:3]),
         "generated": display.plot_patchscope([words[:8], words[8:16]]),

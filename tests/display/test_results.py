@@ -70,6 +70,14 @@ def test_lens_result_by_rank_entropy_and_target(model, lens):
     assert np.allclose(target, full[..., 40].numpy(), rtol=1e-4)
     with pytest.raises(ValueError, match="Token 77 is not among the targets of prompt 0"):
         lens.plot(target=77)
+    with pytest.raises(ValueError, match="color must be"):
+        lens.plot(color="red")
+    with pytest.raises(ValueError, match="layers has 1 entries, but the layer axis of the result"):
+        lens.plot(layers=[0])
+    with pytest.raises(ValueError, match="tokens has 2 entries, but the column axis of the result"):
+        lens.plot(tokens=["a", "b"])
+    words = [f"w{i}" for i in range(len(lens.tokens[0]) - lens.tokens[0].count(None))]
+    assert list(lens.plot(tokens=words).layout.xaxis.ticktext) == words
     with pytest.raises(IndexError, match="there is no prompt 2"):
         lens.plot(prompt=2)
     with pytest.raises(ValueError, match="has no target_ranks"):
@@ -126,11 +134,11 @@ def test_patching_result_by_position_and_by_head(model):
     both = activation_patching(
         model, [clean] * 2, [corrupted] * 2, metric, values=["layers_output", "mlp_contributions"], progress=False
     )
-    with pytest.raises(ValueError, match=r"2 prompts: choose one with prompts=..."):
+    with pytest.raises(ValueError, match=r"2 prompts: draw one with prompt=i, i from 0 to 1, or their mean"):
         both.plot(values="mlp_contributions")
     chosen = both.plot(values="mlp_contributions", prompts="mean")
     assert np.allclose(chosen.data[0].z, both["scores"][:, 1].nanmean(0))
-    assert "mean over prompts" in chosen.layout.title.text
+    assert "mean over 2 prompts" in chosen.layout.title.text
     with pytest.raises(ValueError, match="is not among the values"):
         both.plot(values="nothing", prompts="mean")
     with pytest.raises(ValueError, match="has no axis 'banana'"):
@@ -154,9 +162,11 @@ def test_ablation_of_heads_is_a_map_of_what_changes(model):
     assert "change of target probability" in figure.data[0].hovertext[1][2]
     assert figure.data[0].hovertext[1][2].startswith("layer 2<br>head 2<br>")
     assert figure.layout.title.text.startswith("Ablation (mean, prompt The Eiffel Tower")
+    assert result.plot(prompt=1) == figure
+    assert np.allclose(result.plot(prompt=-2).data[0].z, change[0].view(2, -1), atol=1e-7)
     mean = result.plot(prompts="mean")
     assert np.allclose(mean.data[0].z, change.mean(0).view(2, -1), atol=1e-7)
-    with pytest.raises(ValueError, match=r"2 prompts: choose one with prompts=..."):
+    with pytest.raises(ValueError, match=r"2 prompts: draw one with prompt=i, i from 0 to 1, or their mean"):
         result.plot()
 
 

@@ -336,21 +336,8 @@ class StandardizedTransformer(NamedTransformer):
 
             An error in a later batch carries what is finished as `error.collected`.
         """
-        return collect(
-            self,
-            prompts,
-            values,
-            layers,
-            positions,
-            batch_size,
-            device,
-            dtype,
-            reduce,
-            progress,
-            max_new_tokens,
-            remote,
-            **generation,
-        )
+        options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote)
+        return collect(self, prompts, values, layers, positions, *options, **generation)
 
     def gradients(
         self,

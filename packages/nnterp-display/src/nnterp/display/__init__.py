@@ -1,7 +1,7 @@
 """Figures and tables of nnterp's results.
 
-Every figure is a `plotly.graph_objects.Figure` with its tokens shown exactly and escaped. Functions take plain tensors
-with labels, or the result objects of `nnterp.interventions`, whose `.plot()` calls them.
+Every figure is a `plotly.graph_objects.Figure`. Functions take plain tensors with labels, or the results of
+`nnterp.interventions`, whose `.plot()` calls them. Tokens are shown exactly, and never interpreted as HTML or LaTeX.
 """
 
 from nnterp.display._attention import plot_attention

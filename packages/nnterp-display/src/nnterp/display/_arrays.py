@@ -1,22 +1,23 @@
-"""Tensors and arrays of any kind as checked numpy arrays."""
+"""Convert tensors to arrays, check them and the labels of their axes, and write numbers as text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 
 def as_array(values: Any, what: str, *dims: int) -> np.ndarray:
-    """A float64 array, from a tensor (any device and dtype), an array or nested lists.
+    """The values as a float array with `dims` axes; several `dims` are alternatives.
 
     Args:
-        values: The numbers.
-        what: What errors call them.
-        *dims: How many axes they may have.
+        values: A tensor of any device and dtype, an array, or nested lists.
+        what: The argument, as errors call it.
+        *dims: The numbers of axes that are allowed.
 
     Raises:
-        ValueError: They have another number of axes, or there are none.
+        ValueError: The array has another number of axes, or is empty.
     """
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -31,10 +32,10 @@ def as_array(values: Any, what: str, *dims: int) -> np.ndarray:
 
 
 def check_probabilities(array: np.ndarray, what: str) -> None:
-    """Check that an array can hold probabilities over its last axis; NaN is ignored.
+    """Check that `array` can hold probabilities over its last axis; NaN is ignored.
 
     Raises:
-        ValueError: A number is negative, or a distribution sums to more than one.
+        ValueError: A number is negative, or the last axis sums to more than 1.02 somewhere.
     """
     low, high = float(np.nanmin(array)), float(np.nanmax(np.nansum(array, -1)))
     if low < 0 or high > 1.02:
@@ -44,27 +45,35 @@ def check_probabilities(array: np.ndarray, what: str) -> None:
         )
 
 
-def top_tokens(values: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` largest of next-token probabilities and their token ids, both `[prompts, layers, k]`, largest first.
+def check_same(what: str, got: int, expected: int, of: str) -> None:
+    """Check that there are as many labels (`got`) as an axis is long (`expected`).
 
     Args:
-        values: `[prompts, layers, vocab]`, `[layers, vocab]` or `[vocab]`.
-        k: How many tokens.
+        what: The argument that holds the labels.
+        got: How many labels there are.
+        expected: The length of the axis.
+        of: The axis, in words.
 
     Raises:
-        ValueError: These are no probabilities over the vocabulary, or `k` is not between 1 and its size.
+        ValueError: The two differ.
     """
-    probs = as_array(values, "next_token_probs ([prompts, layers, vocab])", 1, 2, 3)
-    probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
-    check_probabilities(probs, "next_token_probs")
-    if not 1 <= k <= probs.shape[-1]:
-        raise ValueError(f"k goes from 1 to {probs.shape[-1]}, the size of the vocabulary, not {k}.")
-    ids = np.argsort(-probs, axis=-1, kind="stable")[..., :k]
-    return np.take_along_axis(probs, ids, -1), ids
+    if got != expected:
+        raise ValueError(f"{what} has {got} entries, but {of} has {expected}. Give one label for each.")
+
+
+def axis_labels(labels: Sequence[Any] | None, count: int, what: str, of: str) -> list[str]:
+    """The labels of an axis of length `count` as text; 0, 1, … if `labels` is None.
+
+    Raises:
+        ValueError: There is not one label for each entry; `what` and `of` name the argument and the axis.
+    """
+    names = [str(i) for i in range(count)] if labels is None else [str(label) for label in labels]
+    check_same(what, len(names), count, of)
+    return names
 
 
 def number(value: float) -> str:
-    """A probability or score as hover texts show it: four decimals, or two significant digits below 0.001."""
+    """A probability or score as hover text: four decimals, two significant digits below 0.001, – for NaN."""
     if value != value:
         return "–"
     return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

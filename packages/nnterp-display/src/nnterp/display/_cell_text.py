@@ -1,4 +1,4 @@
-"""Text in the cells of a heat map, black or white, whichever has more contrast with the cell."""
+"""Text in the cells of a heat map, black or white, whichever has more contrast with its cell."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _STEPS = 256
 
 
 def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray:
-    """Text colours, black or white, with the better contrast on a colour scale (WCAG 2 relative luminance).
+    """For each level of a colour scale, "#000000" or "#ffffff", whichever has more contrast (WCAG 2 luminance).
 
     Args:
-        levels: Places from 0 to 1, any shape; NaN stands for an empty cell.
+        levels: Numbers from 0 to 1, of any shape; NaN counts as 0.
         scale: Name of a plotly colour scale.
-        reverse: True if the scale is drawn reversed.
+        reverse: Whether the scale is drawn reversed.
 
     Returns:
-        `"#000000"` or `"#ffffff"` for each level, in the shape of `levels`.
+        An array of strings in the shape of `levels`.
     """
     colours = [unlabel_rgb(c) for c in sample_colorscale(get_colorscale(scale), list(np.linspace(0, 1, _STEPS)))]
     rgb = np.array(colours) / 255
@@ -36,7 +36,14 @@ def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray
 
 
 def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *, mono: bool = True) -> go.Scatter:
-    """A trace that writes texts, escaped here, in the cells `[rows][columns]`; hovering ignores it."""
+    """A trace with one text at the centre of each cell, `[rows][columns]`; the cells keep their own hover text.
+
+    Args:
+        texts: The texts, not yet escaped; "" draws nothing.
+        colours: `[rows, columns]`, of the texts.
+        size: Size of the font.
+        mono: Use a monospaced font.
+    """
     spots = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
     return go.Scatter(
         x=[j for _, j in spots],

@@ -1,4 +1,4 @@
-"""Tables as pandas DataFrames: prompts, top tokens, a certificate, an anatomy."""
+"""Tables as pandas DataFrames: prompts, top tokens, certificates, the names of a model's modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from nnterp.display._arrays import top_tokens
+from nnterp.display._arrays import as_array, check_probabilities
 from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def prompts_to_df(prompts: Iterable[Any], tokenizer: Any = None) -> pd.DataFrame:
-    """Prompts with their targets, one column per prompt and one row per field.
-
-    The rows are `prompt`, `<target>_string` for each target, and with a tokenizer `<target>_tokens`.
+    """Prompts with their targets, a column for each prompt.
 
     Args:
         prompts: `nnterp.prompts.Prompt` objects (anything with `prompt`, `target_strings` and `target_tokens`).
-        tokenizer: Names the target tokens, as the tokenizer itself writes them.
+        tokenizer: Adds the target tokens, as the tokenizer spells them.
+
+    Returns:
+        Rows `prompt`, `<target>_string`, and with a tokenizer `<target>_tokens`.
     """
     columns: dict[int, dict[str, Any]] = {}
     for i, prompt in enumerate(prompts):
@@ -37,17 +38,26 @@ def prompts_to_df(prompts: Iterable[Any], tokenizer: Any = None) -> pd.DataFrame
 
 
 def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.DataFrame:
-    """The `k` most probable tokens of each prompt and layer, a row each: prompt, layer, rank, id, token, probability.
+    """The `k` most probable tokens of each prompt and layer, a row for each token.
 
     Args:
         next_token_probs: `[prompts, layers, vocab]`, `[layers, vocab]` or `[vocab]`, as `logit_lens` returns.
-        tokenizer: Names the tokens; they are shown as in the figures, spaces visible.
+        tokenizer: Names the tokens, with spaces visible as in the figures.
         k: How many tokens.
 
+    Returns:
+        Columns prompt, layer, rank (from 1), id, token, probability.
+
     Raises:
-        ValueError: These are no probabilities over the vocabulary, or `k` is not between 1 and its size.
+        ValueError: `next_token_probs` does not hold probabilities, or `k` is not between 1 and the size of the
+            vocabulary.
     """
-    best, ids = top_tokens(next_token_probs, k)
+    probs = as_array(next_token_probs, "next_token_probs ([prompts, layers, vocab])", 1, 2, 3)
+    probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
+    check_probabilities(probs, "next_token_probs")
+    if not 1 <= k <= probs.shape[-1]:
+        raise ValueError(f"k goes from 1 to {probs.shape[-1]}, the size of the vocabulary, not {k}.")
+    ids = np.argsort(-probs, axis=-1, kind="stable")[..., :k]
     names = TokenNames(tokenizer)
     rows = [
         {
@@ -56,7 +66,7 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
             "rank": j + 1,
             "id": int(ids[p, i, j]),
             "token": names(int(ids[p, i, j])),
-            "probability": best[p, i, j],
+            "probability": probs[p, i, ids[p, i, j]],
         }
         for p, i, j in np.ndindex(*ids.shape)
     ]
@@ -64,12 +74,12 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
 
 
 def certificate_to_df(certificate: Certificate) -> pd.DataFrame:
-    """The lines of a certificate, a row each: claim, status, error, tolerance, detail."""
+    """The lines of a certificate, a row for each, with columns claim, status, error, tolerance, detail."""
     rows = [(line.name, line.status, line.error, line.tolerance, line.detail) for line in certificate.lines]
     frame = pd.DataFrame(rows, columns=["claim", "status", "error", "tolerance", "detail"])
     return frame.astype({"error": float, "tolerance": float})
 
 
 def anatomy_to_df(anatomy: Anatomy) -> pd.DataFrame:
-    """The names of a model's modules, a row each: standard name, native path."""
+    """The modules of a model, a row for each, with columns name (nnterp's) and native (the path in the model)."""
     return pd.DataFrame(list(anatomy.names()), columns=["name", "native"])

@@ -1,4 +1,4 @@
-"""Layout of heat maps: the size of a readable cell, the labels of the axes, the size of the whole figure."""
+"""Sizes and axis labels of heat maps and tables, so that every cell and label can be read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PADDING = 6
 
 @dataclass(frozen=True)
 class Cells:
-    """Pixels of one cell and its text.
+    """The size of a heat map's cells, in pixels.
 
     Attributes:
-        width, height: Of one cell.
+        width, height: Size of one cell.
         font: Size of the text in it.
     """
 
@@ -34,12 +34,12 @@ class Cells:
 
     @property
     def columns(self) -> int:
-        """Columns of monospaced text that fit in a cell."""
+        """How many characters of monospaced text fit in a cell."""
         return max(int((self.width - _PADDING) / (self.font * MONO_WIDTH)), 1)
 
     @classmethod
     def for_text(cls, rows: int, columns: int, longest: int) -> Cells:
-        """Cells for texts of up to `longest` columns: as wide as they need, narrower (and cut) in a wide grid."""
+        """Cells wide enough for `longest` characters, up to a limit that is lower for more columns."""
         font = 12 if rows <= 24 and columns <= 24 else 10
         most = 96 if columns <= 12 else 72 if columns <= 24 else 62
         wanted = round(longest * font * MONO_WIDTH) + _PADDING + 2
@@ -47,13 +47,20 @@ class Cells:
 
     @classmethod
     def for_colour(cls, rows: int, columns: int) -> Cells:
-        """Cells without text."""
+        """Square cells without text."""
         size = max(min(640 // max(rows, columns, 1), 44), 14)
         return cls(size, size, 11)
 
 
 def token_ticks(names: Sequence[str], cell: int, font: int = 11, *, vertical: bool | None = None) -> dict[str, Any]:
-    """Axis settings that show every token beside its cell; turned by 90° if `vertical`, or if None where too wide."""
+    """Axis settings with a label under every cell.
+
+    Args:
+        names: The labels.
+        cell: Pixels of a cell.
+        font: Size of the labels.
+        vertical: Whether labels are turned by 90 degrees; if None, they are where they would not fit otherwise.
+    """
     shown = [shorten(name, LABEL_COLUMNS) for name in names]
     turned = (
         max((width(name) for name in shown), default=0) * font * MONO_WIDTH > cell - 4 if vertical is None else vertical
@@ -71,7 +78,7 @@ def token_ticks(names: Sequence[str], cell: int, font: int = 11, *, vertical: bo
 
 
 def number_ticks(labels: Sequence[object], cell: int, font: int = 11) -> dict[str, Any]:
-    """Axis settings for numbered rows: every label if they fit, else every 2nd, 5th, 10th, …"""
+    """Axis settings with every label if they fit in cells of `cell` pixels, else every 2nd, 5th, 10th, … label."""
     names = [str(label) for label in labels]
     every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell >= font + 3), 100)
     kept = [i for i in range(len(names)) if i % every == 0]
@@ -87,7 +94,7 @@ def number_ticks(labels: Sequence[object], cell: int, font: int = 11) -> dict[st
 
 
 def label_pixels(names: Sequence[str], font: int = 11) -> int:
-    """Width of the longest of these labels in pixels."""
+    """Pixels that the longest of these axis labels needs."""
     longest = max((min(width(name), LABEL_COLUMNS) for name in names), default=1)
     return round(longest * font * MONO_WIDTH) + 8
 
@@ -102,9 +109,16 @@ def fit(
     right: int = 110,
     least: int = 420,
 ) -> go.Figure:
-    """Size a figure around a plot area of these pixels; a figure narrower than `least` gets room on the right."""
+    """Set a figure's size, margins and colour bars around a plot area of `width` × `height` pixels.
+
+    Args:
+        figure: The figure; it is changed and returned.
+        width, height: Pixels of the plot area.
+        left, bottom, right: Pixels of the margins, at least.
+        least: Pixels of the whole figure's width, at least; the right margin fills up what is missing.
+    """
     top = 64 if figure.layout.title.text else 24
-    # A colour bar as tall as a long figure is out of sight at one end, and too far from the cells at the other.
+    # A colour bar as tall as a long figure could not be seen together with all cells.
     bar = max(min(height + 20, 420), 130)
     bottom = max(bottom, bar - height)
     for trace in figure.select_traces({"type": "heatmap"}):
@@ -121,31 +135,10 @@ def fit(
 
 
 def _wrapped(text: str, pixels: int, font: int = 13) -> list[str]:
-    """A title cut into lines of at most this many pixels."""
+    """A text in lines of at most `pixels`."""
     return textwrap.wrap(text, max(round(pixels / (font * 0.6)), 8)) or [""]
 
 
-def check_same(what: str, got: int, expected: int, of: str) -> None:
-    """Check that a list of labels is as long as the axis it labels.
-
-    Raises:
-        ValueError: The lengths differ.
-    """
-    if got != expected:
-        raise ValueError(f"{what} has {got} entries, but {of} has {expected}. Give one label for each.")
-
-
-def axis_labels(what: str, labels: Sequence[object] | None, count: int, of: str) -> list[str]:
-    """The labels of an axis as texts; 0, 1, … if there are none.
-
-    Raises:
-        ValueError: There is not one label for each of the `count` entries.
-    """
-    names = [str(i) for i in range(count)] if labels is None else [str(label) for label in labels]
-    check_same(what, len(names), count, of)
-    return names
-
-
 def table_row(lines: int, font: int) -> int:
-    """Pixels of a table row with this many lines of text, as plotly.js lays it out: 1.3 em a line and a margin."""
+    """Pixels of a table row with `lines` lines of text: plotly.js takes 1.3 em for a line, and a margin."""
     return math.ceil(lines * font * 1.3) + 17

@@ -1,19 +1,21 @@
-"""The logit-lens grid: the next token that each layer predicts at each position."""
+"""The logit-lens grid: the most probable next token at each layer and position."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import plotly.graph_objects as go
 
-from nnterp.display._arrays import number
+from nnterp.display._arrays import check_same, number
 from nnterp.display._cell_text import cell_text, inks
 from nnterp.display._grid import Cells, fit, label_pixels, number_ticks, token_ticks
-from nnterp.display._lens_cells import Colour, LensCells, cells_of_probabilities, cells_of_result
-from nnterp.display._results import is_numbers
-from nnterp.display._text import escape
+from nnterp.display._lens_cells import Colour, LensCells, cells_of_probabilities
+from nnterp.display._results.labelled import is_numbers
+from nnterp.display._results.lens import lens_cells
+from nnterp.display._text import as_names, escape
 from nnterp.display._theme import SEQUENTIAL, new_figure, shown
 from nnterp.token_text import shorten, width
 
@@ -35,58 +37,54 @@ def plot_lens(
 
     Args:
         lens: Probabilities of the next token, `[layers, positions, vocab]` (`[layers, vocab]` for one position), or the
-            result object of a lens of `nnterp.interventions`.
-        tokenizer: Names the tokens. Without one, a result shows the texts it carries, and probabilities show ids.
-        tokens: The input tokens of the columns, as ids or texts; their positions if None.
+            result of a lens of `nnterp.interventions`.
+        tokenizer: Names the tokens. Without one, a result's tokens are named by the result, and others by their ids.
+        tokens: The input token of each column, as ids or texts; their positions if None.
         layers: Labels of the rows; 0, 1, … if None.
-        prompt: Which prompt of a result with several.
-        color: "probability" of the top token, "rank" of the token that the last layer predicts, or "entropy" of the
-            distribution in nats. Bright cells are the most certain ones in all three.
-        target: A token id, or one per position: "probability" and "rank" are those of this token instead. Of a result,
-            one of its targets; "rank" takes the first if none is named.
-        top_k: How many tokens hovering shows.
+        prompt: Which prompt, of a result with several.
+        color: What colours a cell: the "probability" of its top token, the "rank" of the token that is on top in the
+            last layer, or the "entropy" of the distribution in nats. Bright means certain in all three.
+        target: A token id, or one for each position: "probability" and "rank" are then those of this token. For a
+            result, one of its targets; "rank" takes the first target if none is given.
+        top_k: How many tokens are shown on hover.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
-        The figure, sized so that each token can be read.
+        The figure, large enough to read each token.
 
     Raises:
-        ValueError: `lens` are no probabilities, labels do not fit their axis, or the result lacks what `color` needs.
-        IndexError: The result has no prompt `prompt`.
-        TypeError: `lens` is neither numbers nor a result.
+        ValueError: `lens` does not hold probabilities, labels do not fit their axis, a result lacks what `color` or
+            `target` needs, or there is no such `color`.
+        IndexError: There is no such prompt.
     """
-    if not is_numbers(lens):
-        if target is not None and not hasattr(target, "__index__"):
-            raise ValueError("Of a result, target is one token id: each prompt has its own list of targets.")
-        cells, own_title = cells_of_result(
-            lens,
-            tokenizer,
-            prompt=prompt,
-            colour=color,
-            top_k=top_k,
-            target=target,  # type: ignore[arg-type]
-            layers=layers,
+    if color not in get_args(Colour):
+        raise ValueError(f"color must be 'probability', 'rank' or 'entropy', not {color!r}.")
+    if is_numbers(lens):
+        cells = cells_of_probabilities(
+            lens, tokenizer, tokens=tokens, layers=layers, kind=color, target=target, top_k=top_k
         )
-        title = own_title if title is None else title
-    else:
-        cells = cells_of_probabilities(lens, tokenizer, tokens, layers, color, target, top_k)
-    return shown(_draw(cells, title), show)
+        return shown(_draw(cells, title), show)
+    if target is not None and not hasattr(target, "__index__"):
+        raise ValueError("Of a result, target is one token id: each prompt has its own list of targets.")
+    one = None if target is None else target.__index__()
+    cells, own_title = lens_cells(lens, tokenizer, prompt=prompt, kind=color, top_k=top_k, target=one, layers=layers)
+    if tokens is not None:
+        check_same("tokens", len(tokens), len(cells.inputs), "the column axis of the result")
+        cells = replace(cells, inputs=as_names(tokens, tokenizer))
+    return shown(_draw(cells, own_title if title is None else title), show)
 
 
 def _draw(cells: LensCells, title: str | None) -> go.Figure:
-    """The heat map with the top tokens written in its cells."""
     rows, columns = len(cells.layers), len(cells.positions)
     size = Cells.for_text(rows, columns, max(width(cell[0]) for row in cells.tokens for cell in row))
-    hover = [[_hover(cells, i, j) for j in range(columns)] for i in range(rows)]
-    text = [[shorten(cell[0], size.columns) for cell in row] for row in cells.tokens]
     scale, bar = _colour_scale(cells)
     z = np.log10(cells.colour) if cells.kind == "rank" else cells.colour
     figure = new_figure(title)
     figure.add_trace(
         go.Heatmap(
             z=z,
-            hovertext=hover,
+            hovertext=[[_hover(cells, i, j) for j in range(columns)] for i in range(rows)],
             hovertemplate="%{hovertext}<extra></extra>",
             xgap=1,
             ygap=1,
@@ -94,6 +92,7 @@ def _draw(cells: LensCells, title: str | None) -> go.Figure:
             colorbar=bar,
         )
     )
+    text = [[shorten(cell[0], size.columns) for cell in row] for row in cells.tokens]
     ink = inks(z / scale["zmax"], SEQUENTIAL, reverse=scale.get("reversescale", False))
     figure.add_trace(cell_text(text, ink, size.font))
     labels = [name or str(position) for name, position in zip(cells.inputs, cells.positions, strict=True)]
@@ -112,6 +111,7 @@ def _draw(cells: LensCells, title: str | None) -> go.Figure:
 
 
 def _hover(cells: LensCells, i: int, j: int) -> str:
+    """The hover text of one cell: where it is, its top tokens with probabilities, and the value that colours it."""
     where = f"layer {cells.layers[i]}, {cells.column_axis.split(' ')[0]} {cells.positions[j]}"
     lines = [escape(f"{where}  {shorten(cells.inputs[j], 60)}".rstrip())]
     longest = max(width(name) for name in cells.tokens[i][j])
@@ -129,8 +129,8 @@ def _hover(cells: LensCells, i: int, j: int) -> str:
 
 
 def _colour_scale(cells: LensCells) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the heat map's colour scale, and of its colour bar."""
-    bar: dict[str, Any] = {"title": {"text": cells.colour_name}, "thickness": 14}
+    """Settings of the heat map's colours and of its colour bar; ranks are drawn on a logarithmic scale."""
+    bar = {"title": {"text": cells.colour_name}, "thickness": 14}
     if cells.kind == "probability":
         return {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": 1}, bar
     if cells.kind == "entropy":

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from nnterp.display._arrays import as_array, number
+from nnterp.display._arrays import as_array, axis_labels, number
 from nnterp.display._cell_text import cell_text, inks
-from nnterp.display._grid import Cells, axis_labels, check_same, fit, label_pixels, number_ticks, token_ticks
-from nnterp.display._patching_cells import cells_of_sweep
-from nnterp.display._results import is_numbers, refuse_choices
+from nnterp.display._grid import LABEL_COLUMNS, Cells, fit, label_pixels, number_ticks, token_ticks
+from nnterp.display._results.labelled import is_numbers
+from nnterp.display._results.patching import sweep
+from nnterp.display._results.picking import refuse_choice
 from nnterp.display._text import as_names, escape
 from nnterp.display._theme import DIVERGING, MONO, new_figure, shown
-from nnterp.token_text import shorten
+from nnterp.token_text import shorten, width
 
 _NUMBERS_UP_TO = 24
+_WORD = 6  # longer labels than this are words, not numbers: they may have to be turned to fit
 
 
 def plot_patching(
@@ -28,138 +31,165 @@ def plot_patching(
     layers: Sequence[Any] | None = None,
     column_axis: str = "position (token)",
     score: str = "score",
-    prompt: int | None = None,
     title: str | None = None,
+    prompt: int | None = None,
     show: bool = False,
     **choose: Any,
 ) -> go.Figure:
-    """The score of a sweep in each cell, layer up and position (or head, or neuron) across; zero is white.
+    """A sweep's score in each cell, layer up and position (or head, or neuron) across; white is no effect.
 
     Args:
-        scores: `[layers, columns]`, or the result object of a sweep of `nnterp.interventions`.
+        scores: `[layers, columns]`, or the result of a sweep of `nnterp.interventions`.
         columns: Labels of the columns: tokens (ids or texts) or heads; 0, 1, … if None.
         tokenizer: Names tokens that are given as ids.
         layers: Labels of the rows; 0, 1, … if None.
-        column_axis: Name of the columns' axis.
+        column_axis: Title of the columns' axis.
         score: What the score is, with its unit ("normalised logit difference").
-        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
+        prompt: For a result of several prompts, which one to draw, by its index.
         show: Also show the figure, in a notebook or a browser.
-        **choose: For a result object with more axes than two, which label to draw, by the axis' name
-            (`values="layers_output"`), or "mean" to average over it (`prompts="mean"`). Positions are averaged over
-            prompts only where they are the same place in each: columns selected by text or as the last token, or
-            prompts of one template (equally many tokens, which differ only in the template's slots). Hovering says how
-            many prompts a mean is of, and so does the label of a column that some prompts have no score for.
+        **choose: For a result with more than two axes, the label to draw of each further axis, by the axis' name
+            (`values="layers_output"`), or "mean" to average over it (`prompts="mean"`).
 
     Returns:
-        The figure, coloured from −m to m around zero, with the numbers in the cells up to 24 × 24 of them.
+        The figure, coloured from −m to m around zero. Up to 24 × 24 cells have their numbers in them. For a mean over
+        prompts, hovering says of how many; if that differs between columns, their labels say it too.
 
     Raises:
-        ValueError: Labels do not fit their axis, or another axis of the result has several labels and none was chosen,
-            or positions are not the same places in the prompts whose mean was asked for.
-        IndexError: The result has no prompt `prompt`.
-        TypeError: `scores` are neither numbers nor a result.
+        ValueError: Labels do not fit their axis; a result has a further axis with several labels and none was chosen;
+            or the mean over prompts was chosen, and the result's positions are not the same thing in each prompt (they
+            are if they were found by selectors, or are the last token, or if the prompts have one template).
+        IndexError: There is no such prompt.
     """
-    counts, prompts = None, 0
+    prompts = None
     if not is_numbers(scores):
-        own = cells_of_sweep(scores, choose, prompt)
-        counts, prompts = own.counts, own.prompts
-        scores, column_axis = own.scores, own.column_axis
-        columns = own.columns if columns is None else columns
-        layers = own.layers if layers is None else layers
-        score = own.score if score == "score" else score
-        title = own.title if title is None else title
+        read = sweep(scores, choose, prompt)
+        prompts = read.prompts
+        scores, column_axis = read.scores, read.column_axis
+        columns = read.columns if columns is None else columns
+        layers = read.layers if layers is None else layers
+        score = read.score if score == "score" else score
+        title = read.title if title is None else title
     else:
-        refuse_choices("plot_patching", choose if prompt is None else {"prompt": prompt})
+        refuse_choice("plot_patching", choose, prompt)
     cells = as_array(scores, "scores ([layers, columns])", 2)
     rows, count = cells.shape
-    names = [str(i) for i in range(count)] if columns is None else _column_names(columns, tokenizer, column_axis)
-    check_same("columns", len(names), count, "the second axis of scores")
-    row_names = axis_labels("layers", layers, rows, "the first axis of scores")
-    hover = _hover(cells, names, row_names, column_axis, score)
-    if counts is not None:
-        hover = [
-            [f"{text}<br>mean of {n} of {prompts} prompts" for text, n in zip(texts, row, strict=True)]
-            for texts, row in zip(hover, counts, strict=True)
-        ]
-        most = counts.max(0)
-        names = [name if n == prompts else f"({n}/{prompts}) {name}" for name, n in zip(names, most, strict=True)]
-    return shown(_draw(cells, names, row_names, hover, column_axis, score, title), show)
+    tokens = "token" in column_axis
+    if columns is not None and tokens:
+        columns = as_names(columns, tokenizer)
+    names = axis_labels(columns, count, "columns", "the second axis of scores")
+    row_names = axis_labels(layers, rows, "layers", "the first axis of scores")
+    return shown(_draw(_Map(cells, row_names, names, column_axis, tokens, score, prompts), title), show)
 
 
-def _draw(
-    cells: np.ndarray,
-    names: list[str],
-    row_names: list[str],
-    hover: list[list[str]],
-    column_axis: str,
-    score: str,
-    title: str | None,
-) -> go.Figure:
-    rows, count = cells.shape
-    written = rows <= _NUMBERS_UP_TO and count <= _NUMBERS_UP_TO
-    size = Cells(46, 24, 11) if written else Cells(max(min(1400 // count, 30), 16), max(min(900 // rows, 24), 14), 11)
-    most = (float(np.nanmax(np.abs(cells))) if not np.isnan(cells).all() else 1.0) or 1.0
+@dataclass(frozen=True)
+class _Map:
+    """What the heat map shows: scores `[layers, columns]`, and the words around them.
+
+    Attributes:
+        cells: The scores.
+        rows, columns: Labels of the axes.
+        column_axis: Title of the axis of columns.
+        tokens: Whether the columns are tokens.
+        score: What the score is.
+        prompts: `[layers, columns]`, how many prompts each score is the mean of; None if it is no mean.
+    """
+
+    cells: np.ndarray
+    rows: list[str]
+    columns: list[str]
+    column_axis: str
+    tokens: bool
+    score: str
+    prompts: np.ndarray | None = None
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude of a score, 1 if there is none but 0 or NaN."""
+        return float(np.nanmax(np.abs(self.cells))) or 1.0 if not np.isnan(self.cells).all() else 1.0
+
+    @property
+    def with_numbers(self) -> bool:
+        """Whether there are few enough cells to write their scores in them."""
+        return max(self.cells.shape) <= _NUMBERS_UP_TO
+
+    @property
+    def column_labels(self) -> list[str]:
+        """The columns' labels on the axis, with their numbers of prompts if these differ."""
+        counts = [] if self.prompts is None else self.prompts.max(0).tolist()
+        if len(set(counts)) < 2:
+            return self.columns
+        ends = [f" (n={count})" for count in counts]
+        return [shorten(name, LABEL_COLUMNS - len(end)) + end for name, end in zip(self.columns, ends, strict=True)]
+
+    @property
+    def size(self) -> Cells:
+        rows, count = self.cells.shape
+        if self.with_numbers:
+            return Cells(46, 24, 11)
+        return Cells(max(min(1400 // count, 30), 16), max(min(900 // rows, 24), 14), 11)
+
+
+def _draw(drawn: _Map, title: str | None) -> go.Figure:
+    rows, count = drawn.cells.shape
+    size = drawn.size
     figure = new_figure(title)
-    figure.add_trace(
-        go.Heatmap(
-            z=cells,
-            hovertext=hover,
-            hovertemplate="%{hovertext}<extra></extra>",
-            hoverongaps=False,
-            colorscale=DIVERGING,
-            reversescale=True,
-            zmin=-most,
-            zmax=most,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": escape(score)}, "thickness": 14},
-        )
-    )
-    if written:
-        texts = [[_written(value) for value in row] for row in cells]
-        figure.add_trace(cell_text(texts, inks((cells / most + 1) / 2, DIVERGING, reverse=True), size.font, mono=False))
-    if _are_tokens(column_axis):
-        ticks = token_ticks(names, size.width, min(11, size.width - 4))
+    figure.add_trace(_heatmap(drawn))
+    if drawn.with_numbers:
+        texts = [[_written(value) for value in row] for row in drawn.cells]
+        ink = inks((drawn.cells / drawn.limit + 1) / 2, DIVERGING, reverse=True)
+        figure.add_trace(cell_text(texts, ink, size.font, mono=False))
+    labels = drawn.column_labels
+    if drawn.tokens or max(map(width, labels)) > _WORD:
+        ticks = token_ticks(labels, size.width, min(11, size.width - 4))
     else:
-        ticks = {**number_ticks(names, size.width), "tickfont": {"family": MONO, "size": 11}}
-    figure.update_xaxes(**ticks, title_text=escape(column_axis), range=[-0.5, count - 0.5])
-    figure.update_yaxes(**number_ticks(row_names, size.height), title_text="layer", range=[-0.5, rows - 0.5])
+        ticks = {**number_ticks(labels, size.width), "tickfont": {"family": MONO, "size": 11}}
+    figure.update_xaxes(**ticks, title_text=escape(drawn.column_axis), range=[-0.5, count - 0.5])
+    figure.update_yaxes(**number_ticks(drawn.rows, size.height), title_text="layer", range=[-0.5, rows - 0.5])
+    below = label_pixels(labels) if ticks.get("tickangle") else 24
     return fit(
         figure,
         width=count * size.width,
         height=rows * size.height,
-        left=44 + label_pixels(row_names),
-        bottom=(label_pixels(names) if ticks.get("tickangle") else 24) + 44,
+        left=44 + label_pixels(drawn.rows),
+        bottom=below + 44,
         right=124,
     )
 
 
-def _hover(cells: np.ndarray, names: list[str], row_names: list[str], column_axis: str, score: str) -> list[list[str]]:
-    unit, tokens = column_axis.split(" ")[0], _are_tokens(column_axis)
-    places = [f"{j}  {escape(shorten(name, 40))}" if tokens else escape(name) for j, name in enumerate(names)]
-    return [
-        [
-            f"layer {escape(row_name)}<br>{unit} {place}<br>{escape(score)} {number(value)}"
-            for place, value in zip(places, row, strict=True)
-        ]
-        for row_name, row in zip(row_names, cells, strict=True)
+def _heatmap(drawn: _Map) -> go.Heatmap:
+    rows, count = drawn.cells.shape
+    return go.Heatmap(
+        z=drawn.cells,
+        hovertext=[[_hover(drawn, i, j) for j in range(count)] for i in range(rows)],
+        hovertemplate="%{hovertext}<extra></extra>",
+        hoverongaps=False,
+        colorscale=DIVERGING,
+        reversescale=True,
+        zmin=-drawn.limit,
+        zmax=drawn.limit,
+        xgap=1,
+        ygap=1,
+        colorbar={"title": {"text": escape(drawn.score)}, "thickness": 14},
+    )
+
+
+def _hover(drawn: _Map, i: int, j: int) -> str:
+    name = drawn.columns[j]
+    place = f"{j}  {escape(shorten(name, 40))}" if drawn.tokens else escape(name)
+    lines = [
+        f"layer {escape(drawn.rows[i])}",
+        f"{drawn.column_axis.split(' ')[0]} {place}",
+        f"{escape(drawn.score)} {number(drawn.cells[i, j])}",
     ]
-
-
-def _are_tokens(column_axis: str) -> bool:
-    """True if the columns are labelled by tokens."""
-    return "token" in column_axis
-
-
-def _column_names(columns: Sequence[Any], tokenizer: Any, column_axis: str) -> list[str]:
-    if _are_tokens(column_axis):
-        return as_names(columns, tokenizer)
-    return [str(column) for column in columns]
+    if drawn.prompts is not None:
+        count = drawn.prompts[i, j]
+        lines.append(f"mean of {count} prompt{'' if count == 1 else 's'}")
+    return "<br>".join(lines)
 
 
 def _written(value: float) -> str:
-    """A score as it is written in its cell: two decimals, without a sign if it rounds to zero."""
+    """A score in its cell: two decimals, no sign if they are zero, "" for NaN."""
     if value != value:
         return ""
     text = f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Write a figure to a file: an HTML page that needs no network, or an image."""
+"""Write a figure to a file: a page that opens offline, or an image."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PAGES = ("html", "htm")
 
 
 class ImageWriterMissing(RuntimeError):
-    """The image cannot be written: kaleido, or the browser it needs, is not installed or does not run."""
+    """Raised for an image if kaleido, or the browser that it drives, is not installed or does not start."""
 
 
 def save(
     figure: go.Figure, path: str | Path, *, theme: Theme | None = None, scale: float = 2.0, title: str | None = None
 ) -> Path:
-    """Write a figure to a file whose kind is given by the suffix of the path.
+    """Write a figure to a file; the suffix of the path says which kind of file.
 
-    * `.html`: one self-contained page with plotly.js in it, which opens offline and makes no network requests. It
-      follows the reader's light or dark setting unless `theme` is given.
-    * `.png`, `.svg`, `.pdf`, `.jpg`, `.webp`: an image, through plotly's own writer (kaleido and a Chrome).
+    * `.html`: one page with plotly.js in it, which opens offline and loads nothing. It follows the reader's light or
+      dark setting unless `theme` is given.
+    * `.png`, `.svg`, `.pdf`, `.jpg`, `.webp`: an image, which kaleido and a Chrome or Chromium make.
 
-    Missing directories are made. The file is replaced in one step: if writing fails, an older file stays as it was.
+    Missing directories are made. If writing fails, the file that was there before stays as it was.
 
     Args:
         figure: Any plotly figure.
@@ -43,8 +43,8 @@ def save(
         The path written.
 
     Raises:
-        ValueError: The path has another suffix.
-        ImageWriterMissing: Images cannot be written here; the message says what to install. `.html` always works.
+        ValueError: The path's suffix is none of these.
+        ImageWriterMissing: There is no image writer; the message says how to install one. `.html` needs none.
         OSError: The directory or the file cannot be written.
     """
     path = Path(path)
@@ -63,7 +63,13 @@ def save(
 
 
 def page(figure: go.Figure, title: str | None = None, *, follow_reader: bool = True) -> str:
-    """A whole HTML page with the figure and plotly.js in it."""
+    """An HTML page with the figure and plotly.js in it.
+
+    Args:
+        figure: Any plotly figure.
+        title: The page's title; the figure's if None.
+        follow_reader: Show figures of this package in the reader's light or dark setting.
+    """
     if title is None:
         title = re.sub(r"<br\s*/?>.*", "", figure.layout.title.text or "", flags=re.DOTALL)
         title = html.unescape(re.sub(r"<[^>]*>", "", title)) or "nnterp"
@@ -96,11 +102,12 @@ def page(figure: go.Figure, title: str | None = None, *, follow_reader: bool = T
 
 
 def _is_ours(figure: go.Figure) -> bool:
+    """True if the figure has a template of this package."""
     return any(figure.layout.template == template for template in TEMPLATES.values())
 
 
 def _follow_reader() -> str:
-    """A script that gives the figure the theme of the reader's light or dark setting, also when the setting changes."""
+    """A script that draws the figure in the reader's light or dark setting, and again when the setting changes."""
     templates = {name: template.to_plotly_json() for name, template in TEMPLATES.items()}
     return (
         f"const templates = {pio.json.to_json_plotly(templates)};"
@@ -122,16 +129,14 @@ def _image(figure: go.Figure, kind: str, scale: float) -> bytes:
     try:
         return pio.to_image(figure, format=kind, scale=scale)
     except Exception as error:
-        if (
-            "chrome" not in f"{type(error).__name__} {error}".lower()
-            and "browser" not in f"{type(error).__name__} {error}".lower()
-        ):
+        said = f"{type(error).__name__} {error}".lower()
+        if "chrome" not in said and "browser" not in said:
             raise
         raise ImageWriterMissing(f"Cannot write a .{kind} image: {error} {cure}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader sees the old content or the new, never a part of it."""
+    """Write beside the file and rename, so that nobody reads a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:

@@ -1,19 +1,17 @@
-"""Texts for labels of plotly figures, escaped because plotly reads HTML and LaTeX in every label."""
+"""Escape text for plotly, which interprets HTML tags, entities and LaTeX in every label."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 from nnterp.token_text import TokenNames, visible
 
 
 def escape(text: str) -> str:
-    """Escape a text for a label of a plotly figure, so that it shows as it is.
+    """The text with everything escaped that plotly would interpret: HTML tags, entities, and LaTeX between dollars.
 
-    Plotly reads a subset of HTML, entities and (where MathJax is loaded) LaTeX in every label. Text with right-to-left
-    letters is put between Unicode isolates, so that it does not reorder the numbers next to it.
+    Right-to-left text is put between isolating characters, so that it does not move the text beside it.
     """
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
     if any(unicodedata.bidirectional(char) in {"R", "AL"} for char in text):
@@ -22,12 +20,12 @@ def escape(text: str) -> str:
 
 
 def escape_lines(text: str) -> str:
-    """`escape` each line, and turn line breaks into `<br>`."""
+    """`escape` a text of several lines; line breaks become `<br>`."""
     return "<br>".join(escape(line) for line in text.split("\n"))
 
 
-def as_names(tokens: Sequence[Any] | Any, tokenizer: Any = None) -> list[str]:
-    """Visible labels of tokens given as texts, or as ids (a list or a tensor `[tokens]`), which the tokenizer names."""
+def as_names(tokens: Any, tokenizer: Any = None) -> list[str]:
+    """The visible text of each token; tokens are texts, or ids (a list or a 1-d tensor) that the tokenizer names."""
     if hasattr(tokens, "tolist"):
         tokens = tokens.tolist()
     names = TokenNames(tokenizer)

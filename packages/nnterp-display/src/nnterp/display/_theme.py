@@ -1,4 +1,4 @@
-"""The look of every figure: a light and a dark template, and colour scales that colour-blind readers can read."""
+"""The look of all figures: a light and a dark template, colours that colour-blind readers can tell apart, fonts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Theme = Literal["light", "dark"]
 
 SEQUENTIAL = "Cividis"  # Nuñez, Anderton and Renslow 2018: made for colour-vision deficiency, monotone in lightness
 DIVERGING = "RdBu"  # ColorBrewer, colour-blind safe; white at zero
-# Okabe and Ito 2008 without their black and yellow, ordered by contrast on white and on black paper.
+# Okabe and Ito 2008, without black and yellow; first those with the most contrast on both white and black.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
-MONO_WIDTH = 0.62  # width of a character in the widest of these fonts, per font size
+MONO_WIDTH = 0.62  # width of a character over the font size, in the widest of the fonts in MONO
 
 _INKS = {
     "light": {"paper": "#ffffff", "ink": "#1f2430", "soft": "#5c6370", "grid": "#e3e6ea", "panel": "#f4f6f8"},
@@ -82,7 +82,7 @@ TEMPLATES: dict[Theme, go.layout.Template] = {"light": _template("light"), "dark
 
 
 def current_theme() -> Theme:
-    """The theme of new figures: "dark" if the name of plotly's default template has "dark" in it, else "light"."""
+    """The theme of new figures: "dark" if plotly's default template is a dark one, else "light"."""
     return "dark" if "dark" in str(pio.templates.default or "") else "light"
 
 
@@ -90,15 +90,15 @@ def with_theme(figure: go.Figure, theme: Theme) -> go.Figure:
     """A copy of a figure of this package in the "light" or the "dark" theme.
 
     Raises:
-        ValueError: There is no such theme.
+        ValueError: `theme` is neither.
     """
     if theme not in TEMPLATES:
         raise ValueError(f"theme must be 'light' or 'dark', not {theme!r}.")
     return go.Figure(figure).update_layout(template=TEMPLATES[theme])
 
 
-def new_figure(title: str | None, **layout: object) -> go.Figure:
-    """An empty figure in the current theme; `title` is plain text."""
+def new_figure(title: str | None, **layout: Any) -> go.Figure:
+    """An empty figure in the current theme; `title` is plain text, `layout` goes to plotly's layout."""
     figure = go.Figure(layout={"template": TEMPLATES[current_theme()], **layout})
     if title:
         figure.update_layout(title_text=escape_lines(title))
@@ -106,7 +106,7 @@ def new_figure(title: str | None, **layout: object) -> go.Figure:
 
 
 def shown(figure: go.Figure, show: bool) -> go.Figure:
-    """Show the figure if `show`, and return it."""
+    """Return the figure; show it first if `show`."""
     if show:
         figure.show()
     return figure

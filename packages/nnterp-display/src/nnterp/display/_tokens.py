@@ -1,4 +1,4 @@
-"""A text in reading order, each token coloured by a value."""
+"""A text as running tokens, each coloured by a value."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from nnterp.display._arrays import as_array, number
+from nnterp.display._arrays import as_array, check_same, number
 from nnterp.display._cell_text import inks
-from nnterp.display._grid import check_same
-from nnterp.display._results import refuse_choices
+from nnterp.display._results.picking import refuse_choice
+from nnterp.display._results.tokens import token_values
 from nnterp.display._text import as_names, escape
 from nnterp.display._theme import DIVERGING, MONO, MONO_WIDTH, SEQUENTIAL, new_figure, shown
-from nnterp.display._token_values import values_of_result
 from nnterp.token_text import shorten, width
 
 _FONT = 14
@@ -29,21 +28,21 @@ def plot_tokens(
     name: str = "value",
     limits: tuple[float, float] | None = None,
     columns: int = 90,
-    prompt: int | None = None,
     title: str | None = None,
+    prompt: int | None = None,
     show: bool = False,
 ) -> go.Figure:
     """The tokens of one text in reading order, coloured by one value each (a probability, a loss, an attribution).
 
     Args:
-        tokens: The tokens, as ids or texts; or a result object with one value per position.
-        values: `[positions]`. If some are negative and some positive, the scale is symmetric and white at zero.
+        tokens: The tokens, as ids or texts; or a result with one value per position.
+        values: `[positions]`. If there are negative and positive ones, the colour scale is white at zero.
         tokenizer: Names tokens that are given as ids.
         name: What the value is, with its unit.
-        limits: Both ends of the colour scale; if None, the least and the greatest value (from 0, if none is negative).
+        limits: The lowest and the highest value of the colour scale; those of `values` if None.
         columns: Characters in a line.
-        prompt: For a result of several prompts, the index of the one to draw.
         title: Plain text.
+        prompt: For a result of several prompts, which one to draw, by its index.
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
@@ -51,77 +50,96 @@ def plot_tokens(
 
     Raises:
         ValueError: There is not one value for each token.
-        IndexError: The result has no prompt `prompt`.
-        TypeError: `values` are missing and `tokens` is no result.
+        IndexError: There is no such prompt.
     """
     if values is None:
-        tokens, values, name = values_of_result(tokens, name, prompt)
+        read = token_values(tokens, prompt)
+        tokens, values = read.tokens, read.values
+        name = read.name if name == "value" else name
     else:
-        refuse_choices("plot_tokens", {} if prompt is None else {"prompt": prompt})
+        refuse_choice("plot_tokens", {}, prompt)
     numbers = as_array(values, "values ([positions])", 1)
     names = as_names(tokens, tokenizer)
     check_same("tokens", len(names), len(numbers), "values")
     texts = [shorten(text, min(_LONGEST, columns - 1)) for text in names]
     starts, lines = _flow(texts, names, columns)
-
+    low, high, signed = _scale(numbers, limits)
+    hover = [
+        f"position {i}  {escape(full)}<br>{escape(name)} {number(value)}"
+        for i, (full, value) in enumerate(zip(names, numbers, strict=True))
+    ]
+    ink = inks((numbers - low) / (high - low), DIVERGING if signed else SEQUENTIAL, reverse=signed)
     figure = new_figure(title)
-    _add_tokens(figure, texts, names, numbers, name, starts, lines, limits)
-    longest = max(start + width(text) + 1 for start, text in zip(starts, texts, strict=True))
-    return shown(_fit(figure, longest, lines[-1] + 1), show)
-
-
-def _add_tokens(
-    figure: go.Figure,
-    texts: list[str],
-    names: list[str],
-    numbers: np.ndarray,
-    name: str,
-    starts: list[int],
-    lines: list[int],
-    limits: tuple[float, float] | None,
-) -> None:
-    """Draw each token as a bar with its text in it, and the colour bar."""
-    low, high, signed = _limits(numbers, limits)
-    scale = DIVERGING if signed else SEQUENTIAL
-    ink = inks((numbers - low) / (high - low), scale, reverse=signed)
-    figure.add_trace(
-        go.Bar(
-            orientation="h",
-            base=[start + 0.15 for start in starts],
-            x=[width(text) + 0.7 for text in texts],
-            y=lines,
-            width=0.86,
-            text=[escape(text) for text in texts],
-            textposition="inside",
-            insidetextanchor="middle",
-            textangle=0,
-            constraintext="none",
-            insidetextfont={"family": MONO, "size": _FONT, "color": ink.tolist()},
-            hovertext=[
-                f"position {i}  {escape(full)}<br>{escape(name)} {number(value)}"
-                for i, (full, value) in enumerate(zip(names, numbers, strict=True))
-            ],
-            hovertemplate="%{hovertext}<extra></extra>",
-            marker={"color": numbers, "coloraxis": "coloraxis", "line": {"width": 0}},
-        )
-    )
+    figure.add_trace(_boxes(texts, starts, lines, numbers, hover, ink))
     figure.update_layout(
-        coloraxis={"colorscale": scale, "reversescale": signed, "cmin": low, "cmax": high, "colorbar": _bar(name)}
+        coloraxis={
+            "colorscale": DIVERGING if signed else SEQUENTIAL,
+            "reversescale": signed,
+            "cmin": low,
+            "cmax": high,
+            "colorbar": _bar_below(name),
+        }
     )
+    longest = max(start + width(text) + 1 for start, text in zip(starts, texts, strict=True))
+    _lay_out(figure, longest, lines[-1] + 1, 64 if title else 20)
+    return shown(figure, show)
 
 
-def _limits(numbers: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float, bool]:
-    """Both ends of the colour scale, and whether it has both signs and is therefore symmetric around zero."""
+def _flow(texts: list[str], names: list[str], columns: int) -> tuple[list[int], list[int]]:
+    """For each token the column at which it starts, and its line.
+
+    A line ends after a token that ends with a newline, and before a token that would not fit.
+    """
+    starts, lines = [], []
+    at = line = 0
+    for text, name in zip(texts, names, strict=True):
+        needed = width(text) + 1
+        if at and at + needed > columns:
+            at, line = 0, line + 1
+        starts.append(at)
+        lines.append(line)
+        at += needed
+        if name.endswith("↵"):
+            at, line = 0, line + 1
+    return starts, lines
+
+
+def _scale(numbers: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float, bool]:
+    """Ends of the colour scale, and whether it is the one that is white at zero."""
     low, high = (float(np.nanmin(numbers)), float(np.nanmax(numbers))) if limits is None else limits
     signed = low < 0 < high
     if signed:
         low, high = -max(-low, high), max(-low, high)
     elif limits is None and low >= 0:
         low = 0.0
-    return low, low + 1.0 if high == low else high, signed
+    if high == low:
+        high = low + 1.0
+    return low, high, signed
 
 
-def _bar(name: str) -> dict[str, Any]:
+def _boxes(
+    texts: list[str], starts: list[int], lines: list[int], numbers: np.ndarray, hover: list[str], ink: np.ndarray
+) -> go.Bar:
+    """A coloured box with its text for each token."""
+    return go.Bar(
+        orientation="h",
+        base=[start + 0.15 for start in starts],
+        x=[width(text) + 0.7 for text in texts],
+        y=lines,
+        width=0.86,
+        text=[escape(text) for text in texts],
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        constraintext="none",
+        insidetextfont={"family": MONO, "size": _FONT, "color": ink.tolist()},
+        hovertext=hover,
+        hovertemplate="%{hovertext}<extra></extra>",
+        marker={"color": numbers, "coloraxis": "coloraxis", "line": {"width": 0}},
+    )
+
+
+def _bar_below(name: str) -> dict[str, Any]:
     """Settings of a horizontal colour bar below the text."""
     return {
         "orientation": "h",
@@ -139,34 +157,16 @@ def _bar(name: str) -> dict[str, Any]:
     }
 
 
-def _fit(figure: go.Figure, longest: int, lines: int) -> go.Figure:
-    """Size the figure for lines of up to `longest` characters."""
-    character = _FONT * MONO_WIDTH
-    inner = max(round((longest + 0.5) * character), 300)
-    end = inner / character if longest * character < inner else longest + 0.5
-    hidden = {"visible": False, "fixedrange": True}
-    figure.update_xaxes(**hidden, range=[0, end])
-    figure.update_yaxes(**hidden, range=[lines - 0.5, -0.5])
-    top = 64 if figure.layout.title.text else 20
-    return figure.update_layout(
+def _lay_out(figure: go.Figure, longest: int, count: int, top: int) -> None:
+    """Size a figure of `count` lines of up to `longest` characters, with `top` pixels above them."""
+    inner = max(round((longest + 0.5) * _FONT * MONO_WIDTH), 300)
+    too_narrow = longest * _FONT * MONO_WIDTH < inner
+    right = inner / (_FONT * MONO_WIDTH) if too_narrow else longest + 0.5
+    figure.update_xaxes(visible=False, fixedrange=True, range=[0, right])
+    figure.update_yaxes(visible=False, fixedrange=True, range=[count - 0.5, -0.5])
+    figure.update_layout(
         width=inner + 48,
-        height=lines * _LINE + top + 84,
+        height=count * _LINE + top + 84,
         margin={"l": 24, "r": 24, "t": top, "b": 84},
         bargap=0,
     )
-
-
-def _flow(texts: list[str], names: list[str], columns: int) -> tuple[list[int], list[int]]:
-    """The column and the line at which each token starts; a line ends after a newline token, or when it is full."""
-    starts, lines = [], []
-    at = line = 0
-    for text, name in zip(texts, names, strict=True):
-        needed = width(text) + 1
-        if at and at + needed > columns:
-            at, line = 0, line + 1
-        starts.append(at)
-        lines.append(line)
-        at += needed
-        if name.endswith("↵"):
-            at, line = 0, line + 1
-    return starts, lines

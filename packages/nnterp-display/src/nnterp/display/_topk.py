@@ -1,4 +1,4 @@
-"""`plot_topk_tokens`: the most probable tokens of each layer, one panel per prompt (1.x)."""
+"""The most probable tokens of each layer, one panel per prompt: `plot_topk_tokens` of nnterp 1.x."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from nnterp.display._arrays import number, top_tokens
+from nnterp.display._arrays import as_array, check_probabilities, number
 from nnterp.display._cell_text import cell_text, inks
 from nnterp.display._grid import number_ticks
 from nnterp.display._save import save
@@ -45,36 +45,39 @@ def plot_topk_tokens(
         k: How many tokens.
         title: Plain text.
         use_token_ids: Show ids instead of tokens.
-        file: Also write the figure to this path: an image or an `.html` page, by its suffix (see `save`).
-        save_html: If `file` is an image, also write the page next to it.
-        height: Least height of a panel in pixels; panels with many layers are higher, so that each row can be read.
+        file: Also write the figure to this path: a page if the suffix is `.html`, else an image.
+        save_html: If `file` is an image, also write a page beside it.
+        height: Pixels of a panel, at least; with many layers a panel is higher, so that they can be read.
         width: Pixels of a panel.
-        show: Show the figure, in a notebook or a browser. False leaves that to the caller.
+        show: Show the figure, in a notebook or a browser.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: These are no probabilities over the vocabulary, or `k` is not between 1 and its size.
-        ImageWriterMissing: `file` is an image, and plotly has nothing to write it with. With `save_html`, the page has
-            been written by then.
+        ValueError: `next_token_probs` does not hold probabilities, `k` is not between 1 and the size of the vocabulary,
+            or `file` has the suffix of neither a page nor an image.
+        ImageWriterMissing: `file` is an image, and no image writer is installed. The page has been written by then.
     """
-    best, ids = top_tokens(next_token_probs, k)
-    prompts, layers, _ = ids.shape
-    names = TokenNames(tokenizer)
-    panels = _Panels(prompts, max(width - _LEFT - 20, 120), max(height - _TOP - _BOTTOM, layers * _ROW, 80))
+    probs = as_array(next_token_probs, "next_token_probs ([prompts, layers, vocab])", 1, 2, 3)
+    probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
+    check_probabilities(probs, "next_token_probs")
+    prompts, layers, vocab = probs.shape
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k goes from 1 to {vocab}, the size of the vocabulary, not {k}.")
+    ids = np.argsort(-probs, axis=-1, kind="stable")[..., :k]
+    best = np.take_along_axis(probs, ids, -1)
+    panels = _lay_panels(prompts, layers, width, height)
     figure = make_subplots(
         rows=panels.down,
         cols=panels.across,
         horizontal_spacing=_GAP_X / panels.inner[0],
         vertical_spacing=_GAP_Y / panels.inner[1],
     )
+    names = TokenNames(tokenizer)
     for prompt in range(prompts):
-        hover = _hover(best[prompt], ids[prompt], names)
-        texts = [[str(token) if use_token_ids else names(token) for token in row] for row in ids[prompt].tolist()]
-        row, column = divmod(prompt, panels.across)
-        _add_panel(figure, panels, best[prompt], texts, hover, row=row + 1, col=column + 1)
-    _lay_out(figure, panels, title or f"Top {k} tokens of each layer")
+        _add_panel(figure, panels, prompt, _Top(ids[prompt], best[prompt], names, use_token_ids))
+    _set_layout(figure, panels, title or f"Top {k} tokens of each layer")
     if file is not None:
         path = Path(file)
         if save_html and path.suffix != ".html":
@@ -85,63 +88,72 @@ def plot_topk_tokens(
 
 @dataclass(frozen=True)
 class _Panels:
-    """Panels of equal size, in rows of up to three.
+    """How the panels are laid out, one for each prompt.
 
     Attributes:
-        count: How many panels.
-        wide, tall: Pixels of a panel.
+        across, down: Panels side by side, and below each other.
+        wide, tall: Pixels of one panel's plot area.
     """
 
-    count: int
+    across: int
+    down: int
     wide: int
     tall: int
 
     @property
-    def across(self) -> int:
-        """Panels in a row."""
-        return min(_PANELS_ACROSS, self.count)
-
-    @property
-    def down(self) -> int:
-        """Rows of panels."""
-        return math.ceil(self.count / self.across)
-
-    @property
     def inner(self) -> tuple[int, int]:
-        """Pixels of all panels with the gaps between them."""
+        """Pixels of all plot areas with the gaps between them, across and down."""
         return (
             self.across * self.wide + (self.across - 1) * _GAP_X,
             self.down * self.tall + (self.down - 1) * _GAP_Y,
         )
 
-
-def _hover(best: np.ndarray, ids: np.ndarray, names: TokenNames) -> list[list[str]]:
-    return [
-        [
-            f"layer {i}, rank {j + 1}<br>id {token}  {escape(names(token))}<br>probability {number(value)}"
-            for j, (token, value) in enumerate(zip(*row, strict=True))
-        ]
-        for i, row in enumerate(zip(ids, best, strict=True))
-    ]
+    def place(self, prompt: int) -> dict[str, int]:
+        """The subplot of a prompt, as plotly counts them."""
+        return {"row": prompt // self.across + 1, "col": prompt % self.across + 1}
 
 
-def _add_panel(
-    figure: go.Figure,
-    panels: _Panels,
-    best: np.ndarray,
-    texts: list[list[str]],
-    hover: list[list[str]],
-    **place: int,
-) -> None:
-    """Draw the top probabilities of one prompt, `[layers, k]`, at a row and column of the figure."""
-    layers, k = best.shape
-    characters = max(int((panels.wide / k - 6) / (11 * MONO_WIDTH)), 2)
+def _lay_panels(prompts: int, layers: int, width: int, height: int) -> _Panels:
+    across = min(_PANELS_ACROSS, prompts)
+    return _Panels(
+        across=across,
+        down=math.ceil(prompts / across),
+        wide=max(width - _LEFT - 20, 120),
+        tall=max(height - _TOP - _BOTTOM, layers * _ROW, 80),
+    )
+
+
+@dataclass(frozen=True)
+class _Top:
+    """The top tokens of one prompt: ids and probabilities `[layers, k]`, their names, and whether ids are shown."""
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+    names: TokenNames
+    as_ids: bool
+
+    def text(self, token: int) -> str:
+        """What a cell shows."""
+        return str(token) if self.as_ids else self.names(token)
+
+    def hover(self, i: int, j: int) -> str:
+        token = self.ids[i, j]
+        return (
+            f"layer {i}, rank {j + 1}<br>id {token}  {escape(self.names(token))}"
+            f"<br>probability {number(self.probabilities[i, j])}"
+        )
+
+
+def _add_panel(figure: go.Figure, panels: _Panels, prompt: int, top: _Top) -> None:
+    """Draw one prompt's heat map with its texts and axes."""
+    layers, k = top.ids.shape
+    place = panels.place(prompt)
     figure.add_trace(
         go.Heatmap(
-            z=best,
+            z=top.probabilities,
             x=list(range(k)),
             y=list(range(layers)),
-            hovertext=hover,
+            hovertext=[[top.hover(i, j) for j in range(k)] for i in range(layers)],
             hovertemplate="%{hovertext}<extra></extra>",
             coloraxis="coloraxis",
             xgap=1,
@@ -149,8 +161,9 @@ def _add_panel(
         ),
         **place,
     )
-    shortened = [[shorten(text, characters) for text in row] for row in texts]
-    figure.add_trace(cell_text(shortened, inks(best, SEQUENTIAL), 11), **place)
+    columns = max(int((panels.wide / k - 6) / (11 * MONO_WIDTH)), 2)
+    texts = [[shorten(top.text(token), columns) for token in row] for row in top.ids.tolist()]
+    figure.add_trace(cell_text(texts, inks(top.probabilities, SEQUENTIAL), 11), **place)
     figure.update_xaxes(
         title_text="rank (1 = most probable)",
         tickmode="array",
@@ -161,14 +174,13 @@ def _add_panel(
         zeroline=False,
         **place,
     )
-    figure.update_yaxes(
-        **number_ticks(range(layers), panels.tall // layers), range=[-0.5, layers - 0.5], title_text="layer", **place
-    )
+    ticks = number_ticks(range(layers), panels.tall // layers)
+    figure.update_yaxes(**ticks, range=[-0.5, layers - 0.5], title_text="layer", **place)
 
 
-def _lay_out(figure: go.Figure, panels: _Panels, title: str) -> None:
-    """Theme, title, the common colour bar and the size of the figure."""
-    wide, tall = panels.inner
+def _set_layout(figure: go.Figure, panels: _Panels, title: str) -> None:
+    """Set theme, title, size and the colour bar that all panels share."""
+    inner = panels.inner
     figure.update_layout(
         template=TEMPLATES[current_theme()],
         title_text=escape_lines(title),
@@ -180,14 +192,14 @@ def _lay_out(figure: go.Figure, panels: _Panels, title: str) -> None:
                 "title": {"text": "probability"},
                 "thickness": 14,
                 "lenmode": "pixels",
-                "len": min(tall + 20, 420),
+                "len": min(inner[1] + 20, 420),
                 "y": 1,
                 "yanchor": "top",
                 "ypad": 10,
             },
         },
-        width=wide + _LEFT + _RIGHT,
-        height=tall + _TOP + _BOTTOM,
+        width=inner[0] + _LEFT + _RIGHT,
+        height=inner[1] + _TOP + _BOTTOM,
         margin={"l": _LEFT, "r": _RIGHT, "t": _TOP, "b": _BOTTOM},
         showlegend=False,
     )
