@@ -6,6 +6,7 @@ import inspect
 import pickle
 import textwrap
 
+import nnsight
 import pytest
 import torch
 from nnsight import TransformersModel
@@ -155,7 +156,8 @@ def test_without_a_proof_what_needs_only_a_name_is_served(unproven, tiny):
     found = []
     for model in (unproven, proven):
         with torch.no_grad(), model.trace(PROMPTS[0]):
-            values = [getattr(model, name)[1].save() for name in sorted(names, key=lambda n: VALUES[n].rank)]
+            ordered = sorted(names, key=lambda name: VALUES[name].rank)
+            values = nnsight.save([getattr(model, name)[1] for name in ordered])
             queries = model.attention_queries[2].save()
         found.append([*values, queries])
     for mine, other in zip(*found, strict=True):
