@@ -222,6 +222,8 @@ def _read(
 ) -> dict[str, torch.Tensor]:
     """Run one batch up to the last of these layers; reduced tensors `[spots * layers, ...]`."""
     row, seq, prompt, size = spots.row, spots.seq, spots.prompt, batch.input_ids.shape
+    # Computed here, because a remote worker does not know the size of the vocabulary.
+    most = max(1, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
     with model.trace(batch.encoding, remote=remote, **forward_flags(model)) as tracer:
         states = []
         for layer in layers:
@@ -229,22 +231,21 @@ def _read(
             require_stream(stream, size)
             states.append(stream[row.to(stream.device), seq.to(stream.device)])
         hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, hidden]
-        found = nnsight.save(_read_out(model, hidden, prompt, reduction))
+        found = nnsight.save(_read_out(model, hidden, prompt, reduction, most))
         tracer.stop()
     return found
 
 
 def _read_out(
-    model: StandardizedTransformer, hidden: torch.Tensor, prompt: torch.Tensor, reduction: Reduction
+    model: StandardizedTransformer, hidden: torch.Tensor, prompt: torch.Tensor, reduction: Reduction, most: int
 ) -> dict[str, torch.Tensor]:
-    """Reduced logits of hidden states `[spots, layers, hidden]`, `[spots * layers, ...]`, computed in pieces."""
+    """Reduced logits of hidden states `[spots, layers, hidden]`, `[spots * layers, ...]`, `most` at a time."""
     flat = hidden.flatten(0, 1)
     prompts = prompt.repeat_interleave(hidden.shape[1])
-    size = max(1, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
     parts: list[dict[str, torch.Tensor]] = []
-    for start in range(0, flat.shape[0], size):
-        some = flat[start : start + size]
-        part = reduction(model.project_on_vocab(some).float(), prompts[start : start + size])
+    for start in range(0, flat.shape[0], most):
+        some = flat[start : start + most]
+        part = reduction(model.project_on_vocab(some).float(), prompts[start : start + most])
         if reduction.inverse:
             part["inverse"] = model.project_on_vocab(-some).float().softmax(-1)
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
