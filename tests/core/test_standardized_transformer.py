@@ -198,7 +198,7 @@ def test_right_padding_refuses_next_token_probs():
         tiny_model("llama"), tokenizer=tiny_tokenizer(), tokenizer_kwargs={"padding_side": "right"}
     )
     assert model.tokenizer.padding_side == "right"
-    with pytest.raises(ValueError, match="pads on the right"), model.trace([PROMPT, SHORT]):
+    with pytest.raises(ValueError, match="Pad on the left"), model.trace([PROMPT, SHORT]):
         model.next_token_probs.save()
 
 

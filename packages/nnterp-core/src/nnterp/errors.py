@@ -47,6 +47,10 @@ class RemoteModelError(RuntimeError):
     """Something was asked for that runs here, of a model whose weights are on a remote service."""
 
 
+class TrainingModeError(RuntimeError):
+    """A function was to run a model that is in training mode with dropout, whose numbers are random."""
+
+
 class ShapeError(ValueError):
     """A tensor written into the model does not have the shape of what it replaces."""
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from nnterp.errors import TrainingModeError
+
 
 def text_config(config: Any) -> Any:
     """The config of the text decoder inside a possibly multimodal config; `config` itself if it has no parts."""
@@ -23,3 +25,28 @@ def accepts_argument(module: nn.Module, name: str) -> bool:
 def uncached(module: nn.Module) -> dict[str, Any]:
     """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
     return {"use_cache": False} if accepts_argument(module, "use_cache") else {}
+
+
+def require_no_dropout(module: nn.Module, name: str) -> None:
+    """Raise if a model would drop units out: its numbers would be random, and no two runs of a prompt the same.
+
+    Raises:
+        TrainingModeError: Some of its modules are in training mode, and its dropout is not zero.
+    """
+    training = [path for path, inner in module.named_modules() if inner.training]
+    if training and _drops_out(module):
+        raise TrainingModeError(
+            f"{name} is in training mode (at {training[0] or 'its root'}), and its dropout is not zero, so its numbers "
+            "would be random. Call .eval() on the HuggingFace module first."
+        )
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Whether a dropout is above zero: of a module, or of the config, for functions that read it from there."""
+    if any(
+        getattr(inner, "p", 0) > 0 for inner in module.modules() if isinstance(inner, nn.modules.dropout._DropoutNd)
+    ):
+        return True
+    stated = vars(text_config(module.config))
+    named = (value for name, value in stated.items() if "drop" in name and not isinstance(value, bool))
+    return any(isinstance(value, (int, float)) and value > 0 for value in named)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -100,10 +102,16 @@ def encode(model: Reader, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
             2-d tensor or an encoding with `input_ids` and `attention_mask`, whose padding is taken off.
 
     Raises:
-        ValueError: There is no prompt, a prompt has no tokens, or it is longer than the model's context.
-        TypeError: Something is none of these.
+        ValueError: There is no prompt, a prompt has no tokens, is longer than the model's context, or holds an id that
+            the model does not have.
+        TypeError: Something is none of these: bytes, floats, booleans.
+
+    Warns:
+        UserWarning: A 2-d tensor without a mask seems to hold padding, or a text begins with two BOS tokens.
     """
-    rows = [_row(model, prompt) for prompt in _as_list(prompts)]
+    vocabulary = _vocabulary(model)
+    given = _as_list(model, prompts)
+    rows = [_row(model, prompt, vocabulary, f"Prompt {i}") for i, prompt in enumerate(given)]
     if not rows:
         raise ValueError("No prompts were given: pass a text, or a list with at least one.")
     limit = context_length(model)
@@ -183,14 +191,18 @@ def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = No
     return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
 
 
-def _as_list(prompts: Any) -> list[Any]:
+def _as_list(model: Reader, prompts: Any) -> list[Any]:
     if isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts):
         return [prompts]
-    if isinstance(prompts, torch.Tensor):
-        return list(prompts)
+    if isinstance(prompts, (bytes, bytearray)):
+        raise TypeError(f"A prompt is a text, not bytes: decode {bytes(prompts)!r:.80} first.")
+    if _is_array(prompts):
+        rows = list(_tensor(prompts))
+        _warn_of_padding(model, rows)
+        return rows
     if isinstance(prompts, Mapping):
-        ids = torch.as_tensor(prompts["input_ids"])
-        mask = torch.as_tensor(prompts.get("attention_mask", torch.ones_like(ids)))
+        ids = _tensor(prompts["input_ids"])
+        mask = _tensor(prompts.get("attention_mask", torch.ones_like(ids)))
         ids, mask = (t.unsqueeze(0) if t.dim() == 1 else t for t in (ids, mask))
         return [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
     if isinstance(prompts, Sequence):
@@ -198,38 +210,113 @@ def _as_list(prompts: Any) -> list[Any]:
     raise TypeError(f"Prompts are texts, token ids, tensors, encodings or chats, not {type(prompts).__name__}.")
 
 
+def _is_array(prompt: Any) -> bool:
+    """Whether a prompt is a tensor or a NumPy array."""
+    return isinstance(prompt, torch.Tensor) or (hasattr(prompt, "__array__") and hasattr(prompt, "ndim"))
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values)
+
+
 def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, torch.Tensor):
-        return prompt.dim() == 1
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(i, int) for i in prompt)
+    """Whether a prompt is one row of numbers; whether these are token ids, `token_ids` says."""
+    if _is_array(prompt):
+        return prompt.ndim == 1
+    if isinstance(prompt, (str, bytes, bytearray)) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and all(isinstance(i, Number) for i in prompt)
+
+
+def token_ids(values: Any, vocabulary: int | None, label: str) -> tuple[int, ...]:
+    """Token ids of one row, from integers, or a 1-d tensor or array of them.
+
+    Args:
+        values: The row.
+        vocabulary: Number of ids that the model embeds, where it is known.
+        label: How errors call the row.
+
+    Raises:
+        TypeError: Something is no integer: a float, a boolean, a complex number.
+        ValueError: An id is negative, or the model has no such id.
+    """
+    if _is_array(values):
+        tensor = _tensor(values)
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{label}: token ids are integers, and this is a tensor of {tensor.dtype}.")
+        found = tensor.tolist()
+    else:
+        for value in values:
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{label}: a token id is an integer, not {value!r}.")
+        found = [value.__index__() for value in values]
+    for value in found:
+        if value < 0 or (vocabulary is not None and value >= vocabulary):
+            have = "they begin at 0" if vocabulary is None else f"this model has ids from 0 to {vocabulary - 1}"
+            raise ValueError(f"{label} holds the token id {value}; {have}.")
+    return tuple(found)
+
+
+def _vocabulary(model: Reader) -> int | None:
+    """Number of ids that a model embeds."""
+    try:
+        return model._module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _warn_of_padding(model: Reader, rows: list[torch.Tensor]) -> None:
+    """Warn of ids without a mask that seem to be padded: padding is then read as tokens."""
+    filler = getattr(model.tokenizer, "pad_token_id", None)
+    padded = [i for i, row in enumerate(rows) if len(row) and filler is not None and filler in (row[0], row[-1])]
+    if len(rows) > 1 and padded:
+        warnings.warn(
+            f"Rows {', '.join(map(str, padded[:5]))} of the token ids begin or end with the padding token ({filler}), "
+            "and no attention mask was given, so padding is read as tokens. Pass the whole encoding (input_ids and "
+            "attention_mask), or a list of rows without padding.",
+            stacklevel=4,
+        )
+
+
+def _row(model: Reader, prompt: Any, vocabulary: int | None, label: str) -> Row:
+    if _is_ids(prompt):
+        return Row(token_ids(prompt, vocabulary, label))
+    if _is_chat(prompt):
+        return _encoded(model, _rendered(model, prompt), add_special_tokens=False)  # the template writes them itself
+    if not isinstance(prompt, str):
+        raise TypeError(
+            f"{label} is a {type(prompt).__name__}: {prompt!r:.80}. A prompt is a text, token ids, a 1-d tensor or "
+            "chat messages."
+        )
+    row = _encoded(model, prompt)
+    begin = getattr(model.tokenizer, "bos_token_id", None)
+    if begin is not None and row.ids[:2] == (begin, begin):
+        warnings.warn(
+            f"{label} begins with {model.tokenizer.bos_token!r}, and the tokenizer puts another in front of it. Give "
+            "chat messages instead of their rendered text, or token ids.",
+            stacklevel=4,
+        )
+    return row
+
+
+def _rendered(model: Reader, messages: Sequence[Mapping[str, str]]) -> str:
+    """Chat messages as the tokenizer's template writes them; a final assistant message is continued."""
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError("Chat messages were given, but this model's tokenizer has no chat template.")
+    continues = messages[-1]["role"] == "assistant"
+    return model.tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+    )
+
+
+def _encoded(model: Reader, text: str, **options: Any) -> Row:
+    fast = getattr(model.tokenizer, "is_fast", False)
+    encoded = model.tokenizer(text, **options, **({"return_offsets_mapping": True} if fast else {}))
+    offsets = tuple(tuple(span) for span in encoded["offset_mapping"]) if fast else None
+    return Row(tuple(encoded["input_ids"]), text, offsets)
 
 
 def _is_chat(prompt: Any) -> bool:
     return (
         isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(m, Mapping) and "role" in m for m in prompt)
     )
-
-
-def _row(model: Reader, prompt: Any) -> Row:
-    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
-        return Row(tuple(prompt.tolist()))
-    if _is_ids(prompt):
-        return Row(tuple(prompt))
-    tokenizer = model.tokenizer
-    special = {}
-    if _is_chat(prompt):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("Chat messages were given, but this model's tokenizer has no chat template.")
-        continues = prompt[-1]["role"] == "assistant"  # an answer that has begun is continued
-        prompt = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
-        )
-        special = {"add_special_tokens": False}  # the template writes them itself
-    if not isinstance(prompt, str):
-        raise TypeError(
-            f"A prompt is a text, token ids, a 1-d tensor or chat messages, not {type(prompt).__name__}: {prompt!r:.80}"
-        )
-    fast = getattr(tokenizer, "is_fast", False)
-    encoded = tokenizer(prompt, return_offsets_mapping=True, **special) if fast else tokenizer(prompt, **special)
-    offsets = tuple(tuple(span) for span in encoded["offset_mapping"]) if fast else None
-    return Row(tuple(encoded["input_ids"]), prompt, offsets)

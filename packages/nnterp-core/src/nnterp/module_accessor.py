@@ -34,6 +34,8 @@ class ModuleAccessor:
         self._extra = {name: path for path, name in (rename or {}).items()}
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_model":  # asked for by `copy` before there is a model
+            raise AttributeError(name)
         if name in ("embed_tokens", "layers", "ln_final", "lm_head"):
             path = getattr(self.anatomy, name)
             if path is None:

@@ -14,6 +14,7 @@ from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
+from nnterp.huggingface import require_no_dropout
 from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers
 from nnterp.values import directory_of, find_place
 
@@ -181,9 +182,14 @@ class NamedTransformer(TracedTransformer):
     # -- running ----------------------------------------------------------------------------------------------------
 
     def prepare(self, remote: Any = False) -> None:
-        """Load the weights before a run, unless the run is remote."""
+        """Load the weights before a run, unless the run is remote.
+
+        Raises:
+            TrainingModeError: The model is in training mode and has dropout, so that its numbers are random.
+        """
         if not remote:
             self.dispatch()
+            require_no_dropout(self._module, self.model_class)
 
     def require_no_trace(self, what: str) -> None:
         """Raise if the model is running a trace, in which it cannot be run again.
@@ -231,6 +237,18 @@ class NamedTransformer(TracedTransformer):
         return TracedTransformer.project_on_vocab(self, hidden_state)
 
     # -- travelling -------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> NamedTransformer:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied: its names are bound to one nnsight tree over one module. Make "
+            "another over the same module: StandardizedTransformer(model._module, tokenizer=model.tokenizer)."
+        )
+
+    def __deepcopy__(self, memo: Any) -> NamedTransformer:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied: copy its module, and make another: "
+            "StandardizedTransformer(copy.deepcopy(model._module), tokenizer=model.tokenizer)."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """What a remote request takes along: the traced half of the model, and where every value is served."""

@@ -118,7 +118,10 @@ class StandardizedTransformer(NamedTransformer):
                 f"{self.repo_id or self.model_class} was loaded with remote=True, so its weights are never loaded "
                 "here, and what was asked for runs here. Pass remote=True to it as well, or load the model without."
             )
+        side = getattr(self.tokenizer, "padding_side", None)
         TransformersModel.dispatch(self)
+        if side is not None:  # nnsight sets it to the left again; the user may have chosen the other
+            self.tokenizer.padding_side = side
         if self.check_renaming:
             self.validate().raise_if_failed()
         else:
@@ -171,7 +174,7 @@ class StandardizedTransformer(NamedTransformer):
         if remote:
             self.learn_from_twin()
         else:
-            self.dispatch()
+            NamedTransformer.prepare(self)
 
     def learn_from_twin(self) -> None:
         """Take over what the twin proves about the code. Nothing happens if the weights are here, or a second time."""

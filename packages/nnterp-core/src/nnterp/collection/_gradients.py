@@ -30,6 +30,7 @@ class Gradients:
         logits: `[prompts, seq, vocab]`, as the metric was given them.
         batch: The prompts as one padded batch.
         layers: Value → the layers in its first axis.
+        num_layers: Layers of the model: a negative index counts from its last layer, as everywhere.
     """
 
     metric: torch.Tensor
@@ -38,6 +39,7 @@ class Gradients:
     layers: dict[str, tuple[int, ...]]
     _values: dict[tuple[str, int | None], torch.Tensor]
     _gradients: dict[tuple[str, int | None], torch.Tensor]
+    num_layers: int
 
     def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
         """The gradient with respect to a value, or to one layer of it.
@@ -71,7 +73,7 @@ class Gradients:
         if not value.per_layer:
             return table[value.name, None]
         if layer is not None:
-            index = layer if layer >= 0 or layer in have else layer + 1 + max(have)
+            index = layer + self.num_layers if layer < 0 else layer
             if (value.name, index) not in table:
                 raise KeyError(
                     f"Layer {layer} of {value.name} was not asked for; there are: {', '.join(map(str, have))}."
@@ -127,7 +129,7 @@ def gradients(
     by_place = dict(zip(order, kept, strict=True))
     slope_of = {order[i]: slope for i, slope in zip(wanted, slopes, strict=True)}
     values_, gradients_ = _by_target(plan, sources, by_place, slope_of, len(rows), device)
-    return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_)
+    return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_, model.num_layers)
 
 
 By = dict[tuple[str, int | None], torch.Tensor]  # (value, layer) → tensor

@@ -89,13 +89,14 @@ class TracedTransformer(TransformersModel):
         args, kwargs = TransformersModel._batch(self, invokes, fn)
         self.prepare_run()
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all()):
+        padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
+        self.interleaver.right_padded = padded and not bool(mask[..., -1].all())
+        if padded:
             if not self.padding_is_exact:
                 raise PaddingError(
                     f"These inputs have different lengths, and {self.model_class} is not proven to give a padded row "
-                    "the numbers it gives the row alone (see the certificate's line on padding; without a certificate, "
-                    "call model.validate()). Run them one at a time, or use a function that takes prompts (collect, "
-                    "run_prompts, ...): those batch equal lengths together."
+                    "the numbers of the row alone (without a certificate, call model.validate()). Run them one at a "
+                    "time, or use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths."
                 )
             if not self.positions_from_mask:
                 kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
@@ -187,10 +188,10 @@ class TracedTransformer(TransformersModel):
             ValueError: Rows are padded on the right, so their last position is not their last token.
         """
         logits = self.logits
-        if getattr(self.tokenizer, "padding_side", "left") == "right" and logits.shape[0] > 1:
+        if self.interleaver.right_padded:
             raise ValueError(
-                "next_token_probs reads the last position of every row, but this tokenizer pads on the right, where "
-                "that may be padding. Set model.tokenizer.padding_side = 'left', or index model.logits yourself."
+                "next_token_probs reads the last position of every row, which is padding in some rows here. Pad on the "
+                "left (model.tokenizer.padding_side = 'left'), or index model.logits yourself."
             )
         return logits[:, -1].softmax(-1)
 
