@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
+from nnterp.files import read_tensors, write_tensors
 from nnterp.inputs import Row
 from nnterp.values import canonical
 
@@ -75,6 +77,53 @@ class Collected(Mapping[str, torch.Tensor]):
         if index not in have:
             raise KeyError(f"Layer {layer} of {value.name} was not collected; there are: {', '.join(map(str, have))}.")
         return tensor[index] if isinstance(tensor, dict) else tensor[have.index(index)]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to `<path>.safetensors`: tensors, mask, positions and prompts. `Collected.load` reads it.
+
+        A save that fails or is killed leaves an earlier file as it was.
+
+        Raises:
+            FileExistsError: The file exists and holds nothing collected; it is not overwritten.
+            OSError: It cannot be written.
+        """
+        contents: dict[str, torch.Tensor] = {}
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, torch.Tensor):
+                contents[name] = tensor
+            else:
+                contents.update({f"{name}[{layer}]": part for layer, part in tensor.items()})
+        contents |= {name: t for name in ("mask", "generated") if (t := getattr(self, name)) is not None}
+        record = {
+            "layers": self.layers,
+            "positions": self.positions,
+            "rows": [[row.ids, row.text, row.offsets] for row in self.rows],
+            "done": sorted(self.done),
+            "num_layers": self.num_layers,
+        }
+        write_tensors(path, contents, record, "collected")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Collected:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is truncated, damaged, or holds something else; names the file.
+        """
+        stored, record = read_tensors(path, "collected")
+        layers = {name: tuple(mine) for name, mine in record["layers"].items()}
+        tensors: dict[str, Tensors] = {
+            name: stored[name] if name in stored else {layer: stored[f"{name}[{layer}]"] for layer in mine}
+            for name, mine in layers.items()
+        }
+        rows = tuple(
+            Row(tuple(ids), text, None if spans is None else tuple((a, b) for a, b in spans))
+            for ids, text, spans in record["rows"]
+        )
+        positions = tuple(tuple(mine) for mine in record["positions"])
+        mask, generated = stored.get("mask"), stored.get("generated")
+        return cls(tensors, layers, positions, mask, rows, generated, set(record["done"]), record["num_layers"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

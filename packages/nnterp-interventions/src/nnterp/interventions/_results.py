@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from nnterp import plugins
+from nnterp.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas
@@ -129,36 +128,40 @@ class Result:
         return row
 
     def save(self, path: str | Path) -> None:
-        """Write `<path>.safetensors` and `<path>.json` (a suffix of `path` is dropped); folders are made."""
-        tensors, header = _paths(path)
-        tensors.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, tensors)
-        content = {
+        """Write `<path>.safetensors`: tensors, labels and the record of the call in one file; folders are made.
+
+        A save that fails or is killed leaves an earlier result as it was.
+
+        Raises:
+            TypeError: Something in `about` or among the labels cannot be written as JSON; nothing is written.
+            FileExistsError: The file exists and holds no result; it is not overwritten.
+            OSError: It cannot be written.
+        """
+        record = {
             "kind": type(self).__name__,
             "axes": {name: list(self.axes[name]) for name in self.tensors},
             "labels": {axis: list(labels) for axis, labels in self.labels.items()},
-            "tokens": [list(row) for row in self.tokens],
+            "tokens": [list(tokens) for tokens in self.tokens],
             "vocabulary": self.vocabulary,
             "about": self.about,
         }
-        header.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_tensors(path, self.tensors, record, "result")
 
     @staticmethod
     def load(path: str | Path) -> Result:
         """Read a result written by `save`, as the class that wrote it.
 
         Raises:
-            FileNotFoundError: One of the two files is missing.
+            FileNotFoundError: There is no such file.
+            ValueError: It is truncated, damaged, or no result; names the file.
         """
-        tensors, header = _paths(path)
-        content = json.loads(header.read_text(encoding="utf-8"))
-        stored = load_file(tensors)
+        stored, content = read_tensors(path, "result")
         cls = _KINDS.get(content["kind"], Result)
         return cls(
             tensors={name: stored[name] for name in content["axes"]},
             axes={name: tuple(axes) for name, axes in content["axes"].items()},
             labels={axis: tuple(labels) for axis, labels in content["labels"].items()},
-            tokens=tuple(tuple(row) for row in content["tokens"]),
+            tokens=tuple(tuple(tokens) for tokens in content["tokens"]),
             vocabulary={int(i): text for i, text in content["vocabulary"].items()},
             about=content["about"],
         )
@@ -227,10 +230,3 @@ def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
         flat, i = divmod(flat, size)
         index.append(i)
     return tuple(reversed(index))
-
-
-def _paths(path: str | Path) -> tuple[Path, Path]:
-    stem = Path(path)
-    if stem.suffix in (".safetensors", ".json"):
-        stem = stem.with_suffix("")
-    return stem.parent / f"{stem.name}.safetensors", stem.parent / f"{stem.name}.json"

@@ -21,6 +21,13 @@ class TargetPrompt:
     prompt: str
     index_to_patch: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise TypeError(f"The prompt of a TargetPrompt is a text, not {self.prompt!r:.80}.")
+        if isinstance(self.index_to_patch, bool) or not hasattr(self.index_to_patch, "__index__"):
+            raise TypeError(f"index_to_patch is an integer, not {self.index_to_patch!r}.")
+        self.index_to_patch = self.index_to_patch.__index__()
+
 
 @dataclass
 class TargetPromptBatch:

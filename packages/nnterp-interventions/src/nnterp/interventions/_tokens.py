@@ -22,9 +22,12 @@ def token_id(model: StandardizedTransformer, token: Token) -> int:
 
     Raises:
         ValueError: The text is not exactly one token, or there is no such id.
+        TypeError: It is neither a text nor an integer: a float, a boolean, bytes.
     """
     if not isinstance(token, str):
-        index = int(token)
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise TypeError(f"A token is an id or a text, not {token!r}.")
+        index = token.__index__()
         size = model.vocab_size
         if index < 0 or (size is not None and index >= size):
             raise ValueError(f"There is no token {index}: ids go from 0 to {(size or 0) - 1}.")
@@ -55,7 +58,7 @@ def groups_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int,
         ValueError: The list does not have one entry per prompt, an entry is empty, or a text is not one token.
     """
     if isinstance(tokens, torch.Tensor):
-        tokens = tokens.tolist()
+        tokens = tokens.tolist()  # a float in it is refused below
     if isinstance(tokens, (int, str)):
         tokens = [tokens] * prompts
     if not isinstance(tokens, Sequence) or len(tokens) != prompts:
@@ -63,7 +66,10 @@ def groups_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int,
         raise ValueError(
             f"{name} has {count} for {prompts} prompts; give one token, or a list with one entry per prompt."
         )
-    lists = [[[token_id(model, t) for t in _listed(group)] for group in _listed(entry)] for entry in tokens]
+    lists = [
+        [list(dict.fromkeys(token_id(model, t) for t in _listed(group))) for group in _listed(entry)]
+        for entry in tokens
+    ]  # a token that is named twice in a group counts once
     for i, entry in enumerate(lists):
         if not entry or not all(entry):
             raise ValueError(f"{name} of prompt {i} is empty; give at least one token.")
@@ -91,4 +97,4 @@ def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, na
 
 
 def _listed(entry: Any) -> Sequence[Any]:
-    return [entry] if isinstance(entry, (int, str)) else entry
+    return [entry] if isinstance(entry, (int, str, float, bytes)) else entry
