@@ -11,7 +11,8 @@ import nnterp
 from nnterp import ModuleAccessor, StandardizedTransformer
 from nnterp.errors import TrainingModeError
 from nnterp.inputs import encode
-from nnterp.interventions import TargetPrompt, activation_patching, logit_lens, next_token_probs
+from nnterp.interventions import TargetPrompt, activation_patching, logit_lens
+from nnterp.prompts import next_token_probs
 from nnterp.testing import tiny_model, tiny_tokenizer
 
 PROMPT = "The capital of France is"

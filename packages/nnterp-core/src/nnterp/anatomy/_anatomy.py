@@ -123,6 +123,9 @@ class Anatomy:
     other_stacks: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
 
+    def __deepcopy__(self, memo: object) -> Anatomy:
+        return self  # nothing in it can change
+
     @property
     def num_layers(self) -> int:
         """Number of layers of the residual stream."""
