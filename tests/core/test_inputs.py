@@ -182,3 +182,30 @@ def test_a_module_accessor_can_be_copied():
     accessor = ModuleAccessor(tiny_model("gpt2"))
     assert copy.copy(accessor).layers is accessor.layers
     assert copy.deepcopy(accessor).layers[0] is not accessor.layers[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.mean(1), lambda x: x.amax(1), lambda x: x.abs(), lambda x: x.flatten(1).norm(dim=1)],
+)
+@pytest.mark.parametrize("name", ["layers_output", "attention_probabilities"])
+def test_padding_never_enters_a_users_reduction(name, function):
+    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
+    prompts = ["The Eiffel Tower is in the city of", PROMPT, "The"]
+    together = model.collect(prompts, name, layers=[3], reduce=function)[name, 3]
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad(), model.trace(prompt):
+            plain = getattr(model, name)[3].save()
+        expected = function(plain)[0]
+        found = together[(i, *(slice(0, size) for size in expected.shape))]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert together[i].count_nonzero() == expected.count_nonzero()
+
+
+def test_a_mask_says_where_positions_are(tiny):
+    model = tiny("llama")
+    found = model.collect([PROMPT, PROMPT], "layers_output")
+    assert found.mask.shape == found["layers_output"].shape[1:3]
+    assert found["layers_output"][:, found.mask].dim() == 3
+    assert model.collect([PROMPT, "The"], "layers_output", positions=-1).mask.tolist() == [True, True]
+    assert model.collect([PROMPT, "The"], "layers_output", reduce="mean").mask is None

@@ -9,9 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from nnterp.collection._collected import Collected
-from nnterp.collection._filling import Filling, Reduce
+from nnterp.collection._filling import Filling
 from nnterp.collection._generation import over_generation
 from nnterp.collection._plan import Plan, make_plan
+from nnterp.collection._reduce import Reduce, reduced
 from nnterp.collection._select import select
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
 from nnterp.named_transformer import NamedTransformer
@@ -118,21 +119,8 @@ def _one_batch(
             for t in complete:
                 combine, parts, label, shape = targets[t]
                 tensor = select(combine([seen[p] for p in parts]), picked, label, shape)
-                taken[t] = _reduced(tensor, reduce, device, dtype)
+                taken[t] = reduced(tensor, reduce, picked, shape).to(device=device, dtype=dtype)
             for p in dropped:
                 del seen[p]
         tracer.stop()
     return taken
-
-
-def _reduced(tensor: torch.Tensor, reduce: Reduce, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    """What leaves the trace: on the result's device and in its dtype, reduced first."""
-    if callable(reduce):
-        rows = tensor.shape[0]
-        tensor = reduce(tensor)
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1 or tensor.shape[0] != rows:
-            got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"reduce must keep the first axis, which is the {rows} prompts of the batch; it returned {got}."
-            )
-    return tensor.detach().to(device=device, dtype=dtype)

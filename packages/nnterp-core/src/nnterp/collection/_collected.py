@@ -33,7 +33,8 @@ class Collected(Mapping[str, torch.Tensor]):
     Attributes:
         layers: Value → the layers in its first axis; empty for a value that is not per layer.
         positions: For each prompt, the positions that were read, counted over its own tokens.
-        mask: `[prompts, positions]`, True where there is a position; None if every prompt has as many, or if reduced.
+        mask: True where a prompt has a position, `[prompts, positions]`; `[prompts]` if one position was asked for;
+            None if all prompts were reduced to one result.
         rows: The prompts as token ids.
         generated: For a generation, the new token ids, `[prompts, tokens]`; `positions` are then those that predicted
             them.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from nnterp.collection._collected import Collected, Tensors
 from nnterp.collection._plan import Plan, Target
+from nnterp.collection._reduce import Reduce
 from nnterp.collection._select import Selection
 from nnterp.inputs import Batch, Row
-
-Reduce = Literal["mean", "sum"] | Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class Filling:
@@ -131,8 +129,9 @@ class Filling:
             if self.shares_memory(name, block):
                 tensors[name] = block
         mask = None
-        if self.ragged and not self.over_prompts:
+        if not self.over_prompts:
             mask = torch.tensor([[True] * len(c) + [False] * (self.width - len(c)) for c in self.chosen])
+            mask = mask[:, 0] if self.single else mask
         return Collected(
             tensors,
             self.plan.layers,

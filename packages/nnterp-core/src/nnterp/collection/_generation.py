@@ -120,7 +120,7 @@ class _Made:
             stacked(found, self.plan),
             self.plan.layers,
             positions,
-            None if bool(mask.all()) else mask,
+            mask,
             tuple(self.rows),
             tokens.masked_fill(~mask, -1),
             set(range(len(self.rows))),
