@@ -1,4 +1,4 @@
-"""All that is known of one model, in one immutable object: read off its structure, then proven by running it."""
+"""All that is known of one model, in one object that is never changed: read off its structure, then proven by a run."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ Padding = Literal["unproven", "exact", "inexact"]
 class Facts:
     """What is known of one model. It never travels: a remote request takes from it what it needs.
 
-    Certifying a model makes its facts, and the model is given them once. Before that they are unproven, and every
-    reader decides what that means: what needs only a name is served, what needs a number is refused.
+    Certifying a model makes its facts, and the model is given them in one assignment. Until then, code that needs only
+    names works, and code that needs proven numbers raises `Unproven`. Nothing in it changes but caches (`places`,
+    `inside`, `states`).
 
     Attributes:
         anatomy: Which module plays which part, as corrected by the order in which modules run.
@@ -50,7 +51,7 @@ class Facts:
         repeated: Modules that run more than once in a forward pass.
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
-        between: For each layer the operation that makes the stream between its parts, None where there is none.
+        between: For each layer the operation whose result is `layers_mid`, or None.
         look_inside: Finds where the inside of layers is served; run once, when it is first needed.
         look_for_states: Finds where the states of mixers are served; run once, when it is first needed.
         places: Where values were found, by (name, layer), so that each is looked up once.

@@ -18,7 +18,7 @@ from nnterp.huggingface import require_no_dropout
 from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers
 from nnterp.values import directory_of, find_place
 
-# nnsight's own state and nnterp's that a remote request takes along; the bound names (`layers`, ...) go with it.
+# Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
 SENT_OF_NNSIGHT = (
     *("task", "pipeline", "tokenizer", "processor", "image_processor", "feature_extractor", "peft", "repo_id"),
     *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
@@ -62,8 +62,7 @@ class NamedTransformer(TracedTransformer):
     def supposing(self, facts: Facts) -> NamedTransformer:
         """The same model with other facts, for as long as they are being proven; this one stays as it is.
 
-        The two share the HuggingFace module and nnsight's tree. What of the facts is bound to the tree (the standard
-        names) is the original's.
+        The two share the HuggingFace module and nnsight's tree, and the standard names that are bound to the tree.
         """
         trial = object.__new__(NamedTransformer)
         trial.__dict__.update(self.__dict__, facts=facts)
@@ -177,7 +176,7 @@ class NamedTransformer(TracedTransformer):
         return part.path
 
     def prepare_run(self) -> None:
-        """Nothing to do: the operations that make `layers_mid` were instrumented when they were proven."""
+        """Does nothing here: the proof has instrumented the operations that make `layers_mid`. A worker does it."""
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -210,10 +209,10 @@ class NamedTransformer(TracedTransformer):
         skip_with: torch.Tensor | None = None,
         layer_returns_tuple: bool | None = None,
     ) -> None:
-        """See `TracedTransformer.skip_layers`; refuses layers of which it is unproven what they return.
+        """See `TracedTransformer.skip_layers`. Refused while it is unproven what the layers return.
 
         Raises:
-            Unavailable: It is, and `layer_returns_tuple` does not say it.
+            Unavailable: It is unproven, and `layer_returns_tuple` was not given.
         """
         returns = self.readout.returns
         if not returns:

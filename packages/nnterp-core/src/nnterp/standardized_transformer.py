@@ -177,7 +177,7 @@ class StandardizedTransformer(NamedTransformer):
             NamedTransformer.prepare(self)
 
     def learn_from_twin(self) -> None:
-        """Take over what the twin proves about the code. Nothing happens if the weights are here, or a second time."""
+        """Take over what the twin proves about the code, unless the weights are loaded or the twin was already used."""
         if self.dispatched or self.facts.proof == "twin" or self.facts.look_inside is not None:
             return
         twin = self.twin
@@ -225,7 +225,7 @@ class StandardizedTransformer(NamedTransformer):
         travel_by_value()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        """What a remote request takes along; before the first, what can be learnt without weights is learnt."""
+        """What a remote request takes along. Before the first request, learns from the twin."""
         self.learn_from_twin()
         return NamedTransformer.__reduce_ex__(self, protocol)
 
@@ -315,7 +315,7 @@ class StandardizedTransformer(NamedTransformer):
             layers: The layers, for values that name none; by default all that have the value.
             positions: Over each prompt's own tokens: an index (−1 is the last token whichever side is padded), a slice,
                 a selector (`nnterp.positions.at("Paris")`, `last_of("Eiffel Tower")`), a list of these, or one list per
-                prompt; all if None. One index, or `last_of`, has no axis in the result.
+                prompt; all if None. With one index, or `last_of`, the result has no axis of positions.
             batch_size: Prompts that share a forward pass.
             device: Where the result is kept.
             dtype: Its dtype; the model's if None.

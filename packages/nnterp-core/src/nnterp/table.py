@@ -80,7 +80,7 @@ HEADS = "[batch, seq, heads, head_dim]"
 KV_HEADS = "[batch, keys, kv_heads, head_dim]"
 PATTERN = "[batch, heads, query, key]"
 EAGER = "Needs `enable_attention_probs=True` (eager attention)."
-NEW = "A new tensor where it is a sum or a multiple: assign it, an edit in place may have no effect."
+NEW = "Where it is a sum or a multiple, reading makes a new tensor: assign it, an edit in place may have no effect."
 
 _ROWS = (
     Value(
@@ -289,7 +289,7 @@ _ROWS = (
         "Activations of the neurons of the expert that runs on all tokens, in a mixture that has one.",
         role="mlp",
         finder="neurons",
-        note="The chosen experts' have no one shape: each runs on the tokens that are sent to it.",
+        note="The neurons of the chosen experts have no single shape: each expert runs on the tokens sent to it.",
     ),
     Value(
         "mlps_output",

@@ -48,7 +48,7 @@ def facts_by_twin(facts: Facts, twin: Twin, config: Any) -> Facts:
     Args:
         facts: What is known of the model without its weights.
         twin: Its twin.
-        config: The model's HuggingFace config: a factor that it does not state is learned, and stays unknown.
+        config: The model's HuggingFace config: a factor that is not in it must be learned, so it stays unknown.
     """
     proven = twin.model.facts
     layout, narrow = proven.readout.layout, proven.anatomy.sizes.hidden_size or 1
@@ -70,7 +70,7 @@ def facts_without_twin(facts: Facts, reason: str) -> Facts:
     """The facts of a model without weights whose twin cannot be built: what is told by numbers is refused."""
 
     def refuse() -> Any:
-        raise Unavailable(facts.unproven("Where the inside of layers is served"))
+        raise Unavailable(facts.unproven("Where the inside of layers and the states of mixers are served"))
 
     facts = dataclasses.replace(facts, padding="inexact", why_unproven=reason)
     readout = replace(facts.readout, way="none", reason=reason)
@@ -124,7 +124,7 @@ def _difference(mine: Anatomy, its: Anatomy) -> str:
 
 
 def _named(block: Layer) -> Layer:
-    """A layer as it is known without numbers: without the operations at which its parts leave."""
+    """The layer without the operations at which its parts leave, which only a run with weights finds."""
     return dataclasses.replace(
         block,
         **{

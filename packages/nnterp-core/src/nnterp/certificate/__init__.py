@@ -2,13 +2,14 @@
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._certify import CLAIMS, certify
+from nnterp.certificate._idle_trace import IDLE
+from nnterp.certificate._padding import PADDING
 from nnterp.certificate._parts import PARTS
 from nnterp.certificate._probabilities import AttentionProbabilitiesAccessor
 from nnterp.certificate._readout import READOUT
 from nnterp.certificate._roles import ROLES
 from nnterp.certificate._stream import CONSECUTIVE, HIDDEN
 from nnterp.certificate._sum import IDENTITY
-from nnterp.certificate._through_nnterp import IDLE, PADDING
 from nnterp.certificate._writes import WRITES
 from nnterp.discovery import Contribution, ResidualStructure, Term
 

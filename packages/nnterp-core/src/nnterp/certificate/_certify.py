@@ -10,13 +10,14 @@ from functools import cache
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._evidence import Claimed, Evidence, gather, gather_shapes, is_large, skipped
+from nnterp.certificate._idle_trace import idle_trace
 from nnterp.certificate._order import corrected_by_order
+from nnterp.certificate._padding import padding
 from nnterp.certificate._parts import PARTS, parts
 from nnterp.certificate._readout import readout
 from nnterp.certificate._roles import roles
 from nnterp.certificate._stream import consecutive, hidden_states
 from nnterp.certificate._sum import residual_sum
-from nnterp.certificate._through_nnterp import idle_trace, padding
 from nnterp.certificate._writes import writes
 from nnterp.devices import input_device
 from nnterp.discovery import BETWEEN_PROBE, Probe, find_between, quiet
@@ -68,7 +69,7 @@ def _version(name: str) -> str:
 
 
 def _with_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line], Facts]:
-    """Every claim, until one fails; then the operations that make `layers_mid`, which need all of them."""
+    """Try the claims in order, up to the first that fails. If none does, find the operations that make `layers_mid`."""
     with quiet(model._module):
         evidence = gather(model, is_large(model._module))
         facts = dataclasses.replace(corrected_by_order(evidence, facts), proof="weights")

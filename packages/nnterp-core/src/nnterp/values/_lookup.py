@@ -1,4 +1,8 @@
-"""Where a value of the table is served in one model: one finder for each kind of value."""
+"""Where a value of the table is served in one model: one finder for each kind of value.
+
+What `nnterp.discovery` found is read here. Where it found a string instead of a place, the string is the reason why the
+value is unavailable.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +121,7 @@ def _edge(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
 
 
 def _exit_inside(facts: Facts, layer: int, role: str) -> Place:
-    """Where a part leaves whose module adds the stream by itself."""
+    """Where the output of a part is, if its module adds the residual stream before it returns."""
     part = facts.anatomy.part(role, layer)
     if not part.leaves:
         if facts.proof in ("none", "structure"):
@@ -221,7 +225,7 @@ def _one_of_several(facts: Facts, module: nn.Module, value: Value, layer: int, n
 
 
 def _neurons(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
-    """The input of the projection that ends the feed-forward, or the expert that runs on all tokens."""
+    """The input of the last projection of the feed-forward, or of the shared expert."""
     facts.anatomy.part("mlp", layer)
     every = facts.inside.neurons if value.name == "mlp_neurons" else facts.inside.shared_neurons
     place = every[layer]

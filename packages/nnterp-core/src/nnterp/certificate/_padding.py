@@ -1,4 +1,4 @@
-"""Two claims about what a user gets: an idle trace changes nothing, and padding is exact or refused."""
+"""Claim: a row of a padded batch gives what the row gives alone; where it does not, padding is refused."""
 
 from __future__ import annotations
 
@@ -8,27 +8,14 @@ import math
 import torch
 
 from nnterp.certificate._certificate import Line
-from nnterp.certificate._evidence import Claimed, Evidence, outcome, skipped
+from nnterp.certificate._evidence import Claimed, Evidence, skipped
 from nnterp.facts import Facts
-from nnterp.huggingface import accepts_argument, text_config
+from nnterp.huggingface import text_config
 from nnterp.inputs import left_padded
 from nnterp.tensors import relative_error
 
-IDLE = "the forward with nnterp is bit-equal to the one without"
 PADDING = "a padded batch equals its single rows"
 PADDING_SLACK = 10  # masked positions still enter the kernels' sums, so rows agree to rounding, not to the bit
-
-
-def idle_trace(evidence: Evidence, facts: Facts) -> Claimed:
-    """Learns nothing."""
-    model, plain = evidence.model.supposing(facts), evidence.recording.result.logits
-    with model.trace(evidence.ids):
-        traced = model.logits.save()
-    if not torch.equal(traced, plain):  # it may have been computed without a mask or a cache
-        takes_mask = accepts_argument(evidence.module, "attention_mask")
-        mask = {"attention_mask": torch.ones_like(evidence.ids)} if takes_mask else {}
-        plain = evidence.module(input_ids=evidence.ids, **mask).logits
-    return outcome(IDLE, torch.equal(traced, plain), relative_error(traced, plain), evidence.tolerance), facts
 
 
 def padding(evidence: Evidence, facts: Facts) -> Claimed:

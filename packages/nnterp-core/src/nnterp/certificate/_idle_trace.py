@@ -1,0 +1,24 @@
+"""Claim: a trace that reads and writes nothing gives HuggingFace's own logits, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from nnterp.certificate._evidence import Claimed, Evidence, outcome
+from nnterp.facts import Facts
+from nnterp.huggingface import accepts_argument
+from nnterp.tensors import relative_error
+
+IDLE = "the forward with nnterp is bit-equal to the one without"
+
+
+def idle_trace(evidence: Evidence, facts: Facts) -> Claimed:
+    """Learns nothing."""
+    model, plain = evidence.model.supposing(facts), evidence.recording.result.logits
+    with model.trace(evidence.ids):
+        traced = model.logits.save()
+    if not torch.equal(traced, plain):  # it may have been computed without a mask or a cache
+        takes_mask = accepts_argument(evidence.module, "attention_mask")
+        mask = {"attention_mask": torch.ones_like(evidence.ids)} if takes_mask else {}
+        plain = evidence.module(input_ids=evidence.ids, **mask).logits
+    return outcome(IDLE, torch.equal(traced, plain), relative_error(traced, plain), evidence.tolerance), facts
