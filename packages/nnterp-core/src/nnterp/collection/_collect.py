@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def _one_batch(
     targets = [(t.combine, t.parts, t.label, t.value.shape) for t in plan.targets]
     steps = list(zip(plan.reads, plan.after, plan.last_use, strict=True))
     inputs = {**batch.encoding, **forward_flags(model)}
+    finish: Any = partial(reduced, reduce) if callable(reduce) else None  # what is not used does not travel
     with torch.no_grad(), model.trace(inputs, remote=remote) as tracer:
         seen: dict[int, torch.Tensor] = {}
         taken: dict[int, torch.Tensor] = {}
@@ -119,7 +121,8 @@ def _one_batch(
             for t in complete:
                 combine, parts, label, shape = targets[t]
                 tensor = select(combine([seen[p] for p in parts]), picked, label, shape)
-                taken[t] = reduced(tensor, reduce, picked, shape).to(device=device, dtype=dtype)
+                tensor = tensor.detach() if finish is None else finish(tensor, picked, shape)
+                taken[t] = tensor.to(device=device, dtype=dtype)
             for p in dropped:
                 del seen[p]
         tracer.stop()

@@ -12,8 +12,10 @@ from nnterp.collection._select import Selection
 Reduce = Literal["mean", "sum"] | Callable[[torch.Tensor], torch.Tensor] | None
 
 
-def reduced(tensor: torch.Tensor, reduce: Reduce, picked: Selection, shape: str) -> torch.Tensor:
-    """What `reduce` makes of a value, `[rows, ...]`; the value itself unless `reduce` is a function.
+def reduced(
+    reduce: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, picked: Selection, shape: str
+) -> torch.Tensor:
+    """What a function makes of a value, `[rows, ...]`.
 
     Where rows have different numbers of positions (or of keys, for a pattern), the function is called for each row with
     the row's own, and what it returns is filled up with zeros.
@@ -21,8 +23,6 @@ def reduced(tensor: torch.Tensor, reduce: Reduce, picked: Selection, shape: str)
     Raises:
         ValueError: The function does not keep the first axis.
     """
-    if not callable(reduce):
-        return tensor.detach()
     pattern = shape.endswith("query, key]")
     ragged = not bool(picked.mask.all()) or (pattern and len(set(picked.lengths.tolist())) > 1)
     if not ragged:
