@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nnterp
-from nnterp import ModuleAccessor, StandardizedTransformer
+from nnterp import ModuleAccessor, StandardizedTransformer, nnsight_utils
 from nnterp.errors import TrainingModeError
 from nnterp.inputs import encode
 from nnterp.interventions import TargetPrompt, activation_patching, logit_lens
@@ -139,6 +139,9 @@ def test_the_side_that_was_chosen_outlives_the_loading_of_weights():
         lambda m: logit_lens(m, PROMPT),
         lambda m: next_token_probs(m, PROMPT),
         lambda m: activation_patching(m, PROMPT, PROMPT, lambda logits: logits[:, 5]),
+        lambda m: nnsight_utils.get_token_activations(m, [PROMPT]),
+        lambda m: nnsight_utils.collect_last_token_activations_session(m, [PROMPT], 1),
+        lambda m: nnsight_utils.compute_next_token_probs(m, PROMPT),
     ],
 )
 def test_a_model_that_drops_units_out_is_refused(function):

@@ -180,6 +180,7 @@ def get_token_activations(
     if tracer is not None:
         found = [get(nn_model, layer)[:, position] for layer in chosen]
         return torch.stack([a.to(found[0].device) for a in found])
+    _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
         found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
         activations = torch.stack(found).save()
@@ -208,6 +209,7 @@ def collect_last_token_activations_session(
     position = _checked(nn_model, idx)
     chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.session(remote=remote):
         pieces = []
         for batch in batches:
@@ -269,9 +271,16 @@ def collect_token_activations_batched(
 
 def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
     """Probabilities of the token after each prompt, `[prompts, vocab]` on the CPU, in the logits' dtype."""
+    _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.trace(prompt, remote=remote):
         probs = get_next_token_probs(nn_model).cpu().save()
     return probs
+
+
+def _prepare(nn_model: Any, remote: bool) -> None:
+    """Load a `StandardizedTransformer`'s weights and refuse one that drops units out; nothing for other models."""
+    if isinstance(nn_model, StandardizedTransformer):
+        nn_model.prepare(remote)
 
 
 def _first(output: Any) -> torch.Tensor:
