@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,18 @@ from nnterp.discovery import ResidualStructure
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import require_no_dropout
-from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers
+from nnterp.standing import standing
+from nnterp.traced import (
+    Condition,
+    Lender,
+    Place,
+    Readout,
+    TracedTransformer,
+    arriving,
+    bind_names,
+    skip_layers,
+    steering_of,
+)
 from nnterp.values import directory_of, find_place
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
@@ -26,7 +39,7 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),
+    *("model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask", "standing"),
 )
 
 
@@ -48,6 +61,7 @@ class NamedTransformer(TracedTransformer):
 
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
+        self.standing = ()
         self._envoys_by_path: dict[str, Envoy] = {}
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
@@ -208,6 +222,7 @@ class NamedTransformer(TracedTransformer):
         end_layer: int,
         skip_with: torch.Tensor | None = None,
         layer_returns_tuple: bool | None = None,
+        steps: Any = None,
     ) -> None:
         """See `TracedTransformer.skip_layers`. Refused while it is unproven what the layers return.
 
@@ -222,7 +237,58 @@ class NamedTransformer(TracedTransformer):
                     "was loaded with check_renaming=False. Call model.validate() first, or pass layer_returns_tuple=."
                 )
             returns = (() if layer_returns_tuple else None,) * self.num_layers
-        skip_layers(self, start_layer, end_layer, skip_with, returns)
+        skip_layers(self, start_layer, end_layer, skip_with, returns, steps)
+
+    def steering(
+        self,
+        steering_vector: Any,
+        layers: Any = None,
+        factor: float = 1,
+        *,
+        mode: str = "add",
+        token_positions: Any = None,
+        steps: Any = None,
+        when: Condition | Callable[[tuple[int, ...]], bool] | None = None,
+        keep_norm: bool = False,
+        origin: Any = None,
+    ) -> contextlib.AbstractContextManager[None]:
+        """Steer every run of the model in a `with` block: traces, generations, and every function of nnterp.
+
+        Each forward pass is steered, also of the HuggingFace module when it is called directly, as an evaluation
+        harness does. Steerings that are nested add up; leaving the block ends the steering, also after an error.
+
+        Args:
+            steering_vector: `[hidden]`, or a mapping from layer to `[hidden]`.
+            layers: The layer or layers; None for those of the mapping, or all.
+            factor, mode, keep_norm, origin: What is done to the stream leaving each layer, as in `steer`.
+            token_positions: Over each row's own tokens, as in `steer`; all if None.
+            steps: Forward passes of a generation, as in `steer`; all if None.
+            when: Steer only some rows: those whose prompt fulfils a `nnterp.Condition`, or for whose token ids this
+                function returns True. The rows are chosen in the prompt's pass, and steered in all later ones too.
+
+        Raises:
+            InsideTraceError: Called inside a trace of this model.
+            IndexError, TypeError, ValueError: As `steer` raises them, when the block is entered.
+
+        Example:
+            with model.steering(vector, layers=[3, 4], factor=2):
+                lens = logit_lens(model, prompts)
+        """
+        self.require_no_trace("steering()")
+        steering = steering_of(
+            self.num_layers,
+            layers,
+            steering_vector,
+            factor,
+            token_positions,
+            None,
+            steps,
+            mode,
+            keep_norm,
+            origin,
+            when,
+        )
+        return standing(self, steering)
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
         """See `TracedTransformer.project_on_vocab`; warns if the way is unproven."""

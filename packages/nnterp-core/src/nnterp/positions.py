@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nnterp.inputs import Reader, Row
+from nnterp.selectors import TextSelector, at, last_of, overlapping
 
-
-@dataclass(frozen=True)
-class TextSelector:
-    """The tokens of a piece of the prompt's text; make one with `at` or `last_of`."""
-
-    text: str
-    which: str
-    occurrence: int = 0
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.which}({self.text!r})"
-            if self.occurrence == 0
-            else f"{self.which}({self.text!r}, {self.occurrence})"
-        )
-
-
-def at(text: str, occurrence: int = 0) -> TextSelector:
-    """All tokens that overlap `text` in the prompt; `occurrence` picks among several, negative counts from the end."""
-    return TextSelector(text, "at", occurrence)
-
-
-def last_of(text: str, occurrence: int = 0) -> TextSelector:
-    """The last token that overlaps `text` in the prompt."""
-    return TextSelector(text, "last_of", occurrence)
+__all__ = ["Positions", "TextSelector", "at", "describe", "last_of", "resolve"]
 
 
 Positions = int | slice | TextSelector | Sequence["int | TextSelector"] | None
@@ -82,12 +58,4 @@ def _by_text(row: Row, selector: TextSelector, label: str) -> tuple[int, ...]:
         raise ValueError(
             f"{selector} needs the prompt's text and a fast tokenizer; {label} has only token ids. Give indices."
         )
-    starts = [i for i in range(len(row.text)) if row.text.startswith(selector.text, i)] if selector.text else []
-    if not -len(starts) <= selector.occurrence < len(starts):
-        raise ValueError(f"{selector}: {label} contains {selector.text!r} {len(starts)} times: {row.text!r}")
-    begin = starts[selector.occurrence]
-    end = begin + len(selector.text)
-    tokens = [i for i, (a, b) in enumerate(row.offsets) if a < end and b > begin and b > a]
-    if not tokens:
-        raise ValueError(f"{selector}: no token of {label} stands for that text: {row.text!r}")
-    return tuple(tokens) if selector.which == "at" else (tokens[-1],)
+    return overlapping(selector, row.text, list(row.offsets), label)

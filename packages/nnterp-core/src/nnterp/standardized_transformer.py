@@ -19,7 +19,8 @@ from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
-from nnterp.traced import Place, travel_by_value
+from nnterp.standing import hooks, unsteered
+from nnterp.traced import Place, StepTracer, travel_by_value
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
@@ -126,6 +127,8 @@ class StandardizedTransformer(NamedTransformer):
             self.validate().raise_if_failed()
         else:
             self._stay_unproven()
+        for steering in self.standing:
+            hooks(self, steering)  # they do nothing once the steering ends
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -140,7 +143,8 @@ class StandardizedTransformer(NamedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
-        certificate, facts = certify(self)
+        with unsteered(self):
+            certificate, facts = certify(self)
         self._take_over(facts, certificate)
         in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
         if self._probabilities_check is not None and self.dispatched and certificate.ok and not in_several:
@@ -201,6 +205,7 @@ class StandardizedTransformer(NamedTransformer):
             self._prepare_request()
         else:
             self.dispatch()
+        kwargs.setdefault("tracer_cls", StepTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:

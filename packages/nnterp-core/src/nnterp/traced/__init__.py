@@ -1,7 +1,8 @@
 """Everything that travels to a remote worker: the traced half of a model, its places, accessors, readout and edits.
 
 nnsight sends the functions and classes that a traced block mentions, and what these mention. This package therefore
-imports only the ground floor of nnterp (`errors`, `record`, `table`, `tensors`, `devices`), and everything in it has
+imports only the ground floor of nnterp (`errors`, `record`, `selectors`, `table`,
+`tensors`, `devices`), and everything in it has
 source: records instead of dataclasses, no decorators that wrap. `tests/core/test_house.py` holds the imports,
 `tests/remote` weighs the requests.
 """
@@ -24,7 +25,8 @@ from nnterp.traced._readout import Chain, Readout, Way
 from nnterp.traced._running import Lender, Place, Running
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._states import CachedState, State
-from nnterp.traced._steering import steer
+from nnterp.traced._steering import Condition, Steering, change, steer, steering_of
+from nnterp.traced._steps import StepTracer
 from nnterp.traced._sums import Sum, added
 from nnterp.traced._through_out import ThroughOut
 from nnterp.traced._transformer import TracedTransformer, arriving, travel_by_value
@@ -36,6 +38,7 @@ __all__ = [
     "Apart",
     "CachedState",
     "Chain",
+    "Condition",
     "Declared",
     "Directory",
     "Everywhere",
@@ -51,6 +54,8 @@ __all__ = [
     "Running",
     "Site",
     "State",
+    "Steering",
+    "StepTracer",
     "StreamLayout",
     "Sum",
     "ThroughOut",
@@ -61,6 +66,7 @@ __all__ = [
     "arriving",
     "bind_names",
     "bracket_one",
+    "change",
     "envoy_at",
     "layer_index",
     "over",
@@ -68,6 +74,7 @@ __all__ = [
     "require_running",
     "skip_layers",
     "steer",
+    "steering_of",
     "travel_by_value",
     "write_value",
 ]

@@ -8,20 +8,48 @@ import torch
 
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.traced._accessors import layer_index, require_running
+from nnterp.traced._steps import in_steps
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Rest, Running
 
 
 def skip_layers(
-    model: Running, start: int, end: int, skip_with: torch.Tensor | None, returns: tuple[Rest, ...]
+    model: Running,
+    start: int,
+    end: int,
+    skip_with: torch.Tensor | None,
+    returns: tuple[Rest, ...],
+    steps: Any = None,
 ) -> None:
-    """Make layers `start` to `end` return `skip_with`, or what enters `start`."""
+    """Make layers `start` to `end` return `skip_with`, or what enters `start`, in the steps chosen.
+
+    In a generation the layers do run, because later steps read their keys and values from the cache; what leaves the
+    last of them is replaced.
+    """
     first = layer_index(start, model.num_layers, "skip_layers(start_layer)")
     last = layer_index(end, model.num_layers, "skip_layers(end_layer)")
     if last < first:
         raise ValueError(f"skip_layers({start}, {end}): the last layer to skip comes before the first.")
     require_running(model, "skip_layers()")
+
+    def leave_out(step: int) -> None:
+        if model.interleaver.stepping:
+            pass_by(model, first, last, skip_with)
+        else:
+            skip(model, first, last, skip_with, returns)
+
+    in_steps(model, leave_out, steps)
+
+
+def pass_by(model: Running, first: int, last: int, skip_with: torch.Tensor | None) -> None:
+    """Let what enters layer `first`, or `skip_with`, leave layer `last`."""
+    stream = model.layers_input[first].clone() if skip_with is None else skip_with
+    model.layers_output[last] = stream
+
+
+def skip(model: Running, first: int, last: int, skip_with: torch.Tensor | None, returns: tuple[Rest, ...]) -> None:
+    """Do not run layers `first` to `last` of this pass."""
     entering = model.layers_input[first]
     stream = entering if skip_with is None else skip_with
     if stream.shape != entering.shape:

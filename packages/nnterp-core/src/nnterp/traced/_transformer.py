@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import nnsight
@@ -19,10 +20,12 @@ from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_val
 from nnterp.traced._binding import envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._directory import Directory
+from nnterp.traced._own_tokens import Given
 from nnterp.traced._places import Inside
 from nnterp.traced._readout import Readout, project_on_vocab
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._steering import steer
+from nnterp.traced._steps import in_steps, start_standing
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Lender, Place
@@ -49,6 +52,7 @@ class TracedTransformer(TransformersModel):
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served
     padding_is_exact: bool  # whether a row of a padded batch is proven to equal the row alone
+    standing: tuple  # steerings of every run, see `model.steering`
     positions_from_mask: bool  # whether a padded batch must be told its positions, counted from the mask
 
     if TYPE_CHECKING:
@@ -90,6 +94,11 @@ class TracedTransformer(TransformersModel):
         self.prepare_run()
         mask = kwargs.get("attention_mask")
         padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
+        ids = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        width = None if ids is None else ids.shape[1]
+        self.interleaver.given = Given(kwargs.get("input_ids"), mask if padded else None, width)
+        self.interleaver.stepping = fn != "__call__"
+        start_standing(self, self.standing)
         self.interleaver.right_padded = padded and not bool(mask[..., -1].all())
         if padded:
             if not self.padding_is_exact:
@@ -219,9 +228,9 @@ class TracedTransformer(TransformersModel):
 
     # -- interventions on the running forward pass -----------------------------------------------------------------
 
-    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
+    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None, steps: Any = None) -> None:
         """Skip one layer; see `skip_layers`."""
-        self.skip_layers(layer, layer, skip_with)
+        self.skip_layers(layer, layer, skip_with, steps=steps)
 
     def skip_layers(
         self,
@@ -229,43 +238,68 @@ class TracedTransformer(TransformersModel):
         end_layer: int,
         skip_with: torch.Tensor | None = None,
         layer_returns_tuple: bool | None = None,
+        steps: Any = None,
     ) -> None:
-        """Do not run layers `start_layer` to `end_layer`, both included.
+        """Leave out layers `start_layer` to `end_layer`, both included.
 
         Args:
             start_layer: First layer to skip.
             end_layer: Last layer to skip.
             skip_with: What the skipped layers return, `[batch, seq, hidden]`; what enters `start_layer` if None.
             layer_returns_tuple: Used only without a certificate: whether layers return the stream in a tuple.
+            steps: Forward passes of a generation, as in `steer`.
 
         Raises:
             IndexError: There is no such layer.
             ValueError: `end_layer` comes before `start_layer`.
             ShapeError: `skip_with` does not have the shape of the residual stream.
         """
-        skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns)
+        skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns, steps)
+
+    def each_step(self, edit: Callable[[int], None], steps: Any = None) -> None:
+        """Call `edit(step)` in each chosen forward pass of a generation; it reads and writes values of that pass.
+
+        Args:
+            edit: Called with the step's number, before the pass reaches the first layer.
+            steps: "all" (None), "prompt" (step 0), "generated", an index, a slice, or several indices.
+        """
+        require_running(self, "each_step()")
+        in_steps(self, edit, steps)
 
     def steer(
         self,
-        layers: int | list[int],
-        steering_vector: torch.Tensor,
+        layers: Any,
+        steering_vector: Any,
         factor: float = 1,
         positions: Any = None,
         token_positions: Any = None,
         batch_index: Any = None,
+        steps: Any = None,
+        mode: str = "add",
+        keep_norm: bool = False,
+        origin: Any = None,
     ) -> None:
-        """Add `factor * steering_vector` to the residual stream leaving each of `layers`.
+        """Steer the residual stream leaving each of `layers`: by default, add `factor * steering_vector`.
+
+        In a generation every forward pass is steered; in a `tracer.iter` loop, that of the loop's step.
 
         Args:
-            layers: The layer or layers; they are steered in forward order, each once.
-            steering_vector: `[hidden]`, or anything that broadcasts to what is steered.
+            layers: The layer or layers, each steered once; None for those of `steering_vector`, or all.
+            steering_vector: `[hidden]`, what broadcasts to what is steered, or a mapping from layer to vector.
             factor: Strength.
             positions: Deprecated, `token_positions`.
-            token_positions: Positions along the sequence; all if None.
-            batch_index: Rows of the batch; all if None. With `token_positions` as well, the two are paired.
+            token_positions: Over each row's own tokens: an index, a slice, `at("text")`, or a list of these.
+            batch_index: Rows of the batch. A list of rows and a list of positions are paired.
+            steps: "all" (None), "prompt" (step 0), "generated", an index, a slice, or several indices.
+            mode: "add"; "project_out": take `factor` of the component along the vector away; "clamp": set it to
+                `factor`; "affine": set it to that of `origin` plus `factor` vectors.
+            keep_norm: Scale what is steered back to its norm.
+            origin: `[hidden]`, for "affine".
 
         Raises:
             ShapeError: The vector does not broadcast to the stream.
+            IndexError: There is no such layer, row or position.
+            ValueError, TypeError: An argument selects nothing or is of no use.
         """
         if positions is not None:
             if token_positions is not None:
@@ -274,7 +308,8 @@ class TracedTransformer(TransformersModel):
                 )
             warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
-        steer(self, layers, steering_vector, factor, token_positions, batch_index)
+        places = (token_positions, batch_index, steps)
+        steer(self, layers, steering_vector, factor, *places, mode, keep_norm, origin)
 
     # -- the vocabulary --------------------------------------------------------------------------------------------
 

@@ -30,8 +30,11 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 @torch.no_grad()
 def proven_shortcuts(model: StandardizedTransformer, remote: Any = False) -> Shortcuts:
-    """The shortcuts that are exact for a model; found once and kept in `model.proofs`. None for remote runs."""
-    if remote:
+    """The shortcuts that are exact for a model; found once and kept in `model.proofs`.
+
+    None for remote runs, and none under edits of nnsight or a steering: a skipped layer would be edited once more.
+    """
+    if remote or model.standing or model._edits:
         return Shortcuts()
     model.dispatch()
     module = model._module
