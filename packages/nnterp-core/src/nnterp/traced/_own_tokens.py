@@ -5,7 +5,6 @@ Positions count over a row's own tokens: its prompt's, and in a generation those
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,17 +43,13 @@ class Pass:
         self.model, self.step, self.what = model, step, what
         self.given: Given = model.interleaver.given
         batcher = model.interleaver.batcher
-        together = batcher is not None and batcher.batching and group is not None
-        if together:
+        if batcher is not None and batcher.batching and group is not None:
             self.first, rows = group
         else:
             known = self.given.mask if self.given.mask is not None else self.given.ids
             self.first, rows = 0, stream.shape[0] if known is None else known.shape[0]
-        if stream.shape[0] % rows or (together and stream.shape[0] != rows):
-            raise ShapeError(
-                f"{what}: the stream has {stream.shape[0]} rows for {rows} prompts of this block. Beams and several "
-                "returned sequences cannot be told apart in several invokes: put the prompts into one."
-            )
+        if stream.shape[0] % rows:
+            raise ShapeError(f"{what}: the stream has {stream.shape[0]} rows for {rows} prompts.")
         self.rows, self.copies = rows, stream.shape[0] // rows
         width = stream.shape[1] if self.given.width is None else self.given.width
         self.prompt = width
@@ -119,5 +114,11 @@ def spelled(tokenizer: Any, ids: tuple[int, ...]) -> tuple[str, list[tuple[int, 
         if token not in special:
             kept.append(token)
             text = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
-        spans.append((len(os.path.commonprefix([before, text])), len(text)))  # half a letter is spelled anew
+        spans.append((shared_length(before, text), len(text)))  # half a letter is spelled anew
     return text, spans
+
+
+def shared_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

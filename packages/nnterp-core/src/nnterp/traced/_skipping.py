@@ -33,32 +33,37 @@ def skip_layers(
         raise ValueError(f"skip_layers({start}, {end}): the last layer to skip comes before the first.")
     require_running(model, "skip_layers()")
 
+    require_skippable(model, range(first, last + 1))
+
     def leave_out(step: int) -> None:
+        entering = model.layers_input[first]
+        stream = entering if skip_with is None else skip_with
+        if stream.shape != entering.shape:
+            raise ShapeError(
+                f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape "
+                f"{list(entering.shape)}."
+            )
+        stream = stream.to(device=entering.device, dtype=entering.dtype)
         if model.interleaver.stepping:
-            pass_by(model, first, last, skip_with)
+            pass_by(model, first, last, stream.clone(), returns[last])
         else:
-            skip(model, first, last, skip_with, returns)
+            skip(model, first, last, stream, returns)
 
     in_steps(model, leave_out, steps)
 
 
-def pass_by(model: Running, first: int, last: int, skip_with: torch.Tensor | None) -> None:
-    """Let what enters layer `first`, or `skip_with`, leave layer `last`."""
-    stream = model.layers_input[first].clone() if skip_with is None else skip_with
-    model.layers_output[last] = stream
+def pass_by(model: Running, first: int, last: int, stream: torch.Tensor, rest: Rest) -> None:
+    """Let `stream` leave layer `last`, though the layers run; what else they return is as if they had not."""
+    if not rest:
+        model.layers_output[last] = stream
+        return
+    args, kwargs = model.envoy(model.layer_paths[first]).inputs
+    native = model.readout.layout.native(stream)
+    model.envoy(model.layer_paths[last]).output = skipped_output(native, rest, args, kwargs)
 
 
-def skip(model: Running, first: int, last: int, skip_with: torch.Tensor | None, returns: tuple[Rest, ...]) -> None:
-    """Do not run layers `first` to `last` of this pass."""
-    entering = model.layers_input[first]
-    stream = entering if skip_with is None else skip_with
-    if stream.shape != entering.shape:
-        raise ShapeError(
-            f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape "
-            f"{list(entering.shape)}."
-        )
-    stream = stream.to(device=entering.device, dtype=entering.dtype)
-    require_skippable(model, range(first, last + 1))
+def skip(model: Running, first: int, last: int, stream: torch.Tensor, returns: tuple[Rest, ...]) -> None:
+    """Let `stream` leave layers `first` to `last` of this pass, which do not run."""
     batcher = model.interleaver.batcher
     if model.readout.layout.sequence_first and batcher is not None and batcher.batching:
         raise Unavailable(

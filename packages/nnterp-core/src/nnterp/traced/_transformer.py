@@ -25,7 +25,7 @@ from nnterp.traced._places import Inside
 from nnterp.traced._readout import Readout, project_on_vocab
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._steering import steer
-from nnterp.traced._steps import in_steps, start_standing
+from nnterp.traced._steps import in_steps, require_single, start_standing
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Lender, Place
@@ -97,7 +97,9 @@ class TracedTransformer(TransformersModel):
         ids = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         width = None if ids is None else ids.shape[1]
         self.interleaver.given = Given(kwargs.get("input_ids"), mask if padded else None, width)
-        self.interleaver.stepping = fn != "__call__"
+        self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
+        if self.interleaver.stepping and len(invokes) > 1:
+            require_single(kwargs | self.interleaver.batcher.extra_kwargs, self._module)
         start_standing(self, self.standing)
         self.interleaver.right_padded = padded and not bool(mask[..., -1].all())
         if padded:
