@@ -17,7 +17,7 @@ from nnterp.discovery import ResidualStructure
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import require_no_dropout
-from nnterp.standing import standing
+from nnterp.standing import conditional, standing
 from nnterp.traced import (
     Condition,
     Lender,
@@ -224,10 +224,20 @@ class NamedTransformer(TracedTransformer):
         layer_returns_tuple: bool | None = None,
         steps: Any = None,
     ) -> None:
-        """See `TracedTransformer.skip_layers`. Refused while it is unproven what the layers return.
+        """Leave out layers `start_layer` to `end_layer`, both included.
+
+        Args:
+            start_layer: First layer to skip.
+            end_layer: Last layer to skip.
+            skip_with: What the skipped layers return, `[batch, seq, hidden]`; what enters `start_layer` if None.
+            layer_returns_tuple: Used only without a certificate: whether layers return the stream in a tuple.
+            steps: Forward passes of a generation, as in `steer`.
 
         Raises:
-            Unavailable: It is unproven, and `layer_returns_tuple` was not given.
+            Unavailable: It is unproven what the layers return, and `layer_returns_tuple` was not given.
+            IndexError: There is no such layer.
+            ValueError: `end_layer` comes before `start_layer`.
+            ShapeError: `skip_with` does not have the shape of the residual stream.
         """
         returns = self.readout.returns
         if not returns:
@@ -238,6 +248,53 @@ class NamedTransformer(TracedTransformer):
                 )
             returns = (() if layer_returns_tuple else None,) * self.num_layers
         skip_layers(self, start_layer, end_layer, skip_with, returns, steps)
+
+    def each_step(self, edit: Callable[[int], None], steps: Any = None) -> None:
+        """Call `edit(step)` in each chosen forward pass of a generation; it reads and writes values of that pass.
+
+        Args:
+            edit: Called with the step's number, before the pass reaches the first layer.
+            steps: "all" (None), "prompt" (step 0), "generated", an index, a slice, or several indices.
+        """
+        TracedTransformer.each_step(self, edit, steps)
+
+    def steer(
+        self,
+        layers: Any,
+        steering_vector: Any,
+        factor: float = 1,
+        positions: Any = None,
+        token_positions: Any = None,
+        batch_index: Any = None,
+        steps: Any = None,
+        mode: str = "add",
+        keep_norm: bool = False,
+        origin: Any = None,
+    ) -> None:
+        """Steer the residual stream leaving each of `layers`: by default, add `factor * steering_vector`.
+
+        In a generation every forward pass is steered; in a `tracer.iter` loop, that of the loop's step.
+
+        Args:
+            layers: The layer or layers, each steered once; None for those of `steering_vector`, or all.
+            steering_vector: `[hidden]`, what broadcasts to what is steered, or a mapping from layer to vector.
+            factor: Strength.
+            positions: Deprecated, `token_positions`.
+            token_positions: Over each row's own tokens: an index, a slice, `at("text")`, or a list of these.
+            batch_index: Rows of the batch. A list of rows and a list of positions are paired.
+            steps: "all" (None), "prompt" (step 0), "generated", an index, a slice, or several indices.
+            mode: "add"; "project_out": take `factor` of the component along the vector away; "clamp": set it to
+                `factor`; "affine": set it to that of `origin` plus `factor` vectors.
+            keep_norm: Scale what is steered back to its norm.
+            origin: `[hidden]`, for "affine".
+
+        Raises:
+            ShapeError: The vector does not broadcast to the stream.
+            IndexError: There is no such layer, row or position.
+            ValueError, TypeError: An argument selects nothing or is of no use.
+        """
+        how = (positions, token_positions, batch_index, steps, mode, keep_norm, origin)
+        TracedTransformer.steer(self, layers, steering_vector, factor, *how)
 
     def steering(
         self,
@@ -275,20 +332,9 @@ class NamedTransformer(TracedTransformer):
                 lens = logit_lens(model, prompts)
         """
         self.require_no_trace("steering()")
-        steering = steering_of(
-            self.num_layers,
-            layers,
-            steering_vector,
-            factor,
-            token_positions,
-            None,
-            steps,
-            mode,
-            keep_norm,
-            origin,
-            when,
-        )
-        return standing(self, steering)
+        what = (layers, steering_vector, factor)
+        steering = steering_of(self.num_layers, *what, token_positions, None, steps, mode, keep_norm, origin)
+        return standing(self, steering if when is None else conditional(steering, when))
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
         """See `TracedTransformer.project_on_vocab`; warns if the way is unproven."""

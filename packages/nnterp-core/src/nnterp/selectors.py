@@ -27,11 +27,7 @@ def last_of(text: str, occurrence: int = 0) -> TextSelector:
 
 
 def overlapping(selector: TextSelector, text: str, spans: list[tuple[int, int]], label: str) -> tuple[int, ...]:
-    """The tokens that a selector names; `spans` are the begin and end of each token in `text`.
-
-    Raises:
-        ValueError: The text does not contain what is named, or not so often.
-    """
+    """The tokens that a selector names; `spans` are the begin and end of each token in `text`."""
     starts = [i for i in range(len(text)) if text.startswith(selector.text, i)] if selector.text else []
     if not -len(starts) <= selector.occurrence < len(starts):
         raise ValueError(f"{selector}: {label} contains {selector.text!r} {len(starts)} times: {text!r}")

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from nnterp.errors import Unavailable
+from nnterp.record import replace
 from nnterp.tensors import stream_out
-from nnterp.traced import Place, Site, Steering, change
+from nnterp.traced import Chosen, Condition, Place, Site, Steering, change
 
 
 class Steerable(Protocol):
@@ -51,6 +52,24 @@ def standing(model: Steerable, steering: Steering) -> Iterator[None]:
             handle.remove()
 
 
+def conditional(steering: Steering, when: Condition | Callable[[tuple[int, ...]], bool]) -> Steering:
+    """A steering of the rows whose prompt fulfils a condition, which is read no later than what is steered.
+
+    Raises:
+        TypeError: `when` is no condition and no function.
+        ValueError: The condition is read at a later layer.
+    """
+    if not isinstance(when, Condition) and not callable(when):
+        raise TypeError(f"steering: when={when!r}; give a nnterp.Condition or a function of the prompt's token ids.")
+    condition = when if isinstance(when, Condition) else Chosen(when)
+    first = min(steering.vectors)
+    if condition.layer > first:
+        raise ValueError(
+            f"steering: the condition is read at layer {condition.layer}, after layer {first}, which is steered."
+        )
+    return replace(steering, condition=condition)
+
+
 @contextlib.contextmanager
 def unsteered(model: Steerable) -> Iterator[None]:
     """No steering in the block: what is proven of a model is proven of the model as it is."""
@@ -66,7 +85,9 @@ def hooks(model: Steerable, steering: Steering) -> list[RemovableHandle]:
     if not model.dispatched:
         return []
     return [
-        model._module.get_submodule(model.layer_paths[layer]).register_forward_hook(_hook(model, steering, layer))
+        model._module.get_submodule(model.layer_paths[layer]).register_forward_hook(
+            _hook(model, steering, layer), prepend=True
+        )
         for layer in steering.vectors
     ]
 

@@ -18,6 +18,7 @@ from nnterp.traced._accessors import (
 from nnterp.traced._apart import Apart
 from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
+from nnterp.traced._conditions import Chosen, Condition
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._layouts import PARTS, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
@@ -25,7 +26,7 @@ from nnterp.traced._readout import Chain, Readout, Way
 from nnterp.traced._running import Lender, Place, Running
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._states import CachedState, State
-from nnterp.traced._steering import Condition, Steering, change, steer, steering_of
+from nnterp.traced._steering import Steering, change, steer, steering_of
 from nnterp.traced._steps import StepTracer
 from nnterp.traced._sums import Sum, added
 from nnterp.traced._through_out import ThroughOut
@@ -38,6 +39,7 @@ __all__ = [
     "Apart",
     "CachedState",
     "Chain",
+    "Chosen",
     "Condition",
     "Declared",
     "Directory",

@@ -30,14 +30,10 @@ class Given:
         return self.mask[row].nonzero().flatten().tolist()
 
 
+# rows: prompts of this worker; each stands in `copies` rows of the stream (beams, several returned sequences).
+# begin: the first column that this pass runs; earlier ones are in the cache. total: columns so far.
 class Pass:
-    """The rows of one worker in one forward pass: `[rows, seq]` of its stream, and what each column holds.
-
-    Attributes:
-        rows: Prompts of this worker; each stands in `copies` rows of the stream (beams, several returned sequences).
-        begin: The first column that this pass runs; earlier ones are in the cache.
-        total: Columns so far.
-    """
+    """The rows of one worker in one forward pass, and what each column of its stream holds."""
 
     def __init__(self, model: Running, stream: torch.Tensor, step: int, group: list | None, what: str) -> None:
         self.model, self.step, self.what = model, step, what
@@ -80,11 +76,7 @@ class Pass:
         return tuple(self.given.ids[index][self.given.columns(index, self.prompt)].tolist())
 
     def find(self, row: int, positions: Any, required: bool) -> list[int]:
-        """The columns of this pass at a row's positions; -1 for an index or text that an earlier pass ran.
-
-        Raises:
-            IndexError: The row has no such position; or `required`, and this pass does not run it.
-        """
+        """The columns of this pass at a row's positions; -1 for one that an earlier pass ran, unless `required`."""
         own, found = self.own(row), []
         for position in positions:
             if isinstance(position, slice):

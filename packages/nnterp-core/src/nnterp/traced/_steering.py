@@ -22,15 +22,10 @@ if TYPE_CHECKING:
 MODES = ("add", "project_out", "clamp", "affine")
 
 
+# vectors: layer → vector, in forward order. steps: as in `read_steps`. condition: only rows whose prompt fulfils it are
+# steered, see `_conditions`; only for `model.steering`. others: the other arguments of `change` and `selected`.
 class Steering(Record):
-    """What is done to the stream leaving some layers, at which tokens of which rows, in which steps.
-
-    Attributes:
-        vectors: Layer → vector, in forward order.
-        steps: As in `read_steps`.
-        condition: Only rows whose prompt fulfils it are steered; see `nnterp.Condition`. Only for `model.steering`.
-        others: The other arguments of `change` and `selected`.
-    """
+    """What is done to the stream leaving some layers, at which tokens of which rows, in which steps."""
 
     def __init__(self, vectors: dict[int, torch.Tensor], steps: Any, condition: Any, others: dict[str, Any]) -> None:
         self.vectors, self.steps, self.condition, self.others = vectors, steps, condition, others
@@ -38,52 +33,6 @@ class Steering(Record):
     def begun(self, model: Running) -> SteeredRun:
         """The edit for one run of the model."""
         return SteeredRun(model, self)
-
-
-class Condition(Record):
-    """A test of each prompt: whether the stream leaving `layer` points along `direction` by more than `threshold`.
-
-    Attributes:
-        layer: Whose output is read, in the pass of the prompt.
-        direction: `[hidden]`; the score is its dot product with the stream.
-        threshold: Rows with a higher score fulfil the condition; with `below`, rows with a lower one.
-        position: Which of the prompt's own tokens; the mean over all of them if None.
-    """
-
-    def __init__(
-        self, layer: int, direction: torch.Tensor, threshold: float, position: Any = -1, below: bool = False
-    ) -> None:
-        self.layer, self.direction, self.threshold = layer, direction, threshold
-        self.position, self.below = position, below
-
-    def rows(self, model: Running) -> torch.Tensor:
-        """Which rows of the running pass fulfil it, `[rows]`; for the pass of the prompt."""
-        stream = model.layers_output[self.layer]
-        own = Pass(model, stream, 0, Mediator.current("condition").batch_group, "condition")
-        entries = [slice(None)] if self.position is None else [self.position]
-        scores = []
-        for row in range(own.rows):
-            columns = own.find(row, entries, True)
-            for copy in range(own.copies):
-                state = stream[row * own.copies + copy, columns].float().mean(0)
-                scores.append((state * self.direction.to(state)).sum())
-        score = torch.stack(scores)
-        return score < self.threshold if self.below else score > self.threshold
-
-
-class Chosen(Record):
-    """A test of each prompt by its token ids."""
-
-    layer = -1  # before all of them
-
-    def __init__(self, test: Any) -> None:
-        self.test = test
-
-    def rows(self, model: Running) -> torch.Tensor:
-        """Which rows of the running pass fulfil it, `[rows]`; for the pass of the prompt."""
-        own = Pass(model, model.layers_input[0], 0, Mediator.current("when").batch_group, "when")
-        chosen = [bool(self.test(own.ids(row))) for row in range(own.rows) for _ in range(own.copies)]
-        return torch.tensor(chosen)
 
 
 class SteeredRun:
@@ -144,15 +93,8 @@ def steering_of(
     mode: str,
     keep_norm: bool,
     origin: Any,
-    condition: Any = None,
 ) -> Steering:
-    """The arguments of `model.steer`, read and checked.
-
-    Raises:
-        TypeError: A vector is no tensor of real numbers, or positions are no positions.
-        ValueError: There is no such mode, nothing is selected, or a vector has no direction or is not finite.
-        IndexError: There is no such layer.
-    """
+    """The arguments of `model.steer`, read and checked; raises TypeError, ValueError or IndexError for bad ones."""
     if mode not in MODES:
         raise ValueError(f"steer: mode={mode!r} is not one of {', '.join(MODES)}.")
     if (mode == "affine") != (origin is not None):
@@ -172,12 +114,6 @@ def steering_of(
             raise ValueError(f"steer: there is no vector for layer {layer}; there are vectors for {sorted(given)}.")
         own = given[layer] if isinstance(given, Mapping) else given
         vectors[layer] = _real(own, mode, f"the vector for layer {layer}")
-    if condition is not None and not hasattr(condition, "layer"):
-        condition = Chosen(condition)
-    if condition is not None and condition.layer > wanted[0]:
-        raise ValueError(
-            f"steer: the condition is read at layer {condition.layer}, after layer {wanted[0]}, which is steered."
-        )
     others = {
         "factor": factor,
         "token_positions": read_positions(token_positions),
@@ -186,7 +122,7 @@ def steering_of(
         "keep_norm": keep_norm,
         "origin": None if origin is None else _real(origin, "add", "origin"),
     }
-    return Steering(vectors, steps, condition, others)
+    return Steering(vectors, steps, None, others)
 
 
 def _real(vector: Any, mode: str, label: str) -> torch.Tensor:
@@ -206,12 +142,7 @@ def _real(vector: Any, mode: str, label: str) -> torch.Tensor:
 
 
 def read_positions(positions: Any) -> Any:
-    """`token_positions` as None, one index, slice or selector, or a list of these.
-
-    Raises:
-        TypeError: It is something else.
-        ValueError: It is an empty list.
-    """
+    """`token_positions` as None, one index, slice or selector, or a list of these."""
     if positions is None or isinstance(positions, (slice, TextSelector)):
         return positions
     if isinstance(positions, str):
@@ -234,14 +165,12 @@ def read_positions(positions: Any) -> Any:
     return entries[0] if single else entries
 
 
+# `shape` is that of what is steered, without the hidden axis, or None where rows have different numbers of positions.
+# A column is -1 where this pass does not run the position.
 def selected(
     model: Running, stream: torch.Tensor, step: int, exact: bool, positions: Any, batch_index: Any, what: str
 ) -> Any:
-    """Where the stream `[rows, seq, hidden]` is steered: None for everywhere, or `(rows, columns, shape)`.
-
-    `shape` is that of what is steered, without the hidden axis, or None where rows have different numbers of positions.
-    A column is -1 where this pass does not run the position.
-    """
+    """Where the stream `[rows, seq, hidden]` is steered: None for everywhere, or `(rows, columns, shape)`."""
     if positions is None and batch_index is None:
         return None
     own = Pass(model, stream, step, Mediator.current(what).batch_group, what)
@@ -293,11 +222,7 @@ def _rows(batch_index: Any, every: list[int], what: str) -> list[int]:
 
 
 def steered(stream: torch.Tensor, vector: torch.Tensor, where: Any, own: dict[str, Any], what: str) -> torch.Tensor:
-    """The stream with the change made where `where` says, as a new tensor.
-
-    Raises:
-        ShapeError: The vector does not broadcast to what is steered.
-    """
+    """The stream with the change made where `where` says, as a new tensor."""
     try:
         if where is None:
             new = change(stream, vector.to(stream.device), own)

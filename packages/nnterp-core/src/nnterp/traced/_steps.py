@@ -21,12 +21,10 @@ if TYPE_CHECKING:
     from nnterp.traced._running import Running
 
 
+# It waits for the model's input in every pass, so that an edit that does nothing cannot run ahead of the model, and it
+# asks for what the edit reads in that very pass: nnsight's own pins slip to the next pass where a read comes late.
 class EachStep(Mediator):
-    """The worker that makes an edit in each chosen forward pass of one run, from `first` on.
-
-    It waits for the model's input in every pass, so that an edit that does nothing cannot run ahead of the model, and
-    it asks for what the edit reads in that very pass: nnsight's own pins slip to the next pass where a read comes late.
-    """
+    """The worker that makes an edit in each chosen forward pass of one run, from `first` on."""
 
     def __init__(self, model: Running, edit: Callable[[int], None], steps: Any, first: int, begin: dict) -> None:
         Mediator.__init__(self, None, {}, {})
@@ -79,25 +77,10 @@ class StepLoop(Iterations):
         finally:
             mediator.looping = outer
 
-    def execute(self, code: Any) -> None:
-        """The deprecated `with tracer.iter[...]:`."""
-        mediator: Any = Mediator.current("tracer.iter")
-        outer = getattr(mediator, "looping", False)
-        mediator.looping = True
-        try:
-            Iterations.execute(self, code)
-        finally:
-            mediator.looping = outer
 
-
+# In a loop over steps, and in a run of one pass, only this pass is edited, if it is chosen.
 def in_steps(model: Running, edit: Callable[[int], None], steps: Any) -> None:
-    """Make an edit in the chosen forward passes of the run: in this pass at once, in later ones when they come.
-
-    In a loop over steps, and in a run of one pass, only this pass is edited, if it is chosen.
-
-    Raises:
-        ValueError: The run has one forward pass, and `steps` does not choose it.
-    """
+    """Make an edit in the chosen forward passes of the run: in this pass at once, in later ones when they come."""
     mediator: Any = Mediator.current("steps")
     chosen, now = read_steps(steps), step_of(model, mediator)
     if not model.interleaver.stepping and 0 not in chosen:
@@ -132,11 +115,7 @@ def _start(model: Running, worker: EachStep) -> None:
 
 
 def require_single(settings: dict[str, Any], module: Any) -> None:
-    """Raise for beams and several returned sequences, whose rows cannot be told apart in several invokes.
-
-    Raises:
-        ValueError: They were asked for.
-    """
+    """Raise for beams and several returned sequences, whose rows cannot be told apart in several invokes."""
     configs = settings.get("generation_config"), getattr(module, "generation_config", None)
     for name in ("num_beams", "num_return_sequences"):
         given = next((v for v in (settings.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), 1)
@@ -157,12 +136,7 @@ def step_of(model: Running, mediator: Any) -> int:
 
 
 def read_steps(steps: Any) -> Any:
-    """The chosen steps, as a range or a set: what "prompt", "generated", an index, a slice, or several indices mean.
-
-    Raises:
-        TypeError: `steps` is none of these.
-        ValueError: A step is negative, or nothing is chosen.
-    """
+    """The chosen steps, as a range or a set."""
     if steps is None or steps == "all":
         return range(sys.maxsize)
     if steps == "prompt":

@@ -242,29 +242,11 @@ class TracedTransformer(TransformersModel):
         layer_returns_tuple: bool | None = None,
         steps: Any = None,
     ) -> None:
-        """Leave out layers `start_layer` to `end_layer`, both included.
-
-        Args:
-            start_layer: First layer to skip.
-            end_layer: Last layer to skip.
-            skip_with: What the skipped layers return, `[batch, seq, hidden]`; what enters `start_layer` if None.
-            layer_returns_tuple: Used only without a certificate: whether layers return the stream in a tuple.
-            steps: Forward passes of a generation, as in `steer`.
-
-        Raises:
-            IndexError: There is no such layer.
-            ValueError: `end_layer` comes before `start_layer`.
-            ShapeError: `skip_with` does not have the shape of the residual stream.
-        """
+        """Leave out layers `start_layer` to `end_layer`, both included."""
         skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns, steps)
 
     def each_step(self, edit: Callable[[int], None], steps: Any = None) -> None:
-        """Call `edit(step)` in each chosen forward pass of a generation; it reads and writes values of that pass.
-
-        Args:
-            edit: Called with the step's number, before the pass reaches the first layer.
-            steps: "all" (None), "prompt" (step 0), "generated", an index, a slice, or several indices.
-        """
+        """Call `edit(step)` in each chosen forward pass of a generation."""
         require_running(self, "each_step()")
         in_steps(self, edit, steps)
 
@@ -281,28 +263,7 @@ class TracedTransformer(TransformersModel):
         keep_norm: bool = False,
         origin: Any = None,
     ) -> None:
-        """Steer the residual stream leaving each of `layers`: by default, add `factor * steering_vector`.
-
-        In a generation every forward pass is steered; in a `tracer.iter` loop, that of the loop's step.
-
-        Args:
-            layers: The layer or layers, each steered once; None for those of `steering_vector`, or all.
-            steering_vector: `[hidden]`, what broadcasts to what is steered, or a mapping from layer to vector.
-            factor: Strength.
-            positions: Deprecated, `token_positions`.
-            token_positions: Over each row's own tokens: an index, a slice, `at("text")`, or a list of these.
-            batch_index: Rows of the batch. A list of rows and a list of positions are paired.
-            steps: "all" (None), "prompt" (step 0), "generated", an index, a slice, or several indices.
-            mode: "add"; "project_out": take `factor` of the component along the vector away; "clamp": set it to
-                `factor`; "affine": set it to that of `origin` plus `factor` vectors.
-            keep_norm: Scale what is steered back to its norm.
-            origin: `[hidden]`, for "affine".
-
-        Raises:
-            ShapeError: The vector does not broadcast to the stream.
-            IndexError: There is no such layer, row or position.
-            ValueError, TypeError: An argument selects nothing or is of no use.
-        """
+        """Steer the residual stream leaving each of `layers`."""
         if positions is not None:
             if token_positions is not None:
                 raise ValueError(
