@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nnterp.indices import Indices, integer, read_indices
 from nnterp.module_accessor import ModuleAccessor
 from nnterp.standardized_transformer import StandardizedTransformer
 from nnterp.traced import TracedTransformer
@@ -149,7 +150,7 @@ def set_layer_output(nn_model: Any, layer: int, tensor: torch.Tensor) -> None:
 def get_token_activations(
     nn_model: Any,
     prompts: Any = None,
-    layers: Sequence[int] | None = None,
+    layers: Indices = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -160,7 +161,7 @@ def get_token_activations(
     Args:
         nn_model: The model.
         prompts: The prompts; None inside a trace that is already running.
-        layers: The layers, in forward order; all if None.
+        layers: The layer or layers; all if None.
         get_activations: (model, layer) → activations `[batch, seq, ...]`; the layer's output if None.
         remote: Run on the remote service.
         idx: The token, counted over the padded batch; the last if None.
@@ -176,14 +177,15 @@ def get_token_activations(
         raise ValueError("prompts must be given when there is no tracer.")
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    order = sorted(set(chosen))  # a trace reads in forward order
     if tracer is not None:
-        found = [get(nn_model, layer)[:, position] for layer in chosen]
-        return torch.stack([a.to(found[0].device) for a in found])
+        found = {layer: get(nn_model, layer)[:, position] for layer in order}
+        return torch.stack([found[layer].to(found[order[0]].device) for layer in chosen])
     _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
-        found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
-        activations = torch.stack(found).save()
+        found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
+        activations = torch.stack([found[layer] for layer in chosen]).save()
         running.stop()
     return activations
 
@@ -192,7 +194,7 @@ def collect_last_token_activations_session(
     nn_model: Any,
     prompts: Sequence[Any],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: Indices = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -207,15 +209,16 @@ def collect_last_token_activations_session(
     """
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    order = sorted(set(chosen))  # a trace reads in forward order
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.session(remote=remote):
         pieces = []
         for batch in batches:
             with nn_model.trace(batch) as running:
-                found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
-                piece = torch.stack(found).save()
+                found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
+                piece = torch.stack([found[layer] for layer in chosen]).save()
                 running.stop()
             pieces.append(piece)
         activations = torch.cat(pieces, dim=1).save()
@@ -226,7 +229,7 @@ def collect_token_activations_batched(
     nn_model: Any,
     prompts: Sequence[Any],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: Indices = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -255,6 +258,7 @@ def collect_token_activations_batched(
             nn_model, prompts, batch_size, layers, get_activations, remote, idx
         )
     position = _checked(nn_model, idx)
+    layers = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
     plain = get_activations is None or get_activations is get_layer_output
     if isinstance(nn_model, StandardizedTransformer) and plain and not remote and tqdm is None and position == -1:
         found = nn_model.collect(
@@ -289,7 +293,7 @@ def _first(output: Any) -> torch.Tensor:
 
 def _checked(nn_model: Any, idx: int | None) -> int:
     """The position, which must be counted from the side that is not padded."""
-    position = -1 if idx is None else idx
+    position = -1 if idx is None else integer(idx, "idx")
     side = getattr(nn_model.tokenizer, "padding_side", "left")
     if position < 0 and side != "left":
         raise ValueError(

@@ -18,6 +18,7 @@ from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, cert
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
+from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place, travel_by_value
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
@@ -292,7 +293,7 @@ class StandardizedTransformer(NamedTransformer):
         self,
         prompts: Any,
         values: str | Iterable[str],
-        layers: int | Iterable[int] | None = None,
+        layers: Indices = None,
         positions: Any = None,
         batch_size: int = 16,
         device: str | torch.device = "cpu",
@@ -347,7 +348,7 @@ class StandardizedTransformer(NamedTransformer):
         prompts: Any,
         metric: Callable[[torch.Tensor], torch.Tensor],
         values: str | Iterable[str],
-        layers: int | Iterable[int] | None = None,
+        layers: Indices = None,
         device: str | torch.device = "cpu",
         remote: Any = False,
     ) -> Gradients:

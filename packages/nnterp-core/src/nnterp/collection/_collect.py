@@ -15,16 +15,17 @@ from nnterp.collection._generation import over_generation
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce, reduced
 from nnterp.collection._select import select
+from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
 from nnterp.named_transformer import NamedTransformer
-from nnterp.positions import TextSelector, resolve
+from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
 
 
 def collect(
     model: NamedTransformer,
     prompts: Any,
     values: str | Iterable[str],
-    layers: int | Iterable[int] | None = None,
+    layers: Indices = None,
     positions: Any = None,
     batch_size: int = 16,
     device: str | torch.device = "cpu",
@@ -83,23 +84,12 @@ def positions_of(model: NamedTransformer, rows: Sequence[Row], positions: Any) -
 
     Raises:
         IndexError, ValueError: A row has no such position; names the row, its length and its tokens.
+        TypeError: It is no position.
     """
-    per_prompt = isinstance(positions, (list, tuple)) and any(
-        isinstance(p, (list, tuple, range, slice)) for p in positions
-    )
-    if per_prompt and len(positions) != len(rows):
-        raise ValueError(
-            f"positions has {len(positions)} lists for {len(rows)} prompts; give one list per prompt, or one for all."
-        )
-    chosen = []
-    for i, row in enumerate(rows):
-        mine = positions[i] if per_prompt else positions
-        found = resolve(model, row, mine, f"Prompt {i}")
-        if not found:
-            raise ValueError(f"positions={mine!r} selects nothing of prompt {i}, which has {len(row)} tokens.")
-        chosen.append(found)
-    single = hasattr(positions, "__index__") or (isinstance(positions, TextSelector) and positions.which == "last_of")
-    return chosen, single
+    plain = plain_positions(positions)
+    each = per_prompt(plain, len(rows))
+    chosen = [resolve(model, row, mine, f"Prompt {i}") for i, (row, mine) in enumerate(zip(rows, each, strict=True))]
+    return chosen, is_one_position(plain)
 
 
 def _one_batch(

@@ -87,9 +87,13 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
         IndexError: Out of range.
         TypeError: Not an integer.
     """
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-        raise TypeError(f"{name}[{layer!r}]: a layer is an integer from {-num_layers} to {num_layers - 1}.")
-    index = layer.__index__()
+    scalar = not getattr(layer, "ndim", 0) and "bool" not in str(getattr(layer, "dtype", type(layer)))
+    try:
+        index = layer.__index__() if scalar else None
+    except (AttributeError, TypeError):  # tensors of floats have it and raise
+        index = None
+    if index is None:
+        raise TypeError(f"{name}[{layer!r:.80}]: a layer is an integer from {-num_layers} to {num_layers - 1}.")
     if not -num_layers <= index < num_layers:
         raise IndexError(
             f"{name}[{index}]: the model has {num_layers} layers, so indices go from {-num_layers} to {num_layers - 1}."

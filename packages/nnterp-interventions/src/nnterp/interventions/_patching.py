@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from nnterp.indices import Indices
 from nnterp.interventions._engine import Cell, sweep
 from nnterp.interventions._grid import Grid
 from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
@@ -49,9 +50,9 @@ def activation_patching(
     corrupted: Any,
     metric: Any,
     values: str | Sequence[str] = "layers_output",
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     positions: Positions | Literal["all"] = None,
-    heads: int | Sequence[int] | Literal["all"] | None = None,
+    heads: Indices = None,
     direction: Direction = "denoising",
     *,
     batch_size: BatchSize = "auto",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nnterp.indices import read_index
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
 from nnterp.prompts._ids import ids_of_categories, token_ids
 from nnterp.prompts._missing import warn_of_missing, without_broken
@@ -132,7 +133,11 @@ class Prompt:
 
         Raises:
             ValueError: `probs` has another number of axes, or a target is outside the vocabulary.
+            IndexError: There is no such layer.
+            TypeError: `probs` is no tensor, or `layer` no integer.
         """
+        if not isinstance(probs, torch.Tensor):
+            raise TypeError(f"probs is a tensor, [batch, layers, vocab] or [batch, vocab], not {type(probs).__name__}.")
         if probs.dim() not in (2, 3):
             raise ValueError(
                 f"probs has shape {list(probs.shape)}; [batch, layers, vocab] or [batch, vocab] was expected."
@@ -142,7 +147,7 @@ class Prompt:
                 raise ValueError(
                     f"layer={layer} was asked for, but probs of shape {list(probs.shape)} has no axis of layers."
                 )
-            probs = probs[:, layer]
+            probs = probs[:, read_index(layer, probs.shape[1], "layer", "layers")]
         probs = without_broken(probs)
         warn_of_missing(probs[..., 0].isnan(), "Their probabilities are NaN.", 2)
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ def run_prompts(
     """
     _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
     bar = _bar(tqdm, progress)
+    if func_kwargs is not None:  # every batch is given them, and an iterator gives its items once
+        func_kwargs = {name: list(v) if isinstance(v, Iterator) else v for name, v in func_kwargs.items()}
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
     if prompts and not remote and not model.remote:
