@@ -94,8 +94,8 @@ BAD = [
 ]
 # What would come from inside torch or Python.
 FOREIGN = re.compile(
-    "only integer|truth value|index out of range|recursion|has no attribute|not iterable|not subscriptable|selected index|"
-    "can't convert|cannot be interpreted|expected sequence|unhashable|not supported between"
+    "only integer|truth value|index out of range|recursion|has no attribute|not iterable|not subscriptable|"
+    "selected index|can't convert|cannot be interpreted|expected sequence|unhashable|not supported between"
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices, integer, read_indices
 from nnterp.module_accessor import ModuleAccessor
 from nnterp.standardized_transformer import StandardizedTransformer
@@ -147,6 +148,7 @@ def set_layer_output(nn_model: Any, layer: int, tensor: torch.Tensor) -> None:
     module.output = tensor if isinstance(output, torch.Tensor) else (tensor, *output[1:])
 
 
+@plain_defaults()
 def get_token_activations(
     nn_model: Any,
     prompts: Any = None,
@@ -190,6 +192,7 @@ def get_token_activations(
     return activations
 
 
+@plain_defaults()
 def collect_last_token_activations_session(
     nn_model: Any,
     prompts: Sequence[Any],
@@ -225,6 +228,7 @@ def collect_last_token_activations_session(
     return activations
 
 
+@plain_defaults()
 def collect_token_activations_batched(
     nn_model: Any,
     prompts: Sequence[Any],
@@ -273,6 +277,7 @@ def collect_token_activations_batched(
     return torch.cat(pieces, dim=1)
 
 
+@plain_defaults()
 def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
     """Probabilities of the token after each prompt, `[prompts, vocab]` on the CPU, in the logits' dtype."""
     _prepare(nn_model, remote)

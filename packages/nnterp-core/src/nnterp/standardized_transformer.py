@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class StandardizedTransformer(NamedTransformer):
         rename_config: RenameConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        model = str(model) if isinstance(model, Path) else model
+        model = loading.checked_model(model, rename_config)
         self.check_renaming = check_renaming
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
@@ -195,9 +196,12 @@ class StandardizedTransformer(NamedTransformer):
         Raises:
             InsideTraceError: Called inside a trace of this model.
             RemoteModelError: The model was loaded with `remote=True`, and the trace is not remote.
-            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does.
+            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does; or the
+                block's body stands on the line of its `with`.
         """
         self.require_no_trace("trace()")
+        if not self.dispatched:
+            loading.refuse_unreadable_block(sys._getframe(1))
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
         else:

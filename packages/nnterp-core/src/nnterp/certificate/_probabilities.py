@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.discovery import probe_ids
 from nnterp.eager import is_eager
 from nnterp.errors import RenamingError, Unavailable
@@ -48,6 +49,7 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
         print(f"Attention probabilities of layer {layer} are read at\n  {place}")
         print(source_of(self._model, place))
 
+    @plain_defaults()
     def check_source(self, layer: int | None = None, allow_dispatch: bool = True, use_trace: bool = True) -> None:
         """Prove the probabilities of one layer, or of every layer that has them.
 

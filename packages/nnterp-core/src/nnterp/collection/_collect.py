@@ -15,12 +15,14 @@ from nnterp.collection._generation import over_generation
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce, reduced
 from nnterp.collection._select import select
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
 
 
+@plain_defaults()
 def collect(
     model: NamedTransformer,
     prompts: Any,

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from nnterp.collection._collected import Collected
 from nnterp.collection._filling import stacked
 from nnterp.collection._plan import Plan
+from nnterp.generation import check_generation, sequences_of
 from nnterp.inputs import Batch, Row, batches, left_padded
 from nnterp.named_transformer import NamedTransformer
 
@@ -31,8 +32,7 @@ def over_generation(
     Raises:
         ValueError: A value has no entry per position at each step, or `max_new_tokens` is not positive.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    check_generation(max_new_tokens, generation)
     patterns = [t.label for t in plan.targets if t.value.is_pattern]
     if patterns:
         raise ValueError(
@@ -81,7 +81,7 @@ def _generate(
                     steps.append(taken)
             with tracer.invoke():
                 answer = tracer.result.save()
-    return answer, steps
+    return sequences_of(answer), steps
 
 
 class _Made:

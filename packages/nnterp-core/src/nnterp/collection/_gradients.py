@@ -11,6 +11,7 @@ import torch
 
 from nnterp.collection._keys import read_key
 from nnterp.collection._plan import Plan, make_plan
+from nnterp.defaults import plain_defaults
 from nnterp.errors import PaddingError
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
@@ -77,6 +78,7 @@ class Gradients:
         return torch.stack([table[name, i] for i in have])
 
 
+@plain_defaults()
 def gradients(
     model: NamedTransformer,
     prompts: Any,

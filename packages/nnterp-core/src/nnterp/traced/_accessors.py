@@ -9,6 +9,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import OutsideTraceError, ShapeError
 from nnterp.table import Label
+from nnterp.traced._places import Site
 from nnterp.traced._sums import Sum
 from nnterp.traced._views import reflattened, unflattened
 
@@ -112,6 +113,8 @@ def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int
     except OutOfOrderError as error:
         _explain(error, label)
         raise
+    if isinstance(place, Site) and tensor.requires_grad and torch.is_grad_enabled():
+        tensor.retain_grad()  # so that a plain `score.backward()` fills in its `.grad`
     return tensor if tensor.dim() >= value.axes else unflattened(model, tensor)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
 from nnterp.interventions._engine import Cell, Shortcuts, axes_of, positions_axis, sweep
@@ -34,6 +35,7 @@ class AblationResult(Result):
     figure: ClassVar[str] = "ablation"
 
 
+@plain_defaults()
 def ablate(
     model: StandardizedTransformer,
     prompts: Any,

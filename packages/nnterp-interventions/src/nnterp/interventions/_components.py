@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices, integer, integers, shown_slice
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Edit, index_of, positions_axis, units_axis
@@ -55,6 +56,7 @@ class Component:
         return f"{self.value}[{self.layer}]{heads}{at}"
 
 
+@plain_defaults()
 def components(
     model: StandardizedTransformer,
     value: str,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import nnsight
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, encode, forward_flags
@@ -35,6 +36,7 @@ class LensResult(Result):
     figure: ClassVar[str] = "lens"
 
 
+@plain_defaults()
 @torch.no_grad()
 def logit_lens(
     model: StandardizedTransformer,

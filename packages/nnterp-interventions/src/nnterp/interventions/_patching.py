@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.interventions._engine import Cell, sweep
 from nnterp.interventions._grid import Grid
@@ -44,6 +45,7 @@ class PatchingResult(Result):
         return replace(self, tensors={**self.tensors, "scores": scores})
 
 
+@plain_defaults()
 def activation_patching(
     model: StandardizedTransformer,
     clean: Any,
@@ -114,7 +116,7 @@ class _Patching:
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.batch_size, self.remote = batch_size, remote
         self.shortcuts = proven_shortcuts(model, remote)
-        self.scores = torch.full((len(self.pairs), *grid.shape), float("nan"))
+        self.scores = torch.full((len(self.pairs), *grid.shape), torch.nan, dtype=torch.float32)
         self.clean, self.corrupted = torch.empty(len(self.pairs)), torch.empty(len(self.pairs))
 
     def some(self, chosen: range, shown: Any) -> None:

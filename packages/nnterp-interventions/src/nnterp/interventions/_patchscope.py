@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Row, encode
@@ -34,6 +35,7 @@ class PatchscopeResult(Result):
     figure: ClassVar[str] = "patchscope"
 
 
+@plain_defaults()
 def patchscope_lens(
     model: StandardizedTransformer,
     source_prompts: Any = None,
@@ -86,6 +88,7 @@ def patchscope_lens(
     return found["probs"]
 
 
+@plain_defaults()
 def patchscope_table(
     model: StandardizedTransformer,
     source_prompts: Any,
@@ -137,6 +140,7 @@ def patchscope_table(
     )
 
 
+@plain_defaults()
 def patch_object_attn_lens(
     model: StandardizedTransformer,
     source_prompts: Any,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnterp.indices import Indices
+from nnterp.defaults import plain_defaults
+from nnterp.generation import check_generation, sequences_of
+from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Edit, Passing
 from nnterp.interventions._layers import layers_of
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
+@plain_defaults()
 @torch.no_grad()
 def patchscope_generate(
     model: StandardizedTransformer,
@@ -55,8 +58,13 @@ def patchscope_generate(
         InsideTraceError: Called inside a trace of the same model.
     """
     model.require_no_trace("patchscope_generate()")
-    if max_batch_size < 1:
+    if not isinstance(target_patch_prompt, TargetPrompt):
+        raise TypeError(
+            f"target_patch_prompt is a TargetPrompt(text, index_to_patch), not {target_patch_prompt!r:.80}."
+        )
+    if integer(max_batch_size, "max_batch_size") < 1:
         raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+    check_generation(max_length, generation, "max_length")
     chosen, sources = list(dict.fromkeys(layers_of(model, layers))), encode(model, prompts)
     (target,) = encode(model, target_patch_prompt.prompt)
     at = resolve(model, target, int(target_patch_prompt.index_to_patch), "the target prompt")
@@ -103,4 +111,4 @@ def _generate(
         for layer in sorted(edits):
             Passing(model).write(("layers_output", layer), edits[layer], size, 0)
         written = tracer.result.save()
-    return written
+    return sequences_of(written)

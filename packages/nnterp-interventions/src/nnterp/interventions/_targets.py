@@ -47,6 +47,8 @@ class TargetPromptBatch:
             raise TypeError(
                 f"index_to_patch is {self.index_to_patch!r:.80}; give a list with one index for each prompt."
             )
+        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise TypeError(f"prompts is a list of texts, not {self.prompts!r:.80}.")
         if len(self.prompts) != len(listed):
             raise ValueError(f"{len(self.prompts)} target prompts and {len(listed)} positions to patch.")
         self.index_to_patch = torch.tensor(listed, dtype=torch.long, device="cpu")
@@ -54,7 +56,7 @@ class TargetPromptBatch:
     @classmethod
     def from_target_prompts(cls, prompts_: Sequence[TargetPrompt]) -> TargetPromptBatch:
         """Make a batch of several target prompts."""
-        return cls([p.prompt for p in prompts_], torch.tensor([int(p.index_to_patch) for p in prompts_]))
+        return cls([p.prompt for p in prompts_], [p.index_to_patch for p in prompts_])  # type: ignore[arg-type]
 
     @classmethod
     def from_target_prompt(cls, prompt: TargetPrompt, batch_size: int) -> TargetPromptBatch:

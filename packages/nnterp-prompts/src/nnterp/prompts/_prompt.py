@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.indices import read_index
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
 from nnterp.prompts._ids import ids_of_categories, token_ids
@@ -171,14 +172,15 @@ class Prompt:
         Raises:
             ValueError: The function returned something else than probabilities, or a target is outside the vocabulary.
         """
-        if reduces_targets(get_probs):
-            size = getattr(nn_model, "vocab_size", None)
-            targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
-            values = get_probs(nn_model, [self.prompt], targets=targets)
-            values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
-            warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
-            return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
-        return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
+        with plain_defaults():
+            if reduces_targets(get_probs):
+                size = getattr(nn_model, "vocab_size", None)
+                targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
+                values = get_probs(nn_model, [self.prompt], targets=targets)
+                values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
+                warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
+                return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
+            return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm as auto_tqdm
 
 from nnterp import StandardizedTransformer
+from nnterp.defaults import plain_defaults
 from nnterp.inputs import Batch, batches
 from nnterp.prompts import _storage
 from nnterp.prompts._checkpoint import Keeper
@@ -97,33 +98,34 @@ def run_prompts(
             error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
     """
-    _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
-    bar = _bar(tqdm, progress)
-    if func_kwargs is not None:  # every batch is given them, and an iterator gives its items once
-        func_kwargs = {name: list(v) if isinstance(v, Iterator) else v for name, v in func_kwargs.items()}
-    prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
-    if prompts and not remote and not model.remote:
-        model.dispatch()  # the weights are a part of what is compared when a run is resumed
-    results = PromptResults(
-        plan.categories,
-        plan.texts,
-        [dict(prompt.metadata) for prompt in prompts],
-        settings_of(model, scoring, normalize_length, get_probs_func, func_kwargs),
-        plan.fingerprints,
-    )
-    if resume is not None:
-        take_over(results, resume)
-    if checkpoint is not None and _storage.exists(checkpoint):
-        take_over(results, checkpoint)
+    with plain_defaults():
+        _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
+        bar = _bar(tqdm, progress)
+        if func_kwargs is not None:  # every batch is given them, and an iterator gives its items once
+            func_kwargs = {name: list(v) if isinstance(v, Iterator) else v for name, v in func_kwargs.items()}
+        prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
+        if prompts and not remote and not model.remote:
+            model.dispatch()  # the weights are a part of what is compared when a run is resumed
+        results = PromptResults(
+            plan.categories,
+            plan.texts,
+            [dict(prompt.metadata) for prompt in prompts],
+            settings_of(model, scoring, normalize_length, get_probs_func, func_kwargs),
+            plan.fingerprints,
+        )
+        if resume is not None:
+            take_over(results, resume)
+        if checkpoint is not None and _storage.exists(checkpoint):
+            take_over(results, checkpoint)
 
-    answer = partial(_answer, model, get_probs_func, func_kwargs or {}, plan.plain, remote)
-    keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
-    keeper.begin()
-    _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
-    keeper.finish()
-    warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
-    return results
+        answer = partial(_answer, model, get_probs_func, func_kwargs or {}, plan.plain, remote)
+        keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
+        keeper.begin()
+        _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
+        keeper.finish()
+        warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
+        return results
 
 
 def _check_call(
