@@ -15,6 +15,7 @@ import torch
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices, integer, read_indices
 from nnterp.module_accessor import ModuleAccessor
+from nnterp.progress import bar
 from nnterp.standardized_transformer import StandardizedTransformer
 from nnterp.traced import TracedTransformer
 
@@ -239,6 +240,7 @@ def collect_token_activations_batched(
     idx: int | None = None,
     tqdm: Callable | None = None,
     use_session: bool = True,
+    progress: bool | None = None,
 ) -> torch.Tensor:
     """`get_token_activations` in batches.
 
@@ -248,8 +250,9 @@ def collect_token_activations_batched(
     Args:
         nn_model, prompts, layers, get_activations, remote, idx: As in `get_token_activations`.
         batch_size: Prompts that share a forward pass.
-        tqdm: A progress bar to put around the batches.
+        tqdm: Another progress bar to put around the batches (a 1.x argument).
         use_session: When remote, send all batches as one session.
+        progress: Show a progress bar; with None, only if the work takes more than two seconds.
 
     Returns:
         `[layers, prompts, hidden]` on the CPU, in the model's dtype.
@@ -266,14 +269,16 @@ def collect_token_activations_batched(
     plain = get_activations is None or get_activations is get_layer_output
     if isinstance(nn_model, StandardizedTransformer) and plain and not remote and tqdm is None and position == -1:
         found = nn_model.collect(
-            list(prompts), "layers_output", layers, positions=position, batch_size=batch_size, progress=False
+            list(prompts), "layers_output", layers, positions=position, batch_size=batch_size, progress=progress
         )
         return found["layers_output"]
     starts: Any = range(0, len(prompts), batch_size)
-    pieces = [
-        get_token_activations(nn_model, prompts[i : i + batch_size], layers, get_activations, remote, idx)
-        for i in (starts if tqdm is None else tqdm(starts))
-    ]
+    pieces = []
+    with bar(len(starts), "activations", progress if tqdm is None else False, "batch") as shown:
+        for i in starts if tqdm is None else tqdm(starts):
+            some = prompts[i : i + batch_size]
+            pieces.append(get_token_activations(nn_model, some, layers, get_activations, remote, idx))
+            shown.update()
     return torch.cat(pieces, dim=1)
 
 

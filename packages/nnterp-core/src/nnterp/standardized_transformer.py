@@ -303,7 +303,7 @@ class StandardizedTransformer(NamedTransformer):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         reduce: Any = None,
-        progress: bool = True,
+        progress: bool | None = None,
         max_new_tokens: int | None = None,
         remote: Any = False,
         **generation: Any,
@@ -327,7 +327,7 @@ class StandardizedTransformer(NamedTransformer):
             reduce: "mean" or "sum" over all prompts and positions (accumulated in double precision, returned in float32
                 unless `dtype` says otherwise), or a function applied, on the model's device, to what is selected of a
                 value, `[rows, (positions,) ...]`, which keeps the first axis.
-            progress: Show a progress bar when there is more than one batch.
+            progress: Show a progress bar; with None, only if the work takes more than two seconds.
             max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
                 `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
             remote: Run on the remote service, a request for each batch; what is reduced is reduced there.

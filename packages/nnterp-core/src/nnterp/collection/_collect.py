@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from nnterp.collection._collected import Collected
 from nnterp.collection._filling import Filling
@@ -20,6 +19,7 @@ from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
+from nnterp.progress import bar
 
 
 @plain_defaults()
@@ -33,7 +33,7 @@ def collect(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     reduce: Reduce = None,
-    progress: bool = True,
+    progress: bool | None = None,
     max_new_tokens: int | None = None,
     remote: Any = False,
     **generation: Any,
@@ -65,7 +65,7 @@ def collect(
     result = Filling(plan, rows, chosen, single, device, dtype, reduce)
     with (
         left_padded(model.tokenizer),
-        tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar,
+        bar(len(rows), "collect", progress, "prompt") as shown,
     ):
         for batch in batches(model, rows, batch_size):
             try:
@@ -77,7 +77,7 @@ def collect(
                         f"{len(result.done)} of {len(rows)} prompts are finished: see error.collected and its `done`."
                     )
                 raise
-            bar.update(len(batch))
+            shown.update(len(batch))
     return result.collected(model.num_layers)
 
 

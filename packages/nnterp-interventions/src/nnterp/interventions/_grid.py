@@ -15,6 +15,7 @@ from nnterp.interventions._results import prompt_labels, token_texts
 from nnterp.interventions._states import States
 from nnterp.interventions._units import units_of
 from nnterp.positions import plain_positions, resolve
+from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -47,6 +48,7 @@ class Grid:
         self.layers = layers_with(model, names, layers)
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
+        _check_patterns(pairs, names)
         plain = plain_positions(positions)
         self.together = plain is None and (positions == "all" or self.by_head)
         self.columns: list[Any] | None = None
@@ -150,3 +152,18 @@ class Grid:
         ids = self.pairs.clean[pair].ids
         own = ["".join(token_texts(self.model, [ids[p] for p in column[side]])) for column in self.where[pair]]
         return (*own, *(None,) * (self.width - len(own)))
+
+
+def _check_patterns(pairs: Pairs, names: list[str]) -> None:
+    """Raise if attention patterns would be patched between prompts of different lengths.
+
+    Raises:
+        ValueError: They would, and their keys do not correspond.
+    """
+    patterns = [name for name in names if get_value(name).is_pattern]
+    for i, (clean, corrupted) in enumerate(zip(pairs.clean, pairs.corrupted, strict=True)):
+        if patterns and len(clean) != len(corrupted):
+            raise ValueError(
+                f"Pair {i}: {patterns[0]} has an axis of keys, as long as the prompt, and the clean prompt has "
+                f"{len(clean)} tokens and the corrupted one {len(corrupted)}. Make them equally long."
+            )

@@ -6,12 +6,12 @@ import gc
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from tqdm.auto import tqdm
 
 from nnterp.inputs import Batch, Row, pad
+from nnterp.progress import bar
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -99,10 +99,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return "out of memory" in text or "can't allocate memory" in text
-
-
-def bar(total: int, what: str, progress: bool | None) -> Any:
-    """A progress bar; with None, it appears only after two seconds."""
-    if progress is None:
-        return tqdm(total=total, desc=what, delay=2.0, leave=False)
-    return tqdm(total=total, desc=what, disable=not progress)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm as auto_tqdm
 from nnterp import StandardizedTransformer
 from nnterp.defaults import plain_defaults
 from nnterp.inputs import Batch, batches
+from nnterp.progress import DELAY, check_progress
 from nnterp.prompts import _storage
 from nnterp.prompts._checkpoint import Keeper
 from nnterp.prompts._functions import ask_function
@@ -42,7 +43,7 @@ def run_prompts(
     distinct: bool = False,
     resume: PromptResults | str | Path | None = None,
     checkpoint: str | Path | None = None,
-    progress: bool | None = True,
+    progress: bool | None = None,
 ) -> PromptResults:
     """Return the probability of each category after each prompt.
 
@@ -63,7 +64,7 @@ def run_prompts(
             If such a function has an argument `progress`, it is given False.
         func_kwargs: Further keyword arguments of `get_probs_func`.
         remote: Passed to the trace.
-        tqdm: Wraps the batches to show progress; called as `tqdm(batches, desc=...)`. None for no bar.
+        tqdm: Another bar, of 1.x: wraps the batches, called as `tqdm(batches, desc=...)`. None for no bar.
         scoring: "first_token" scores a category by its `target_tokens`. "sequence" scores the whole answers in its
             `target_strings`: the log-probability of every token of an answer, by teacher forcing. Models that are not
             causal, and functions given as `get_probs_func`, read an answer of n tokens in n rows instead. Several
@@ -166,11 +167,10 @@ def _bar(tqdm: Callable[..., Any] | None, progress: bool | None) -> Callable[...
     """
     if tqdm is not None and not callable(tqdm):
         raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
-    if progress is not None and not isinstance(progress, bool):
-        raise TypeError(f"progress must be True, False or None, not {progress!r}.")
+    check_progress(progress)
     if tqdm is None or progress is False:
         return lambda batches, **_: batches
-    return partial(tqdm, delay=2.0, leave=False) if progress is None and tqdm is auto_tqdm else tqdm
+    return partial(tqdm, delay=DELAY, leave=False) if progress is None and tqdm is auto_tqdm else tqdm
 
 
 def _plan_of(
