@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from nnterp.indices import integer, shown
 from nnterp.record import Record
 
 
@@ -17,13 +20,26 @@ class TextSelector(Record):
 
 
 def at(text: str, occurrence: int = 0) -> TextSelector:
-    """All tokens that overlap `text` in the prompt; `occurrence` picks among several, negative counts from the end."""
-    return TextSelector(text, "at", occurrence)
+    """All tokens that overlap `text` in the prompt; `occurrence` picks among several, negative counts from the end.
+
+    Raises:
+        TypeError: The text is no text, or the occurrence no integer.
+        ValueError: The text is empty.
+    """
+    return _selector(text, "at", occurrence)
 
 
 def last_of(text: str, occurrence: int = 0) -> TextSelector:
-    """The last token that overlaps `text` in the prompt."""
-    return TextSelector(text, "last_of", occurrence)
+    """The last token that overlaps `text` in the prompt; arguments and errors as of `at`."""
+    return _selector(text, "last_of", occurrence)
+
+
+def _selector(text: Any, which: str, occurrence: Any) -> TextSelector:
+    if not isinstance(text, str):
+        raise TypeError(f"{which}(text) is {shown(text)}; give the text to look for in the prompt.")
+    if not text:
+        raise ValueError(f"{which}(text) is empty; give the text to look for in the prompt.")
+    return TextSelector(text, which, integer(occurrence, f"{which}(occurrence)"))
 
 
 def overlapping(selector: TextSelector, text: str, spans: list[tuple[int, int]], label: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, cert
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
+from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, StepTracer, travel_by_value
@@ -72,7 +74,7 @@ class StandardizedTransformer(NamedTransformer):
         rename_config: RenameConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        model = str(model) if isinstance(model, Path) else model
+        model = loading.checked_model(model, rename_config)
         self.check_renaming = check_renaming
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
@@ -198,9 +200,12 @@ class StandardizedTransformer(NamedTransformer):
         Raises:
             InsideTraceError: Called inside a trace of this model.
             RemoteModelError: The model was loaded with `remote=True`, and the trace is not remote.
-            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does.
+            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does; or the
+                block's body stands on the line of its `with`.
         """
         self.require_no_trace("trace()")
+        if not self.dispatched:
+            loading.refuse_unreadable_block(sys._getframe(1))
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
         else:
@@ -297,13 +302,13 @@ class StandardizedTransformer(NamedTransformer):
         self,
         prompts: Any,
         values: str | Iterable[str],
-        layers: int | Iterable[int] | None = None,
+        layers: Indices = None,
         positions: Any = None,
         batch_size: int = 16,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         reduce: Any = None,
-        progress: bool = True,
+        progress: bool | None = None,
         max_new_tokens: int | None = None,
         remote: Any = False,
         **generation: Any,
@@ -327,7 +332,7 @@ class StandardizedTransformer(NamedTransformer):
             reduce: "mean" or "sum" over all prompts and positions (accumulated in double precision, returned in float32
                 unless `dtype` says otherwise), or a function applied, on the model's device, to what is selected of a
                 value, `[rows, (positions,) ...]`, which keeps the first axis.
-            progress: Show a progress bar when there is more than one batch.
+            progress: Show a progress bar; with None, only if the work takes more than two seconds.
             max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
                 `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
             remote: Run on the remote service, a request for each batch; what is reduced is reduced there.
@@ -352,7 +357,7 @@ class StandardizedTransformer(NamedTransformer):
         prompts: Any,
         metric: Callable[[torch.Tensor], torch.Tensor],
         values: str | Iterable[str],
-        layers: int | Iterable[int] | None = None,
+        layers: Indices = None,
         device: str | torch.device = "cpu",
         remote: Any = False,
     ) -> Gradients:

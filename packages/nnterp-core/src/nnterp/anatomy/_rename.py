@@ -89,6 +89,8 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
     Returns:
         Native (relative) path → standard name.
     """
+    if rename_config is not None and not isinstance(rename_config, RenameConfig):
+        raise TypeError(f"rename_config is a RenameConfig, not {rename_config!r:.80}.")
     config = rename_config or RenameConfig()
     backbones = [*config.candidates("model_name"), *_names.BACKBONES]
     renames: dict[str, str] = {}

@@ -19,6 +19,7 @@ from nnterp.certificate._roles import roles
 from nnterp.certificate._stream import consecutive, hidden_states
 from nnterp.certificate._sum import residual_sum
 from nnterp.certificate._writes import writes
+from nnterp.defaults import plain_defaults
 from nnterp.devices import input_device
 from nnterp.discovery import BETWEEN_PROBE, Probe, find_between, quiet
 from nnterp.facts import Facts, unproven_facts
@@ -39,6 +40,7 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+@plain_defaults()
 def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
     """Prove a model's names, as far as it can be done with what is loaded. The model is not changed.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.discovery import probe_ids
 from nnterp.eager import is_eager
 from nnterp.errors import RenamingError, Unavailable
+from nnterp.indices import read_index
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import get_label
 from nnterp.traced import Declared, LayerAccessor
@@ -43,10 +45,11 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
             Unavailable: The layer has none, or the model was not loaded with `enable_attention_probs=True`.
         """
         self._model.prepare(remote=not allow_dispatch)
-        place = self._model.place(self._value.name, layer % len(self))
+        place = self._model.place(self._value.name, read_index(layer, len(self), "layer", "layers"))
         print(f"Attention probabilities of layer {layer} are read at\n  {place}")
         print(source_of(self._model, place))
 
+    @plain_defaults()
     def check_source(self, layer: int | None = None, allow_dispatch: bool = True, use_trace: bool = True) -> None:
         """Prove the probabilities of one layer, or of every layer that has them.
 
@@ -66,7 +69,8 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
         model = self._model
         model.require_no_trace("attention_probabilities.check_source()")
         model.prepare(remote=not allow_dispatch)
-        have = [i for i in model.attention_layers if layer is None or i == layer % len(self)]
+        index = None if layer is None else read_index(layer, len(self), "layer", "layers")
+        have = [i for i in model.attention_layers if index in (None, i)]
         if not have:
             raise Unavailable(f"Layer {layer} of {model.model_class} has no attention.")
         for i in have:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
+from nnterp.indices import Indices
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Cell, Edit, Reduce, sweep
 from nnterp.interventions._layers import layers_of
@@ -33,15 +35,16 @@ class PatchscopeResult(Result):
     figure: ClassVar[str] = "patchscope"
 
 
+@plain_defaults()
 def patchscope_lens(
     model: StandardizedTransformer,
     source_prompts: Any = None,
     target_patch_prompts: Targets = None,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     latents: torch.Tensor | None = None,
     remote: bool = False,
     *,
-    layer_to_patch: int | Sequence[int] | None = None,
+    layer_to_patch: Indices = None,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
 ) -> torch.Tensor:
@@ -85,11 +88,12 @@ def patchscope_lens(
     return found["probs"]
 
 
+@plain_defaults()
 def patchscope_table(
     model: StandardizedTransformer,
     source_prompts: Any,
     target_patch_prompts: Targets = None,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     *,
     top_k: int = 5,
     remote: bool = False,
@@ -106,12 +110,13 @@ def patchscope_table(
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
     """
     reduction = Reduction(top_k=top_k)
+    chosen = layers_of(model, layers)
     sources, found = _patchscope(
         model,
         "patchscope_table()",
         source_prompts,
         target_patch_prompts,
-        layers,
+        chosen,
         None,
         remote,
         reduction,
@@ -121,7 +126,7 @@ def patchscope_table(
     axes = ("prompts", "layers", "top")
     labels = {
         "prompts": prompt_labels(sources, model),
-        "layers": tuple(layers_of(model, layers)),
+        "layers": tuple(chosen),
         "top": tuple(range(top_k)),
     }
     targets = repeat_prompt() if target_patch_prompts is None else target_patch_prompts
@@ -135,6 +140,7 @@ def patchscope_table(
     )
 
 
+@plain_defaults()
 def patch_object_attn_lens(
     model: StandardizedTransformer,
     source_prompts: Any,
@@ -205,7 +211,7 @@ def _patchscope(
     function: str,
     source_prompts: Any,
     target_patch_prompts: Targets,
-    layers: int | Sequence[int] | None,
+    layers: Indices,
     latents: torch.Tensor | None,
     remote: bool,
     reduction: Reduction,
@@ -285,9 +291,7 @@ def _reducing(reduction: Reduction) -> Reduce:
     return lambda logits, _: reduction(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
-def _one_of(
-    layers: int | Sequence[int] | None, layer_to_patch: int | Sequence[int] | None
-) -> int | Sequence[int] | None:
+def _one_of(layers: Indices, layer_to_patch: Indices) -> Indices:
     if layers is not None and layer_to_patch is not None:
         raise ValueError("layers and layer_to_patch are two names of one argument; give one of them.")
     return layers if layer_to_patch is None else layer_to_patch
