@@ -113,11 +113,11 @@ FLOORS = (
     "errors record wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
     "_siblings",
     "anatomy traced loading testing",
-    "discovery inputs module_accessor",
+    "discovery inputs",
     "facts positions",
     "values",
     "named_transformer",
-    "certificate collection",
+    "certificate collection module_accessor older",
     "twin",
     "standardized_transformer",
     "__init__ nnsight_utils rename_utils gradients readout skipping steering",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nnterp.eager import make_eager
+from nnterp.huggingface import is_huggingface
 
 
 def resolve_tokenizer(
@@ -20,6 +21,8 @@ def resolve_tokenizer(
 ) -> Any:
     """The tokenizer to trace with: a copy of the user's, or the one that belongs to the model.
 
+    None for a module that is not HuggingFace's, if none is given.
+
     nnsight pads on the left and sets a pad token on the tokenizer it is given, so the user's own is never handed over.
 
     Raises:
@@ -28,6 +31,8 @@ def resolve_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     source = tokenizer if tokenizer is not None else model
+    if isinstance(source, nn.Module) and not is_huggingface(source):
+        return None  # a user's own module: it is run on token ids
     if isinstance(source, nn.Module):
         source = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
         if not source:

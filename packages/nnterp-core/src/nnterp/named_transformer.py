@@ -12,10 +12,10 @@ from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
-from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
+from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
-from nnterp.huggingface import require_no_dropout
-from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers
+from nnterp.huggingface import is_huggingface, require_no_dropout
+from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, require_running, skip_layers
 from nnterp.values import directory_of, find_place
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
@@ -53,6 +53,10 @@ class NamedTransformer(TracedTransformer):
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
         self.adopt(unproven_facts(self._module, anatomy, declared))
+
+    def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
+        return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
@@ -149,6 +153,28 @@ class NamedTransformer(TracedTransformer):
     def attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with softmax attention over their own stream."""
         return self.facts.anatomy.indices("self_attn")
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[batch, seq, vocab]` of the running forward pass; may be assigned.
+
+        What a module that is not HuggingFace's returns, if that is one tensor.
+        """
+        require_running(self, "logits")
+        output = self.output
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    @logits.setter
+    def logits(self, tensor: torch.Tensor) -> None:
+        output = self.output
+        if not isinstance(output, torch.Tensor):
+            TracedTransformer.logits.__set__(self, tensor)  # type: ignore[attr-defined]
+            return
+        if tensor.shape != output.shape:
+            raise ShapeError(
+                f"logits has shape {list(output.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
+        self.output = tensor
 
     # -- where everything is ----------------------------------------------------------------------------------------
 

@@ -19,12 +19,13 @@ from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
+from nnterp.older import OlderModel, module_of_class, with_older_names
 from nnterp.traced import Place, travel_by_value
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
 
-class StandardizedTransformer(NamedTransformer):
+class StandardizedTransformer(OlderModel):
     """A causal language model in its original HuggingFace implementation, with one name for every part of it.
 
     Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
@@ -46,7 +47,8 @@ class StandardizedTransformer(NamedTransformer):
         allow_multimodal: Accepted for compatibility; text towers of multimodal models are found without it.
         rename_config: Names of parts for models whose structure does not give them away.
         **kwargs: Passed to nnsight and transformers: `dtype`, `device_map` ("auto" by default), `tokenizer`,
-            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, ...
+            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, `automodel` (the class whose
+            `from_pretrained` loads it, or its name), ...
 
     Attributes:
         anatomy: Which native module plays which part, see `nnterp.anatomy.Anatomy`.
@@ -79,6 +81,7 @@ class StandardizedTransformer(NamedTransformer):
         self._twins: list[Twin | str] = []  # the twin, once it is built
         self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
+        rename_config = with_older_names(rename_config, kwargs)
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
         tokenizer = loading.resolve_tokenizer(
@@ -91,6 +94,7 @@ class StandardizedTransformer(NamedTransformer):
         if not isinstance(model, nn.Module):
             kwargs.setdefault("device_map", "auto")
             kwargs["trust_remote_code"] = trust_remote_code
+        model = module_of_class(model, kwargs.pop("automodel", None), kwargs, remote)
         kwargs.setdefault("task", "text-generation")
         NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
