@@ -111,7 +111,7 @@ def test_imports_run_one_way(package, path):
 # nothing above; imports for type checkers and inside functions count.
 FLOORS = (
     "errors record wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
-    "_siblings",
+    "_siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",
     "facts positions",
@@ -120,7 +120,7 @@ FLOORS = (
     "certificate collection module_accessor older",
     "twin",
     "standardized_transformer",
-    "__init__ nnsight_utils rename_utils gradients readout skipping steering",
+    "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",
     "cli __main__",
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nnterp._ids_alone import IdsAlone
 from nnterp.eager import make_eager
 from nnterp.huggingface import is_huggingface
 
@@ -21,7 +22,7 @@ def resolve_tokenizer(
 ) -> Any:
     """The tokenizer to trace with: a copy of the user's, or the one that belongs to the model.
 
-    None for a module that is not HuggingFace's, if none is given.
+    `IdsAlone` for a module that is not HuggingFace's, if none is given: it is run on token ids.
 
     nnsight pads on the left and sets a pad token on the tokenizer it is given, so the user's own is never handed over.
 
@@ -32,7 +33,7 @@ def resolve_tokenizer(
 
     source = tokenizer if tokenizer is not None else model
     if isinstance(source, nn.Module) and not is_huggingface(source):
-        return None  # a user's own module: it is run on token ids
+        return IdsAlone()
     if isinstance(source, nn.Module):
         source = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
         if not source:

@@ -14,7 +14,7 @@ from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
 from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
-from nnterp.huggingface import is_huggingface, require_no_dropout
+from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, require_running, skip_layers
 from nnterp.values import directory_of, find_place
 
@@ -57,6 +57,22 @@ class NamedTransformer(TracedTransformer):
     def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
         return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        if is_huggingface(self._module):
+            return TracedTransformer._batch(self, invokes, fn)
+        args, kwargs = TracedTransformer._batch(self, [self._tokenized(*invoke) for invoke in invokes], fn)
+        mask = kwargs.get("attention_mask")  # full: padding was refused
+        if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
+            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        return args, kwargs
+
+    def _tokenized(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
+        """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
+        texts = [inputs[0]] if inputs and isinstance(inputs[0], str) else inputs[0] if inputs else None
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            return inputs, kwargs
+        return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""

@@ -269,9 +269,7 @@ class TracedTransformer(TransformersModel):
         """
         if positions is not None:
             if token_positions is not None:
-                raise ValueError(
-                    "Both `positions` (deprecated) and `token_positions` were given; give token_positions."
-                )
+                raise ValueError("Cannot specify both `positions` (deprecated) and `token_positions`; give the latter.")
             warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
         steer(self, layers, steering_vector, factor, token_positions, batch_index)
