@@ -117,7 +117,7 @@ FLOORS = (
     "facts positions",
     "values",
     "named_transformer",
-    "certificate collection module_accessor older",
+    "certificate collection module_accessor older traced_block",
     "twin",
     "standardized_transformer",
     "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",

@@ -21,6 +21,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.older import OlderModel, module_of_class, with_older_names
 from nnterp.traced import Place, travel_by_value
+from nnterp.traced_block import BlockTracer
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
@@ -195,6 +196,9 @@ class StandardizedTransformer(OlderModel):
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's `trace`: run one forward pass, the block's reads and writes in it.
 
+        Values are read and written in forward order. A block that only reads, at indices that stand in its source, may
+        read in any order.
+
         Raises:
             InsideTraceError: Called inside a trace of this model.
             RemoteModelError: The model was loaded with `remote=True`, and the trace is not remote.
@@ -205,6 +209,7 @@ class StandardizedTransformer(OlderModel):
             self._prepare_request()
         else:
             self.dispatch()
+            kwargs.setdefault("tracer_cls", BlockTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
