@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from nnterp._ids_alone import IdsAlone
 from nnterp.anatomy import RenameConfig
 from nnterp.eager import make_eager
+from nnterp.huggingface import is_huggingface
 
 
 def checked_model(model: Any, rename_config: Any = None) -> str | nn.Module:
@@ -89,6 +91,8 @@ def resolve_tokenizer(
 ) -> Any:
     """The tokenizer to trace with: a copy of the user's, or the one that belongs to the model.
 
+    `IdsAlone` for a module that is not HuggingFace's, if none is given: it is run on token ids.
+
     nnsight pads on the left and sets a pad token on the tokenizer it is given, so the user's own is never handed over.
 
     Raises:
@@ -97,6 +101,8 @@ def resolve_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     source = tokenizer if tokenizer is not None else model
+    if isinstance(source, nn.Module) and not is_huggingface(source):
+        return IdsAlone()
     if isinstance(source, nn.Module):
         source = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
         if not source:

@@ -14,9 +14,9 @@ from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
-from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
+from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
-from nnterp.huggingface import require_no_dropout
+from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.standing import conditional, standing
 from nnterp.traced import (
     Condition,
@@ -26,6 +26,7 @@ from nnterp.traced import (
     TracedTransformer,
     arriving,
     bind_names,
+    require_running,
     skip_layers,
     steering_of,
 )
@@ -67,6 +68,26 @@ class NamedTransformer(TracedTransformer):
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
         self.adopt(unproven_facts(self._module, anatomy, declared))
+
+    def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
+        return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        if is_huggingface(self._module):
+            return TracedTransformer._batch(self, invokes, fn)
+        args, kwargs = TracedTransformer._batch(self, [self._tokenized(*invoke) for invoke in invokes], fn)
+        mask = kwargs.get("attention_mask")  # full: padding was refused
+        if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
+            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        return args, kwargs
+
+    def _tokenized(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
+        """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
+        texts = [inputs[0]] if inputs and isinstance(inputs[0], str) else inputs[0] if inputs else None
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            return inputs, kwargs
+        return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
@@ -163,6 +184,28 @@ class NamedTransformer(TracedTransformer):
     def attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with softmax attention over their own stream."""
         return self.facts.anatomy.indices("self_attn")
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[batch, seq, vocab]` of the running forward pass; may be assigned.
+
+        What a module that is not HuggingFace's returns, if that is one tensor.
+        """
+        require_running(self, "logits")
+        output = self.output
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    @logits.setter
+    def logits(self, tensor: torch.Tensor) -> None:
+        output = self.output
+        if not isinstance(output, torch.Tensor):
+            TracedTransformer.logits.__set__(self, tensor)  # type: ignore[attr-defined]
+            return
+        if tensor.shape != output.shape:
+            raise ShapeError(
+                f"logits has shape {list(output.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
+        self.output = tensor
 
     # -- where everything is ----------------------------------------------------------------------------------------
 

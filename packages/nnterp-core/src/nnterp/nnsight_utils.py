@@ -109,7 +109,8 @@ def get_mlp_output(nn_model: Any, layer: int) -> torch.Tensor:
 
 def get_logits(nn_model: Any) -> torch.Tensor:
     """The logits, `[batch, seq, vocab]`; inside a trace."""
-    return nn_model.output.logits
+    output = nn_model.output
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def get_unembed_norm(nn_model: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from nnterp.indices import axes_of_array, integer, integers, shown, shown_slice, within
+from nnterp.indices import axes_of_array, integers, shown_slice, within
 from nnterp.inputs import Reader, Row
 from nnterp.selectors import TextSelector, at, last_of, overlapping
 

@@ -21,13 +21,15 @@ from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
+from nnterp.older import OlderModel, module_of_class, with_older_names
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, StepTracer, travel_by_value
+from nnterp.traced_block import BlockTracer
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
 
-class StandardizedTransformer(NamedTransformer):
+class StandardizedTransformer(OlderModel):
     """A causal language model in its original HuggingFace implementation, with one name for every part of it.
 
     Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
@@ -49,7 +51,8 @@ class StandardizedTransformer(NamedTransformer):
         allow_multimodal: Accepted for compatibility; text towers of multimodal models are found without it.
         rename_config: Names of parts for models whose structure does not give them away.
         **kwargs: Passed to nnsight and transformers: `dtype`, `device_map` ("auto" by default), `tokenizer`,
-            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, ...
+            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, `automodel` (the class whose
+            `from_pretrained` loads it, or its name), ...
 
     Attributes:
         anatomy: Which native module plays which part, see `nnterp.anatomy.Anatomy`.
@@ -82,6 +85,7 @@ class StandardizedTransformer(NamedTransformer):
         self._twins: list[Twin | str] = []  # the twin, once it is built
         self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
+        rename_config = with_older_names(rename_config, kwargs)
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
         tokenizer = loading.resolve_tokenizer(
@@ -94,6 +98,7 @@ class StandardizedTransformer(NamedTransformer):
         if not isinstance(model, nn.Module):
             kwargs.setdefault("device_map", "auto")
             kwargs["trust_remote_code"] = trust_remote_code
+        model = module_of_class(model, kwargs.pop("automodel", None), kwargs, remote)
         kwargs.setdefault("task", "text-generation")
         NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
@@ -197,6 +202,9 @@ class StandardizedTransformer(NamedTransformer):
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's `trace`: run one forward pass, the block's reads and writes in it.
 
+        Values are read and written in forward order. A block that only reads, at indices that stand in its source, may
+        read in any order.
+
         Raises:
             InsideTraceError: Called inside a trace of this model.
             RemoteModelError: The model was loaded with `remote=True`, and the trace is not remote.
@@ -210,6 +218,7 @@ class StandardizedTransformer(NamedTransformer):
             self._prepare_request()
         else:
             self.dispatch()
+            kwargs.setdefault("tracer_cls", BlockTracer)
         kwargs.setdefault("tracer_cls", StepTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 

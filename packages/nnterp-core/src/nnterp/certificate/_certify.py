@@ -23,6 +23,7 @@ from nnterp.defaults import plain_defaults
 from nnterp.devices import input_device
 from nnterp.discovery import BETWEEN_PROBE, Probe, find_between, quiet
 from nnterp.facts import Facts, unproven_facts
+from nnterp.huggingface import dtype_of
 from nnterp.named_transformer import NamedTransformer
 
 Claim = Callable[[Evidence, Facts], Claimed]
@@ -55,7 +56,7 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
         model=model.repo_id or "",
         revision=model.revision,
         model_class=facts.anatomy.model_class,
-        dtype=str(model._module.dtype).removeprefix("torch."),
+        dtype=str(dtype_of(model._module)).removeprefix("torch."),
         device=str(input_device(model._module)) if model.dispatched else "meta",
         versions={name: _version(name) for name in ("nnterp-core", "nnsight", "transformers", "torch")},
         lines=tuple(lines),

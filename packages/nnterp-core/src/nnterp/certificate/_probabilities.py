@@ -10,14 +10,15 @@ from nnterp.eager import is_eager
 from nnterp.errors import RenamingError, Unavailable
 from nnterp.indices import read_index
 from nnterp.named_transformer import NamedTransformer
+from nnterp.older import OlderLayerAccessor
 from nnterp.table import get_label
-from nnterp.traced import Declared, LayerAccessor
+from nnterp.traced import Declared
 from nnterp.values import source_of
 
 ROWS, LENGTH = 2, 10
 
 
-class AttentionProbabilitiesAccessor(LayerAccessor):
+class AttentionProbabilitiesAccessor(OlderLayerAccessor):
     """`model.attention_probabilities[i]`: `[batch, heads, query, key]`, readable and writable inside a trace.
 
     Rows are distributions over the keys; where the model has attention sinks they sum to less than one. Needs
@@ -27,12 +28,40 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
     _model: NamedTransformer
 
     def __init__(self, model: NamedTransformer) -> None:
-        LayerAccessor.__init__(self, model, get_label("attention_probabilities"))
+        OlderLayerAccessor.__init__(self, model, get_label("attention_probabilities"))
 
     @property
     def enabled(self) -> bool:
-        """Whether the model computes attention in the way that has probabilities."""
-        return is_eager(self._model._module)
+        """Whether the model computes attention in the way that has probabilities, and `disable()` was not called."""
+        return is_eager(self._model._module) and not self._disabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._model.__dict__["_probabilities_disabled"] = not enabled
+
+    def disable(self) -> None:
+        """Refuse to read or write them from now on, until `enabled` is set to True."""
+        self.enabled = False
+
+    @property
+    def _disabled(self) -> bool:
+        # Kept on the model, because this accessor is made anew whenever it is asked for.
+        return self._model.__dict__.get("_probabilities_disabled", False)
+
+    def _require_enabled(self) -> None:
+        if self._disabled:
+            raise Unavailable(
+                "Attention probabilities were disabled with attention_probabilities.disable(). "
+                "Set attention_probabilities.enabled = True to read and write them again."
+            )
+
+    def __getitem__(self, layer: int | tuple[int, int]) -> torch.Tensor:
+        self._require_enabled()
+        return OlderLayerAccessor.__getitem__(self, layer)
+
+    def __setitem__(self, layer: int | tuple[int, int], tensor: torch.Tensor) -> None:
+        self._require_enabled()
+        OlderLayerAccessor.__setitem__(self, layer, tensor)
 
     def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
         """Print where the probabilities of one layer are read: the place, and the source around it.

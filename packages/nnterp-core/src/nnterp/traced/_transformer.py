@@ -266,9 +266,7 @@ class TracedTransformer(TransformersModel):
         """Steer the residual stream leaving each of `layers`."""
         if positions is not None:
             if token_positions is not None:
-                raise ValueError(
-                    "Both `positions` (deprecated) and `token_positions` were given; give token_positions."
-                )
+                raise ValueError("Cannot specify both `positions` (deprecated) and `token_positions`; give the latter.")
             warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
         places = (token_positions, batch_index, steps)

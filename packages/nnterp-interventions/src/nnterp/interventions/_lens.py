@@ -17,6 +17,7 @@ from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
 from nnterp.interventions._running import BatchSize, in_batches
 from nnterp.interventions._tokens import groups_per_prompt
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import Positions, per_prompt, plain_positions, resolve
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class LensResult(Result):
     figure: ClassVar[str] = "lens"
 
 
+@takes_nnsight_models
 @plain_defaults()
 @torch.no_grad()
 def logit_lens(
@@ -116,6 +118,7 @@ def logit_lens(
 logit_lens.reduces_targets = True  # read by nnterp.prompts: this lens takes `targets`
 
 
+@takes_nnsight_models
 def logit_lens_table(
     model: StandardizedTransformer,
     prompts: Any,

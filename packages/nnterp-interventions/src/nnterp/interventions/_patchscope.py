@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ from nnterp.interventions._results import Result, describe_run, prompt_labels, v
 from nnterp.interventions._running import BatchSize
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class PatchscopeResult(Result):
     figure: ClassVar[str] = "patchscope"
 
 
+@takes_nnsight_models
 @plain_defaults()
 def patchscope_lens(
     model: StandardizedTransformer,
@@ -58,7 +61,8 @@ def patchscope_lens(
         source_prompts: A text or a list; anything that `nnterp.inputs.encode` takes.
         target_patch_prompts: One `TargetPrompt` for all sources, or one for each; `repeat_prompt()` if None.
         layers: The layer or layers to patch; all if None.
-        latents: Hidden states to write in, `[layers, sources, hidden]`, instead of those of source prompts.
+        latents: Hidden states to write in, `[layers, sources, hidden]`, instead of those of source prompts: the k-th is
+            written to the k-th of `layers`; surplus ones are not used.
         remote: Run on a remote service.
         layer_to_patch: Another name of `layers`.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
@@ -88,6 +92,7 @@ def patchscope_lens(
     return found["probs"]
 
 
+@takes_nnsight_models
 @plain_defaults()
 def patchscope_table(
     model: StandardizedTransformer,
@@ -140,6 +145,7 @@ def patchscope_table(
     )
 
 
+@takes_nnsight_models
 @plain_defaults()
 def patch_object_attn_lens(
     model: StandardizedTransformer,
@@ -224,7 +230,7 @@ def _patchscope(
         raise ValueError(f"{function}: give either source_prompts or latents, to say what is patched in.")
     chosen = layers_of(model, layers)
     sources = [] if source_prompts is None else encode(model, source_prompts)
-    latents = None if latents is None else _checked_latents(model, latents, len(chosen))
+    latents = None if latents is None else _checked_latents(model, latents, chosen)
     count = len(sources) if latents is None else latents.shape[1]
     targets, at = _encode_targets(model, target_patch_prompts, count)
     if latents is None:
@@ -250,20 +256,26 @@ def _patchscope(
     return sources, {name: tensor.unflatten(0, (count, len(chosen))) for name, tensor in found.items()}
 
 
-def _checked_latents(model: StandardizedTransformer, latents: Any, layers: int) -> torch.Tensor:
-    """Latents as one tensor.
+def _checked_latents(model: StandardizedTransformer, latents: Any, layers: list[int]) -> torch.Tensor:
+    """Latents as one tensor, one for each layer to patch.
 
     Raises:
         ShapeError: It is not `[layers, sources, hidden]`.
     """
     latents = latents if isinstance(latents, torch.Tensor) else torch.stack(list(latents))
-    expected = [layers, latents.shape[1] if latents.dim() > 1 else 1, model.hidden_size]
-    if list(latents.shape) != expected:
+    if latents.dim() != 3 or len(latents) < len(layers) or latents.shape[2] != model.hidden_size:
         raise ShapeError(
             f"latents has shape {list(latents.shape)}; it must be [layers, sources, hidden], here "
-            f"[{layers}, sources, {model.hidden_size}]."
+            f"[{len(layers)}, sources, {model.hidden_size}]."
         )
-    return latents
+    if len(latents) > len(layers) and layers != list(range(len(layers))):
+        warnings.warn(
+            f"latents has {len(latents)} layers for {len(layers)} to patch. As in nnterp 1.x, the first is written to "
+            f"layer {layers[0]}, the next to the next layer asked for, and the rest is not used. To write each layer's "
+            "own, pass latents[layers].",
+            stacklevel=4,
+        )
+    return latents[: len(layers)]
 
 
 def _encode_targets(

@@ -16,12 +16,14 @@ from nnterp.interventions._layers import layers_of
 from nnterp.interventions._running import bar, within_memory
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
+@takes_nnsight_models
 @plain_defaults()
 @torch.no_grad()
 def patchscope_generate(

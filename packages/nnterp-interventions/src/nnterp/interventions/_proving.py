@@ -16,6 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nnterp.discovery import probe_ids
+from nnterp.huggingface import dtype_of
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Cell, Edit, Shortcuts, new_cache, sweep
 
@@ -38,7 +39,7 @@ def proven_shortcuts(model: StandardizedTransformer, remote: Any = False) -> Sho
         return Shortcuts()
     model.dispatch()
     module = model._module
-    key = ("shortcuts", getattr(module.config, "_attn_implementation", None), module.dtype, module.training)
+    key = ("shortcuts", getattr(module.config, "_attn_implementation", None), dtype_of(module), module.training)
     if key not in model.proofs:
         model.proofs[key] = _prove(model)
     return model.proofs[key]
@@ -95,7 +96,7 @@ class _Trials:
             except Exception as failure:
                 self.reasons.append(f"{trial.names}: {_said(failure)}")
                 return False
-            if error > max(1e-4, 8 * torch.finfo(self.model._module.dtype).eps):
+            if error > max(1e-4, 8 * torch.finfo(dtype_of(self.model._module)).eps):
                 self.reasons.append(f"{trial.names}: off by {error:.1e}")
                 return False
         return True

@@ -10,12 +10,14 @@ import torch
 from nnterp import StandardizedTransformer
 from nnterp.defaults import plain_defaults
 from nnterp.inputs import batches, encode
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.prompts._ids import distinct_ids
 from nnterp.prompts._missing import warn_of_missing
 from nnterp.prompts._questions import Question, Tokens
 from nnterp.prompts._readout import ask, last_probabilities
 
 
+@takes_nnsight_models
 def next_token_probs(
     model: StandardizedTransformer,
     prompts: Any,

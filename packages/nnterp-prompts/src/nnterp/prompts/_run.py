@@ -13,6 +13,7 @@ from tqdm.auto import tqdm as auto_tqdm
 from nnterp import StandardizedTransformer
 from nnterp.defaults import plain_defaults
 from nnterp.inputs import Batch, batches
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import DELAY, check_progress
 from nnterp.prompts import _storage
 from nnterp.prompts._checkpoint import Keeper
@@ -27,6 +28,7 @@ from nnterp.prompts._results import PromptResults
 from nnterp.prompts._resume import take_over
 
 
+@takes_nnsight_models
 @torch.no_grad()
 def run_prompts(
     model: StandardizedTransformer,
