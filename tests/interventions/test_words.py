@@ -183,7 +183,7 @@ def test_counts(toy, bad):
         lambda: run_prompts(toy, prompts_of(toy), batch_size=bad),
         lambda: toy.get_topk_closest_tokens(torch.zeros(128), bad),
     ):
-        with pytest.raises((TypeError, ValueError), match="batch_size|max_new_tokens|top_k|max_length|num_pat|k is an"):
+        with pytest.raises((TypeError, ValueError), match=r"batch_size|max_new|top_k|max_length|num_pat|k is an"):
             call()
 
 
@@ -233,9 +233,9 @@ def test_a_block_on_one_line_is_refused_before_the_weights_are_loaded():
     model = StandardizedTransformer(nnterp.toy_checkpoint(), allow_dispatch=False)
     assert not model.dispatched
     # fmt: off
-    with pytest.raises(ValueError, match="a line of its own"):
+    with pytest.raises(ValueError, match="a line of its own"):  # noqa: SIM117
         with model.trace(FRANCE): _ = model.logits.save()  # noqa: E701
-    with pytest.raises(ValueError, match="a line of its own"):
+    with pytest.raises(ValueError, match="a line of its own"):  # noqa: SIM117
         with torch.no_grad(), model.trace(FRANCE): _ = model.logits.save()  # noqa: E701
     # fmt: on
     with pytest.raises(ValueError, match="cannot begin with `try`"):  # noqa: SIM117
@@ -301,7 +301,7 @@ def test_damaged_files_are_named(toy, tiny, tmp_path):
     whole = path.read_text()
     for text in (whole[: len(whole) // 2], "", "[]", "{}", "null", json.dumps({"lines": [{}]}), '{"lines": 3}', "\x00"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="certificate.json holds no certificate"):
+        with pytest.raises(ValueError, match=r"certificate\.json holds no certificate"):
             Certificate.load(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"certificate.json"):
