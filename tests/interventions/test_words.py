@@ -147,6 +147,15 @@ CALLS = {
 }
 
 
+def error_of(call):
+    """The error that a call raises, None if it raises none."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
 def is_ours(error):
     """Whether an error was raised by a `raise` of this library, and not by what it called."""
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -162,11 +171,9 @@ def test_a_wrong_argument_is_refused_in_words(toy, name, argument, capsys):
     """Either the value happens to be one that can be meant, or the error comes from a `raise` of this library."""
     call, right, _ = CALLS[name]
     for wrong in WRONG:
-        try:
-            call(toy, **{**right, argument: wrong})
-        except (Exception, IncompleteRunError) as error:
-            cause = error.__cause__ if isinstance(error, IncompleteRunError) else error
-            assert is_ours(cause), f"{argument}={wrong!r:.60}: {type(cause).__name__}: {cause}"
+        error = error_of(lambda wrong=wrong: call(toy, **{**right, argument: wrong}))
+        error = error.__cause__ if isinstance(error, IncompleteRunError) else error
+        assert error is None or is_ours(error), f"{argument}={wrong!r:.60}: {type(error).__name__}: {error}"
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "4", None, float("nan"), [1]])
