@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from nnterp.arguments import path_of
+
 _KIND, _RECORD, _SUM = "nnterp", "record", "sha256"
 
 
@@ -82,7 +84,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
 
 def tensors_path(path: str | Path) -> Path:
     """The file for a path with or without the suffix `.safetensors`; the suffix `.json` is dropped."""
-    path = Path(path)
+    path = path_of(path)
     if path.suffix == ".json":
         path = path.with_suffix("")
     return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")

@@ -102,7 +102,7 @@ def within(index: int, size: int, name: str, kind: str) -> int:
         IndexError: There is no such entry.
     """
     if not -size <= index < size:
-        raise IndexError(f"{name}={index}: there are {size} {kind}, so indices go from {-size} to {size - 1}.")
+        raise IndexError(f"{name}[{index}]: there are {size} {kind}, so indices go from {-size} to {size - 1}.")
     return index % size
 
 

@@ -12,7 +12,9 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
+from nnterp.arguments import count
 from nnterp.huggingface import text_config, uncached
+from nnterp.indices import shown
 from nnterp.traced import Readout
 
 
@@ -161,9 +163,9 @@ def batches(model: Reader, rows: Sequence[Row], batch_size: int) -> Iterator[Bat
 
     Raises:
         ValueError: `batch_size` is not positive.
+        TypeError: It is no integer.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    batch_size = count(batch_size, "batch_size")
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     start = 0
     while start < len(order):
@@ -198,10 +200,14 @@ def _as_list(model: Reader, prompts: Any) -> list[Any]:
     if isinstance(prompts, (bytes, bytearray)):
         raise TypeError(f"A prompt is a text, not bytes: decode {bytes(prompts)!r:.80} first.")
     if _is_array(prompts):
+        if prompts.ndim != 2:
+            raise TypeError(f"Token ids have one axis, or two for several prompts; these are {shown(prompts)}.")
         rows = list(_tensor(prompts))
         _warn_of_padding(model, rows)
         return rows
     if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise TypeError(f"An encoding holds input_ids; this one holds {', '.join(map(str, prompts)) or 'nothing'}.")
         ids = _tensor(prompts["input_ids"])
         mask = _tensor(prompts.get("attention_mask", torch.ones_like(ids)))
         ids, mask = (t.unsqueeze(0) if t.dim() == 1 else t for t in (ids, mask))

@@ -7,13 +7,15 @@ They take a `StandardizedTransformer`, whose proven names they use, or any nnsig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from nnterp.arguments import count, listed
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices, integer, read_indices
+from nnterp.inputs import encode
 from nnterp.module_accessor import ModuleAccessor
 from nnterp.progress import bar
 from nnterp.standardized_transformer import StandardizedTransformer
@@ -186,7 +188,7 @@ def get_token_activations(
     if tracer is not None:
         found = {layer: get(nn_model, layer)[:, position] for layer in order}
         return torch.stack([found[layer].to(found[order[0]].device) for layer in chosen])
-    _prepare(nn_model, remote)
+    _prepare(nn_model, remote, prompts)
     with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
         found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
         activations = torch.stack([found[layer] for layer in chosen]).save()
@@ -216,8 +218,10 @@ def collect_last_token_activations_session(
     position = _checked(nn_model, idx)
     chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
     order = sorted(set(chosen))  # a trace reads in forward order
+    prompts = listed(prompts, "prompts", "a list of prompts")
+    batch_size = count(batch_size, "batch_size")
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    _prepare(nn_model, remote)
+    _prepare(nn_model, remote, prompts)
     with torch.no_grad(), nn_model.session(remote=remote):
         pieces = []
         for batch in batches:
@@ -261,6 +265,8 @@ def collect_token_activations_batched(
     Raises:
         ValueError: `idx` counts from the padded side.
     """
+    prompts = listed(prompts, "prompts", "a list of prompts")
+    batch_size = count(batch_size, "batch_size")
     if use_session and remote:
         return collect_last_token_activations_session(
             nn_model, prompts, batch_size, layers, get_activations, remote, idx
@@ -286,15 +292,18 @@ def collect_token_activations_batched(
 @plain_defaults()
 def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
     """Probabilities of the token after each prompt, `[prompts, vocab]` on the CPU, in the logits' dtype."""
-    _prepare(nn_model, remote)
+    _prepare(nn_model, remote, prompt)
     with torch.no_grad(), nn_model.trace(prompt, remote=remote):
         probs = get_next_token_probs(nn_model).cpu().save()
     return probs
 
 
-def _prepare(nn_model: Any, remote: bool) -> None:
-    """Load a `StandardizedTransformer`'s weights and refuse one that drops units out; nothing for other models."""
+def _prepare(nn_model: Any, remote: bool, prompts: Any) -> None:
+    """Check the prompts of a `StandardizedTransformer` and prepare it for a run; nothing for other models."""
     if isinstance(nn_model, StandardizedTransformer):
+        encoding = isinstance(prompts, Mapping) and len(prompts) > 0
+        if not encoding and not (isinstance(prompts, torch.Tensor) and prompts.dim() in (1, 2)):
+            encode(nn_model, prompts)
         nn_model.prepare(remote)
 
 

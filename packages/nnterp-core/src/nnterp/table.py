@@ -351,8 +351,8 @@ def get_label(name: str) -> Label:
     """
     try:
         return LABELS[name]
-    except KeyError:
-        raise ValueError(f"There is no value called {name!r}; there are: {', '.join(LABELS)}.") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"There is no value called {name!r:.80}; there are: {', '.join(LABELS)}.") from None
 
 
 def get_value(name: str) -> Value:
@@ -363,5 +363,5 @@ def get_value(name: str) -> Value:
     """
     try:
         return VALUES[name]
-    except KeyError:
-        raise ValueError(f"There is no value called {name!r}; there are: {', '.join(VALUES)}.") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"There is no value called {name!r:.80}; there are: {', '.join(VALUES)}.") from None

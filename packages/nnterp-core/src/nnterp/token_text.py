@@ -85,6 +85,8 @@ class TokenNames:
         self.tokenizer = tokenizer
         if tokenizer is None:
             return
+        if not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise TypeError(f"A tokenizer was expected, such as model.tokenizer, not {tokenizer!r:.80}.")
         self.byte_of = _byte_decoder(tokenizer)
         self.verbatim = _added_tokens(tokenizer)
 

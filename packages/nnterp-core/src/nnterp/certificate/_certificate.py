@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nnterp.arguments import path_of
 from nnterp.errors import CertificateError
 from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
 
@@ -100,7 +101,7 @@ class Certificate:
         Raises:
             OSError: The folder cannot be made, or the file not be written.
         """
-        path = Path(path)
+        path = path_of(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -112,7 +113,7 @@ class Certificate:
             FileNotFoundError: There is no such file.
             ValueError: It is truncated, damaged, or no certificate; names the file.
         """
-        path = Path(path)
+        path = path_of(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:

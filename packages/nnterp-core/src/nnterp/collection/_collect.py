@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nnterp.arguments import check_dtype, count, device_of
 from nnterp.collection._collected import Collected
 from nnterp.collection._filling import Filling
 from nnterp.collection._generation import over_generation
@@ -19,7 +20,7 @@ from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
-from nnterp.progress import bar
+from nnterp.progress import bar, check_progress
 
 
 @plain_defaults()
@@ -41,7 +42,10 @@ def collect(
     """See `StandardizedTransformer.collect`."""
     model.require_no_trace("collect()")
     model.prepare(remote)
-    if isinstance(reduce, str) and reduce not in ("mean", "sum"):
+    device, batch_size = device_of(device), count(batch_size, "batch_size")
+    check_dtype(dtype)
+    check_progress(progress)
+    if reduce is not None and not callable(reduce) and not (isinstance(reduce, str) and reduce in ("mean", "sum")):
         raise ValueError(f"reduce is 'mean', 'sum', a function or None, not {reduce!r}.")
     rows = encode(model, prompts)
     if max_new_tokens is not None:

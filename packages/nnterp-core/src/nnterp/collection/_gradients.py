@@ -9,6 +9,7 @@ from typing import Any
 import nnsight
 import torch
 
+from nnterp.arguments import device_of
 from nnterp.collection._keys import read_key
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.defaults import plain_defaults
@@ -90,6 +91,9 @@ def gradients(
 ) -> Gradients:
     """See `StandardizedTransformer.gradients`."""
     model.require_no_trace("gradients()")
+    device = device_of(device)
+    if not callable(metric):
+        raise TypeError(f"metric is a function from logits to one number, not {metric!r:.80}.")
     if not torch.is_grad_enabled():
         raise RuntimeError(
             "gradients() was called under torch.no_grad() or inference_mode, where nothing has a gradient. Call it "

@@ -314,7 +314,10 @@ class TracedTransformer(TransformersModel):
         if hidden_state.dim() not in (1, 2):
             raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; give [hidden] or [batch, hidden].")
         with torch.no_grad():
-            probs, tokens = self.project_on_vocab(hidden_state).float().softmax(-1).topk(k, dim=-1)
+            every = self.project_on_vocab(hidden_state).float().softmax(-1)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= every.shape[-1]:
+            raise ValueError(f"k is an integer from 1 to {every.shape[-1]}, not {k!r:.80}.")
+        probs, tokens = every.topk(k, dim=-1)
         if hidden_state.dim() == 1:
             return self.probs_to_dict(tokens, probs)
         return [self.probs_to_dict(t, p) for t, p in zip(tokens, probs, strict=True)]

@@ -99,7 +99,7 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
     """See `StandardizedTransformer.explain`."""
     index: int | tuple[int, int] | None = None
     if value.per_layer:
-        index = layer or 0
+        index = 0 if layer is None else layer
         if not isinstance(layer, tuple):
             index = read_index(index, model.facts.anatomy.num_layers, f"The layer of {value.name}", "layers")
     place = model.place(value.name, index)

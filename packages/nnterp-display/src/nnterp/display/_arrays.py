@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from nnterp.arguments import listed
+from nnterp.indices import shown
 
 
 def as_array(values: Any, what: str, *dims: int) -> np.ndarray:
@@ -18,11 +20,15 @@ def as_array(values: Any, what: str, *dims: int) -> np.ndarray:
 
     Raises:
         ValueError: The array has another number of axes, or is empty.
+        TypeError: These are no numbers, or not of one shape.
     """
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.double().numpy() if values.dtype.is_floating_point else values.numpy()
-    array = np.asarray(values, dtype=float)
+    try:
+        array = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be numbers of one shape, not {shown(values)}.") from None
     if array.ndim not in dims:
         allowed = " or ".join(str(dim) for dim in dims)
         raise ValueError(f"{what} must have {allowed} axes; what was given has shape {list(array.shape)}.")
@@ -61,13 +67,15 @@ def check_same(what: str, got: int, expected: int, of: str) -> None:
         raise ValueError(f"{what} has {got} entries, but {of} has {expected}. Give one label for each.")
 
 
-def axis_labels(labels: Sequence[Any] | None, count: int, what: str, of: str) -> list[str]:
+def axis_labels(labels: Any, count: int, what: str, of: str) -> list[str]:
     """The labels of an axis of length `count` as text; 0, 1, … if `labels` is None.
 
     Raises:
         ValueError: There is not one label for each entry; `what` and `of` name the argument and the axis.
     """
-    names = [str(i) for i in range(count)] if labels is None else [str(label) for label in labels]
+    plain: Any = labels.tolist() if hasattr(labels, "tolist") else labels
+    given = range(count) if plain is None else listed(plain, what, "a list of labels, one for each entry")
+    names = [str(label) for label in given]
     check_same(what, len(names), count, of)
     return names
 

@@ -17,6 +17,7 @@ from nnterp.display._results.labelled import is_numbers
 from nnterp.display._results.lens import lens_cells
 from nnterp.display._text import as_names, escape
 from nnterp.display._theme import SEQUENTIAL, new_figure, shown
+from nnterp.indices import integer
 from nnterp.token_text import shorten, width
 
 
@@ -60,14 +61,15 @@ def plot_lens(
     """
     if color not in get_args(Colour):
         raise ValueError(f"color must be 'probability', 'rank' or 'entropy', not {color!r}.")
+    top_k = integer(top_k, "top_k")
     if is_numbers(lens):
         cells = cells_of_probabilities(
             lens, tokenizer, tokens=tokens, layers=layers, kind=color, target=target, top_k=top_k
         )
         return shown(_draw(cells, title), show)
-    if target is not None and not hasattr(target, "__index__"):
+    if target is not None and isinstance(target, (list, tuple)):
         raise ValueError("Of a result, target is one token id: each prompt has its own list of targets.")
-    one = None if target is None else target.__index__()
+    one = None if target is None else integer(target, "target")
     cells, own_title = lens_cells(lens, tokenizer, prompt=prompt, kind=color, top_k=top_k, target=one, layers=layers)
     if tokens is not None:
         check_same("tokens", len(tokens), len(cells.inputs), "the column axis of the result")

@@ -10,6 +10,7 @@ import numpy as np
 
 from nnterp.display._arrays import as_array, axis_labels, check_probabilities, check_same
 from nnterp.display._text import as_names
+from nnterp.indices import integers
 from nnterp.token_text import TokenNames
 
 Colour = Literal["probability", "rank", "entropy"]
@@ -106,7 +107,7 @@ def _target_ids(target: Any, positions: int, vocab: int) -> np.ndarray | None:
     """One target id for each position, None if there is no target."""
     if target is None:
         return None
-    ids = np.asarray(target.cpu() if hasattr(target, "cpu") else target, dtype=int).reshape(-1)
+    ids = np.asarray(integers(target.reshape(-1) if hasattr(target, "reshape") else target, "target")).reshape(-1)
     ids = np.repeat(ids, positions) if ids.size == 1 else ids
     check_same("target", ids.size, positions, "the position axis of lens")
     if ids.min() < 0 or ids.max() >= vocab:

@@ -18,6 +18,7 @@ from nnterp.display._results.labelled import is_numbers
 from nnterp.display._results.patchscope import readings as readings_of
 from nnterp.display._text import escape
 from nnterp.display._theme import MONO, MONO_WIDTH, SEQUENTIAL, new_figure, shown
+from nnterp.indices import integer
 from nnterp.token_text import TokenNames, shorten, visible, width
 
 _FONT = 12
@@ -95,7 +96,7 @@ def _wrap(text: str) -> list[str]:
 
 def _shown_tokens(top_k: int | None, layers: int) -> int:
     """How many tokens a cell shows."""
-    return (3 if layers <= _FEW_LAYERS else 1) if top_k is None else max(top_k, 1)
+    return (3 if layers <= _FEW_LAYERS else 1) if top_k is None else max(integer(top_k, "top_k"), 1)
 
 
 def _top(readings: Any, tokenizer: Any, top_k: int | None) -> tuple[list[list[list[str]]], np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
+from nnterp.arguments import listed
+from nnterp.indices import integer
 from nnterp.token_text import TokenNames, visible
 
 
@@ -29,4 +31,5 @@ def as_names(tokens: Any, tokenizer: Any = None) -> list[str]:
     if hasattr(tokens, "tolist"):
         tokens = tokens.tolist()
     names = TokenNames(tokenizer)
-    return [visible(token) if isinstance(token, str) else names(token) for token in tokens]
+    given = listed(tokens, "tokens", "a list of texts or token ids")
+    return [visible(token) if isinstance(token, str) else names(integer(token, "A token")) for token in given]

@@ -17,6 +17,7 @@ from nnterp.display._grid import number_ticks
 from nnterp.display._save import save
 from nnterp.display._text import escape, escape_lines
 from nnterp.display._theme import MONO_WIDTH, SEQUENTIAL, TEMPLATES, current_theme, shown
+from nnterp.indices import integer
 from nnterp.token_text import TokenNames, shorten
 
 _PANELS_ACROSS = 3
@@ -63,6 +64,12 @@ def plot_topk_tokens(
     probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
     check_probabilities(probs, "next_token_probs")
     prompts, layers, vocab = probs.shape
+    for name, given in (("width", width), ("height", height)):
+        if isinstance(given, bool) or not isinstance(given, (int, float)):
+            raise TypeError(f"{name} is a number of pixels, not {given!r:.80}.")
+        if not 50 <= given < 1e5:
+            raise ValueError(f"{name} is a number of pixels, at least 50, not {given}.")
+    k = integer(k, "k")
     if not 1 <= k <= vocab:
         raise ValueError(f"k goes from 1 to {vocab}, the size of the vocabulary, not {k}.")
     ids = np.argsort(-probs, axis=-1, kind="stable")[..., :k]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 
+from nnterp.arguments import listed
 from nnterp.defaults import plain_defaults
+from nnterp.indices import integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
 from nnterp.interventions._engine import Cell, Shortcuts, axes_of, positions_axis, sweep
@@ -79,7 +81,8 @@ def ablate(
     """
     model.require_no_trace("ablate()")
     check_batch_size(batch_size)
-    if not isinstance(how, torch.Tensor) and how not in ("zero", "mean", "resample"):
+    seed = integer(seed, "seed")
+    if not isinstance(how, torch.Tensor) and not (isinstance(how, str) and how in ("zero", "mean", "resample")):
         raise ValueError(f'how is "zero", "mean", "resample" or a tensor, not {how!r}.')
     model.prepare(remote)
     encoded = encode(model, prompts)
@@ -118,8 +121,8 @@ def _cases(model: StandardizedTransformer, what: Any) -> list[list[Component]]:
     Raises:
         ValueError: There are none.
     """
-    listed = [what] if isinstance(what, Component) else list(what)
-    cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in listed]
+    what = [what] if isinstance(what, Component) else listed(what, "what", "a Component, or several")
+    cases = [[check(model, c) for c in (case if isinstance(case, (list, tuple)) else [case])] for case in what]
     if not cases or not all(cases):
         raise ValueError("what is empty; give at least one Component.")
     return cases

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import nnsight
 import torch
 
+from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
@@ -15,7 +16,7 @@ from nnterp.inputs import Batch, Row, encode, forward_flags
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
-from nnterp.interventions._running import BatchSize, in_batches
+from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
 from nnterp.interventions._tokens import groups_per_prompt
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import Positions, per_prompt, plain_positions, resolve
@@ -100,8 +101,9 @@ def logit_lens(
     reduced = targets is not None or top_k is not None or entropy
     if ranks and targets is None:
         raise ValueError("ranks=True asks for the ranks of targets, but no targets were given.")
-    if top_k is not None and (top_k < 1 or top_k > (model.vocab_size or top_k)):
-        raise ValueError(f"top_k goes from 1 to {model.vocab_size}, the size of the vocabulary, not {top_k}.")
+    if top_k is not None:
+        top_k = count(top_k, "top_k", 1, model.vocab_size)
+    check_batch_size(batch_size)
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
     tensors = _run(model, encoded, chosen, where, reduction, remote, batch_size, progress)

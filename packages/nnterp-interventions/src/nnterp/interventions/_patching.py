@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from nnterp.arguments import listed
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.interventions._engine import Cell, sweep
@@ -99,7 +100,9 @@ def activation_patching(
     check_batch_size(batch_size)
     pairs = encode_pairs(model, clean, corrupted, direction)
     model.prepare(remote)
-    names = [values] if isinstance(values, str) else list(values)
+    names = [values] if isinstance(values, str) else listed(values, "values", "the name of a value, or several")
+    if not names:
+        raise ValueError("values is empty; give the name of a value, or several.")
     run = _Patching(model, Grid(model, pairs, names, layers, positions, heads), metric, batch_size, remote)
     with bar(run.scores.numel(), "activation patching", progress) as shown:
         for start in range(0, len(pairs), PAIRS):

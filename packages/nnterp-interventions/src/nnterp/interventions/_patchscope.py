@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from nnterp.arguments import count, listed
 from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
@@ -114,6 +115,7 @@ def patchscope_table(
     Returns:
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
     """
+    top_k = count(top_k, "top_k", 1, model.vocab_size)
     reduction = Reduction(top_k=top_k)
     chosen = layers_of(model, layers)
     sources, found = _patchscope(
@@ -183,8 +185,7 @@ def patch_object_attn_lens(
         InsideTraceError: Called inside a trace of the same model.
     """
     model.require_no_trace("patch_object_attn_lens()")
-    if num_patches < 1:
-        raise ValueError(f"num_patches must be at least 1, not {num_patches}.")
+    num_patches = count(num_patches, "num_patches")
     sources, targets = encode(model, source_prompts), encode(model, target_prompts)
     if len(sources) not in (1, len(targets)):
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
@@ -262,7 +263,11 @@ def _checked_latents(model: StandardizedTransformer, latents: Any, layers: list[
     Raises:
         ShapeError: It is not `[layers, sources, hidden]`.
     """
-    latents = latents if isinstance(latents, torch.Tensor) else torch.stack(list(latents))
+    if not isinstance(latents, torch.Tensor):
+        parts = listed(latents, "latents", "a tensor [layers, sources, hidden], or a list of one for each layer")
+        if not parts or any(not isinstance(part, torch.Tensor) or part.shape != parts[0].shape for part in parts):
+            raise TypeError("latents is a tensor [layers, sources, hidden], or a list of tensors of one shape.")
+        latents = torch.stack(parts)
     if latents.dim() != 3 or len(latents) < len(layers) or latents.shape[2] != model.hidden_size:
         raise ShapeError(
             f"latents has shape {list(latents.shape)}; it must be [layers, sources, hidden], here "

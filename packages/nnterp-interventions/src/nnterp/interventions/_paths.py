@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import nnsight
 import torch
 
+from nnterp.arguments import listed
 from nnterp.defaults import plain_defaults
 from nnterp.errors import Unavailable
 from nnterp.inputs import Row, forward_flags
@@ -126,12 +127,14 @@ def _senders_and_receivers(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "
             "holding mixers and feed-forwards still leaves more than the direct path: path patching is not served."
         )
-    senders = [check(model, c) for c in ([sender] if isinstance(sender, Component) else sender)]
+    given = [sender] if isinstance(sender, Component) else listed(sender, "sender", "a Component, or several")
+    senders = [check(model, c) for c in given]
     if isinstance(receivers, str) and receivers != "logits":
         raise ValueError(f'receivers are components or "logits", not {receivers!r}.')
     last = Component("layers_output", model.num_layers - 1)
-    listed: Any = [last] if receivers == "logits" else [receivers] if isinstance(receivers, Component) else receivers
-    receiving = [check(model, c) for c in listed]
+    if isinstance(receivers, (str, Component)):
+        receivers = [last if receivers == "logits" else receivers]
+    receiving = [check(model, c) for c in listed(receivers, "receivers", 'a Component, several, or "logits"')]
     if not senders or not receiving:
         raise ValueError("There are no senders or no receivers; give at least one of each.")
     _check_order(model, senders, receiving)

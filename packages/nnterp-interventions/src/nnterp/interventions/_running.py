@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
+from nnterp.arguments import count
 from nnterp.inputs import Batch, Row, pad
 from nnterp.progress import bar
 
@@ -33,9 +34,12 @@ def check_batch_size(batch_size: BatchSize) -> None:
     Raises:
         ValueError: It is neither.
     """
-    whole = hasattr(batch_size, "__index__") and not isinstance(batch_size, bool)
-    if batch_size != "auto" if isinstance(batch_size, str) else not whole or batch_size < 1:
-        raise ValueError(f'batch_size is "auto" or a positive integer, not {batch_size!r:.80}.')
+    if isinstance(batch_size, str) and batch_size == "auto":
+        return
+    try:
+        count(batch_size, "batch_size")
+    except (TypeError, ValueError):
+        raise ValueError(f'batch_size is "auto" or a positive integer, not {batch_size!r:.80}.') from None
 
 
 def in_batches(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nnterp.arguments import listed
 from nnterp.indices import integer, integers
 
 
@@ -123,7 +124,10 @@ def repeat_prompt(
         placeholder: The token to patch.
         index_to_patch: The position to patch; by default the last token.
     """
-    words = ("king", "1135", "hello") if words is None else words
+    words = ("king", "1135", "hello") if words is None else listed(words, "words", "a list of texts")
+    for name, texts in (("words", words), ("rel", [rel]), ("sep", [sep]), ("placeholder", [placeholder])):
+        if any(not isinstance(text, str) for text in texts):
+            raise TypeError(f"repeat_prompt({name}) is text, not {texts!r:.80}.")
     return TargetPrompt(sep.join([*(f"{word}{rel}{word}" for word in words), placeholder]), index_to_patch)
 
 

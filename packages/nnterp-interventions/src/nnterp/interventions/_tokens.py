@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,4 +97,6 @@ def ids_per_prompt(model: StandardizedTransformer, tokens: Any, prompts: int, na
 
 
 def _listed(entry: Any) -> Sequence[Any]:
-    return [entry] if isinstance(entry, (int, str, float, bytes)) else entry
+    if isinstance(entry, torch.Tensor):
+        return entry.tolist() if entry.dim() else [entry.item()]
+    return list(entry) if isinstance(entry, Iterable) and not isinstance(entry, (str, bytes, Mapping)) else [entry]

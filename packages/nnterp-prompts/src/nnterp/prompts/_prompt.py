@@ -77,6 +77,8 @@ class Prompt:
             TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
             CollisionError: `distinct=True`, and two categories share a token.
         """
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise TypeError(f"metadata is a dict, not {metadata!r:.80}.")
         tokenizer = tokenizer_of(tokenizer)
         categories: dict[str, Any] = (
             dict(target_strings) if isinstance(target_strings, Mapping) else {"target": target_strings}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nnterp import plugins
+from nnterp.arguments import path_of
 from nnterp.prompts import _storage
 from nnterp.prompts._frames import scores_frame
 from nnterp.prompts._missing import warn_of_missing
@@ -259,7 +260,7 @@ class PromptResults(dict[str, torch.Tensor]):
             ValueError: A file is truncated, damaged or foreign, the two files are not of one run, or another version of
                 this package wrote them. The message names the file.
         """
-        tensors, record = _storage.read(folder)
+        tensors, record = _storage.read(path_of(folder, "folder"))
         pending: dict[int, dict[int, torch.Tensor]] = {}
         try:
             prompts = record["prompts"]

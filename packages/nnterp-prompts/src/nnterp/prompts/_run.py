@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm as auto_tqdm
 
 from nnterp import StandardizedTransformer
+from nnterp.arguments import count, listed, path_of
 from nnterp.defaults import plain_defaults
 from nnterp.inputs import Batch, batches
 from nnterp.plain_nnsight import takes_nnsight_models
@@ -104,9 +105,14 @@ def run_prompts(
     with plain_defaults():
         _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
         bar = _bar(tqdm, progress)
+        if not isinstance(answer_prefix, str):
+            raise TypeError(f"answer_prefix is a text, not {answer_prefix!r:.80}.")
+        for name, folder in (("resume", resume), ("checkpoint", checkpoint)):
+            if folder is not None and not isinstance(folder, PromptResults):
+                path_of(folder, name)
         if func_kwargs is not None:  # every batch is given them, and an iterator gives its items once
             func_kwargs = {name: list(v) if isinstance(v, Iterator) else v for name, v in func_kwargs.items()}
-        prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, Prompt) else listed(prompts, "prompts", "a Prompt, or a list")
         plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
         if prompts and not remote and not model.remote:
             model.dispatch()  # the weights are a part of what is compared when a run is resumed
@@ -151,8 +157,9 @@ def _check_call(
             f"run_prompts needs a StandardizedTransformer, not a {type(model).__name__}: StandardizedTransformer(...)."
         )
     model.require_no_trace("run_prompts()")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    count(batch_size, "batch_size")
+    if func_kwargs is not None and not isinstance(func_kwargs, Mapping):
+        raise TypeError(f"func_kwargs is a dict of arguments for get_probs_func, not {func_kwargs!r:.80}.")
     if get_probs_func is not None and not callable(get_probs_func):
         raise TypeError(f"get_probs_func must be a function (model, prompts, **kwargs), not {get_probs_func!r}.")
     if get_probs_func is None and func_kwargs:
