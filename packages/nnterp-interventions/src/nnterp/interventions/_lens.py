@@ -11,6 +11,7 @@ import torch
 
 from nnterp.errors import ShapeError
 from nnterp.inputs import Batch, Row, encode, forward_flags
+from nnterp.interventions._inverse import INVERSE, inverse_logits, split_inverse
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
@@ -50,7 +51,7 @@ def logit_lens(
     entropy: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | LensResult:
+) -> torch.Tensor | LensResult | tuple[torch.Tensor, torch.Tensor] | tuple[LensResult, LensResult]:
     """Next-token probabilities of each prompt, read at the output of every layer.
 
     The hidden state goes through everything that the model itself does after its last layer
@@ -62,7 +63,8 @@ def logit_lens(
         model: The model.
         prompts: A text, or a list; anything that `nnterp.inputs.encode` takes.
         remote: Run on a remote service.
-        return_inv_logits: Also return the probabilities read from the negated hidden state.
+        return_inv_logits: Also return the same of the inverse logits: the head is given the negative of what it is
+            given otherwise, `-ln_final(hidden)`. A softcap or a scale after the head is applied to what it returns.
         layers: The layer or layers; all if None.
         positions: Where to read, over each prompt's own tokens; the last token if None.
         targets: Return only the probabilities of these tokens (ids, or texts of one token): one token for all prompts,
@@ -76,8 +78,9 @@ def logit_lens(
 
     Returns:
         `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN
-        where a shorter prompt has no such position). With `return_inv_logits` a pair of these. With `targets` alone the
-        last axis is targets instead of the vocabulary. With `top_k`, `ranks` or `entropy` a `LensResult`.
+        where a shorter prompt has no such position). With `targets` alone the last axis is targets instead of the
+        vocabulary. With `top_k`, `ranks` or `entropy` a `LensResult`. With `return_inv_logits` a pair: this, and the
+        same of the inverse logits.
 
     Raises:
         IndexError: There is no such layer or position.
@@ -100,12 +103,16 @@ def logit_lens(
     tensors = _run(model, encoded, chosen, where, reduction, remote, batch_size, progress)
     if positions is None:
         tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
-    if reduced and top_k is None and not ranks and not entropy:
-        return tensors["target_probs"]
-    if not reduced:
-        return (tensors["probs"], tensors["inverse"]) if return_inv_logits else tensors["probs"]
-    about = describe_run(model, "logit_lens", layers=chosen, positions=positions, targets=targets, top_k=top_k)
-    return _result(model, encoded, chosen, None if positions is None else where, tensors, ids, about)
+    readings = [tensors] if not return_inv_logits else split_inverse(tensors)
+    if not reduced or (top_k is None and not ranks and not entropy):
+        name = "target_probs" if reduced else "probs"
+        return readings[0][name] if not return_inv_logits else (readings[0][name], readings[1][name])
+    results = []
+    for inverse, own in enumerate(readings):
+        asked: dict[str, Any] = {"layers": chosen, "positions": positions, "targets": targets, "top_k": top_k}
+        about = describe_run(model, "logit_lens", **asked, **({"inverse": True} if inverse else {}))
+        results.append(_result(model, encoded, chosen, None if positions is None else where, own, ids, about))
+    return (results[0], results[1]) if return_inv_logits else results[0]
 
 
 logit_lens.reduces_targets = True  # read by nnterp.prompts: this lens takes `targets`
@@ -247,7 +254,8 @@ def _read_out(
         some = flat[start : start + most]
         part = reduction(model.project_on_vocab(some).float(), prompts[start : start + most])
         if reduction.inverse:
-            part["inverse"] = model.project_on_vocab(-some).float().softmax(-1)
+            inverse = reduction(inverse_logits(model, some).float(), prompts[start : start + most])
+            part.update({INVERSE + name: tensor for name, tensor in inverse.items()})
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
