@@ -35,7 +35,7 @@ def test_one_prompt_is_a_batch_of_one(tiny):
     assert torch.equal(logit_lens(model, PROMPTS[0]), logit_lens(model, PROMPTS[:1]))
 
 
-# Final norms with and without a bias; softcaps, scales before and after the head, a readout that replays the model's code.
+# The final norm, with and without a bias; softcaps, and scales before and after the head.
 NORMS = {
     "gpt2": "transformer.ln_f",
     "gpt_neox": "gpt_neox.final_layer_norm",

@@ -13,6 +13,7 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.inputs import Row, forward_flags
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
+from nnterp.interventions._contributions import as_contribution, check_sender, held_parts, writes_at
 from nnterp.interventions._engine import (
     Cell,
     Edit,
@@ -31,7 +32,7 @@ from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, within_memory
 from nnterp.interventions._states import States, states_of
-from nnterp.values import get_label, get_value
+from nnterp.values import get_label
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -59,10 +60,13 @@ def path_patching(
 ) -> PathResult:
     """The direct effect of a sender on receivers: along the residual stream, through no other part.
 
-    In a first run the sender is taken from the other prompt, and the outputs of all other mixers and MLPs from its
-    layer on are frozen at their unedited values; the receivers' values are recorded. In a second run the receivers,
+    In a first run the sender is taken from the other prompt, and what all other mixers and MLPs from its layer on add
+    to the stream is frozen at its unedited value; the receivers' values are recorded. In a second run the receivers,
     and nothing else, are replaced by these. (Wang et al., "Interpretability in the wild", 2022, section 3.1;
     Goldowsky-Dill et al., "Localizing model behavior with path patching", 2023.)
+
+    The output of a whole mixer or MLP, as a sender or a receiver, means what it adds to the stream, also in models
+    whose modules add the stream themselves before they return (BLOOM, MPT).
 
     Args:
         model: The model.
@@ -133,6 +137,8 @@ def _senders_and_receivers(
     if not senders or not receiving:
         raise ValueError("There are no senders or no receivers; give at least one of each.")
     _check_order(model, senders, receiving)
+    for sender in senders:
+        check_sender(model, sender)
     return senders, receiving
 
 
@@ -140,7 +146,7 @@ class _Paths:
     """The runs of a call of `path_patching`.
 
     Attributes:
-        frozen: Names and layers of the outputs that are frozen: of all mixers and MLPs between senders and receivers.
+        frozen: Names and layers of what is frozen: what all parts between senders and receivers add to the stream.
     """
 
     def __init__(
@@ -152,17 +158,13 @@ class _Paths:
         batch_size: BatchSize,
         remote: Any,
     ) -> None:
-        self.model, self.senders, self.receivers = model, senders, receivers
+        self.model = model
+        self.senders = [as_contribution(model, sender) for sender in senders]
+        self.receivers = [as_contribution(model, receiver) for receiver in receivers]
         self.shortcuts, self.batch_size, self.remote = shortcuts, batch_size, remote
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
-        self.frozen: list[tuple[str, int]] = []
-        for block in model.anatomy.blocks[first : last + 1]:
-            mixers = {"mixers_output": block.mixer}
-            if block.self_attn is not None and block.self_attn != block.mixer:
-                mixers["attentions_output"] = block.self_attn
-            parts = {**mixers, "mlps_output": block.mlp}
-            self.frozen += [(name, block.index) for name, part in parts.items() if part is not None]
+        self.frozen = held_parts(model, range(first, last + 1), {(r.value, r.layer) for r in self.receivers})
 
     def all_pairs(self, pairs: Pairs, metric: Any, shown: Any) -> dict[str, torch.Tensor]:
         """`scores` `[prompts, senders]`, and the metric of the unpatched runs, `clean` and `corrupted` `[prompts]`."""
@@ -232,9 +234,10 @@ class _Paths:
                 if step.term is not None:
                     passing.hold(step)
                     continue
-                tensor = passing.write(key, edits[key], size, 0) if key in edits else passing.read(key)
-                if key in wanted:
-                    arrived[key] = rows_of(tensor, *size, get_label(key[0])).clone()
+                if key in wanted:  # before it is frozen, if it is
+                    arrived[key] = rows_of(passing.read(key), *size, get_label(key[0])).clone()
+                if key in edits:
+                    passing.write(key, edits[key], size, 0)
             tracer.stop()
         return [arrived[key] for key in wanted]
 
@@ -244,28 +247,16 @@ class _Paths:
         """Edits of the first run, by value and layer: each row has one sender replaced and all other parts frozen."""
         every = tuple(range(len(prompt)))
         edits: dict[Key, list[tuple[int, Edit]]] = {}
+        spoken = [writes_at(self.model, sender) for sender in senders]
         for name, layer in self.frozen:
             for row, sender in enumerate(senders):
-                if layer >= sender.layer and not _writes_through(self.model, sender, (name, layer)):
+                if layer >= sender.layer and (name, layer) not in spoken[row]:
                     edits.setdefault((name, layer), []).append((row, Edit(name, layer, every, frozen[name, layer])))
         for row, sender in enumerate(senders):
             at = positions_of(self.model, sender, prompt, "the prompt")
             new = cut(sender, at, given[sender.value, sender.layer])
             edits.setdefault((sender.value, sender.layer), []).append((row, edit_of(sender, at, new)))
         return edits
-
-
-def _writes_through(model: StandardizedTransformer, sender: Component, key: tuple[str, int]) -> bool:
-    """Whether a frozen output is the one through which the sender itself writes into the stream."""
-    if key[1] != sender.layer:
-        return False
-    block = model.anatomy.blocks[sender.layer]
-    value = get_value(sender.value)
-    if value.name.startswith("mlp"):
-        return key[0] == "mlps_output"
-    if value.name.startswith("attention") and block.self_attn != block.mixer:
-        return key[0] == "attentions_output"
-    return key[0] == "mixers_output"
 
 
 def _check_order(model: StandardizedTransformer, senders: list[Component], receivers: list[Component]) -> None:
