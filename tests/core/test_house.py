@@ -111,6 +111,7 @@ def test_imports_run_one_way(package, path):
 # nothing above; imports for type checkers and inside functions count.
 FLOORS = (
     "errors record wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
+    "identity resuming "
     "_siblings",
     "anatomy traced loading testing",
     "discovery inputs module_accessor",
