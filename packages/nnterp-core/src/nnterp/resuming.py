@@ -103,7 +103,7 @@ class Call:
         return {"function": self.function, **model, **self.arguments, **self._parts()}
 
     def _parts(self) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for name, function in self.code.items():
             parts = _known(parts_of_function, function) if callable(function) else {"value": _known(summary, function)}
             parts = parts if isinstance(parts, dict) else {"code": parts}

@@ -51,7 +51,7 @@ def collect(
     if max_new_tokens is not None:
         _check_generation(remote, positions)
     plan = make_plan(model, values, layers)
-    chosen, single = ([(-1,)] * len(rows), True) if max_new_tokens is not None else positions_of(model, rows, positions)
+    chosen, single = positions_of(model, rows, -1 if max_new_tokens is not None else positions)
     asked = {
         "values": [target.label for target in plan.targets],
         "prompts": [row.ids for row in rows],

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from nnterp.errors import Unavailable
 from nnterp.interventions._components import Component
-from nnterp.interventions._engine import Key
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
+
+Written: TypeAlias = tuple[str, int]  # a value's name and its layer
 
 _OUTPUTS = {"mixer": "mixers_output", "self_attn": "attentions_output", "mlp": "mlps_output"}
 _CONTRIBUTIONS = {
@@ -25,7 +26,7 @@ _CONTRIBUTIONS = {
 }
 
 
-def held_parts(model: StandardizedTransformer, layers: Iterable[int], received: Collection[Key]) -> list[Key]:
+def held_parts(model: StandardizedTransformer, layers: Iterable[int], received: Collection[Written]) -> list[Written]:
     """The values that are held still in these layers: everything that is added to the stream there.
 
     Args:
@@ -36,7 +37,7 @@ def held_parts(model: StandardizedTransformer, layers: Iterable[int], received: 
     Raises:
         Unavailable: It is not known what a layer adds to the stream, or a receiver is one of two mixers' contributions.
     """
-    held: list[Key] = []
+    held: list[Written] = []
     for layer in layers:
         block, structure = model.anatomy.blocks[layer], model.facts.residual_of(layer)
         if structure.kind == "unknown":
@@ -79,7 +80,7 @@ def check_sender(model: StandardizedTransformer, component: Component) -> None:
     model.place(_CONTRIBUTIONS[_role(model, component)], component.layer)
 
 
-def writes_at(model: StandardizedTransformer, component: Component) -> set[Key]:
+def writes_at(model: StandardizedTransformer, component: Component) -> set[Written]:
     """The values through which a sender writes into the stream; in the sender's row they are not held still."""
     role = _role(model, component)
     return {(_OUTPUTS[role], component.layer), (_CONTRIBUTIONS[role], component.layer)}
@@ -93,7 +94,7 @@ def _role(model: StandardizedTransformer, component: Component) -> str:
     return "self_attn" if component.value.startswith("attention") and block.self_attn != block.mixer else "mixer"
 
 
-def _held(model: StandardizedTransformer, layer: int, role: str) -> Key:
+def _held(model: StandardizedTransformer, layer: int, role: str) -> Written:
     """Where one part of a layer is held: its module's output, or what it adds where the module adds the stream."""
     structure, part = model.facts.residual_of(layer), model.anatomy.part(role, layer)
     added = structure.mlp if role == "mlp" else structure.mixer

@@ -28,10 +28,12 @@ from nnterp.interventions._engine import (
 )
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
+from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, within_memory
 from nnterp.interventions._states import States, states_of
+from nnterp.resuming import Call
 from nnterp.values import get_label
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def path_patching(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     remote: Any = False,
+    resume: Resume = None,
 ) -> PathResult:
     """The direct effect of a sender on receivers: along the residual stream, through no other part.
 
@@ -80,6 +83,8 @@ def path_patching(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         remote: Run on the remote service, the metric included; the activations to patch in are fetched first.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `scores` `[prompts, senders]`, `clean` and `corrupted` `[prompts]`, float32, on the CPU.
@@ -88,6 +93,9 @@ def path_patching(
         ValueError: Prompts do not match, or a receiver comes before a sender.
         Unavailable: The model, or a layer, does not have a value.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done` is False.
     """
     model.require_no_trace("path_patching()")
     check_batch_size(batch_size)
@@ -96,22 +104,54 @@ def path_patching(
         raise ValueError("Clean and corrupted prompts go in pairs of equally many tokens.")
     model.prepare(remote)
     senders, receiving = _senders_and_receivers(model, sender, receivers)
-    run = _Paths(model, senders, receiving, proven_shortcuts(model, remote), batch_size, remote)
-    with bar(len(pairs) * len(senders), "path patching", progress) as shown:
-        tensors = run.all_pairs(pairs, metric, shown)
-    return PathResult(
-        tensors,
-        {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
-        {"prompts": prompt_labels(pairs.clean, model), "senders": tuple(str(s) for s in senders)},
-        about=describe_run(
-            model,
-            "path_patching",
-            receivers=[str(r) for r in receiving],
-            metric=metric_name(metric),
-            direction=direction,
-            corrupted=prompt_labels(pairs.corrupted, model),
-        ),
+    about = describe_run(
+        model,
+        "path_patching",
+        receivers=[str(r) for r in receiving],
+        metric=metric_name(metric),
+        direction=direction,
+        corrupted=prompt_labels(pairs.corrupted, model),
     )
+    asked = {
+        "prompts": ids_of(pairs.clean, pairs.corrupted),
+        "senders": [(c.value, c.layer, c.heads, c.positions) for c in senders],
+        "receivers": [(c.value, c.layer, c.heads, c.positions) for c in receiving],
+        "direction": direction,
+    }
+    call = Call(model, "path_patching", asked, {"metric": metric})
+    found = _Found(len(pairs), len(senders), resumed(call, resume))
+
+    def result() -> PathResult:
+        return PathResult(
+            {"scores": found.scores, "clean": found.ends[0], "corrupted": found.ends[1]},
+            {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
+            {"prompts": prompt_labels(pairs.clean, model), "senders": tuple(str(s) for s in senders)},
+            about=about,
+        )
+
+    with (
+        bar(len(pairs) * len(senders), "path patching", progress) as shown,
+        call.keeping(lambda: unfinished(call, result, found.done, ("prompts", "senders"))),
+    ):
+        run = _Paths(model, senders, receiving, proven_shortcuts(model, remote), batch_size, remote)
+        run.all_pairs(pairs, metric, found, shown)
+    return result()
+
+
+class _Found:
+    """What a call of `path_patching` has computed.
+
+    Attributes:
+        scores, done: The metric of each path, `[prompts, senders]`, and whether it is there.
+        ends: The metric of the clean and of the corrupted runs, `[2, prompts]`.
+    """
+
+    def __init__(self, pairs: int, senders: int, earlier: Result | None) -> None:
+        self.scores, self.ends = torch.full((pairs, senders), float("nan")), torch.full((2, pairs), float("nan"))
+        self.done = torch.zeros(pairs, senders, dtype=torch.bool)
+        if earlier is not None:
+            self.scores, self.done = earlier["scores"].clone(), earlier[DONE].clone()
+            self.ends = torch.stack([earlier["clean"], earlier["corrupted"]])
 
 
 def _senders_and_receivers(
@@ -166,33 +206,34 @@ class _Paths:
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
         self.frozen = held_parts(model, range(first, last + 1), {(r.value, r.layer) for r in self.receivers})
 
-    def all_pairs(self, pairs: Pairs, metric: Any, shown: Any) -> dict[str, torch.Tensor]:
-        """`scores` `[prompts, senders]`, and the metric of the unpatched runs, `clean` and `corrupted` `[prompts]`."""
+    def all_pairs(self, pairs: Pairs, metric: Any, found: _Found, shown: Any) -> None:
+        """Fill in the scores and the metric of the unpatched runs."""
         model, shortcuts, remote = self.model, self.shortcuts, self.remote
         wanted = [(s.value, s.layer) for s in self.senders]
-        scores, ends = torch.empty(len(pairs), len(self.senders)), torch.empty(2, len(pairs))
         for i, (into, source) in enumerate(zip(pairs.into, pairs.source, strict=True)):
-            (given,), source_logits = states_of(model, [source], wanted, shortcuts, remote)
-            (frozen,), into_logits = states_of(model, [into], self.frozen, shortcuts, remote)
-            both = (source_logits, into_logits) if pairs.denoising else (into_logits, source_logits)
-            bound = bind_some(metric, model, len(pairs), both[0], range(i, i + 1))
-            for end in range(2):
-                ends[end, i] = by_prompt(bound, both[end], [0])[0]
-            scores[i] = self.scores(into, given, frozen, bound)
+            if not found.done[i].all():
+                (given,), source_logits = states_of(model, [source], wanted, shortcuts, remote)
+                (frozen,), into_logits = states_of(model, [into], self.frozen, shortcuts, remote)
+                both = (source_logits, into_logits) if pairs.denoising else (into_logits, source_logits)
+                bound = bind_some(metric, model, len(pairs), both[0], range(i, i + 1))
+                for end in range(2):
+                    found.ends[end, i] = by_prompt(bound, both[end], [0])[0]
+                self.all_senders(into, given, frozen, bound, found.scores[i], found.done[i])
             shown.update(len(self.senders))
-        return {"scores": scores, "clean": ends[0], "corrupted": ends[1]}
 
-    def scores(self, prompt: Row, given: States, frozen: States, bound: Bound) -> torch.Tensor:
-        """The metric of every sender's path in one prompt, `[senders]`."""
-        found: list[torch.Tensor] = []
+    def all_senders(
+        self, prompt: Row, given: States, frozen: States, bound: Bound, scores: torch.Tensor, done: torch.Tensor
+    ) -> None:
+        """Fill in the metric of every sender's path in one prompt, `[senders]`, where it is not done."""
         start = 0
         while start < len(self.senders):
-            some = self.senders[start : start + self.limit]
-            if not within_memory(partial(self.some, prompt, given, frozen, bound, some, found), len(some)):
+            own = slice(start, start + self.limit)
+            some = self.senders[own]
+            step = partial(self.some, prompt, given, frozen, bound, some, scores[own], done[own])
+            if not done[own].all() and not within_memory(step, len(some)):
                 self.limit = max(1, len(some) // 2)
                 continue
             start += len(some)
-        return torch.cat(found)
 
     def some(
         self,
@@ -201,9 +242,10 @@ class _Paths:
         frozen: States,
         bound: Bound,
         senders: list[Component],
-        found: list[torch.Tensor],
+        scores: torch.Tensor,
+        done: torch.Tensor,
     ) -> None:
-        """Both runs for some senders; appends their metrics to `found`."""
+        """Both runs for some senders; writes their metrics into `scores`."""
         model = self.model
         received = self.received(prompt, given, frozen, senders)
         every = tuple(range(len(prompt)))
@@ -215,7 +257,9 @@ class _Paths:
                 edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
             cells.append(Cell(0, tuple(edits)))
         options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
-        found.append(sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"])
+        found = sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"]
+        scores.copy_(found)
+        done.fill_(True)
 
     @torch.no_grad()
     def received(self, prompt: Row, given: States, frozen: States, senders: list[Component]) -> list[torch.Tensor]:
