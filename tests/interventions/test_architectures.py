@@ -30,7 +30,7 @@ from nnterp.interventions import (
 )
 from nnterp.testing import tiny_model, tiny_tokenizer
 
-from .hooked import queries_projection, run, setting, value
+from .hooked import before, queries_projection, run, setting, value
 from .reference import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
@@ -122,7 +122,8 @@ def test_lens_at_positions_layers_and_targets(model):
             own = [read(state[0]), read(state[-1])]
             same(found[i, k], torch.stack(own))
             same(probs[i, k], own[1])
-            same(inverse[i, k], read(-state[-1]))
+            with before(model._module.get_submodule(model.anatomy.lm_head), lambda x: -x):
+                same(inverse[i, k], read(state[-1]))
             for j, expected in enumerate(own):
                 same(reduced["top_probs"][i, k, j], expected.topk(2).values)
                 same(reduced["entropy"][i, k, j], torch.special.entr(expected).sum())
@@ -254,12 +255,26 @@ def senders_of(model):
     return senders
 
 
+ADDS_THE_STREAM = ("bloom", "mpt")  # modules that add the stream themselves, so what is held is not what they return
+SHARED_EXPERTS_BESIDE = ("granitemoehybrid",)  # their shared MLP adds to the stream beside the mixture of experts
+
+
+def outputs(model):
+    """The values that mean what the mixer and the feed-forward add."""
+    if model.config.model_type in ADDS_THE_STREAM:
+        return "mixer_contributions", "mlp_contributions"
+    return "mixers_output", "mlps_output"
+
+
 def parts_of(model, layer):
-    """What mixers and feed-forwards return, by value, in layers from one on."""
+    """What mixers and feed-forwards add to the stream, by value, in layers from one on."""
+    mixed, fed = outputs(model)
     for block in model.anatomy.blocks[layer:]:
-        for name, part in (("mixers_output", block.mixer), ("mlps_output", block.mlp)):
+        for name, part in ((mixed, block.mixer), (fed, block.mlp)):
             if part is not None:
                 yield name, block.index
+        if model.config.model_type in SHARED_EXPERTS_BESIDE:
+            yield "other_contributions", block.index
         if block.self_attn is not None and block.self_attn != block.mixer:
             yield "attentions_output", block.index
 
@@ -278,12 +293,14 @@ def parts_states(model, prompt):
 def slow_path(model, prompt, source, sender, receivers, states):
     """Two forward passes: what reaches the receivers with all else held, and the run in which they are given that."""
     layer, index = sender.layer, (ALONG, sender.heads) if sender.heads is not None else (sender.positions or ALONG,)
-    given = value(model, source, sender.value, layer)[index]
-    edits = [(sender.value, layer, setting(index, given))]
-    spoken = sender.value, layer
+    mixed, fed = outputs(model)
+    named = {"mixers_output": mixed, "mlps_output": fed}.get(sender.value, sender.value)
+    given = value(model, source, named, layer)[index]
+    edits = [(named, layer, setting(index, given))]
+    spoken = named, layer
     if sender.value == "attention_head_outputs":
         block = model.anatomy.blocks[layer]
-        spoken = ("mixers_output" if block.self_attn == block.mixer else "attentions_output"), layer
+        spoken = (mixed if block.self_attn == block.mixer else "attentions_output"), layer
     edits += [(*part, setting(ALONG, states[part])) for part in parts_of(model, layer) if part != spoken]
     arrived = []
 

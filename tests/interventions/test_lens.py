@@ -35,12 +35,59 @@ def test_one_prompt_is_a_batch_of_one(tiny):
     assert torch.equal(logit_lens(model, PROMPTS[0]), logit_lens(model, PROMPTS[:1]))
 
 
-def test_inverse_is_the_lens_of_the_negated_state(tiny):
-    model = tiny("gpt2")
+# The final norm, with and without a bias; softcaps, and scales before and after the head.
+NORMS = {
+    "gpt2": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "bloom": "transformer.ln_f",
+    "llama": "model.norm",
+    "gemma2": "model.norm",
+    "granite": "model.norm",
+    "cohere": "model.norm",
+    "minicpm3": "model.norm",
+}
+
+
+@pytest.mark.parametrize("model_type", NORMS)
+def test_inverse_gives_the_head_the_negated_output_of_the_norm(tiny, model_type):
+    model = tiny(model_type)
     probs, inverse = logit_lens(model, PROMPTS, return_inv_logits=True)
     assert torch.equal(probs, logit_lens(model, PROMPTS))
     for i, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(inverse[i, 1], slow_lens(model, prompt, 1, sign=-1), atol=1e-5, rtol=1e-4)
+        for layer in range(model.num_layers):
+            hook = model._module.get_submodule(NORMS[model_type]).register_forward_hook(lambda *a: -a[-1])
+            try:
+                expected = slow_lens(model, prompt, layer)
+            finally:
+                hook.remove()
+            torch.testing.assert_close(inverse[i, layer], expected, atol=1e-5, rtol=1e-3)
+    assert (probs - inverse).abs().max() > 1e-3
+
+
+def test_inverse_is_not_the_lens_of_the_negated_state_where_the_norm_has_a_bias(tiny):
+    model = tiny("gpt2")
+    _, inverse = logit_lens(model, PROMPTS, return_inv_logits=True)
+    assert (inverse[0, 1] - slow_lens(model, PROMPTS[0], 1, sign=-1)).abs().max() > 1e-3
+
+
+def test_inverse_is_reduced_as_the_lens_is(tiny):
+    model = tiny("gpt2")
+    probs, inverse = logit_lens(model, PROMPTS, return_inv_logits=True, positions=[0, -1])
+    targets = [[[5, 9], 7], [3, [7, 8]], [1, 2]]
+    found = logit_lens(model, PROMPTS, return_inv_logits=True, positions=[0, -1], targets=targets)
+    assert isinstance(found, tuple)
+    for own, whole in zip(found, (probs, inverse), strict=True):
+        assert own.shape == (3, model.num_layers, 2, 2)
+        torch.testing.assert_close(own[0, ..., 0], whole[0, ..., [5, 9]].sum(-1))
+        torch.testing.assert_close(own[1, ..., 0], whole[1, ..., 3])
+    results = logit_lens(model, PROMPTS, return_inv_logits=True, targets=targets, top_k=3, ranks=True, entropy=True)
+    for result, whole in zip(results, (probs[:, :, 1], inverse[:, :, 1]), strict=True):
+        assert isinstance(result, LensResult)
+        torch.testing.assert_close(result["top_probs"], whole.topk(3).values)
+        torch.testing.assert_close(result["entropy"], torch.special.entr(whole).sum(-1), atol=1e-4, rtol=1e-4)
+        ranks = (whole[2] > whole[2, :, 1:2]).sum(-1)
+        assert torch.equal(result["target_ranks"][2, :, 0], ranks)
+    assert results[1].about["arguments"]["inverse"] is True
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

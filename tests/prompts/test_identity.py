@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
+from nnterp.identity import checksum, checksum_of_tensors, digest, parts_of_function
 from nnterp.interventions import logit_lens
 from nnterp.prompts import IncompleteRunError, Prompt, PromptResults, next_token_probs, run_prompts
-from nnterp.prompts._digests import digest
-from nnterp.prompts._identity import parts_of_function
-from nnterp.prompts._weights import checksum, checksum_of_tensors
 from nnterp.testing import tiny_model, tiny_tokenizer
 
 TEXTS = ["The capital of France is", "The", "One", "Paris, Rome and"]
@@ -463,8 +461,8 @@ def test_digests_are_the_same_in_every_process(tmp_path):
     program.write_text(
         "import functools, torch\n"
         "from nnterp.interventions import logit_lens\n"
-        "from nnterp.prompts._digests import digest\n"
-        "from nnterp.prompts._identity import parts_of_function\n"
+        "from nnterp.identity import digest\n"
+        "from nnterp.identity import parts_of_function\n"
         f"exec({BODY.format(**AS_IT_IS)!r})\n"
         "values = [{'b', 'a', 'c'}, {'x': {1, 2}, 'y': frozenset('abc')}, logit_lens, function, torch.arange(3)]\n"
         "print([digest(value) for value in values], parts_of_function(functools.partial(logit_lens, layers=[1])))\n"

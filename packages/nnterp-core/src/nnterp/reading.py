@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class ReadTransformer(NamedTransformer):
         progress: bool | None = None,
         max_new_tokens: int | None = None,
         remote: Any = False,
+        resume: Collected | str | Path | None = None,
         **generation: Any,
     ) -> Collected:
         """Read values of many prompts: plain tensors, in one pass that stops after the last layer needed.
@@ -85,8 +87,12 @@ class ReadTransformer(NamedTransformer):
                 value, `[rows, (positions,) ...]`, which keeps the first axis.
             progress: Show a progress bar; with None, only if the work takes more than two seconds.
             max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
-                `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
+                `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`. A row is a prompt's own
+                up to the token at which it ended (end tokens, stop strings, time, stopping criteria); beams and other
+                generations of several rows for a prompt are refused.
             remote: Run on the remote service, a request for each batch; what is reduced is reduced there.
+            resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was
+                saved to: what is finished is not run again.
             **generation: Settings of the generation, as in `generate`.
 
         Returns:
@@ -98,9 +104,9 @@ class ReadTransformer(NamedTransformer):
             Unavailable: A layer that was asked for does not have the value.
             InsideTraceError: Called inside a trace of this model.
 
-            An error in a later batch carries what is finished as `error.collected`.
+            An error in a later batch, and an interrupt, carry what is finished as `error.partial`.
         """
-        options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote)
+        options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote, resume)
         return collect(self, prompts, values, layers, positions, *options, **generation)
 
     def gradients(

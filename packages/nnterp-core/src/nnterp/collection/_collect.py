@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnterp.arguments import check_dtype, count, device_of
 from nnterp.collection._collected import Collected
-from nnterp.collection._filling import Filling
+from nnterp.collection._filling import Filling, still_to_run
 from nnterp.collection._generation import over_generation
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce, reduced
@@ -21,6 +22,7 @@ from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padde
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
 from nnterp.progress import bar, check_progress
+from nnterp.resuming import Call
 
 
 @plain_defaults()
@@ -37,6 +39,7 @@ def collect(
     progress: bool | None = None,
     max_new_tokens: int | None = None,
     remote: Any = False,
+    resume: Collected | str | Path | None = None,
     **generation: Any,
 ) -> Collected:
     """See `StandardizedTransformer.collect`."""
@@ -48,41 +51,70 @@ def collect(
     if reduce is not None and not callable(reduce) and not (isinstance(reduce, str) and reduce in ("mean", "sum")):
         raise ValueError(f"reduce is 'mean', 'sum', a function or None, not {reduce!r}.")
     rows = encode(model, prompts)
-    if max_new_tokens is not None:
-        if remote:
-            raise ValueError(
-                "collect() over a generation does not run remotely. Generate first, and collect the values of the "
-                "whole text: prompts and what was generated, as token ids."
-            )
-        if positions is not None:
-            raise ValueError(
-                "positions is for prompts; over a generation, the positions that predicted the new tokens are read."
-            )
-        plan = make_plan(model, values, layers)
-        return over_generation(model, rows, plan, batch_size, device, dtype, progress, max_new_tokens, generation)
-    if generation:
+    if max_new_tokens is None and generation:
         raise TypeError(
             f"collect() got {', '.join(generation)}; these are settings of a generation, which needs max_new_tokens=."
         )
+    if max_new_tokens is not None:
+        _check_generation(remote, positions)
     plan = make_plan(model, values, layers)
-    chosen, single = positions_of(model, rows, positions)
+    chosen, single = positions_of(model, rows, -1 if max_new_tokens is not None else positions)
+    asked = {
+        "values": [target.label for target in plan.targets],
+        "prompts": [row.ids for row in rows],
+        "positions": (chosen, single),
+        "dtype": dtype,
+        "max_new_tokens": max_new_tokens,
+        "generation": {name: value for name, value in generation.items() if not callable(value)},
+    }
+    call = Call(model, "collect", asked, {"reduce": reduce}, also="collected")
+    earlier = None if resume is None else resumed(call, resume)
+    if max_new_tokens is not None:
+        settings = (batch_size, device, dtype, reduce, progress, max_new_tokens, generation)
+        return over_generation(model, rows, plan, *settings, call, earlier)
     result = Filling(plan, rows, chosen, single, device, dtype, reduce)
+    if earlier is not None:
+        result.take_over(earlier)
     with (
         left_padded(model.tokenizer),
         bar(len(rows), "collect", progress, "prompt") as shown,
+        call.keeping(lambda: result.collected(model.num_layers, call.record) if result.done else None),
     ):
         for batch in batches(model, rows, batch_size):
-            try:
-                result.put(batch, _one_batch(model, plan, result, batch, remote))
-            except BaseException as error:
-                if result.done:
-                    error.collected = result.collected(model.num_layers)  # type: ignore[attr-defined]
-                    error.add_note(
-                        f"{len(result.done)} of {len(rows)} prompts are finished: see error.collected and its `done`."
-                    )
-                raise
+            left = still_to_run(model, batch, result.done)
+            if left is not None:
+                result.put(left, _one_batch(model, plan, result, left, remote))
             shown.update(len(batch))
     return result.collected(model.num_layers)
+
+
+def _check_generation(remote: Any, positions: Any) -> None:
+    """Raise for arguments that do not go with a generation.
+
+    Raises:
+        ValueError: There are such arguments.
+    """
+    if remote:
+        raise ValueError(
+            "collect() over a generation does not run remotely. Generate first, and collect the values of the "
+            "whole text: prompts and what was generated, as token ids."
+        )
+    if positions is not None:
+        raise ValueError(
+            "positions is for prompts; over a generation, the positions that predicted the new tokens are read."
+        )
+
+
+def resumed(call: Call, resume: Collected | str | Path) -> Collected:
+    """The partial result that a call goes on from.
+
+    Raises:
+        ValueError: It is of another call, or complete.
+        FileNotFoundError: There is no such file.
+    """
+    earlier = resume if isinstance(resume, Collected) else Collected.load(resume)
+    call.check(earlier.run, "what was given as resume" if isinstance(resume, Collected) else str(resume))
+    return earlier
 
 
 def positions_of(model: NamedTransformer, rows: Sequence[Row], positions: Any) -> tuple[list[tuple[int, ...]], bool]:

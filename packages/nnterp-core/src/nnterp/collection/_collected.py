@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -40,6 +40,8 @@ class Collected(Mapping[str, torch.Tensor]):
         generated: For a generation, the new token ids, `[prompts, tokens]`; `positions` are then those that predicted
             them.
         done: Which prompts are filled in; all, unless the run was cut short (see `collect`).
+        sums: Value, with its layer → what "mean" and "sum" have added up so far, if the run was cut short.
+        run: What the run depended on, if it was cut short: `collect(..., resume=...)` compares it.
     """
 
     tensors: dict[str, Tensors]
@@ -50,6 +52,8 @@ class Collected(Mapping[str, torch.Tensor]):
     generated: torch.Tensor | None = None
     done: set[int] = field(default_factory=set, repr=False)
     num_layers: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    run: dict[str, Any] | None = field(default=None, repr=False)
 
     def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
         """A value's tensor; see the class.
@@ -70,6 +74,11 @@ class Collected(Mapping[str, torch.Tensor]):
             )
         return tensor
 
+    def part(self, label: str) -> torch.Tensor:
+        """The tensor of one layer of a value, "layers_output[3]", or of a value that is not per layer, "logits"."""
+        name, _, layer = label.rstrip("]").partition("[")
+        return self[name] if not layer else self[name, int(layer)]
+
     def save(self, path: str | Path) -> None:
         """Write everything to `<path>.safetensors`: tensors, mask, positions and prompts. `Collected.load` reads it.
 
@@ -86,7 +95,9 @@ class Collected(Mapping[str, torch.Tensor]):
             else:
                 contents.update({f"{name}[{layer}]": part for layer, part in tensor.items()})
         contents |= {name: t for name in ("mask", "generated") if (t := getattr(self, name)) is not None}
+        contents |= {f"sum of {label}": total for label, total in self.sums.items()}
         record = {
+            "run": self.run,
             "layers": self.layers,
             "positions": self.positions,
             "rows": [[row.ids, row.text, row.offsets] for row in self.rows],
@@ -115,7 +126,9 @@ class Collected(Mapping[str, torch.Tensor]):
         )
         positions = tuple(tuple(mine) for mine in record["positions"])
         mask, generated = stored.get("mask"), stored.get("generated")
-        return cls(tensors, layers, positions, mask, rows, generated, set(record["done"]), record["num_layers"])
+        sums = {name.removeprefix("sum of "): total for name, total in stored.items() if name.startswith("sum of ")}
+        done, num_layers = set(record["done"]), record["num_layers"]
+        return cls(tensors, layers, positions, mask, rows, generated, done, num_layers, sums, record.get("run"))
 
     def __contains__(self, key: object) -> bool:
         try:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from nnterp.collection._collected import Collected, Tensors
-from nnterp.collection._plan import Plan, Target
+from nnterp.collection._plan import Plan
 from nnterp.collection._reduce import Reduce
 from nnterp.collection._select import Selection
-from nnterp.inputs import Batch, Row
+from nnterp.inputs import Batch, Row, pad
+from nnterp.named_transformer import NamedTransformer
 
 
 class Filling:
@@ -35,6 +36,7 @@ class Filling:
         self.blocks: dict[str, torch.Tensor] = {}
         self.done: set[int] = set()
         self.over_prompts = isinstance(reduce, str)
+        self.summed: tuple[dict[int, torch.Tensor], set[int]] = ({}, set())  # for sums: `filled` and `done`
 
     def pick(self, batch: Batch) -> Selection:
         """Where the positions of this batch's rows stand."""
@@ -54,12 +56,14 @@ class Filling:
 
     def put(self, batch: Batch, taken: dict[int, torch.Tensor]) -> None:
         """Write a batch to where its prompts belong."""
+        if self.over_prompts:
+            totals = {t: self.added(t, read.to(self.device), batch) for t, read in taken.items()}
+            self.summed = totals, self.done | set(batch.indices)  # at once: an interrupt must not come between
+            self.filled, self.done = self.summed
+            return
         indices = torch.tensor(batch.indices, device=self.device)
         for t, read in taken.items():
             target, tensor = self.plan.targets[t], read.to(self.device)
-            if self.over_prompts:
-                self.add(t, target, tensor, batch)
-                continue
             into = self.filled.get(t)
             if into is None:
                 into = self.filled[t] = self.allocate(t, tensor)
@@ -97,34 +101,50 @@ class Filling:
             return block[layers.index(target.layer)]
         return tensor.new_zeros(shape)
 
-    def add(self, t: int, target: Target, tensor: torch.Tensor, batch: Batch) -> None:
-        """Sum over prompts and positions, in double precision."""
+    def added(self, t: int, tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What is summed over prompts and positions so far and in this batch, in double precision."""
         own = [self.chosen[i] for i in batch.indices]
+        axes: tuple[int, ...] = (0,)
+        tensor = tensor.double()
         if not self.single:
             width = max(len(c) for c in own)
             mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own], device=tensor.device)
-            axis = 2 if target.value.is_pattern else 1
+            axis = 2 if self.plan.targets[t].value.is_pattern else 1
             shape = [len(own), *([1] * (tensor.dim() - 1))]
             shape[axis] = width
-            tensor = (tensor.double() * mask.view(shape)).sum((0, axis))
-        else:
-            tensor = tensor.double().sum(0)
-        if t in self.filled and self.filled[t].shape != tensor.shape:
-            big, small = sorted((self.filled[t], tensor), key=lambda x: x.shape[-1], reverse=True)
-            big[..., : small.shape[-1]] += small
-            self.filled[t] = big
-        elif t in self.filled:
-            self.filled[t] += tensor
-        else:
-            self.filled[t] = tensor
+            tensor, axes = tensor * mask.view(shape), (0, axis)
+        tensor, there = tensor.sum(axes), self.filled.get(t)
+        if there is None or there.shape == tensor.shape:
+            return tensor if there is None else there + tensor
+        big, small = sorted((there, tensor), key=lambda x: x.shape[-1], reverse=True)
+        big = big.clone()
+        big[..., : small.shape[-1]] += small
+        return big
 
-    def collected(self, num_layers: int) -> Collected:
-        """The finished result."""
+    def take_over(self, earlier: Collected) -> None:
+        """Fill in what an earlier run had finished."""
+        done = sorted(earlier.done)
+        for t, target in enumerate(self.plan.targets):
+            if self.over_prompts:
+                self.filled[t] = earlier.sums[target.label].to(self.device)
+                continue
+            tensor = earlier.part(target.label).to(self.device)
+            if t not in self.filled:
+                self.filled[t] = self.allocate(t, tensor)
+            self.filled[t][done] = tensor[done]
+        self.done = set(done)
+        self.summed = self.filled, self.done
+
+    def collected(self, num_layers: int, run: dict[str, Any] | None = None) -> Collected:
+        """What is finished; `run` is the record of a call that was cut short."""
+        filled, sums, done = self.filled, {}, self.done
         if self.over_prompts:
-            count = sum(len(c) for c in self.chosen) if self.reduce == "mean" else 1
+            filled, done = self.summed
+            count = sum(len(self.chosen[i]) for i in done) if self.reduce == "mean" else 1
             dtype = self.dtype or torch.float32
-            self.filled = {t: (total / count).to(dtype) for t, total in self.filled.items()}
-        tensors = stacked({(t.value.name, t.layer): self.filled[i] for i, t in enumerate(self.plan.targets)}, self.plan)
+            sums = {self.plan.targets[t].label: total for t, total in filled.items()} if run is not None else {}
+            filled = {t: (total / count).to(dtype) for t, total in filled.items()}
+        tensors = stacked({(t.value.name, t.layer): filled[i] for i, t in enumerate(self.plan.targets)}, self.plan)
         for name, block in self.blocks.items():
             if len(block) == len(self.plan.layers[name]) and self.shares_memory(name, block):
                 tensors[name] = block
@@ -139,8 +159,10 @@ class Filling:
             mask,
             tuple(self.rows),
             None,
-            self.done,
+            set(done),
             num_layers,
+            sums,
+            run,
         )
 
     def shares_memory(self, name: str, block: torch.Tensor) -> bool:
@@ -161,3 +183,11 @@ def stacked(found: dict[tuple[str, int | None], torch.Tensor], plan: Plan) -> di
         alike = len({tuple(part.shape) for part in mine.values()}) == 1
         tensors[name] = torch.stack([mine[layer] for layer in layers]) if alike else mine
     return tensors
+
+
+def still_to_run(model: NamedTransformer, batch: Batch, done: set[int]) -> Batch | None:
+    """A batch without the prompts that an earlier run has finished; None if it has finished all."""
+    left = [k for k, i in enumerate(batch.indices) if i not in done]
+    if len(left) == len(batch):
+        return batch
+    return pad(model, [batch.rows[k] for k in left], tuple(batch.indices[k] for k in left)) if left else None

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from nnterp.collection._collected import Collected
-from nnterp.collection._filling import stacked
+from nnterp.collection._ends import Ends, reads_padding
+from nnterp.collection._filling import still_to_run
+from nnterp.collection._generated import Generated
 from nnterp.collection._plan import Plan
+from nnterp.collection._reduce import Reduce
 from nnterp.generation import check_generation, sequences_of
 from nnterp.inputs import Batch, Row, batches, left_padded
 from nnterp.named_transformer import NamedTransformer
 from nnterp.progress import bar
+from nnterp.resuming import Call
 
 
 def over_generation(
@@ -23,45 +29,67 @@ def over_generation(
     batch_size: int,
     device: str | torch.device,
     dtype: torch.dtype | None,
+    reduce: Reduce,
     progress: bool | None,
     max_new_tokens: int,
     generation: dict[str, Any],
+    call: Call,
+    earlier: Collected | None,
 ) -> Collected:
     """Generate from every row, reading the last position of each step.
 
     Raises:
-        ValueError: A value has no entry per position at each step, or `max_new_tokens` is not positive.
+        ValueError: A value has no entry per position at each step, `max_new_tokens` is not positive, or it is no plain
+            generation (see `Ends`).
     """
     check_generation(max_new_tokens, generation)
+    if generation.get("assistant_model") is not None:
+        raise ValueError("collect() does not follow an assisted generation; leave assistant_model out.")
     patterns = [t.label for t in plan.targets if t.value.is_pattern]
     if patterns:
         raise ValueError(
             f"{patterns[0]} grows with every step of a generation; collect it over the finished text instead."
         )
-    made = _Made(rows, plan, max_new_tokens, _end_tokens(model, generation))
+    made = Generated(rows, plan, max_new_tokens, device, dtype, reduce)
+    if earlier is not None:
+        made.take_over(earlier)
     with (
         left_padded(model.tokenizer),
         bar(len(rows), "collect", progress, "prompt") as shown,
+        call.keeping(lambda: made.collected(model.num_layers, call.record) if made.done else None),
     ):
-        for batch in batches(model, rows, batch_size):
-            answer, steps = _generate(model, plan, batch, device, dtype, max_new_tokens, generation)
-            made.put(batch, answer[:, batch.input_ids.shape[1] :].cpu(), steps)
+        for batch in _batches(model, rows, batch_size, generation):
+            left = still_to_run(model, batch, made.done)
+            if left is not None:
+                made.put(left, *_generate(model, plan, left, made, max_new_tokens, generation))
             shown.update(len(batch))
     return made.collected(model.num_layers)
+
+
+def _batches(model: NamedTransformer, rows: list[Row], batch_size: int, generation: dict[str, Any]) -> Iterator[Batch]:
+    """The rows in batches; rows of one length only if settings of the generation read padding."""
+    if not reads_padding(model._module, generation):
+        yield from batches(model, rows, batch_size)
+        return
+    lengths = sorted({len(row) for row in rows}, reverse=True)
+    for length in lengths:
+        mine = [i for i, row in enumerate(rows) if len(row) == length]
+        for batch in batches(model, [rows[i] for i in mine], batch_size):
+            yield replace(batch, indices=tuple(mine[i] for i in batch.indices))
 
 
 def _generate(
     model: NamedTransformer,
     plan: Plan,
     batch: Batch,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
+    made: Generated,
     max_new_tokens: int,
     generation: dict[str, Any],
-) -> tuple[torch.Tensor, list[dict[int, torch.Tensor]]]:
-    """Token ids of prompts and answers, `[rows, seq]`; and for each step, target → `[rows, ...]`."""
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
+    """The new token ids `[rows, tokens]`, which of them are a row's own, and target → `[rows, tokens, ...]`."""
     width, count = batch.input_ids.shape[1], len(batch)
-    with torch.no_grad(), warnings.catch_warnings():
+    device, dtype = (None, None) if callable(made.reduce) else (made.device, made.dtype)
+    with torch.no_grad(), warnings.catch_warnings(), Ends(model._module) as ends:
         warnings.simplefilter("ignore")  # a loop that every row's end token cuts short is expected
         with model.generate(max_new_tokens=max_new_tokens, **generation) as tracer:
             with tracer.invoke(batch.encoding):
@@ -81,51 +109,10 @@ def _generate(
                     steps.append(taken)
             with tracer.invoke():
                 answer = tracer.result.save()
-    return sequences_of(answer), steps
-
-
-class _Made:
-    """What was generated, and the values at each step, filled in batch by batch."""
-
-    def __init__(self, rows: list[Row], plan: Plan, width: int, ends: set[int]) -> None:
-        self.rows, self.plan, self.width, self.ends = rows, plan, width, ends
-        self.values: dict[int, torch.Tensor] = {}
-        self.tokens = torch.full((len(rows), width), -1, dtype=torch.long)
-        self.mask = torch.zeros(len(rows), width, dtype=torch.bool)
-
-    def put(self, batch: Batch, tokens: torch.Tensor, steps: list[dict[int, torch.Tensor]]) -> None:
-        """Write a batch to where its prompts belong."""
-        index = torch.tensor(batch.indices)
-        self.tokens[index, : tokens.shape[1]] = tokens
-        self.mask[index] = _real(tokens, self.ends, self.width)
-        for step, taken in enumerate(steps):
-            for t, tensor in taken.items():
-                if t not in self.values:
-                    self.values[t] = tensor.new_zeros(len(self.rows), self.width, *tensor.shape[1:])
-                into = self.values[t]
-                into[index.to(into.device), step] = tensor
-
-    def collected(self, num_layers: int) -> Collected:
-        """The finished result."""
-        longest = int(self.mask.sum(1).max())
-        tokens, mask = self.tokens[:, :longest], self.mask[:, :longest]
-        found = {}
-        for t, target in enumerate(self.plan.targets):
-            whole = self.values[t][:, :longest]
-            shape = (*mask.shape, *([1] * (whole.dim() - 2)))
-            found[target.value.name, target.layer] = whole.masked_fill(~mask.to(whole.device).view(shape), 0)
-        ends = [len(row) - 1 for row in self.rows]
-        positions = tuple(tuple(range(end, end + int(m.sum()))) for end, m in zip(ends, mask, strict=True))
-        return Collected(
-            stacked(found, self.plan),
-            self.plan.layers,
-            positions,
-            mask,
-            tuple(self.rows),
-            tokens.masked_fill(~mask, -1),
-            set(range(len(self.rows))),
-            num_layers,
-        )
+    tokens = sequences_of(answer)[:, width:].cpu()
+    new = tokens.shape[1]
+    values = {t: torch.stack([step[t] for step in steps[:new]], dim=1) for t in range(len(plan.targets))}
+    return tokens, ends.own(new), values
 
 
 def last(tensor: torch.Tensor, rows: int, label: str, axes: int, length: int) -> torch.Tensor:
@@ -141,21 +128,3 @@ def last(tensor: torch.Tensor, rows: int, label: str, axes: int, length: int) ->
             f"where a token was predicted from. Collect over the finished text instead."
         )
     return tensor[:, -1].clone()
-
-
-def _end_tokens(model: NamedTransformer, generation: dict[str, Any]) -> set[int]:
-    given = generation.get(
-        "eos_token_id", getattr(getattr(model._module, "generation_config", None), "eos_token_id", None)
-    )
-    if given is None:
-        return set()
-    return {given} if isinstance(given, int) else set(given)
-
-
-def _real(made: torch.Tensor, ends: set[int], width: int) -> torch.Tensor:
-    """Which new tokens are a row's own: up to and with its end token."""
-    mask = torch.zeros(made.shape[0], width, dtype=torch.bool)
-    for i, row in enumerate(made.tolist()):
-        stop = next((k + 1 for k, token in enumerate(row) if token in ends), len(row))
-        mask[i, :stop] = True
-    return mask

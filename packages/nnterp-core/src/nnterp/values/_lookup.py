@@ -293,9 +293,11 @@ def _contribution(facts: Facts, module: nn.Module, value: Value, layer: int) -> 
     terms = contribution.terms
     if part is not None and part.leaves and [term.path for term in terms] == [part.end]:
         return _exit_inside(facts, layer, role)
-    beside = part is not None and facts.anatomy.blocks[layer].mixer != part
-    if role == "self_attn" and len(terms) > 1 and part is not None and beside:  # two mixers side by side
-        terms = tuple(t for t in terms if t.path == part.exit or t.path.startswith(f"{part.path}.")) or terms
+    if role == "self_attn" and facts.anatomy.blocks[layer].mixer != part:  # two mixers: the attention's terms are last
+        terms = terms[1:]
+        if not terms:
+            reason = "its attention writes into its other mixer, and not into the stream"
+            raise _missing(facts, layer, value.name, reason)
     found = facts.inside
     pairs = [(found.exits.get(term.path, term.path), term.scale) for term in terms]
     pairs.sort(key=lambda pair: found.ticks.get((pair[0], (), "output"), 0))

@@ -13,12 +13,14 @@ from nnterp.defaults import plain_defaults
 from nnterp.indices import integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
-from nnterp.interventions._engine import Cell, Shortcuts, axes_of, positions_axis, sweep
+from nnterp.interventions._engine import Cell, Kept, Shortcuts, axes_of, positions_axis, sweep
 from nnterp.interventions._metrics import bind_some, by_prompt, kl_divergence, metric_name, scored
+from nnterp.interventions._partial import DONE, Resume, cells_of, held_of, ids_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import BatchSize, bar, check_batch_size
 from nnterp.interventions._states import states_of
+from nnterp.resuming import Call
 from nnterp.values import get_value
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def ablate(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     remote: Any = False,
+    resume: Resume = None,
 ) -> AblationResult:
     """Run each prompt once for each component, with the component replaced by zero, its mean or another prompt's.
 
@@ -70,6 +73,8 @@ def ablate(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         remote: Run on the remote service, the metric included.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `scores` `[prompts, components]` and `baseline` `[prompts]`, float32, on the CPU.
@@ -78,6 +83,9 @@ def ablate(
         ValueError: `what` is empty, `how` is not one of its choices, or no reference prompt is long enough.
         Unavailable: The model, or a layer, does not have a value.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done` is False.
     """
     model.require_no_trace("ablate()")
     check_batch_size(batch_size)
@@ -89,30 +97,83 @@ def ablate(
     cases = _cases(model, what)
     shortcuts = proven_shortcuts(model, remote)
     others = None if reference is None else encode(model, reference)
-    fillings = _fillings(model, encoded, others, cases, how, seed, shortcuts, remote)
     metric = kl_divergence() if metric is None else metric
-    scores, baseline = torch.empty(len(encoded), len(cases)), torch.empty(len(encoded))
-    with bar(len(encoded) * len(cases), "ablation", progress) as shown:
+    asked = {
+        "prompts": ids_of(encoded, others or []),
+        "components": [[(c.value, c.layer, c.heads, c.positions) for c in case] for case in cases],
+        "how": how,
+        "seed": seed,
+    }
+    call = Call(model, "ablate", asked, {"metric": metric})
+    about = describe_run(model, "ablate", how=how, metric=metric_name(metric), seed=seed)
+    run = _Ablations(model, encoded, cases, shortcuts, about, resumed(call, resume))
+    with bar(run.scores.numel(), "ablation", progress) as shown, call.keeping(lambda: run.partial(call)):
+        fillings = _fillings(model, encoded, others, cases, how, seed, shortcuts, remote)
         for start in range(0, len(encoded), PROMPTS):
             chosen = range(start, min(start + PROMPTS, len(encoded)))
-            some = [encoded[i] for i in chosen]
-            _, logits = states_of(model, some, [], shortcuts, remote)
-            bound = bind_some(metric, model, len(encoded), logits, chosen)
-            baseline[list(chosen)] = by_prompt(bound, logits, list(range(len(some))))
-            cells = _cells(model, some, cases, fillings(chosen), start)
-            options: dict[str, Any] = {"remote": remote, "batch_size": batch_size, "progress": False}
-            found = sweep(model, some, cells, scored(bound, cells), shortcuts, **options)["scores"]
-            scores[list(chosen)] = found.view(len(some), len(cases))
-            shown.update(len(cells))
-    return AblationResult(
-        {"scores": scores, "baseline": baseline},
-        {"scores": ("prompts", "components"), "baseline": ("prompts",)},
-        {
-            "prompts": prompt_labels(encoded, model),
-            "components": tuple(" and ".join(str(c) for c in case) for case in cases),
-        },
-        about=describe_run(model, "ablate", how=how, metric=metric_name(metric), seed=seed),
-    )
+            if not run.done[list(chosen)].all() or held_of(run.earlier, (start,)):
+                run.some(chosen, fillings(chosen), metric, remote=remote, batch_size=batch_size)
+            shown.update(len(chosen) * len(cases))
+    return run.result()
+
+
+class _Ablations:
+    """The runs of a call of `ablate`, and their metrics.
+
+    Attributes:
+        scores, done: The metric of each run, `[prompts, components]`, and whether it is there.
+        baseline: The metric of the unedited runs, `[prompts]`.
+    """
+
+    def __init__(
+        self,
+        model: StandardizedTransformer,
+        prompts: list[Row],
+        cases: list[list[Component]],
+        shortcuts: Shortcuts,
+        about: dict[str, Any],
+        earlier: Result | None,
+    ) -> None:
+        self.model, self.prompts, self.cases, self.shortcuts, self.about = model, prompts, cases, shortcuts, about
+        self.scores = torch.full((len(prompts), len(cases)), float("nan"))
+        self.baseline = torch.full((len(prompts),), float("nan"))
+        self.done = torch.zeros(self.scores.shape, dtype=torch.bool)
+        self.earlier, self.last = earlier, (Kept(), (0,))  # what is kept of the sweep that runs, and which it is
+        if earlier is not None:
+            self.scores, self.baseline = earlier["scores"].clone(), earlier["baseline"].clone()
+            self.done = earlier[DONE].clone()
+
+    def some(self, chosen: range, filling: Filling, metric: Any, **options: Any) -> None:
+        """The runs of some prompts."""
+        own, some = list(chosen), [self.prompts[i] for i in chosen]
+        _, logits = states_of(self.model, some, [], self.shortcuts, options["remote"])
+        bound = bind_some(metric, self.model, len(self.prompts), logits, chosen)
+        self.baseline[own] = by_prompt(bound, logits, list(range(len(some))))
+        cells = _cells(self.model, some, self.cases, filling, chosen.start)
+        done = set(self.done[own].flatten().nonzero()[:, 0].tolist())
+        kept = Kept({"scores": self.scores[own].flatten()}, done, held_of(self.earlier, (chosen.start,)))
+        self.last = kept, (chosen.start,)
+        try:
+            sweep(self.model, some, cells, scored(bound, cells), self.shortcuts, kept=kept, progress=False, **options)
+        finally:
+            found, finished = cells_of(kept, len(some), len(self.cases))
+            self.scores[own], self.done[own] = found["scores"], finished
+
+    def result(self) -> AblationResult:
+        """The scores with labels."""
+        return AblationResult(
+            {"scores": self.scores, "baseline": self.baseline},
+            {"scores": ("prompts", "components"), "baseline": ("prompts",)},
+            {
+                "prompts": prompt_labels(self.prompts, self.model),
+                "components": tuple(" and ".join(str(c) for c in case) for case in self.cases),
+            },
+            about=self.about,
+        )
+
+    def partial(self, call: Call) -> Result:
+        """What is computed so far."""
+        return unfinished(call, self.result, self.done, ("prompts", "components"), *self.last)
 
 
 def _cases(model: StandardizedTransformer, what: Any) -> list[list[Component]]:

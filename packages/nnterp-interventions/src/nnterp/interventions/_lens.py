@@ -13,13 +13,17 @@ from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, encode, forward_flags
+from nnterp.interventions._inverse import INVERSE, inverse_logits, split_inverse
 from nnterp.interventions._layers import layers_of
+from nnterp.interventions._lens_run import LensRun
+from nnterp.interventions._partial import Resume, ids_of, resumed
 from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
 from nnterp.interventions._tokens import groups_per_prompt
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import Positions, per_prompt, plain_positions, resolve
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -55,7 +59,8 @@ def logit_lens(
     entropy: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | LensResult:
+    resume: Resume = None,
+) -> torch.Tensor | LensResult | tuple[torch.Tensor, torch.Tensor] | tuple[LensResult, LensResult]:
     """Next-token probabilities of each prompt, read at the output of every layer.
 
     The hidden state goes through everything that the model itself does after its last layer
@@ -67,7 +72,8 @@ def logit_lens(
         model: The model.
         prompts: A text, or a list; anything that `nnterp.inputs.encode` takes.
         remote: Run on a remote service.
-        return_inv_logits: Also return the probabilities read from the negated hidden state.
+        return_inv_logits: Also return the same of the inverse logits: the head is given the negative of what it is
+            given otherwise, `-ln_final(hidden)`. A softcap or a scale after the head is applied to what it returns.
         layers: The layer or layers; all if None.
         positions: Where to read, over each prompt's own tokens, as in `model.collect`; the last token if None.
         targets: Return only the probabilities of these tokens (ids, or texts of one token): one token for all prompts,
@@ -78,17 +84,23 @@ def logit_lens(
         entropy: Return the entropy of the distribution, in nats.
         batch_size: Prompts in one forward pass; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN
-        where a shorter prompt has no such position). With `return_inv_logits` a pair of these. With `targets` alone the
-        last axis is targets instead of the vocabulary. With `top_k`, `ranks` or `entropy` a `LensResult`.
+        where a shorter prompt has no such position). With `targets` alone the last axis is targets instead of the
+        vocabulary. With `top_k`, `ranks` or `entropy` a `LensResult`. With `return_inv_logits` a pair: this, and the
+        same of the inverse logits.
 
     Raises:
         IndexError: There is no such layer or position.
         ValueError: There are no prompts, targets do not fit them, or `ranks` is asked for without `targets`.
         InsideTraceError: Called inside a trace of the same model.
         Unavailable: What this model does after its last layer is not proven.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done`, `[prompts]`, is False.
     """
     model.require_no_trace("logit_lens()")
     encoded = encode(model, prompts)
@@ -106,15 +118,24 @@ def logit_lens(
     check_batch_size(batch_size)
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
-    tensors = _run(model, encoded, chosen, where, reduction, remote, batch_size, progress)
+    asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
+    settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}
+    call = Call(model, "logit_lens", {"prompts": ids_of(encoded), "layers": chosen, "top_k": top_k, **settings})
+    found = LensRun(resumed(call, resume), prompt_labels(encoded, model), chosen)
+    with call.keeping(lambda: found.partial(call, describe_run(model, "logit_lens", **asked))):
+        _run(model, encoded, chosen, where, reduction, remote, batch_size, progress, found)
+    tensors = found.whole
     if positions is None:
         tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
-    if reduced and top_k is None and not ranks and not entropy:
-        return tensors["target_probs"]
-    if not reduced:
-        return (tensors["probs"], tensors["inverse"]) if return_inv_logits else tensors["probs"]
-    about = describe_run(model, "logit_lens", layers=chosen, positions=plain, targets=targets, top_k=top_k)
-    return _result(model, encoded, chosen, None if positions is None else where, tensors, ids, about)
+    readings = [tensors] if not return_inv_logits else split_inverse(tensors)
+    if not reduced or (top_k is None and not ranks and not entropy):
+        name = "target_probs" if reduced else "probs"
+        return readings[0][name] if not return_inv_logits else (readings[0][name], readings[1][name])
+    results = []
+    for inverse, own in enumerate(readings):
+        about = describe_run(model, "logit_lens", **asked, **({"inverse": True} if inverse else {}))
+        results.append(_result(model, encoded, chosen, None if positions is None else where, own, ids, about))
+    return (results[0], results[1]) if return_inv_logits else results[0]
 
 
 logit_lens.reduces_targets = True  # read by nnterp.prompts: this lens takes `targets`
@@ -132,11 +153,12 @@ def logit_lens_table(
     remote: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    resume: Resume = None,
 ) -> LensResult:
     """The logit lens at every layer and position, reduced to the numbers that a table or a figure shows.
 
     Args:
-        model, prompts, layers, remote, batch_size, progress: As in `logit_lens`.
+        model, prompts, layers, remote, batch_size, progress, resume: As in `logit_lens`.
         top_k: Most probable tokens to keep.
         positions: Where to read, over each prompt's own tokens; all if None.
         targets: Tokens whose probabilities and ranks to keep.
@@ -157,6 +179,7 @@ def logit_lens_table(
         entropy=True,
         batch_size=batch_size,
         progress=progress,
+        resume=resume,
     )
     assert isinstance(result, LensResult)
     return result
@@ -196,17 +219,21 @@ def _run(
     remote: bool,
     batch_size: BatchSize,
     progress: bool | None,
-) -> dict[str, torch.Tensor]:
-    """Every reduced tensor as `[prompts, layers, positions, ...]`, NaN or -1 where a prompt has fewer positions."""
+    run: LensRun,
+) -> None:
+    """Fill in the tensors, `[prompts, layers, positions, ...]`, NaN or -1 where a prompt has fewer positions."""
     model.prepare(remote)
     width = max(len(w) for w in where)
     order = sorted(set(layers))
     back = None if order == layers else torch.tensor([order.index(layer) for layer in layers])
-    whole: dict[str, torch.Tensor] = {}
+    whole, finished = run.whole, frozenset(run.done)
 
     def step(batch: Batch) -> None:
         spots = _spots(batch, where)
+        if finished.issuperset(batch.indices):
+            return
         if not len(spots.row):
+            run.done.update(batch.indices)
             return
         found = _read(model, batch, order, spots, reduction, remote)
         complete = torch.equal(spots.prompt * width + spots.place, torch.arange(len(prompts) * width))
@@ -222,9 +249,9 @@ def _run(
                 shape = (len(prompts), len(layers), width, *tensor.shape[2:])
                 whole[name] = torch.full(shape, gap, dtype=tensor.dtype)
             whole[name][spots.prompt[:, None], torch.arange(len(layers))[None], spots.place[:, None]] = tensor
+        run.done.update(batch.indices)
 
     in_batches(model, prompts, batch_size, step, "logit lens", progress)
-    return whole
 
 
 def _read(
@@ -257,7 +284,8 @@ def _read_out(
         some = flat[start : start + most]
         part = reduction(model.project_on_vocab(some).float(), prompts[start : start + most])
         if reduction.inverse:
-            part["inverse"] = model.project_on_vocab(-some).float().softmax(-1)
+            inverse = reduction(inverse_logits(model, some).float(), prompts[start : start + most])
+            part.update({INVERSE + name: tensor for name, tensor in inverse.items()})
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -11,15 +11,18 @@ import torch
 from nnterp.arguments import listed
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
-from nnterp.interventions._engine import Cell, sweep
+from nnterp.inputs import Row
+from nnterp.interventions._engine import Cell, Kept, sweep
 from nnterp.interventions._grid import Grid
-from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
+from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._pairs import Direction, encode_pairs
+from nnterp.interventions._partial import DONE, Resume, held_of, ids_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import BatchSize, bar, check_batch_size
 from nnterp.interventions._states import states_of
 from nnterp.positions import Positions
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -61,6 +64,7 @@ def activation_patching(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     remote: Any = False,
+    resume: Resume = None,
 ) -> PatchingResult:
     """Run one prompt once for each layer, position or head, with that activation replaced by another prompt's.
 
@@ -85,6 +89,8 @@ def activation_patching(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         remote: Run on the remote service, the metric included; the activations to patch in are fetched first.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `scores` with the axes prompts, values (if several), layers, heads (if given) and positions (unless "all"),
@@ -95,6 +101,9 @@ def activation_patching(
         IndexError: There is no such layer, head or position (the prompt's tokens are shown).
         Unavailable: The model, or a layer that was named, does not have the value.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done` is False.
     """
     model.require_no_trace("activation_patching()")
     check_batch_size(batch_size)
@@ -103,24 +112,56 @@ def activation_patching(
     names = [values] if isinstance(values, str) else listed(values, "values", "the name of a value, or several")
     if not names:
         raise ValueError("values is empty; give the name of a value, or several.")
-    run = _Patching(model, Grid(model, pairs, names, layers, positions, heads), metric, batch_size, remote)
-    with bar(run.scores.numel(), "activation patching", progress) as shown:
+    grid = Grid(model, pairs, names, layers, positions, heads)
+    asked = {
+        "prompts": ids_of(pairs.clean, pairs.corrupted),
+        "values": names,
+        "layers": grid.layers,
+        "heads": grid.units,
+        "positions": grid.where,
+        "direction": direction,
+    }
+    call = Call(model, "activation_patching", asked, {"metric": metric})
+    run = _Patching(model, grid, metric, batch_size, remote, resumed(call, resume))
+    with bar(run.scores.numel(), "activation patching", progress) as shown, call.keeping(lambda: run.partial(call)):
         for start in range(0, len(pairs), PAIRS):
             run.some(range(start, min(start + PAIRS, len(pairs))), shown)
     return run.result()
 
 
 class _Patching:
-    """The runs of a call of `activation_patching`, and their metrics."""
+    """The runs of a call of `activation_patching`, and their metrics.
+
+    Attributes:
+        scores, done: The metric of each cell, `[prompts, values, layers, heads, positions]`, and whether it is there;
+            cells that do not exist are done.
+        ends: The metric of the run patched from and of the run patched into, `[2, prompts]`.
+    """
 
     def __init__(
-        self, model: StandardizedTransformer, grid: Grid, metric: Any, batch_size: BatchSize, remote: Any
+        self,
+        model: StandardizedTransformer,
+        grid: Grid,
+        metric: Any,
+        batch_size: BatchSize,
+        remote: Any,
+        earlier: Result | None = None,
     ) -> None:
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.batch_size, self.remote = batch_size, remote
         self.shortcuts = proven_shortcuts(model, remote)
         self.scores = torch.full((len(self.pairs), *grid.shape), torch.nan, dtype=torch.float32)
-        self.clean, self.corrupted = torch.empty(len(self.pairs)), torch.empty(len(self.pairs))
+        self.done = torch.zeros(self.scores.shape, dtype=torch.bool)
+        for i, columns in enumerate(grid.where):
+            self.done[i, ..., len(columns) :] = True
+        self.clean, self.corrupted = (torch.full((len(self.pairs),), torch.nan, dtype=torch.float32) for _ in range(2))
+        self.ended = torch.zeros(len(self.pairs), dtype=torch.bool)
+        self.earlier, self.last = earlier, (Kept(), (0, 0))  # what is kept of the sweep that runs, and which it is
+        if earlier is not None:
+            self.scores = earlier["scores"].view(self.scores.shape).clone()
+            self.done = earlier[DONE].view(self.done.shape).clone()
+            self.clean, self.corrupted = earlier["clean"].clone(), earlier["corrupted"].clone()
+            self.ended = (self.corrupted if self.pairs.denoising else self.clean).isnan().logical_not()
 
     def some(self, chosen: range, shown: Any) -> None:
         """The cells of some pairs, one value at a time."""
@@ -128,27 +169,51 @@ class _Patching:
         into, source = [pairs.into[i] for i in chosen], [pairs.source[i] for i in chosen]
         bound: Any = None
         for v, name in enumerate(self.grid.names):
+            finished = bool(self.done[list(chosen), v].all()) and (v > 0 or bool(self.ended[list(chosen)].all()))
+            if finished and not held_of(self.earlier, (chosen.start, v)):
+                shown.update(self.done[list(chosen), v].numel())
+                continue
             keys = [(name, layer) for layer in self.grid.layers]
             states, source_logits = states_of(model, source, keys, shortcuts, remote)
-            cells: list[Cell] = []
             if bound is None:
                 clean = source_logits if pairs.denoising else states_of(model, into, [], shortcuts, remote)[1]
                 bound = bind_some(self.metric, model, len(pairs), clean, chosen)
                 from_scores = self.clean if pairs.denoising else self.corrupted
                 from_scores[list(chosen)] = by_prompt(bound, source_logits, list(range(len(chosen))))
-                cells += [Cell(k, ()) for k in range(len(chosen))]  # the runs patched into, unedited
-            unedited, places = len(cells), []
+            # The runs patched into, unedited, are the first cells of the first value.
+            cells = [Cell(k, ()) for k in range(len(chosen))] if v == 0 else []
+            places: list[tuple[int, ...]] = []
             for k, i in enumerate(chosen):
                 for place, cell in self.grid.cells(i, k, name, states[k], shortcuts):
                     cells.append(cell)
                     places.append((i, v, *place))
-            options: dict[str, Any] = {"remote": remote, "batch_size": self.batch_size, "progress": False}
-            found = sweep(model, into, cells, scored(bound, cells), shortcuts, **options)["scores"]
-            if unedited:
-                into_scores = self.corrupted if pairs.denoising else self.clean
-                into_scores[list(chosen)] = found[:unedited]
-            self.scores[tuple(torch.tensor(places).T)] = found[unedited:]
+            self.last = Kept(held=held_of(self.earlier, (chosen.start, v))), (chosen.start, v)
+            self.run(into, chosen, cells, places, bound)
             shown.update(len(places))
+
+    def run(
+        self, into: list[Row], chosen: range, cells: list[Cell], places: list[tuple[int, ...]], bound: Bound
+    ) -> None:
+        """Run the cells of one value that are not done: one unedited for each pair or none, then those at `places`."""
+        unedited, at = len(cells) - len(places), tuple(torch.tensor(places).T)
+        ends, own = self.corrupted if self.pairs.denoising else self.clean, list(chosen)[:unedited]
+        done = torch.cat([self.ended[own], self.done[at]])
+        kept, _ = self.last
+        kept.results["scores"] = torch.cat([ends[own], self.scores[at]])
+        kept.done.update(done.nonzero()[:, 0].tolist())
+        options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
+        try:
+            sweep(self.model, into, cells, scored(bound, cells), self.shortcuts, kept=kept, **options)
+        finally:
+            found = kept.results["scores"]
+            done[list(kept.done)] = True
+            ends[own], self.ended[own] = found[:unedited], done[:unedited]
+            self.scores[at], self.done[at] = found[unedited:], done[unedited:]
+
+    def partial(self, call: Call) -> Result:
+        """What is computed so far."""
+        done, axes, *_ = self.grid.labelled(self.done)
+        return unfinished(call, self.result, done, axes, *self.last)
 
     def result(self) -> PatchingResult:
         """The scores with labels."""

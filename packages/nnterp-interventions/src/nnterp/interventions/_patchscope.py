@@ -14,8 +14,9 @@ from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Row, encode
-from nnterp.interventions._engine import Cell, Edit, Reduce, sweep
+from nnterp.interventions._engine import Cell, Edit, Kept, Reduce, sweep
 from nnterp.interventions._layers import layers_of
+from nnterp.interventions._partial import Resume, cells_of, ids_of, kept_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, vocabulary_of
@@ -24,6 +25,7 @@ from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -51,6 +53,7 @@ def patchscope_lens(
     layer_to_patch: Indices = None,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    resume: Resume = None,
 ) -> torch.Tensor:
     """Next-token probabilities of a target prompt in which one hidden state is replaced by a source prompt's.
 
@@ -68,6 +71,8 @@ def patchscope_lens(
         layer_to_patch: Another name of `layers`.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `[sources, layers, vocab]`, float32, on the CPU.
@@ -77,20 +82,14 @@ def patchscope_lens(
         IndexError: There is no such layer, or a target prompt has no such position (its tokens are shown).
         ShapeError: `latents` is not `[layers, sources, hidden]`.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done` is False.
     """
-    _, found = _patchscope(
-        model,
-        "patchscope_lens()",
-        source_prompts,
-        target_patch_prompts,
-        _one_of(layers, layer_to_patch),
-        latents,
-        remote,
-        Reduction(probs=True),
-        batch_size,
-        progress,
-    )
-    return found["probs"]
+    layers = _one_of(layers, layer_to_patch)
+    reduction = Reduction(probs=True)
+    run = _Patchscope(model, "patchscope_lens", source_prompts, target_patch_prompts, layers, latents, remote)
+    return run.found(reduction, {"reduction": "probs"}, resume, batch_size, progress)["probs"]
 
 
 @takes_nnsight_models
@@ -105,46 +104,24 @@ def patchscope_table(
     remote: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    resume: Resume = None,
 ) -> PatchscopeResult:
     """`patchscope_lens`, reduced inside the model to the `top_k` most probable tokens, with labels.
 
     Args:
-        model, source_prompts, target_patch_prompts, layers, remote, batch_size, progress: As in `patchscope_lens`.
+        model, source_prompts, target_patch_prompts, layers: As in `patchscope_lens`.
+        remote, batch_size, progress, resume: As in `patchscope_lens`.
         top_k: Number of most probable tokens to keep.
 
     Returns:
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
     """
     top_k = count(top_k, "top_k", 1, model.vocab_size)
-    reduction = Reduction(top_k=top_k)
-    chosen = layers_of(model, layers)
-    sources, found = _patchscope(
-        model,
-        "patchscope_table()",
-        source_prompts,
-        target_patch_prompts,
-        chosen,
-        None,
-        remote,
-        reduction,
-        batch_size,
-        progress,
-    )
-    axes = ("prompts", "layers", "top")
-    labels = {
-        "prompts": prompt_labels(sources, model),
-        "layers": tuple(chosen),
-        "top": tuple(range(top_k)),
-    }
+    run = _Patchscope(model, "patchscope_table", source_prompts, target_patch_prompts, layers, None, remote)
+    found = run.found(Reduction(top_k=top_k), {"top_k": top_k}, resume, batch_size, progress)
     targets = repeat_prompt() if target_patch_prompts is None else target_patch_prompts
-    tensors = {name: found[name] for name in ("top_probs", "top_ids")}
-    return PatchscopeResult(
-        tensors,
-        dict.fromkeys(tensors, axes),
-        labels,
-        vocabulary=vocabulary_of(model, tensors["top_ids"]),
-        about=describe_run(model, "patchscope_table", target_patch_prompts=repr(targets), top_k=top_k),
-    )
+    about = describe_run(model, "patchscope_table", target_patch_prompts=repr(targets), top_k=top_k)
+    return labelled(model, {name: found[name] for name in ("top_probs", "top_ids")}, run.labels(), about)
 
 
 @takes_nnsight_models
@@ -159,6 +136,7 @@ def patch_object_attn_lens(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     remote: bool = False,
+    resume: Resume = None,
 ) -> torch.Tensor:
     """Next-token probabilities of target prompts whose attention reads a source's last token at one position.
 
@@ -174,6 +152,8 @@ def patch_object_attn_lens(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         remote: Run on a remote service.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `[targets, layers, vocab]`, float32, on the CPU; the layer is the first one that is patched.
@@ -183,6 +163,9 @@ def patch_object_attn_lens(
         IndexError: A target prompt has no such position (its tokens are shown).
         Unavailable: A layer of the model has no attention.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done` is False.
     """
     model.require_no_trace("patch_object_attn_lens()")
     num_patches = count(num_patches, "num_patches")
@@ -191,6 +174,9 @@ def patch_object_attn_lens(
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
     at = [resolve(model, target, attn_idx_patch, f"target prompt {i}") for i, target in enumerate(targets)]
     layers = list(range(model.num_layers))
+    asked = {"prompts": ids_of(sources, targets), "positions": at, "num_patches": num_patches}
+    call = Call(model, "patch_object_attn_lens", asked)
+    kept = kept_of(resumed(call, resume))
     states = last_states(model, sources, layers, "attentions_input", remote, batch_size, False)
     cells = []
     for i in range(len(targets)):
@@ -199,62 +185,120 @@ def patch_object_attn_lens(
             patched = range(layer, min(model.num_layers, layer + num_patches))
             edits = tuple(Edit("attentions_input", other, at[i], states[other, source]) for other in patched)
             cells.append(Cell(i, edits))
-    found = sweep(
-        model,
-        targets,
-        cells,
-        _reducing(Reduction(probs=True)),
-        proven_shortcuts(model, remote),
-        remote=remote,
-        batch_size=batch_size,
-        progress=progress,
-        what="attention patchscope",
-    )
-    return found["probs"].unflatten(0, (len(targets), len(layers)))
+    labels = {"prompts": prompt_labels(targets, model), "layers": tuple(layers)}
+    with call.keeping(lambda: partial_grid(model, call, kept, labels)):
+        sweep(
+            model,
+            targets,
+            cells,
+            _reducing(Reduction(probs=True)),
+            proven_shortcuts(model, remote),
+            remote=remote,
+            batch_size=batch_size,
+            progress=progress,
+            what="attention patchscope",
+            kept=kept,
+        )
+    return kept.results["probs"].unflatten(0, (len(targets), len(layers)))
 
 
-def _patchscope(
+class _Patchscope:
+    """The runs of a patchscope: each source and layer written into its target prompt.
+
+    Attributes:
+        sources: The source prompts; empty if latents were given.
+        layers: The layers that are patched.
+        count: Number of sources.
+    """
+
+    def __init__(
+        self,
+        model: StandardizedTransformer,
+        function: str,
+        source_prompts: Any,
+        target_patch_prompts: Targets,
+        layers: Indices,
+        latents: torch.Tensor | None,
+        remote: bool,
+    ) -> None:
+        model.require_no_trace(f"{function}()")
+        if (source_prompts is None) == (latents is None):
+            raise ValueError(f"{function}(): give either source_prompts or latents, to say what is patched in.")
+        self.model, self.function, self.remote = model, function, remote
+        self.layers = layers_of(model, layers)
+        self.sources = [] if source_prompts is None else encode(model, source_prompts)
+        self.latents = None if latents is None else _checked_latents(model, latents, self.layers)
+        self.count = len(self.sources) if self.latents is None else self.latents.shape[1]
+        self.targets, self.at = _encode_targets(model, target_patch_prompts, self.count)
+
+    def found(
+        self, reduction: Reduction, kind: dict[str, Any], resume: Resume, batch_size: BatchSize, progress: bool | None
+    ) -> dict[str, torch.Tensor]:
+        """For each tensor of `reduction`, which `kind` describes, `[sources, layers, ...]`."""
+        model, remote = self.model, self.remote
+        asked = {"prompts": ids_of(self.sources, self.targets), "positions": self.at, "layers": self.layers, **kind}
+        call = Call(model, self.function, {**asked, "latents": self.latents})
+        kept = kept_of(resumed(call, resume))
+        latents = self.latents
+        if latents is None:
+            latents = last_states(model, self.sources, self.layers, "layers_output", remote, batch_size, False)
+        distinct = list({target.ids: target for target in self.targets}.values())
+        place = {target.ids: i for i, target in enumerate(distinct)}
+        cells = [
+            Cell(place[self.targets[source].ids], (Edit("layers_output", layer, self.at[source], latents[k, source]),))
+            for source in range(self.count)
+            for k, layer in enumerate(self.layers)
+        ]
+        with call.keeping(lambda: partial_grid(model, call, kept, self.labels())):
+            sweep(
+                model,
+                distinct,
+                cells,
+                _reducing(reduction),
+                proven_shortcuts(model, remote),
+                remote=remote,
+                batch_size=batch_size,
+                progress=progress,
+                what="patchscope",
+                kept=kept,
+            )
+        return {name: tensor.unflatten(0, (self.count, len(self.layers))) for name, tensor in kept.results.items()}
+
+    def labels(self) -> dict[str, tuple[Any, ...]]:
+        """Labels of the sources and layers."""
+        sources = prompt_labels(self.sources, self.model) if self.sources else tuple(range(self.count))
+        return {"prompts": sources, "layers": tuple(self.layers)}
+
+
+_LAST = {"probs": "vocabulary", "top_probs": "top", "top_ids": "top"}
+
+
+def labelled(
     model: StandardizedTransformer,
-    function: str,
-    source_prompts: Any,
-    target_patch_prompts: Targets,
-    layers: Indices,
-    latents: torch.Tensor | None,
-    remote: bool,
-    reduction: Reduction,
-    batch_size: BatchSize,
-    progress: bool | None,
-) -> tuple[list[Row], dict[str, torch.Tensor]]:
-    """The encoded sources, and for each tensor of `reduction` `[sources, layers, ...]`."""
-    model.require_no_trace(function)
-    if (source_prompts is None) == (latents is None):
-        raise ValueError(f"{function}: give either source_prompts or latents, to say what is patched in.")
-    chosen = layers_of(model, layers)
-    sources = [] if source_prompts is None else encode(model, source_prompts)
-    latents = None if latents is None else _checked_latents(model, latents, chosen)
-    count = len(sources) if latents is None else latents.shape[1]
-    targets, at = _encode_targets(model, target_patch_prompts, count)
-    if latents is None:
-        latents = last_states(model, sources, chosen, "layers_output", remote, batch_size, False)
-    distinct = list({target.ids: target for target in targets}.values())
-    place = {target.ids: i for i, target in enumerate(distinct)}
-    cells = [
-        Cell(place[targets[source].ids], (Edit("layers_output", layer, at[source], latents[k, source]),))
-        for source in range(count)
-        for k, layer in enumerate(chosen)
-    ]
-    found = sweep(
-        model,
-        distinct,
-        cells,
-        _reducing(reduction),
-        proven_shortcuts(model, remote),
-        remote=remote,
-        batch_size=batch_size,
-        progress=progress,
-        what="patchscope",
+    tensors: dict[str, torch.Tensor],
+    labels: dict[str, tuple[Any, ...]],
+    about: dict[str, Any],
+) -> PatchscopeResult:
+    """Tensors `[prompts, layers, top]` or `[prompts, layers, vocabulary]` with labels."""
+    last = {_LAST[name]: tuple(range(tensor.shape[-1])) for name, tensor in tensors.items()}
+    return PatchscopeResult(
+        dict(tensors),
+        {name: ("prompts", "layers", _LAST[name]) for name in tensors},
+        {**labels, **last},
+        vocabulary=vocabulary_of(model, tensors["top_ids"]) if "top_ids" in tensors else {},
+        about=about,
     )
-    return sources, {name: tensor.unflatten(0, (count, len(chosen))) for name, tensor in found.items()}
+
+
+def partial_grid(
+    model: StandardizedTransformer, call: Call, kept: Kept, labels: dict[str, tuple[Any, ...]]
+) -> PatchscopeResult | None:
+    """The cells of prompts and layers that are computed so far; None if there are none."""
+    if not kept.done:
+        return None
+    tensors, done = cells_of(kept, len(labels["prompts"]), len(labels["layers"]))
+    whole = labelled(model, tensors, labels, describe_run(model, call.function))
+    return unfinished(call, lambda: whole, done, ("prompts", "layers"), kept)
 
 
 def _checked_latents(model: StandardizedTransformer, latents: Any, layers: list[int]) -> torch.Tensor:

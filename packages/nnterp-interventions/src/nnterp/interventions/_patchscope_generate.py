@@ -13,11 +13,14 @@ from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Edit, Passing
 from nnterp.interventions._layers import layers_of
+from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
+from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import bar, within_memory
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -36,6 +39,7 @@ def patchscope_generate(
     max_batch_size: int = 32,
     *,
     progress: bool | None = None,
+    resume: Resume = None,
     **generation: Any,
 ) -> dict[int, torch.Tensor]:
     """Generate from a target prompt in which one hidden state is replaced by a source prompt's.
@@ -49,6 +53,8 @@ def patchscope_generate(
         remote: Run on a remote service.
         max_batch_size: Rows of a batch; there is one row for each source and layer.
         progress: Show a progress bar; with None, only if the work lasts.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
         **generation: Passed to HuggingFace's `generate`.
 
     Returns:
@@ -58,6 +64,9 @@ def patchscope_generate(
     Raises:
         IndexError: There is no such layer, or the target prompt has no such position.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: -1 where its
+        `done` is False.
     """
     model.require_no_trace("patchscope_generate()")
     if not isinstance(target_patch_prompt, TargetPrompt):
@@ -70,9 +79,14 @@ def patchscope_generate(
     chosen, sources = list(dict.fromkeys(layers_of(model, layers))), encode(model, prompts)
     (target,) = encode(model, target_patch_prompt.prompt)
     at = resolve(model, target, int(target_patch_prompt.index_to_patch), "the target prompt")
+    given = {name: value for name, value in generation.items() if not callable(value)}
+    asked = {"prompts": ids_of(sources, [target]), "position": at, "layers": chosen, "max_length": max_length}
+    call = Call(model, "patchscope_generate", {**asked, "generation": given})
+    earlier = resumed(call, resume)
     latents = last_states(model, sources, chosen, "layers_output", remote, "auto", False)
     cells = [(k, source) for k in range(len(chosen)) for source in range(len(sources))]
-    made: dict[tuple[int, int], torch.Tensor] = {}
+    made = {} if earlier is None else _made(earlier)
+    finished = frozenset(made)
     limit, start = max_batch_size, 0
 
     def step(some: list[tuple[int, int]]) -> None:
@@ -83,10 +97,13 @@ def patchscope_generate(
         written = _generate(model, target, len(some), edits, {"max_new_tokens": max_length, **generation}, remote)
         made.update({cell: row.cpu() for cell, row in zip(some, written, strict=True)})
 
-    with bar(len(cells), "patchscope", progress) as shown:
+    with (
+        bar(len(cells), "patchscope", progress) as shown,
+        call.keeping(lambda: _partial(model, call, made, prompt_labels(sources, model), chosen) if made else None),
+    ):
         while start < len(cells):
             some = cells[start : start + limit]
-            if not within_memory(partial(step, some), len(some)):
+            if not finished.issuperset(some) and not within_memory(partial(step, some), len(some)):
                 limit = max(1, len(some) // 2)
                 continue
             start += len(some)
@@ -96,6 +113,35 @@ def patchscope_generate(
         layer: torch.nn.utils.rnn.pad_sequence([made[k, s] for s in range(len(sources))], True, filler)
         for k, layer in enumerate(chosen)
     }
+
+
+def _partial(
+    model: StandardizedTransformer,
+    call: Call,
+    made: dict[tuple[int, int], torch.Tensor],
+    prompts: tuple[str, ...],
+    layers: list[int],
+) -> Result:
+    """What is generated so far, `tokens` `[layers, prompts, tokens]`, -1 after the end of each row."""
+    longest = max(len(row) for row in made.values())
+    tokens = torch.full((len(layers), len(prompts), longest), -1)
+    done = torch.zeros(len(layers), len(prompts), dtype=torch.bool)
+    for cell, row in made.items():
+        tokens[cell][: len(row)], done[cell] = row, True
+    labels = {"layers": tuple(layers), "prompts": prompts, "tokens": tuple(range(longest))}
+    whole = Result(
+        {"tokens": tokens},
+        {"tokens": ("layers", "prompts", "tokens")},
+        labels,
+        about=describe_run(model, call.function),
+    )
+    return unfinished(call, lambda: whole, done, ("layers", "prompts"))
+
+
+def _made(earlier: Result) -> dict[tuple[int, int], torch.Tensor]:
+    """The rows that an earlier call had generated, by layer and source."""
+    cells = [(k, s) for k, s in earlier[DONE].nonzero().tolist()]
+    return {cell: earlier["tokens"][cell][earlier["tokens"][cell] >= 0] for cell in cells}
 
 
 def _generate(

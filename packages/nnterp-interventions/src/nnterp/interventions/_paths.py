@@ -15,6 +15,7 @@ from nnterp.defaults import plain_defaults
 from nnterp.errors import Unavailable
 from nnterp.inputs import Row, forward_flags
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
+from nnterp.interventions._contributions import as_contribution, check_sender, held_parts, writes_at
 from nnterp.interventions._engine import (
     Cell,
     Edit,
@@ -29,11 +30,13 @@ from nnterp.interventions._engine import (
 )
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
+from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size, within_memory
 from nnterp.interventions._states import States, states_of
-from nnterp.values import get_label, get_value
+from nnterp.resuming import Call
+from nnterp.values import get_label
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -59,13 +62,17 @@ def path_patching(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     remote: Any = False,
+    resume: Resume = None,
 ) -> PathResult:
     """The direct effect of a sender on receivers: along the residual stream, through no other part.
 
-    In a first run the sender is taken from the other prompt, and the outputs of all other mixers and MLPs from its
-    layer on are frozen at their unedited values; the receivers' values are recorded. In a second run the receivers,
+    In a first run the sender is taken from the other prompt, and what all other mixers and MLPs from its layer on add
+    to the stream is frozen at its unedited value; the receivers' values are recorded. In a second run the receivers,
     and nothing else, are replaced by these. (Wang et al., "Interpretability in the wild", 2022, section 3.1;
     Goldowsky-Dill et al., "Localizing model behavior with path patching", 2023.)
+
+    The output of a whole mixer or MLP, as a sender or a receiver, means what it adds to the stream, also in models
+    whose modules add the stream themselves before they return (BLOOM, MPT).
 
     Args:
         model: The model.
@@ -79,6 +86,8 @@ def path_patching(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         remote: Run on the remote service, the metric included; the activations to patch in are fetched first.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: what is `done` in it is not run again.
 
     Returns:
         `scores` `[prompts, senders]`, `clean` and `corrupted` `[prompts]`, float32, on the CPU.
@@ -87,6 +96,9 @@ def path_patching(
         ValueError: Prompts do not match, or a receiver comes before a sender.
         Unavailable: The model, or a layer, does not have a value.
         InsideTraceError: Called inside a trace of the same model.
+
+        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
+        `done` is False.
     """
     model.require_no_trace("path_patching()")
     check_batch_size(batch_size)
@@ -95,22 +107,54 @@ def path_patching(
         raise ValueError("Clean and corrupted prompts go in pairs of equally many tokens.")
     model.prepare(remote)
     senders, receiving = _senders_and_receivers(model, sender, receivers)
-    run = _Paths(model, senders, receiving, proven_shortcuts(model, remote), batch_size, remote)
-    with bar(len(pairs) * len(senders), "path patching", progress) as shown:
-        tensors = run.all_pairs(pairs, metric, shown)
-    return PathResult(
-        tensors,
-        {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
-        {"prompts": prompt_labels(pairs.clean, model), "senders": tuple(str(s) for s in senders)},
-        about=describe_run(
-            model,
-            "path_patching",
-            receivers=[str(r) for r in receiving],
-            metric=metric_name(metric),
-            direction=direction,
-            corrupted=prompt_labels(pairs.corrupted, model),
-        ),
+    about = describe_run(
+        model,
+        "path_patching",
+        receivers=[str(r) for r in receiving],
+        metric=metric_name(metric),
+        direction=direction,
+        corrupted=prompt_labels(pairs.corrupted, model),
     )
+    asked = {
+        "prompts": ids_of(pairs.clean, pairs.corrupted),
+        "senders": [(c.value, c.layer, c.heads, c.positions) for c in senders],
+        "receivers": [(c.value, c.layer, c.heads, c.positions) for c in receiving],
+        "direction": direction,
+    }
+    call = Call(model, "path_patching", asked, {"metric": metric})
+    found = _Found(len(pairs), len(senders), resumed(call, resume))
+
+    def result() -> PathResult:
+        return PathResult(
+            {"scores": found.scores, "clean": found.ends[0], "corrupted": found.ends[1]},
+            {"scores": ("prompts", "senders"), "clean": ("prompts",), "corrupted": ("prompts",)},
+            {"prompts": prompt_labels(pairs.clean, model), "senders": tuple(str(s) for s in senders)},
+            about=about,
+        )
+
+    with (
+        bar(len(pairs) * len(senders), "path patching", progress) as shown,
+        call.keeping(lambda: unfinished(call, result, found.done, ("prompts", "senders"))),
+    ):
+        run = _Paths(model, senders, receiving, proven_shortcuts(model, remote), batch_size, remote)
+        run.all_pairs(pairs, metric, found, shown)
+    return result()
+
+
+class _Found:
+    """What a call of `path_patching` has computed.
+
+    Attributes:
+        scores, done: The metric of each path, `[prompts, senders]`, and whether it is there.
+        ends: The metric of the clean and of the corrupted runs, `[2, prompts]`.
+    """
+
+    def __init__(self, pairs: int, senders: int, earlier: Result | None) -> None:
+        self.scores, self.ends = torch.full((pairs, senders), float("nan")), torch.full((2, pairs), float("nan"))
+        self.done = torch.zeros(pairs, senders, dtype=torch.bool)
+        if earlier is not None:
+            self.scores, self.done = earlier["scores"].clone(), earlier[DONE].clone()
+            self.ends = torch.stack([earlier["clean"], earlier["corrupted"]])
 
 
 def _senders_and_receivers(
@@ -138,6 +182,8 @@ def _senders_and_receivers(
     if not senders or not receiving:
         raise ValueError("There are no senders or no receivers; give at least one of each.")
     _check_order(model, senders, receiving)
+    for sender in senders:
+        check_sender(model, sender)
     return senders, receiving
 
 
@@ -145,7 +191,7 @@ class _Paths:
     """The runs of a call of `path_patching`.
 
     Attributes:
-        frozen: Names and layers of the outputs that are frozen: of all mixers and MLPs between senders and receivers.
+        frozen: Names and layers of what is frozen: what all parts between senders and receivers add to the stream.
     """
 
     def __init__(
@@ -157,45 +203,42 @@ class _Paths:
         batch_size: BatchSize,
         remote: Any,
     ) -> None:
-        self.model, self.senders, self.receivers = model, senders, receivers
+        self.model = model
+        self.senders = [as_contribution(model, sender) for sender in senders]
+        self.receivers = [as_contribution(model, receiver) for receiver in receivers]
         self.shortcuts, self.batch_size, self.remote = shortcuts, batch_size, remote
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
-        self.frozen: list[tuple[str, int]] = []
-        for block in model.anatomy.blocks[first : last + 1]:
-            mixers = {"mixers_output": block.mixer}
-            if block.self_attn is not None and block.self_attn != block.mixer:
-                mixers["attentions_output"] = block.self_attn
-            parts = {**mixers, "mlps_output": block.mlp}
-            self.frozen += [(name, block.index) for name, part in parts.items() if part is not None]
+        self.frozen = held_parts(model, range(first, last + 1), {(r.value, r.layer) for r in self.receivers})
 
-    def all_pairs(self, pairs: Pairs, metric: Any, shown: Any) -> dict[str, torch.Tensor]:
-        """`scores` `[prompts, senders]`, and the metric of the unpatched runs, `clean` and `corrupted` `[prompts]`."""
+    def all_pairs(self, pairs: Pairs, metric: Any, found: _Found, shown: Any) -> None:
+        """Fill in the scores and the metric of the unpatched runs."""
         model, shortcuts, remote = self.model, self.shortcuts, self.remote
         wanted = [(s.value, s.layer) for s in self.senders]
-        scores, ends = torch.empty(len(pairs), len(self.senders)), torch.empty(2, len(pairs))
         for i, (into, source) in enumerate(zip(pairs.into, pairs.source, strict=True)):
-            (given,), source_logits = states_of(model, [source], wanted, shortcuts, remote)
-            (frozen,), into_logits = states_of(model, [into], self.frozen, shortcuts, remote)
-            both = (source_logits, into_logits) if pairs.denoising else (into_logits, source_logits)
-            bound = bind_some(metric, model, len(pairs), both[0], range(i, i + 1))
-            for end in range(2):
-                ends[end, i] = by_prompt(bound, both[end], [0])[0]
-            scores[i] = self.scores(into, given, frozen, bound)
+            if not found.done[i].all():
+                (given,), source_logits = states_of(model, [source], wanted, shortcuts, remote)
+                (frozen,), into_logits = states_of(model, [into], self.frozen, shortcuts, remote)
+                both = (source_logits, into_logits) if pairs.denoising else (into_logits, source_logits)
+                bound = bind_some(metric, model, len(pairs), both[0], range(i, i + 1))
+                for end in range(2):
+                    found.ends[end, i] = by_prompt(bound, both[end], [0])[0]
+                self.all_senders(into, given, frozen, bound, found.scores[i], found.done[i])
             shown.update(len(self.senders))
-        return {"scores": scores, "clean": ends[0], "corrupted": ends[1]}
 
-    def scores(self, prompt: Row, given: States, frozen: States, bound: Bound) -> torch.Tensor:
-        """The metric of every sender's path in one prompt, `[senders]`."""
-        found: list[torch.Tensor] = []
+    def all_senders(
+        self, prompt: Row, given: States, frozen: States, bound: Bound, scores: torch.Tensor, done: torch.Tensor
+    ) -> None:
+        """Fill in the metric of every sender's path in one prompt, `[senders]`, where it is not done."""
         start = 0
         while start < len(self.senders):
-            some = self.senders[start : start + self.limit]
-            if not within_memory(partial(self.some, prompt, given, frozen, bound, some, found), len(some)):
+            own = slice(start, start + self.limit)
+            some = self.senders[own]
+            step = partial(self.some, prompt, given, frozen, bound, some, scores[own], done[own])
+            if not done[own].all() and not within_memory(step, len(some)):
                 self.limit = max(1, len(some) // 2)
                 continue
             start += len(some)
-        return torch.cat(found)
 
     def some(
         self,
@@ -204,9 +247,10 @@ class _Paths:
         frozen: States,
         bound: Bound,
         senders: list[Component],
-        found: list[torch.Tensor],
+        scores: torch.Tensor,
+        done: torch.Tensor,
     ) -> None:
-        """Both runs for some senders; appends their metrics to `found`."""
+        """Both runs for some senders; writes their metrics into `scores`."""
         model = self.model
         received = self.received(prompt, given, frozen, senders)
         every = tuple(range(len(prompt)))
@@ -218,7 +262,9 @@ class _Paths:
                 edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
             cells.append(Cell(0, tuple(edits)))
         options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
-        found.append(sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"])
+        found = sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"]
+        scores.copy_(found)
+        done.fill_(True)
 
     @torch.no_grad()
     def received(self, prompt: Row, given: States, frozen: States, senders: list[Component]) -> list[torch.Tensor]:
@@ -237,9 +283,10 @@ class _Paths:
                 if step.term is not None:
                     passing.hold(step)
                     continue
-                tensor = passing.write(key, edits[key], size, 0) if key in edits else passing.read(key)
-                if key in wanted:
-                    arrived[key] = rows_of(tensor, *size, get_label(key[0])).clone()
+                if key in wanted:  # before it is frozen, if it is
+                    arrived[key] = rows_of(passing.read(key), *size, get_label(key[0])).clone()
+                if key in edits:
+                    passing.write(key, edits[key], size, 0)
             tracer.stop()
         return [arrived[key] for key in wanted]
 
@@ -249,28 +296,16 @@ class _Paths:
         """Edits of the first run, by value and layer: each row has one sender replaced and all other parts frozen."""
         every = tuple(range(len(prompt)))
         edits: dict[Key, list[tuple[int, Edit]]] = {}
+        spoken = [writes_at(self.model, sender) for sender in senders]
         for name, layer in self.frozen:
             for row, sender in enumerate(senders):
-                if layer >= sender.layer and not _writes_through(self.model, sender, (name, layer)):
+                if layer >= sender.layer and (name, layer) not in spoken[row]:
                     edits.setdefault((name, layer), []).append((row, Edit(name, layer, every, frozen[name, layer])))
         for row, sender in enumerate(senders):
             at = positions_of(self.model, sender, prompt, "the prompt")
             new = cut(sender, at, given[sender.value, sender.layer])
             edits.setdefault((sender.value, sender.layer), []).append((row, edit_of(sender, at, new)))
         return edits
-
-
-def _writes_through(model: StandardizedTransformer, sender: Component, key: tuple[str, int]) -> bool:
-    """Whether a frozen output is the one through which the sender itself writes into the stream."""
-    if key[1] != sender.layer:
-        return False
-    block = model.anatomy.blocks[sender.layer]
-    value = get_value(sender.value)
-    if value.name.startswith("mlp"):
-        return key[0] == "mlps_output"
-    if value.name.startswith("attention") and block.self_attn != block.mixer:
-        return key[0] == "attentions_output"
-    return key[0] == "mixers_output"
 
 
 def _check_order(model: StandardizedTransformer, senders: list[Component], receivers: list[Component]) -> None:

@@ -12,7 +12,7 @@ class Reduction(Record):
 
     Attributes:
         probs: The probabilities of the whole vocabulary.
-        inverse: Also the probabilities read from the negated hidden state; the caller computes them.
+        inverse: The caller also reduces the inverse logits; see `inverse_logits`.
         top_k: The probabilities and ids of the most probable tokens.
         targets: The summed probability of each target: token ids `[prompts, targets, members]`, -1 for none.
         ranks: How many tokens are more probable than each target's most probable member.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from nnterp.prompts._identity import differences
+from nnterp.identity import differences
 from nnterp.prompts._results import PromptResults
 
 _NAMED = 5  # differences that a message names

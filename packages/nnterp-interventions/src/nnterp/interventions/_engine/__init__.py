@@ -17,6 +17,7 @@ from nnterp.interventions._engine._edits import (
     rows_of,
     units_axis,
 )
+from nnterp.interventions._engine._kept import Kept
 from nnterp.interventions._engine._passing import Key, Passing, Step, forward_order, forward_steps
 from nnterp.interventions._engine._shortcuts import Shortcuts
 from nnterp.interventions._engine._sweep import sweep
@@ -25,6 +26,7 @@ __all__ = [
     "POSITION_AXES",
     "Cell",
     "Edit",
+    "Kept",
     "Key",
     "Passing",
     "Reduce",

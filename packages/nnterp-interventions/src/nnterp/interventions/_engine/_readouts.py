@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from nnterp.interventions._engine._batch import Reduce
+from nnterp.interventions._engine._kept import Kept
 from nnterp.interventions._running import within_memory
 
 if TYPE_CHECKING:
@@ -22,17 +24,13 @@ class Readouts:
 
     The matrix of the vocabulary is large, and reading it costs the same for few hidden states as for many; so the
     hidden states of several batches are held back and projected together.
-
-    Attributes:
-        results: `[cells, ...]` for each name that `reduce` returns, on the CPU.
     """
 
-    def __init__(self, model: StandardizedTransformer, cells: int, reduce: Reduce, most_rows: int) -> None:
-        self.model, self.cells, self.reduce = model, cells, reduce
+    def __init__(self, model: StandardizedTransformer, cells: int, reduce: Reduce, most_rows: int, kept: Kept) -> None:
+        self.model, self.cells, self.reduce, self.kept = model, cells, reduce, kept
         fitting = READOUT_NUMBERS // (model.vocab_size or 1 << 16)
         self.most = max(16, min(fitting, READOUT_BATCHES * most_rows))
         self.held: list[tuple[list[int], torch.Tensor]] = []  # indices of cells and their last hidden states
-        self.results: dict[str, torch.Tensor] = {}
 
     def hold(self, cells: list[int], hidden: torch.Tensor) -> None:
         """Hold back the hidden states of some cells, `[cells, hidden]`; read all out if there are many."""
@@ -60,7 +58,10 @@ class Readouts:
 
     def keep(self, cells: list[int], made: dict[str, torch.Tensor]) -> None:
         """Put what `reduce` made of some cells' logits into the results."""
-        for name, tensor in made.items():
-            if name not in self.results:
-                self.results[name] = torch.empty((self.cells, *tensor.shape[1:]), dtype=tensor.dtype)
-            self.results[name][cells] = tensor.cpu()
+        self.kept.put(cells, self.cells, made)
+
+    def rescue(self) -> None:
+        """After an error: keep what is held, and read it out if that is still possible."""
+        with contextlib.suppress(Exception):
+            self.kept.held = {i: row.cpu() for own, rows in self.held for i, row in zip(own, rows, strict=True)}
+            self.read_out()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.devices import input_device
+from nnterp.errors import Unavailable
 from nnterp.inputs import Row
 from nnterp.interventions._engine._base import Base, run_base
 from nnterp.interventions._engine._batch import CellBatch, CellBatchRun, Reduce, run_remotely
 from nnterp.interventions._engine._edits import Cell
+from nnterp.interventions._engine._kept import Kept
 from nnterp.interventions._engine._readouts import Readouts
 from nnterp.interventions._engine._shortcuts import Shortcuts
 from nnterp.interventions._engine._tiles import Span, Tile, plan
@@ -45,6 +48,7 @@ def sweep(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     what: str = "sweep",
+    kept: Kept | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run every cell and return what `reduce` makes of its logits, in the order of the cells.
 
@@ -61,6 +65,8 @@ def sweep(
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         what: What the bar says.
+        kept: Filled in as cells are finished, so that they outlive an error. Batches of cells that are done in it are
+            not run; the others are the batches of a sweep that begins anew.
 
     Returns:
         `[cells, ...]` for each name, on the CPU.
@@ -72,14 +78,28 @@ def sweep(
     check_batch_size(batch_size)
     model.prepare(remote)
     at = [len(prompt) - 1 for prompt in prompts] if read_at is None else list(read_at)
-    run = _Sweep(model, prompts, cells, reduce, at, remote, batch_size, shortcuts, fall_back)
+    kept = Kept() if kept is None else kept
+    run = _Sweep(model, prompts, cells, reduce, at, remote, batch_size, shortcuts, fall_back, kept)
     with bar(len(cells), what, progress) as shown:
-        run.everything(shown)
-    return run.readouts.results
+        try:
+            run.everything(shown)
+        except BaseException:
+            run.readouts.rescue()
+            raise
+    return kept.results
 
 
 class _Again(Exception):
     """A batch failed; the cells that are left are to be run with fewer shortcuts."""
+
+
+def _may_be_of_a_shortcut(error: Exception) -> bool:
+    """Whether an error may come from rows that do not stand where a value's shape says; others are the user's."""
+    if is_out_of_memory(error):
+        return False
+    if isinstance(error, (LookupError, ValueError, TypeError, AssertionError, Unavailable)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"size|shape|dim|index|expand|numel", str(error)) is not None
 
 
 class _Sweep:
@@ -94,13 +114,15 @@ class _Sweep:
         batch_size: BatchSize,
         shortcuts: Shortcuts,
         fall_back: bool,
+        kept: Kept,
     ) -> None:
         self.model, self.prompts, self.cells, self.reduce = model, prompts, cells, reduce
         self.read_at, self.remote, self.fall_back = read_at, remote, fall_back
         self.shortcuts = shortcuts.fitting(cells)
         self.most_rows = AUTO_ROWS if batch_size == "auto" else batch_size
         self.most_tokens = AUTO_TOKENS if batch_size == "auto" else 1 << 60
-        self.readouts = Readouts(model, len(cells), reduce, self.most_rows)
+        self.readouts = Readouts(model, len(cells), reduce, self.most_rows, kept)
+        self.finished, self.held = frozenset(kept.done), kept.held  # before this run
         self.done: set[int] = set()
         self.layers = model.num_layers
 
@@ -127,6 +149,9 @@ class _Sweep:
 
     def group(self, chosen: list[int], indices: list[int], shown: Any) -> bool:
         """Run the cells of some prompts; False if there is not enough memory for their unedited runs."""
+        if self.finished.issuperset(indices) and self.held.keys().isdisjoint(indices):
+            shown.update(len(indices))
+            return True
         prompts = [self.prompts[prompt] for prompt in chosen]
         length = max(len(prompt) for prompt in prompts)
         taken = self.shortcuts.within(length)
@@ -144,7 +169,11 @@ class _Sweep:
             own_spans = [spans[i] for i in waiting]
             for tile in plan(own_spans, self.layers, self.most_rows, self.most_tokens, device, taken.join):
                 batch = self.batch(tile, [waiting[k] for k in tile.cells], place)
-                if not within_memory(partial(self.run, found[0], batch, taken), len(batch.cells)):
+                if self.held.keys() >= set(batch.indices):
+                    self.readouts.hold(list(batch.indices), torch.stack([self.held[i] for i in batch.indices]))
+                elif not self.finished.issuperset(batch.indices) and not within_memory(
+                    partial(self.run, found[0], batch, taken), len(batch.cells)
+                ):
                     self.most_rows = max(1, len(batch.cells) // 2)
                     break
                 self.done.update(batch.indices)
@@ -179,7 +208,7 @@ class _Sweep:
             hidden, made = CellBatchRun(self.model, base, batch, taken).run(self.reduce)
         except Exception as error:
             fewer = replace(self.shortcuts, join=False, tail=False, ragged=False)
-            if not self.fall_back or is_out_of_memory(error) or fewer == self.shortcuts:
+            if not self.fall_back or not _may_be_of_a_shortcut(error) or fewer == self.shortcuts:
                 raise
             self.shortcuts = fewer
             raise _Again from error

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnterp.prompts._code import SIMPLE, closure_of, is_array, neighbours, plain_globals
-from nnterp.prompts._weights import checksum, checksum_of_tensors
+from nnterp.identity._code import SIMPLE, closure_of, is_array, neighbours, plain_globals
+from nnterp.identity._weights import checksum, checksum_of_tensors
 
 _SHOWN = 60  # characters of a container in a summary
 _TEXT = 200  # characters of a text that is shown as it is

@@ -1,0 +1,19 @@
+"""What a run depends on, as digests that can be compared: a model and its weights, functions, any other values."""
+
+from nnterp.identity._differences import CHANGES, differences, same
+from nnterp.identity._digests import digest, summary
+from nnterp.identity._functions import parts_of_function
+from nnterp.identity._model import settings_of_model
+from nnterp.identity._weights import checksum, checksum_of_tensors
+
+__all__ = [
+    "CHANGES",
+    "checksum",
+    "checksum_of_tensors",
+    "differences",
+    "digest",
+    "parts_of_function",
+    "same",
+    "settings_of_model",
+    "summary",
+]
