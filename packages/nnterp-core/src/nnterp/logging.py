@@ -1,4 +1,4 @@
-"""`nnterp.logging` of 1.x: the logger that programs set the level of. nnterp itself writes to loguru, silent by default."""
+"""`nnterp.logging` of 1.x: the logger whose level programs set. nnterp itself writes to loguru, silent by default."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def logit_lens(
     return (results[0], results[1]) if return_inv_logits else results[0]
 
 
-logit_lens.reduces_targets = True  # read by nnterp.prompts: this lens takes `targets`
+logit_lens.reduces_targets = True  # type: ignore[attr-defined]  # read by nnterp.prompts: this lens takes `targets`
 
 
 @takes_nnsight_models
