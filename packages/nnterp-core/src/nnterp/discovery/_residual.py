@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,6 +96,35 @@ def solve_residual(
     own = [path for path in operations if path.startswith(f"{layer.path}.")]
     calls = {path: operations.get(path) or recording.within(path, call) for path in (*inside, *own)}
     return _Solver(layer, _Streams.of(calls, x, y), tolerance).solve()
+
+
+def refit(
+    structure: ResidualStructure, call: Call, recording: Recording, inside: Sequence[str], tolerance: float
+) -> ResidualStructure:
+    """The same addends with the factors that they have in a recording, which may be zero.
+
+    Returns:
+        The structure; one of kind "unknown", with the reason, if the addends do not add up to the layer's output there.
+    """
+    x, y = call.stream_in, call.stream_out
+    parts = [part for part in (structure.mixer, structure.mlp, structure.other) if part is not None]
+    terms = [term for part in parts for term in part.terms]
+    if x is not None and y is not None and structure.kind in ("sequential", "parallel", "single"):
+        made = _Streams.of({path: recording.within(path, call) for path in inside}, x, y).made
+        per_channel = any(isinstance(term.scale, torch.Tensor) for term in terms)
+        if all(term.path in made for term in terms):
+            found = fit(y, [x, *(made[term.path] for term in terms)], per_channel)
+            if found.error <= tolerance:
+                scales = iter(found.scales[1:])
+
+                def rescaled(part: Contribution | None) -> Contribution | None:
+                    if part is None:
+                        return None
+                    return replace(part, terms=tuple(Term(term.path, next(scales)) for term in part.terms))
+
+                mixer, mlp, other = map(rescaled, (structure.mixer, structure.mlp, structure.other))
+                return replace(structure, mixer=mixer, mlp=mlp, other=other, stream_scale=found.scales[0])
+    return ResidualStructure("unknown", reason="what its parts are multiplied by is zero, and adds up only if it is not")
 
 
 @dataclass(frozen=True)
