@@ -192,9 +192,29 @@ class _Solver:
             found = trial()
             if found is not None:
                 return found
-        return ResidualStructure(
+        return self.without_silent() or ResidualStructure(
             "unknown", error=self.smallest, reason="no multiples of its parts add up to what the layer adds"
         )
+
+    def without_silent(self) -> ResidualStructure | None:
+        """A sum of the parts that return anything, where others return zeros alone.
+
+        What the silent ones would add if they returned something is not proven, so they have no contribution.
+        """
+        silent = [path for path in self.exits if path in self.made and not bool(self.made[path].any())]
+        loud = [i for i, path in enumerate(self.exits) if path not in silent]
+        if not silent:
+            return None
+        for per_channel, chosen in itertools.product((False, True), itertools.product(*(self.options[i] for i in loud))):
+            tried = self.fit(self.y, self.x, chosen, per_channel)
+            if self.holds(tried):
+                terms = {self.exits[i]: Term(path, c) for i, path, c in zip(loud, chosen, tried.scales[1:], strict=True)}
+                mixed = tuple(terms[path] for path in self.mixers if path in terms)
+                mixer = Contribution(mixed, tried.constant) if len(mixed) == len(self.mixers) else None
+                mlp = Contribution((terms[self.mlp],)) if self.mlp in terms else None
+                reason = f"{', '.join(silent)} returned zeros alone, so what it is multiplied by is not proven"
+                return ResidualStructure("parallel", mixer, mlp, None, tried.scales[0], tried.error, reason)
+        return None
 
     def forms(self, part: Part) -> Iterator[str]:
         """The modules whose output may be what a part adds.
