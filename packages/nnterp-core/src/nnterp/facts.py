@@ -21,6 +21,8 @@ from nnterp.discovery import (
     declared_lenders,
     find_inside,
     find_states,
+    silent_weights,
+    sounding,
 )
 from nnterp.errors import Unproven
 from nnterp.table import Side
@@ -104,11 +106,11 @@ class Facts:
         """
 
         def inside() -> Findings:
-            with Apart(interleaver):
+            with Apart(interleaver), sounding(module, silent_weights(module)):
                 return find_inside(Probe(module, self.anatomy, self.repeated))
 
         def states() -> States:
-            with Apart(interleaver):
+            with Apart(interleaver), sounding(module, silent_weights(module)):
                 return find_states(Probe(module, self.anatomy, self.repeated))
 
         return dataclasses.replace(self, look_inside=functools.cache(inside), look_for_states=functools.cache(states))

@@ -17,11 +17,11 @@ from nnterp.certificate._parts import PARTS, parts
 from nnterp.certificate._readout import readout
 from nnterp.certificate._roles import roles
 from nnterp.certificate._stream import consecutive, hidden_states
-from nnterp.certificate._sum import residual_sum
+from nnterp.certificate._sum import residual_sum, with_own_scales
 from nnterp.certificate._writes import writes
 from nnterp.defaults import plain_defaults
 from nnterp.devices import input_device
-from nnterp.discovery import BETWEEN_PROBE, Probe, find_between, quiet
+from nnterp.discovery import BETWEEN_PROBE, Probe, Silent, find_between, quiet, silent_weights, sounding
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import dtype_of
 from nnterp.named_transformer import NamedTransformer
@@ -72,9 +72,24 @@ def _version(name: str) -> str:
 
 
 def _with_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line], Facts]:
+    """Try the claims; where weights are all zero, with random numbers in their place.
+
+    If a claim then fails, the model is tried as it is, and that is what counts if all claims hold.
+    """
+    silent = silent_weights(model._module)
+    lines, learnt = _tried(model, facts, silent)
+    if silent and _failed(lines):
+        as_it_is, plain = _tried(model, facts, [])
+        if not _failed(as_it_is):
+            return as_it_is, plain
+    return lines, learnt
+
+
+def _tried(model: NamedTransformer, facts: Facts, silent: list[Silent]) -> tuple[list[Line], Facts]:
     """Try the claims in order, up to the first that fails. If none does, find the operations that make `layers_mid`."""
-    with quiet(model._module):
-        evidence = gather(model, is_large(model._module))
+    module = model._module
+    with quiet(module), sounding(module, silent):
+        evidence = gather(model, is_large(module))
         facts = dataclasses.replace(corrected_by_order(evidence, facts), proof="weights")
         lines: list[Line] = []
         for claim in CLAIMS:
@@ -82,9 +97,24 @@ def _with_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line], Fa
             lines.append(line)
             if line.status == "failed":
                 return lines, facts
-        probe = Probe(model._module, facts.anatomy, facts.repeated, BETWEEN_PROBE)
+        probe = Probe(module, facts.anatomy, facts.repeated, BETWEEN_PROBE)
         facts = dataclasses.replace(facts, between=find_between(probe, facts.residual))
-    return lines, facts.searching(model._module, model.interleaver)
+    if silent:
+        lines[0] = dataclasses.replace(lines[0], detail=f"{lines[0].detail}; {_about(silent)}")
+    if any(one.gate for one in silent):
+        with quiet(module), sounding(module, [one for one in silent if not one.gate]):
+            facts = with_own_scales(gather(model, is_large(module)), facts)
+    return lines, facts.searching(module, model.interleaver)
+
+
+def _failed(lines: list[Line]) -> bool:
+    return lines[-1].status == "failed"
+
+
+def _about(silent: list[Silent]) -> str:
+    """What the certificate says of weights that are all zero."""
+    names = ", ".join(one.name for one in silent[:3]) + (", ..." if len(silent) > 3 else "")
+    return f"{len(silent)} weights are all zero and were proven with random numbers in their place: {names}"
 
 
 def _without_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line], Facts]:

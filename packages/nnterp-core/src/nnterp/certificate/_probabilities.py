@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nnterp.defaults import plain_defaults
-from nnterp.discovery import probe_ids
+from nnterp.discovery import probe_ids, silent_weights, sounding
 from nnterp.eager import is_eager
 from nnterp.errors import RenamingError, Unavailable
 from nnterp.indices import read_index
@@ -102,11 +102,13 @@ class AttentionProbabilitiesAccessor(OlderLayerAccessor):
         have = [i for i in model.attention_layers if index in (None, i)]
         if not have:
             raise Unavailable(f"Layer {layer} of {model.model_class} has no attention.")
+        silent = silent_weights(model._module)
         for i in have:
             place = model.place(self._value.name, i)
             found = None if isinstance(place, Declared) else model.facts.inside.attention[i]
             heads = model.num_heads if found is None else found.heads
-            problem = problem_of_probabilities(model, i, heads) if use_trace and model.dispatched else None
+            with sounding(model._module, silent if use_trace else []):
+                problem = problem_of_probabilities(model, i, heads) if use_trace and model.dispatched else None
             if problem:
                 raise RenamingError(
                     f"The attention probabilities of layer {i} of {model.model_class} are not proven: {problem}."

@@ -9,7 +9,7 @@ import torch
 from nnterp.anatomy import Anatomy, Layer, Part
 from nnterp.certificate._evidence import REMEDY_PARTS, Claimed, Evidence, outcome, skipped
 from nnterp.certificate._order import update_parts
-from nnterp.discovery import Call, Recording, ResidualStructure, record, solve_residual
+from nnterp.discovery import Call, Recording, ResidualStructure, record, refit, solve_residual
 from nnterp.facts import Facts
 from nnterp.tensors import relative_error
 
@@ -47,6 +47,23 @@ def residual_sum(evidence: Evidence, facts: Facts) -> Claimed:
     if named or not _holds_more(evidence, anatomy, anatomy.blocks[index]):
         return outcome(IDENTITY, False, first.error, evidence.tolerance, detail, REMEDY_PARTS), facts
     return skipped(IDENTITY, f"{detail}; contributions are unavailable there"), facts
+
+
+def with_own_scales(evidence: Evidence, facts: Facts) -> Facts:
+    """The facts with the factors of the parts as they are in this recording.
+
+    Used where factors that are zero were proven with random numbers in their place: which parts add to the stream is
+    known then, and what they are multiplied by is zero.
+    """
+    structures = []
+    for layer, structure in zip(facts.anatomy.blocks, facts.residual, strict=True):
+        call = evidence.recording.call(layer.path)
+        if call is None or structure.kind == "unknown":
+            structures.append(structure)
+            continue
+        inside = [path for path in evidence.recording.calls if path.startswith(f"{layer.path}.")]
+        structures.append(refit(structure, call, evidence.recording, inside, evidence.tolerance))
+    return dataclasses.replace(facts, residual=tuple(structures))
 
 
 def _with_exits_inside(evidence: Evidence, anatomy: Anatomy) -> tuple[Anatomy, dict[str, Call]]:

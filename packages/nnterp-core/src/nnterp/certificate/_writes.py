@@ -76,7 +76,8 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
         detail = f"{type(problem).__name__}: {str(problem)[:200]}"
         return outcome(WRITES, False, detail=detail), facts
     alone = {str(targets[k]): row for k, row in row_of.items()}
-    silent = [name for name, row in alone.items() if not relative_error(written[row], written[-1]) > EFFECT]
+    idle = {str(target) for target in targets if _enters_zeros(evidence, facts, target)}
+    silent = [n for n, row in alone.items() if not relative_error(written[row], written[-1]) > EFFECT and n not in idle]
     error = relative_error(written, hooked)
     ok = not silent and error <= evidence.tolerance
     detail = f"{total} values, {everything} of them alone"
@@ -126,6 +127,15 @@ def _target(evidence: Evidence, facts: Facts, value: Value, layer: int | None) -
     calls = evidence.recording.calls.get(site.path, [])
     turn = 0 if call is None else next(i for i, c in enumerate(calls) if c.began == call.began)
     return _Target(value, layer, site, turn, given)
+
+
+def _enters_zeros(evidence: Evidence, facts: Facts, target: _Target) -> bool:
+    """Whether a target is what a part is given that returns zeros whatever it is given."""
+    if target.layer is None or target.site.side != "input" or target.value.role in (None, "layer"):
+        return False
+    part = facts.anatomy.part(target.value.role, target.layer)
+    made = evidence.recording.made(part.exit)
+    return made is not None and not bool(made.any())
 
 
 def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ from nnterp.discovery._inside import Findings, find_inside
 from nnterp.discovery._probe import Probe, probe_ids, rounding_of
 from nnterp.discovery._quiet import quiet, static_experts
 from nnterp.discovery._recording import Call, Recording, SourceText, record
-from nnterp.discovery._residual import Contribution, ResidualStructure, Term, solve_residual
+from nnterp.discovery._residual import Contribution, ResidualStructure, Term, refit, solve_residual
+from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Recording",
     "ResidualStructure",
     "SourceText",
+    "Silent",
     "States",
     "Term",
     "declared_chain",
@@ -29,7 +31,10 @@ __all__ = [
     "probe_ids",
     "quiet",
     "record",
+    "refit",
     "rounding_of",
+    "silent_weights",
     "solve_residual",
+    "sounding",
     "static_experts",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -98,6 +98,37 @@ def solve_residual(
     return _Solver(layer, _Streams.of(calls, x, y), tolerance).solve()
 
 
+def refit(
+    structure: ResidualStructure, call: Call, recording: Recording, inside: Sequence[str], tolerance: float
+) -> ResidualStructure:
+    """The same addends with the factors that they have in a recording, which may be zero.
+
+    Returns:
+        The structure; one of kind "unknown", with the reason, if the addends do not add up to the layer's output there.
+    """
+    x, y = call.stream_in, call.stream_out
+    parts = [part for part in (structure.mixer, structure.mlp, structure.other) if part is not None]
+    terms = [term for part in parts for term in part.terms]
+    if x is not None and y is not None and structure.kind in ("sequential", "parallel", "single"):
+        made = _Streams.of({path: recording.within(path, call) for path in inside}, x, y).made
+        per_channel = any(isinstance(term.scale, torch.Tensor) for term in terms)
+        if all(term.path in made for term in terms):
+            found = fit(y, [x, *(made[term.path] for term in terms)], per_channel)
+            if found.error <= tolerance:
+                scales = iter(found.scales[1:])
+
+                def rescaled(part: Contribution | None) -> Contribution | None:
+                    if part is None:
+                        return None
+                    return replace(part, terms=tuple(Term(term.path, next(scales)) for term in part.terms))
+
+                mixer, mlp, other = map(rescaled, (structure.mixer, structure.mlp, structure.other))
+                return replace(structure, mixer=mixer, mlp=mlp, other=other, stream_scale=found.scales[0])
+    return ResidualStructure(
+        "unknown", reason="what its parts are multiplied by is zero, and adds up only if it is not"
+    )
+
+
 @dataclass(frozen=True)
 class _Streams:
     """The streams of one layer, all in one shape.
@@ -163,9 +194,33 @@ class _Solver:
             found = trial()
             if found is not None:
                 return found
-        return ResidualStructure(
+        return self.without_silent() or ResidualStructure(
             "unknown", error=self.smallest, reason="no multiples of its parts add up to what the layer adds"
         )
+
+    def without_silent(self) -> ResidualStructure | None:
+        """A sum of the parts that return anything, where others return zeros alone.
+
+        What the silent ones would add if they returned something is not proven, so they have no contribution.
+        """
+        silent = [path for path in self.exits if path in self.made and not bool(self.made[path].any())]
+        loud = [i for i, path in enumerate(self.exits) if path not in silent]
+        if not silent:
+            return None
+        for per_channel, chosen in itertools.product(
+            (False, True), itertools.product(*(self.options[i] for i in loud))
+        ):
+            tried = self.fit(self.y, self.x, chosen, per_channel)
+            if self.holds(tried):
+                terms = {
+                    self.exits[i]: Term(path, c) for i, path, c in zip(loud, chosen, tried.scales[1:], strict=True)
+                }
+                mixed = tuple(terms[path] for path in self.mixers if path in terms)
+                mixer = Contribution(mixed, tried.constant) if len(mixed) == len(self.mixers) else None
+                mlp = Contribution((terms[self.mlp],)) if self.mlp in terms else None
+                reason = f"{', '.join(silent)} returned zeros alone, so what it is multiplied by is not proven"
+                return ResidualStructure("parallel", mixer, mlp, None, tried.scales[0], tried.error, reason)
+        return None
 
     def forms(self, part: Part) -> Iterator[str]:
         """The modules whose output may be what a part adds.
