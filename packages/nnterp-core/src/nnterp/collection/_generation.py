@@ -43,7 +43,7 @@ def over_generation(
         left_padded(model.tokenizer),
         tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar,
     ):
-        for batch in batches(model, rows, batch_size):
+        for batch in batches(model, rows, batch_size, max_new_tokens):
             answer, steps = _generate(model, plan, batch, device, dtype, max_new_tokens, generation)
             made.put(batch, answer[:, batch.input_ids.shape[1] :].cpu(), steps)
             bar.update(len(batch))

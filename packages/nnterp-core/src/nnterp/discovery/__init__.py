@@ -8,6 +8,7 @@ from nnterp.discovery._probe import Probe, probe_ids, rounding_of
 from nnterp.discovery._quiet import quiet, static_experts
 from nnterp.discovery._recording import Call, Recording, SourceText, record
 from nnterp.discovery._residual import Contribution, ResidualStructure, Term, solve_residual
+from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._states import States, find_states
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Term",
     "declared_chain",
     "declared_lenders",
+    "declared_sharing",
     "find_between",
     "find_inside",
     "find_states",
