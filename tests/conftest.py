@@ -40,3 +40,24 @@ def _toy():
 def toy():
     """The trained toy checkpoint, loaded once a worker."""
     return _toy()
+
+
+@cache
+def _real(name: str):
+    import os
+    from pathlib import Path
+
+    import nnterp
+
+    folder = Path(os.environ.get("NNTERP_REAL_MODELS", "~/.cache/nnterp/real-models")).expanduser() / name
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there: make it with `uv run --with gguf python tools/real_models.py {name}`")
+    model = nnterp.StandardizedTransformer(str(folder))
+    model.dispatch()
+    return model
+
+
+@pytest.fixture
+def real():
+    """`real("smollm2")`, `real("gemma3")`: a small trained model, loaded once a worker; skips where it was not made."""
+    return _real

@@ -14,12 +14,14 @@ from nnterp.certificate import Certificate  # noqa: E402
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
+from nnterp.traced import Condition  # noqa: E402
 
 _siblings.explain_missing()
 
 __all__ = [
     "Anatomy",
     "Certificate",
+    "Condition",
     "ModuleAccessor",
     "RenameConfig",
     "StandardizedTransformer",

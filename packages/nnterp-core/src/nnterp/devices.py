@@ -23,4 +23,5 @@ def device_of(module: nn.Module, first: Iterable[nn.Module | None]) -> torch.dev
 
 def input_device(module: nn.Module) -> torch.device:
     """Where token ids belong."""
-    return device_of(module, [module.get_input_embeddings()])  # type: ignore[operator]
+    declared = getattr(module, "get_input_embeddings", None)
+    return device_of(module, [declared() if declared is not None else None])

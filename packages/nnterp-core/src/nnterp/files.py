@@ -103,3 +103,20 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
         found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b"")
     return found.hexdigest()
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise if a file cannot be written, before the work is done whose result it is to hold. Folders are made.
+
+    Raises:
+        OSError: The path is a folder, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}.") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission.")

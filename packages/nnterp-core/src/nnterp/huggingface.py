@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnterp.errors import TrainingModeError
@@ -14,6 +16,38 @@ def text_config(config: Any) -> Any:
     """The config of the text decoder inside a possibly multimodal config; `config` itself if it has no parts."""
     get = getattr(config, "get_text_config", None)
     return get(decoder=True) if get is not None else config
+
+
+def is_huggingface(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers (or a PEFT model around one), and not a user's own."""
+    return hasattr(module, "can_generate")
+
+
+class Logits:
+    """The output of a module that returns its logits as a bare tensor, with the attribute of HuggingFace's outputs."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def with_logits(output: Any) -> Any:
+    """What a model returned, with the attribute `logits` also where it is one tensor."""
+    return Logits(output) if isinstance(output, torch.Tensor) else output
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype a model computes in: its own statement, or that of its first weights."""
+    stated = getattr(module, "dtype", None)
+    if isinstance(stated, torch.dtype):
+        return stated
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def input_embedding(module: nn.Module) -> nn.Module | None:
+    """The embedding that a model declares, or its first `nn.Embedding`; None if it has neither."""
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        return module.get_input_embeddings()  # type: ignore[operator]
+    return next((inner for inner in module.modules() if isinstance(inner, nn.Embedding)), None)
 
 
 def accepts_argument(module: nn.Module, name: str) -> bool:

@@ -90,7 +90,8 @@ class Batch:
     @property
     def last(self) -> torch.Tensor:
         """For each row, where its last token stands, `[batch]`."""
-        return torch.tensor([start + len(row) - 1 for start, row in zip(self.starts, self.rows, strict=True)])
+        last = [start + len(row) - 1 for start, row in zip(self.starts, self.rows, strict=True)]
+        return torch.tensor(last, device="cpu")
 
 
 def encode(model: Reader, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
@@ -203,12 +204,12 @@ def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = No
     width = max(len(row) for row in rows)
     left = getattr(model.tokenizer, "padding_side", "left") == "left"
     filler = getattr(model.tokenizer, "pad_token_id", None) or 0
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
+    ids = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     starts = []
     for i, row in enumerate(rows):
         start = width - len(row) if left else 0
-        ids[i, start : start + len(row)] = torch.tensor(row.ids)
+        ids[i, start : start + len(row)] = torch.tensor(row.ids, device="cpu")
         mask[i, start : start + len(row)] = 1
         starts.append(start + model.readout.layout.extra)
     return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
@@ -239,7 +240,7 @@ def _is_array(prompt: Any) -> bool:
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values)
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _is_ids(prompt: Any) -> bool:

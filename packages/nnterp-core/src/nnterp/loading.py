@@ -2,13 +2,84 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import linecache
+import os
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
 
+from nnterp._ids_alone import IdsAlone
+from nnterp.anatomy import RenameConfig
 from nnterp.eager import make_eager
+from nnterp.huggingface import is_huggingface
+
+
+def checked_model(model: Any, rename_config: Any = None) -> str | nn.Module:
+    """The first argument of `StandardizedTransformer`, before anything is loaded; a path as text.
+
+    Raises:
+        TypeError: It is neither a text, a path nor a module; or `rename_config` is no `RenameConfig`.
+        ValueError: It is an empty text.
+        FileNotFoundError: It is the path of a folder that is not there.
+    """
+    if rename_config is not None and not isinstance(rename_config, RenameConfig):
+        how = "RenameConfig(**it)" if isinstance(rename_config, dict) else "RenameConfig(mlp_name='ffn')"
+        raise TypeError(f"rename_config is a RenameConfig, not {rename_config!r:.80}: pass {how}.")
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(inner := getattr(model, "_module", None), nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which wraps a {type(inner).__name__}; give the module itself: "
+            "StandardizedTransformer(model._module, tokenizer=model.tokenizer)."
+        )
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model is a hub id, a local folder or a HuggingFace module, not {model!r:.80}.")
+    require_folder(model)
+    return str(model)
+
+
+def require_folder(model: str | Path) -> None:
+    """Raise if a model's name is the path of a folder that is not there; a hub id may be "name" or "owner/name".
+
+    Raises:
+        ValueError: It is empty.
+        FileNotFoundError: It is such a path.
+    """
+    name = str(model)
+    if not name.strip() or (isinstance(model, Path) and name == "."):
+        raise ValueError("model is empty; give a hub id, a local folder or a HuggingFace module.")
+    is_path = isinstance(model, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not os.path.exists(name):
+        raise FileNotFoundError(f"There is no folder {name}, and it is no hub id (owner/name) either.")
+
+
+def refuse_unreadable_block(frame: FrameType | None) -> None:
+    """Raise for a `with` block that nnsight would refuse, before a model is loaded for it.
+
+    Args:
+        frame: The caller's frame, at the line of the `with` statement.
+
+    Raises:
+        ValueError: The block's body stands on the line of its `with`, or begins with `try`.
+    """
+    source = "" if frame is None else "".join(linecache.getlines(frame.f_code.co_filename))
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a notebook's cell with magics: nnsight itself will say
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and frame is not None and node.lineno <= frame.f_lineno < node.body[0].lineno:
+            if isinstance(node.body[0], ast.Try):
+                raise ValueError("A traced block cannot begin with `try`: put another statement before it.")
+        elif isinstance(node, ast.With) and frame is not None and node.lineno == frame.f_lineno == node.body[0].lineno:
+            raise ValueError(
+                f"The body of a traced block begins on a line of its own, because nnsight runs it itself: break line "
+                f"{node.lineno} of {frame.f_code.co_filename} after the colon."
+            )
 
 
 def resolve_tokenizer(
@@ -20,6 +91,8 @@ def resolve_tokenizer(
 ) -> Any:
     """The tokenizer to trace with: a copy of the user's, or the one that belongs to the model.
 
+    `IdsAlone` for a module that is not HuggingFace's, if none is given: it is run on token ids.
+
     nnsight pads on the left and sets a pad token on the tokenizer it is given, so the user's own is never handed over.
 
     Raises:
@@ -28,6 +101,8 @@ def resolve_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     source = tokenizer if tokenizer is not None else model
+    if isinstance(source, nn.Module) and not is_huggingface(source):
+        return IdsAlone()
     if isinstance(source, nn.Module):
         source = getattr(source.config, "_name_or_path", "") or getattr(source, "name_or_path", "")
         if not source:

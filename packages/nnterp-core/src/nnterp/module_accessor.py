@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from nnterp.anatomy import RenameConfig, find_anatomy
 from nnterp.errors import Unavailable
+from nnterp.older import FoundModules
 from nnterp.traced import layer_index
 
 
@@ -45,7 +47,14 @@ class ModuleAccessor:
             return self._model.get_submodule(path)
         if name in self._extra:
             return self._model.get_submodule(self._extra[name])
+        if name == "model" and not hasattr(self._model, "model"):  # the backbone, by Llama's name for it
+            return self.nn_model.model._module
         return getattr(self._model, name)
+
+    @cached_property
+    def nn_model(self) -> FoundModules:
+        """nnsight's tree over the model, with the standard names (1.x)."""
+        return FoundModules(self._model, self.anatomy)
 
     def get_embed_tokens(self) -> nn.Module:
         """The token embedding."""

@@ -12,10 +12,20 @@ from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
-from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
+from nnterp.editing import EditedTransformer
+from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
-from nnterp.huggingface import require_no_dropout
-from nnterp.traced import Lender, Place, Readout, Sharing, TracedTransformer, arriving, bind_names, skip_layers
+from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
+from nnterp.traced import (
+    Lender,
+    Place,
+    Readout,
+    Sharing,
+    TracedTransformer,
+    arriving,
+    bind_names,
+    require_running,
+)
 from nnterp.values import directory_of, find_place
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
@@ -26,11 +36,11 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("model_class", "layer_paths", "readout", "lenders", "sharing", "positions_from_mask"),
+    *("model_class", "layer_paths", "readout", "lenders", "sharing", "positions_from_mask", "standing"),
 )
 
 
-class NamedTransformer(TracedTransformer):
+class NamedTransformer(EditedTransformer):
     """A model under standard names, as the certificate examines it and `StandardizedTransformer` extends it.
 
     Args:
@@ -48,11 +58,32 @@ class NamedTransformer(TracedTransformer):
 
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
+        self.standing = ()
         self._envoys_by_path: dict[str, Envoy] = {}
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
         self.adopt(unproven_facts(self._module, anatomy, declared))
+
+    def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
+        return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        if is_huggingface(self._module):
+            return TracedTransformer._batch(self, invokes, fn)
+        args, kwargs = TracedTransformer._batch(self, [self._tokenized(*invoke) for invoke in invokes], fn)
+        mask = kwargs.get("attention_mask")  # full: padding was refused
+        if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
+            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        return args, kwargs
+
+    def _tokenized(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
+        """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
+        texts = [inputs[0]] if inputs and isinstance(inputs[0], str) else inputs[0] if inputs else None
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            return inputs, kwargs
+        return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
@@ -155,6 +186,28 @@ class NamedTransformer(TracedTransformer):
         """Indices of the layers with softmax attention over their own stream."""
         return self.facts.anatomy.indices("self_attn")
 
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[batch, seq, vocab]` of the running forward pass; may be assigned.
+
+        What a module that is not HuggingFace's returns, if that is one tensor.
+        """
+        require_running(self, "logits")
+        output = self.output
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    @logits.setter
+    def logits(self, tensor: torch.Tensor) -> None:
+        output = self.output
+        if not isinstance(output, torch.Tensor):
+            TracedTransformer.logits.__set__(self, tensor)  # type: ignore[attr-defined]
+            return
+        if tensor.shape != output.shape:
+            raise ShapeError(
+                f"logits has shape {list(output.shape)}; a tensor of shape {list(tensor.shape)} cannot replace it."
+            )
+        self.output = tensor
+
     # -- where everything is ----------------------------------------------------------------------------------------
 
     def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
@@ -194,40 +247,6 @@ class NamedTransformer(TracedTransformer):
         if not remote:
             self.dispatch()
             require_no_dropout(self._module, self.model_class)
-
-    def require_no_trace(self, what: str) -> None:
-        """Raise if the model is running a trace, in which it cannot be run again.
-
-        Raises:
-            InsideTraceError: It is.
-        """
-        if self.interleaver.interleaving:
-            raise InsideTraceError(
-                f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "
-                f"Call it before or after the `with` block."
-            )
-
-    def skip_layers(
-        self,
-        start_layer: int,
-        end_layer: int,
-        skip_with: torch.Tensor | None = None,
-        layer_returns_tuple: bool | None = None,
-    ) -> None:
-        """See `TracedTransformer.skip_layers`. Refused while it is unproven what the layers return.
-
-        Raises:
-            Unavailable: It is unproven, and `layer_returns_tuple` was not given.
-        """
-        returns = self.readout.returns
-        if not returns:
-            if layer_returns_tuple is None:
-                raise Unavailable(
-                    f"What the layers of {self.model_class} return beside the stream is unproven, because the model "
-                    "was loaded with check_renaming=False. Call model.validate() first, or pass layer_returns_tuple=."
-                )
-            returns = (() if layer_returns_tuple else None,) * self.num_layers
-        skip_layers(self, start_layer, end_layer, skip_with, returns)
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
         """See `TracedTransformer.project_on_vocab`; warns if the way is unproven."""

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
+from nnterp.indices import Indices, integer, read_indices
 from nnterp.module_accessor import ModuleAccessor
+from nnterp.progress import bar
 from nnterp.standardized_transformer import StandardizedTransformer
 from nnterp.traced import TracedTransformer
 
@@ -106,7 +109,8 @@ def get_mlp_output(nn_model: Any, layer: int) -> torch.Tensor:
 
 def get_logits(nn_model: Any) -> torch.Tensor:
     """The logits, `[batch, seq, vocab]`; inside a trace."""
-    return nn_model.output.logits
+    output = nn_model.output
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def get_unembed_norm(nn_model: Any) -> Any:
@@ -146,10 +150,11 @@ def set_layer_output(nn_model: Any, layer: int, tensor: torch.Tensor) -> None:
     module.output = tensor if isinstance(output, torch.Tensor) else (tensor, *output[1:])
 
 
+@plain_defaults()
 def get_token_activations(
     nn_model: Any,
     prompts: Any = None,
-    layers: Sequence[int] | None = None,
+    layers: Indices = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -160,7 +165,7 @@ def get_token_activations(
     Args:
         nn_model: The model.
         prompts: The prompts; None inside a trace that is already running.
-        layers: The layers, in forward order; all if None.
+        layers: The layer or layers; all if None.
         get_activations: (model, layer) → activations `[batch, seq, ...]`; the layer's output if None.
         remote: Run on the remote service.
         idx: The token, counted over the padded batch; the last if None.
@@ -176,23 +181,25 @@ def get_token_activations(
         raise ValueError("prompts must be given when there is no tracer.")
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    order = sorted(set(chosen))  # a trace reads in forward order
     if tracer is not None:
-        found = [get(nn_model, layer)[:, position] for layer in chosen]
-        return torch.stack([a.to(found[0].device) for a in found])
+        found = {layer: get(nn_model, layer)[:, position] for layer in order}
+        return torch.stack([found[layer].to(found[order[0]].device) for layer in chosen])
     _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
-        found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
-        activations = torch.stack(found).save()
+        found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
+        activations = torch.stack([found[layer] for layer in chosen]).save()
         running.stop()
     return activations
 
 
+@plain_defaults()
 def collect_last_token_activations_session(
     nn_model: Any,
     prompts: Sequence[Any],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: Indices = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
@@ -207,31 +214,34 @@ def collect_last_token_activations_session(
     """
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    order = sorted(set(chosen))  # a trace reads in forward order
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.session(remote=remote):
         pieces = []
         for batch in batches:
             with nn_model.trace(batch) as running:
-                found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
-                piece = torch.stack(found).save()
+                found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
+                piece = torch.stack([found[layer] for layer in chosen]).save()
                 running.stop()
             pieces.append(piece)
         activations = torch.cat(pieces, dim=1).save()
     return activations
 
 
+@plain_defaults()
 def collect_token_activations_batched(
     nn_model: Any,
     prompts: Sequence[Any],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: Indices = None,
     get_activations: GetModuleOutput | None = None,
     remote: bool = False,
     idx: int | None = None,
     tqdm: Callable | None = None,
     use_session: bool = True,
+    progress: bool | None = None,
 ) -> torch.Tensor:
     """`get_token_activations` in batches.
 
@@ -241,8 +251,9 @@ def collect_token_activations_batched(
     Args:
         nn_model, prompts, layers, get_activations, remote, idx: As in `get_token_activations`.
         batch_size: Prompts that share a forward pass.
-        tqdm: A progress bar to put around the batches.
+        tqdm: Another progress bar to put around the batches (a 1.x argument).
         use_session: When remote, send all batches as one session.
+        progress: Show a progress bar; with None, only if the work takes more than two seconds.
 
     Returns:
         `[layers, prompts, hidden]` on the CPU, in the model's dtype.
@@ -255,20 +266,24 @@ def collect_token_activations_batched(
             nn_model, prompts, batch_size, layers, get_activations, remote, idx
         )
     position = _checked(nn_model, idx)
+    layers = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
     plain = get_activations is None or get_activations is get_layer_output
     if isinstance(nn_model, StandardizedTransformer) and plain and not remote and tqdm is None and position == -1:
         found = nn_model.collect(
-            list(prompts), "layers_output", layers, positions=position, batch_size=batch_size, progress=False
+            list(prompts), "layers_output", layers, positions=position, batch_size=batch_size, progress=progress
         )
         return found["layers_output"]
     starts: Any = range(0, len(prompts), batch_size)
-    pieces = [
-        get_token_activations(nn_model, prompts[i : i + batch_size], layers, get_activations, remote, idx)
-        for i in (starts if tqdm is None else tqdm(starts))
-    ]
+    pieces = []
+    with bar(len(starts), "activations", progress if tqdm is None else False, "batch") as shown:
+        for i in starts if tqdm is None else tqdm(starts):
+            some = prompts[i : i + batch_size]
+            pieces.append(get_token_activations(nn_model, some, layers, get_activations, remote, idx))
+            shown.update()
     return torch.cat(pieces, dim=1)
 
 
+@plain_defaults()
 def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
     """Probabilities of the token after each prompt, `[prompts, vocab]` on the CPU, in the logits' dtype."""
     _prepare(nn_model, remote)
@@ -289,7 +304,7 @@ def _first(output: Any) -> torch.Tensor:
 
 def _checked(nn_model: Any, idx: int | None) -> int:
     """The position, which must be counted from the side that is not padded."""
-    position = -1 if idx is None else idx
+    position = -1 if idx is None else integer(idx, "idx")
     side = getattr(nn_model.tokenizer, "padding_side", "left")
     if position < 0 and side != "left":
         raise ValueError(

@@ -2,70 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, TypeAlias
 
+import torch
+
+from nnterp.indices import axes_of_array, integers, shown_slice, within
 from nnterp.inputs import Reader, Row
+from nnterp.selectors import TextSelector, at, last_of, overlapping
+
+__all__ = [
+    "Plain",
+    "Positions",
+    "TextSelector",
+    "at",
+    "describe",
+    "is_one_position",
+    "last_of",
+    "per_prompt",
+    "plain_positions",
+    "resolve",
+]
 
 
-@dataclass(frozen=True)
-class TextSelector:
-    """The tokens of a piece of the prompt's text; make one with `at` or `last_of`."""
+# Positions as functions take them: see `plain_positions`.
+Positions: TypeAlias = "int | slice | TextSelector | Iterable[Any] | torch.Tensor | None"
 
-    text: str
-    which: str
-    occurrence: int = 0
+# Positions in plain form: an index, a slice, a selector, several of these, or None for all.
+Plain: TypeAlias = "int | slice | TextSelector | tuple[Plain, ...] | None"
 
-    def __repr__(self) -> str:
-        return (
-            f"{self.which}({self.text!r})"
-            if self.occurrence == 0
-            else f"{self.which}({self.text!r}, {self.occurrence})"
+
+def plain_positions(given: Any, name: str = "positions") -> Plain:
+    """Positions as the user gives them in plain form, before a prompt is known.
+
+    Read once, so a generator gives every prompt the same.
+
+    Args:
+        given: An index (also of NumPy, or a tensor without axes), a slice, a selector, a list, tuple, range, set,
+            array, tensor or generator of these (also nested), or None or "all".
+        name: How errors call the argument.
+
+    Raises:
+        TypeError: It is something else: a text, a boolean, a float.
+        ValueError: It is empty.
+    """
+    if isinstance(given, TextSelector):
+        return given
+    if isinstance(given, str) and given != "all":
+        raise TypeError(
+            f"{name} is the text {given!r}. To find the tokens of a text in a prompt, give "
+            f"nnterp.positions.at({given!r}) or last_of({given!r})."
         )
+    items: Any = list(given) if (axes_of_array(given) or 0) > 1 else given
+    several = isinstance(items, Iterable) and not isinstance(items, (str, bytes, bytearray, memoryview, Mapping, Set))
+    if several and axes_of_array(items) is None:
+        items = list(items)
+        if any(isinstance(item, (TextSelector, slice, str)) or _is_list(item) for item in items):
+            return tuple(plain_positions(item, name) for item in items)
+    found = integers(items, name)
+    return tuple(found) if isinstance(found, list) else found
 
 
-def at(text: str, occurrence: int = 0) -> TextSelector:
-    """All tokens that overlap `text` in the prompt; `occurrence` picks among several, negative counts from the end."""
-    return TextSelector(text, "at", occurrence)
+def _is_list(item: Any) -> bool:
+    """Whether an entry of a list is itself a list of positions."""
+    return (axes_of_array(item) or 0) > 0 or isinstance(item, (list, tuple, range, Set))
 
 
-def last_of(text: str, occurrence: int = 0) -> TextSelector:
-    """The last token that overlaps `text` in the prompt."""
-    return TextSelector(text, "last_of", occurrence)
+def per_prompt(positions: Plain, prompts: int) -> list[Plain]:
+    """The positions of each prompt: the same for all, or, of a list that holds lists or slices, one entry for each.
+
+    Raises:
+        ValueError: There is not one entry for each prompt.
+    """
+    if not isinstance(positions, tuple) or not any(isinstance(p, (tuple, slice)) for p in positions):
+        return [positions] * prompts
+    if len(positions) != prompts:
+        raise ValueError(
+            f"positions has {len(positions)} lists for {prompts} prompts; give one list per prompt, or one for all."
+        )
+    return list(positions)
 
 
-Positions = int | slice | TextSelector | Sequence["int | TextSelector"] | None
+def is_one_position(positions: Plain) -> bool:
+    """Whether positions are one index, or a selector of one token, so that a result has no axis for them."""
+    return isinstance(positions, int) or (isinstance(positions, TextSelector) and positions.which == "last_of")
 
 
-def resolve(model: Reader, row: Row, positions: Positions, label: str = "prompt") -> tuple[int, ...]:
+def resolve(model: Reader, row: Row, positions: Any, label: str = "prompt") -> tuple[int, ...]:
     """The positions asked for, as indices over a row's own tokens from 0 (padding is never counted).
 
     Args:
         model: Whose tokenizer names tokens in errors.
         row: The prompt.
         positions: An index (negative counts from the row's last token), a slice, a selector, a list of these, or None
-        for all.
+            for all; see `plain_positions`.
         label: How errors call the row.
 
     Raises:
         IndexError: The row has no such position; shows its tokens.
-        ValueError: The text is not in the prompt, or the prompt has no text.
+        TypeError: It is no position: a text, a boolean, a float.
+        ValueError: The text is not in the prompt, the prompt has no text, or a slice selects nothing of it.
     """
+    return _resolved(model, row, plain_positions(positions), label)
+
+
+def _resolved(model: Reader, row: Row, positions: Plain, label: str) -> tuple[int, ...]:
     if positions is None:
         return tuple(range(len(row)))
     if isinstance(positions, slice):
-        return tuple(range(len(row))[positions])
+        found = tuple(range(len(row))[positions])
+        if not found:
+            raise ValueError(
+                f"positions={shown_slice(positions)} selects nothing of {label}, which has {len(row)} tokens. "
+                f"{describe(model, row)}"
+            )
+        return found
     if isinstance(positions, TextSelector):
         return _by_text(row, positions, label)
-    if hasattr(positions, "__index__"):
-        index = positions.__index__()
-        if not -len(row) <= index < len(row):
-            raise IndexError(f"{label} has {len(row)} tokens, so there is no position {index}. {describe(model, row)}")
-        return (index % len(row),)
-    found: list[int] = []
-    for position in positions:
-        found.extend(resolve(model, row, position, label))
-    return tuple(found)
+    if isinstance(positions, int):
+        try:
+            return (within(positions, len(row), label, "tokens"),)
+        except IndexError:
+            raise IndexError(
+                f"{label} has {len(row)} tokens, so there is no position {positions}. {describe(model, row)}"
+            ) from None
+    return tuple(found for position in positions for found in _resolved(model, row, position, label))
 
 
 def describe(model: Reader, row: Row) -> str:
@@ -82,12 +143,4 @@ def _by_text(row: Row, selector: TextSelector, label: str) -> tuple[int, ...]:
         raise ValueError(
             f"{selector} needs the prompt's text and a fast tokenizer; {label} has only token ids. Give indices."
         )
-    starts = [i for i in range(len(row.text)) if row.text.startswith(selector.text, i)] if selector.text else []
-    if not -len(starts) <= selector.occurrence < len(starts):
-        raise ValueError(f"{selector}: {label} contains {selector.text!r} {len(starts)} times: {row.text!r}")
-    begin = starts[selector.occurrence]
-    end = begin + len(selector.text)
-    tokens = [i for i, (a, b) in enumerate(row.offsets) if a < end and b > begin and b > a]
-    if not tokens:
-        raise ValueError(f"{selector}: no token of {label} stands for that text: {row.text!r}")
-    return tuple(tokens) if selector.which == "at" else (tokens[-1],)
+    return overlapping(selector, row.text, list(row.offsets), label)

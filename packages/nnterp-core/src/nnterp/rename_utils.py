@@ -5,21 +5,63 @@ from __future__ import annotations
 from typing import Any
 
 from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict, read_sizes
+from nnterp.certificate import AttentionProbabilitiesAccessor
 from nnterp.errors import RenamingError
 from nnterp.huggingface import text_config as _text_config
+from nnterp.older.checks import check_io, check_model_renaming, get_ignores
+from nnterp.older.name_lists import (
+    ATTENTION_NAMES,
+    EMBED_TOKENS_NAMES,
+    LAYER_NAMES,
+    LM_HEAD_NAMES,
+    LN_NAMES,
+    MLP_NAMES,
+    MODEL_NAMES,
+    IgnoreType,
+    IOType,
+    default_attn_head_config_keys,
+    default_hidden_size_config_keys,
+    default_vocab_size_config_keys,
+    expand_path_with_model,
+)
 from nnterp.traced import LayerAccessor
 
 __all__ = [
+    "ATTENTION_NAMES",
+    "EMBED_TOKENS_NAMES",
+    "LAYER_NAMES",
+    "LM_HEAD_NAMES",
+    "LN_NAMES",
+    "MLP_NAMES",
+    "MODEL_NAMES",
+    "AttentionProbabilitiesAccessor",
     "AttnProbFunction",
+    "IOType",
+    "IgnoreType",
     "LayerAccessor",
     "RenameConfig",
     "RenamingError",
+    "check_io",
+    "check_model_renaming",
+    "default_attn_head_config_keys",
+    "default_hidden_size_config_keys",
+    "default_vocab_size_config_keys",
+    "expand_path_with_model",
     "get_hidden_size",
+    "get_ignores",
     "get_num_attention_heads",
     "get_rename_dict",
     "get_vocab_size",
     "text_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "IGNORE_MLP_MODELS":  # not above, because it imports OPT's modelling code
+        from transformers import OPTForCausalLM
+
+        return (OPTForCausalLM,)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def text_config(model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
-from collections.abc import Callable, Iterable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ from torch import nn
 from nnterp import loading
 from nnterp.anatomy import RenameConfig
 from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, certify
-from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
-from nnterp.traced import Place, travel_by_value
+from nnterp.older import OlderModel, module_of_class, with_older_names
+from nnterp.reading import ReadTransformer
+from nnterp.standing import hooks, unsteered
+from nnterp.traced import Place, StepTracer, travel_by_value
+from nnterp.traced_block import BlockTracer
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
-from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
 
-class StandardizedTransformer(NamedTransformer):
+class StandardizedTransformer(OlderModel, ReadTransformer):
     """A causal language model in its original HuggingFace implementation, with one name for every part of it.
 
     Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
@@ -46,7 +48,8 @@ class StandardizedTransformer(NamedTransformer):
         allow_multimodal: Accepted for compatibility; text towers of multimodal models are found without it.
         rename_config: Names of parts for models whose structure does not give them away.
         **kwargs: Passed to nnsight and transformers: `dtype`, `device_map` ("auto" by default), `tokenizer`,
-            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, ...
+            `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, `automodel` (the class whose
+            `from_pretrained` loads it, or its name), ...
 
     Attributes:
         anatomy: Which native module plays which part, see `nnterp.anatomy.Anatomy`.
@@ -71,7 +74,7 @@ class StandardizedTransformer(NamedTransformer):
         rename_config: RenameConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        model = str(model) if isinstance(model, Path) else model
+        model = loading.checked_model(model, rename_config)
         self.check_renaming = check_renaming
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
@@ -79,6 +82,7 @@ class StandardizedTransformer(NamedTransformer):
         self._twins: list[Twin | str] = []  # the twin, once it is built
         self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
+        rename_config = with_older_names(rename_config, kwargs)
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
         tokenizer = loading.resolve_tokenizer(
@@ -91,6 +95,7 @@ class StandardizedTransformer(NamedTransformer):
         if not isinstance(model, nn.Module):
             kwargs.setdefault("device_map", "auto")
             kwargs["trust_remote_code"] = trust_remote_code
+        model = module_of_class(model, kwargs.pop("automodel", None), kwargs, remote)
         kwargs.setdefault("task", "text-generation")
         NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
@@ -126,6 +131,8 @@ class StandardizedTransformer(NamedTransformer):
             self.validate().raise_if_failed()
         else:
             self._stay_unproven()
+        for steering in self.standing:
+            hooks(self, steering)  # they do nothing once the steering ends
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -140,7 +147,8 @@ class StandardizedTransformer(NamedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
-        certificate, facts = certify(self)
+        with unsteered(self):
+            certificate, facts = certify(self)
         self._take_over(facts, certificate)
         in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
         if self._probabilities_check is not None and self.dispatched and certificate.ok and not in_several:
@@ -191,16 +199,24 @@ class StandardizedTransformer(NamedTransformer):
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's `trace`: run one forward pass, the block's reads and writes in it.
 
+        Values are read and written in forward order. A block that only reads, at indices that stand in its source, may
+        read in any order.
+
         Raises:
             InsideTraceError: Called inside a trace of this model.
             RemoteModelError: The model was loaded with `remote=True`, and the trace is not remote.
-            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does.
+            ValueError: The trace is remote, and the tokenizer does not pad on the left, as the worker does; or the
+                block's body stands on the line of its `with`.
         """
         self.require_no_trace("trace()")
+        if not self.dispatched:
+            loading.refuse_unreadable_block(sys._getframe(1))
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
         else:
             self.dispatch()
+            kwargs.setdefault("tracer_cls", BlockTracer)
+        kwargs.setdefault("tracer_cls", StepTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,122 +271,6 @@ class StandardizedTransformer(NamedTransformer):
     def attention_probabilities(self) -> AttentionProbabilitiesAccessor:  # type: ignore[override]
         """The accessor of `[batch, heads, query, key]` per layer, which can also show and prove where it reads."""
         return AttentionProbabilitiesAccessor(self)
-
-    # -- the table of values ----------------------------------------------------------------------------------------
-
-    @property
-    def values(self) -> dict[str, Value]:
-        """The table of everything that can be read and written in a trace: name → row."""
-        return dict(VALUES)
-
-    def support(self) -> Support:
-        """Which values this model has on which layers, and why not on the others.
-
-        Runs the model on a short probe when it is called first (on fake tensors while the weights are not loaded).
-
-        Raises:
-            InsideTraceError: Called inside a trace of this model.
-        """
-        self.require_no_trace("support()")
-        return support(self)
-
-    def explain(self, name: str, layer: int | tuple[int, int] | None = None) -> None:
-        """Print where a value is read in this model: native path, source lines, layout and rank.
-
-        Args:
-            name: A value of the table, or TransformerLens' name for it (`blocks.3.attn.hook_z`).
-            layer: The layer; 0 if None. For one of several attentions in a layer, the layer and its number in it.
-
-        Raises:
-            ValueError: There is no such value.
-            Unavailable: This model, or this layer of it, does not have it.
-        """
-        value, named = canonical(name)
-        print(explain(self, value, layer if layer is not None else named))
-
-    def collect(
-        self,
-        prompts: Any,
-        values: str | Iterable[str],
-        layers: int | Iterable[int] | None = None,
-        positions: Any = None,
-        batch_size: int = 16,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-        reduce: Any = None,
-        progress: bool = True,
-        max_new_tokens: int | None = None,
-        remote: Any = False,
-        **generation: Any,
-    ) -> Collected:
-        """Read values of many prompts: plain tensors, in one pass that stops after the last layer needed.
-
-        The result does not depend on the batch size or the padding side, memory grows by the result alone, and values
-        may be asked for in any order.
-
-        Args:
-            prompts: Texts, token ids, tensors, chat messages, or a list of these; see `nnterp.inputs.encode`.
-            values: Names of the table (`"layers_output"`), with a layer (`"mlp_neurons[3]"`) or TransformerLens'
-                (`"blocks.3.hook_resid_post"`); one or several.
-            layers: The layers, for values that name none; by default all that have the value.
-            positions: Over each prompt's own tokens: an index (−1 is the last token whichever side is padded), a slice,
-                a selector (`nnterp.positions.at("Paris")`, `last_of("Eiffel Tower")`), a list of these, or one list per
-                prompt; all if None. With one index, or `last_of`, the result has no axis of positions.
-            batch_size: Prompts that share a forward pass.
-            device: Where the result is kept.
-            dtype: Its dtype; the model's if None.
-            reduce: "mean" or "sum" over all prompts and positions (accumulated in double precision, returned in float32
-                unless `dtype` says otherwise), or a function applied, on the model's device, to what is selected of a
-                value, `[rows, (positions,) ...]`, which keeps the first axis.
-            progress: Show a progress bar when there is more than one batch.
-            max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
-                `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
-            remote: Run on the remote service, a request for each batch; what is reduced is reduced there.
-            **generation: Settings of the generation, as in `generate`.
-
-        Returns:
-            A mapping from value to tensor, `[layers, prompts, (positions,) ...]`; see `nnterp.collection.Collected`.
-
-        Raises:
-            ValueError: There is no such value, or a position's text is not in a prompt.
-            IndexError: There is no such layer, or a prompt has no such position; names the prompt and its length.
-            Unavailable: A layer that was asked for does not have the value.
-            InsideTraceError: Called inside a trace of this model.
-
-            An error in a later batch carries what is finished as `error.collected`.
-        """
-        options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote)
-        return collect(self, prompts, values, layers, positions, *options, **generation)
-
-    def gradients(
-        self,
-        prompts: Any,
-        metric: Callable[[torch.Tensor], torch.Tensor],
-        values: str | Iterable[str],
-        layers: int | Iterable[int] | None = None,
-        device: str | torch.device = "cpu",
-        remote: Any = False,
-    ) -> Gradients:
-        """Gradients of a scalar of the logits with respect to values, in any order.
-
-        Args:
-            prompts: As in `collect`; they share one batch, padded on the left.
-            metric: From the logits `[prompts, seq, vocab]` to one number, by differentiable operations.
-            values, layers: As in `collect`.
-            device: Where the result is kept.
-            remote: Run on the remote service, the metric with it.
-
-        Returns:
-            Gradients and values by the same names as in `collect`, `[layers, prompts, seq, ...]` each; see
-            `nnterp.gradients.Gradients`.
-
-        Raises:
-            RuntimeError: Called under `no_grad` or `inference_mode`.
-            ValueError: The metric is no differentiable number, or the weights are frozen before a value.
-            Unavailable: A layer that was asked for does not have the value.
-            InsideTraceError: Called inside a trace of this model.
-        """
-        return gradients(self, prompts, metric, values, layers, device, remote)
 
     @property
     def attn_probs_available(self) -> bool:

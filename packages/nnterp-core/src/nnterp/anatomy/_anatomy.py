@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnterp.anatomy._sizes import Sizes
 from nnterp.errors import Unavailable
+from nnterp.indices import read_index
 from nnterp.rendering import html_table, rich_table
 from nnterp.wording import generic_path, ranges
 
@@ -139,8 +140,13 @@ class Anatomy:
         """The part that plays `role` ("self_attn", "mixer" or "mlp") in the layer with this index.
 
         Raises:
+            IndexError: There is no such layer.
+            ValueError: There is no such role.
             Unavailable: The layer has no such part. The message names the layer, its kind and the layers that have it.
         """
+        if role not in ("self_attn", "mixer", "mlp"):
+            raise ValueError(f"There is no role {role!r}; there are self_attn, mixer and mlp.")
+        index = read_index(index, self.num_layers, f"The layer of {role}", "layers")
         layer = self.blocks[index]
         part = getattr(layer, role)
         if part is not None:

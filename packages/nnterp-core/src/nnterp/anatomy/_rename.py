@@ -37,7 +37,8 @@ class RenameConfig:
 
     Every name may be one string or a list of candidates, and may be a dotted path. Layer-level names (`attn_name`,
     `mlp_name`) are relative to a layer; `ln_final_name`, `lm_head_name` and `layers_name` are relative to the model or
-    to its backbone (`model_name`). A name that matches nothing is an error that shows what was there.
+    to its backbone (`model_name`). A single name that matches nothing is an error that shows what was there. A list may
+    serve several models: if none of its names matches, the part is looked for as without them.
 
     Attributes:
         attn_name: The attention inside a layer.
@@ -72,6 +73,11 @@ class RenameConfig:
         value = getattr(self, field)
         return [value] if isinstance(value, str) else list(value or ())
 
+    def required(self, field: str) -> list[str]:
+        """The name given for one field, if it has to match: a single name, and not a list of candidates."""
+        value = getattr(self, field)
+        return [value] if isinstance(value, str) else []
+
     def __repr__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return f"RenameConfig({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
@@ -89,9 +95,13 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
     Returns:
         Native (relative) path → standard name.
     """
+    if rename_config is not None and not isinstance(rename_config, RenameConfig):
+        raise TypeError(f"rename_config is a RenameConfig, not {rename_config!r:.80}.")
     config = rename_config or RenameConfig()
+    # First, so that later keys may go through the name it gives. Modules called "decoder" stand inside the backbone.
+    named = (*config.candidates("model_name"), *_names.BACKBONES, "language_model")
+    renames = {name: "model" for name in named if "." not in name and name not in ("model", "decoder")}
     backbones = [*config.candidates("model_name"), *_names.BACKBONES]
-    renames: dict[str, str] = {}
 
     def add(field: str | None, known: tuple[str, ...], standard: str, *, in_backbone: bool) -> None:
         for name in (*(config.candidates(field) if field else ()), *known):
@@ -102,12 +112,16 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
             if name != standard:
                 renames.setdefault(name, standard)
 
+    def without(known: tuple[str, ...], beside: str) -> tuple[str, ...]:
+        """The known names less one that may stand beside another in a layer: nnsight refuses a name for two modules."""
+        return tuple(name for name in known if name != beside)
+
     add("layers_name", _names.LAYERS, "layers", in_backbone=True)
     add("ln_final_name", _names.LN_FINAL[:8], "ln_final", in_backbone=True)
     add(None, _names.EMBED_TOKENS, "embed_tokens", in_backbone=True)
     add("lm_head_name", _names.LM_HEAD, "lm_head", in_backbone=False)
     if not config.ignore_attn:
-        add("attn_name", _names.SELF_ATTN, "self_attn", in_backbone=False)
+        add("attn_name", without(_names.SELF_ATTN, "cross_attn"), "self_attn", in_backbone=False)
     if not config.ignore_mlp:
-        add("mlp_name", _names.MLP, "mlp", in_backbone=False)
+        add("mlp_name", without(_names.MLP, "shared_mlp"), "mlp", in_backbone=False)
     return renames

@@ -20,13 +20,14 @@ def backbones(model: nn.Module, rename: RenameConfig) -> tuple[str, ...]:
         AnatomyError: The user's names for the backbone match nothing.
     """
     asked = rename.candidates("model_name")
-    if asked and not any(get_child(model, name) is not None for name in asked):
-        raise AnatomyError(no_match("model_name", asked, model, type(model).__name__))
+    required = rename.required("model_name")
+    if required and get_child(model, required[0]) is None:
+        raise AnatomyError(no_match("model_name", required, model, type(model).__name__))
     return tuple(name for name in (*asked, "", *_names.BACKBONES) if name == "" or get_child(model, name) is not None)
 
 
 def path_asked_for(model: nn.Module, rename: RenameConfig, field: str, owners: Iterable[str]) -> str | None:
-    """The path of the module that the user named in `field`; None if the user named none.
+    """The path of the module that the user named in `field`; None if the user named none, or none of a list is there.
 
     Args:
         model: The model.
@@ -35,26 +36,25 @@ def path_asked_for(model: nn.Module, rename: RenameConfig, field: str, owners: I
         owners: Paths of modules that the name may be relative to.
 
     Raises:
-        AnatomyError: The name matches nothing.
+        AnatomyError: A single name matches nothing.
     """
-    asked = rename.candidates(field)
-    for name in asked:
+    for name in rename.candidates(field):
         for owner in owners:
             path = f"{owner}.{name}" if owner else name
             module = get_child(model, path)
             if module is not None:
                 return path_of(model, module)
-    if asked:
-        raise AnatomyError(no_match(field, asked, model, type(model).__name__))
+    if required := rename.required(field):
+        raise AnatomyError(no_match(field, required, model, type(model).__name__))
     return None
 
 
 def check_in_some_layer(rename: RenameConfig, field: str, layers: list[nn.Module]) -> None:
-    """Check that a name which the user gave for a part of a layer matches in at least one layer.
+    """Check that a single name which the user gave for a part of a layer matches in at least one layer.
 
     Raises:
         AnatomyError: It matches in none.
     """
-    asked = rename.candidates(field)
+    asked = rename.required(field)
     if asked and not any(get_child(layer, name) is not None for name in asked for layer in layers):
         raise AnatomyError(no_match(field, asked, layers[0], "a layer"))

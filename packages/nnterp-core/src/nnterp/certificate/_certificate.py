@@ -95,14 +95,34 @@ class Certificate:
         raise KeyError(f"No line begins with {name!r}; lines: {', '.join(line.name for line in self.lines)}")
 
     def save(self, path: str | Path) -> None:
-        """Write the certificate as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write the certificate as JSON; folders are made.
+
+        Raises:
+            OSError: The folder cannot be made, or the file not be written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
-        """Read a certificate written by `save`."""
-        data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**data, "lines": tuple(Line(**line) for line in data["lines"])})
+        """Read a certificate written by `save`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is truncated, damaged, or no certificate; names the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            lines = tuple(Line(**line) for line in data["lines"])
+            if any(line.status not in _MARK for line in lines):
+                raise ValueError("a line has a status that there is not")
+            return cls(**{**data, "lines": lines})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} holds no certificate, or a damaged one ({error}).") from error
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """(mark, claim, error, tolerance, detail) of each line, as printed."""

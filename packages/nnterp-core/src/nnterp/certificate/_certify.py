@@ -19,9 +19,11 @@ from nnterp.certificate._roles import roles
 from nnterp.certificate._stream import consecutive, hidden_states
 from nnterp.certificate._sum import residual_sum
 from nnterp.certificate._writes import writes
+from nnterp.defaults import plain_defaults
 from nnterp.devices import input_device
 from nnterp.discovery import BETWEEN_PROBE, Probe, find_between, quiet
 from nnterp.facts import Facts, unproven_facts
+from nnterp.huggingface import dtype_of
 from nnterp.named_transformer import NamedTransformer
 
 Claim = Callable[[Evidence, Facts], Claimed]
@@ -39,6 +41,7 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+@plain_defaults()
 def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
     """Prove a model's names, as far as it can be done with what is loaded. The model is not changed.
 
@@ -53,7 +56,7 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
         model=model.repo_id or "",
         revision=model.revision,
         model_class=facts.anatomy.model_class,
-        dtype=str(model._module.dtype).removeprefix("torch."),
+        dtype=str(dtype_of(model._module)).removeprefix("torch."),
         device=str(input_device(model._module)) if model.dispatched else "meta",
         versions={name: _version(name) for name in ("nnterp-core", "nnsight", "transformers", "torch")},
         lines=tuple(lines),

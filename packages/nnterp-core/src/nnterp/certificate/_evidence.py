@@ -15,7 +15,7 @@ from nnterp.anatomy import Anatomy, Layer
 from nnterp.certificate._certificate import Line
 from nnterp.discovery import Call, Recording, probe_ids, quiet, record, rounding_of, static_experts
 from nnterp.facts import Facts
-from nnterp.huggingface import uncached
+from nnterp.huggingface import uncached, with_logits
 from nnterp.named_transformer import NamedTransformer
 from nnterp.tensors import relative_error
 
@@ -75,7 +75,7 @@ class Evidence:
 
     def forward(self, ids: torch.Tensor) -> Any:
         """What the plain module returns, run without a cache."""
-        return self.module(input_ids=ids, **uncached(self.module))
+        return with_logits(self.module(input_ids=ids, **uncached(self.module)))
 
     # -- calls of the anatomy's modules ------------------------------------------------------------------------------
 

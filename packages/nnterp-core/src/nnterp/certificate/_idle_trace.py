@@ -6,7 +6,7 @@ import torch
 
 from nnterp.certificate._evidence import Claimed, Evidence, outcome
 from nnterp.facts import Facts
-from nnterp.huggingface import accepts_argument
+from nnterp.huggingface import accepts_argument, with_logits
 from nnterp.tensors import relative_error
 
 IDLE = "the forward with nnterp is bit-equal to the one without"
@@ -20,5 +20,5 @@ def idle_trace(evidence: Evidence, facts: Facts) -> Claimed:
     if not torch.equal(traced, plain):  # it may have been computed without a mask or a cache
         takes_mask = accepts_argument(evidence.module, "attention_mask")
         mask = {"attention_mask": torch.ones_like(evidence.ids)} if takes_mask else {}
-        plain = evidence.module(input_ids=evidence.ids, **mask).logits
+        plain = with_logits(evidence.module(input_ids=evidence.ids, **mask)).logits
     return outcome(IDLE, torch.equal(traced, plain), relative_error(traced, plain), evidence.tolerance), facts

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.discovery import probe_ids
 from nnterp.eager import is_eager
 from nnterp.errors import RenamingError, Unavailable
+from nnterp.indices import read_index
 from nnterp.named_transformer import NamedTransformer
+from nnterp.older import OlderLayerAccessor
 from nnterp.table import get_label
-from nnterp.traced import Declared, LayerAccessor
+from nnterp.traced import Declared
 from nnterp.values import source_of
 
 ROWS, LENGTH = 2, 10
 
 
-class AttentionProbabilitiesAccessor(LayerAccessor):
+class AttentionProbabilitiesAccessor(OlderLayerAccessor):
     """`model.attention_probabilities[i]`: `[batch, heads, query, key]`, readable and writable inside a trace.
 
     Rows are distributions over the keys; where the model has attention sinks they sum to less than one. Needs
@@ -25,12 +28,40 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
     _model: NamedTransformer
 
     def __init__(self, model: NamedTransformer) -> None:
-        LayerAccessor.__init__(self, model, get_label("attention_probabilities"))
+        OlderLayerAccessor.__init__(self, model, get_label("attention_probabilities"))
 
     @property
     def enabled(self) -> bool:
-        """Whether the model computes attention in the way that has probabilities."""
-        return is_eager(self._model._module)
+        """Whether the model computes attention in the way that has probabilities, and `disable()` was not called."""
+        return is_eager(self._model._module) and not self._disabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._model.__dict__["_probabilities_disabled"] = not enabled
+
+    def disable(self) -> None:
+        """Refuse to read or write them from now on, until `enabled` is set to True."""
+        self.enabled = False
+
+    @property
+    def _disabled(self) -> bool:
+        # Kept on the model, because this accessor is made anew whenever it is asked for.
+        return self._model.__dict__.get("_probabilities_disabled", False)
+
+    def _require_enabled(self) -> None:
+        if self._disabled:
+            raise Unavailable(
+                "Attention probabilities were disabled with attention_probabilities.disable(). "
+                "Set attention_probabilities.enabled = True to read and write them again."
+            )
+
+    def __getitem__(self, layer: int | tuple[int, int]) -> torch.Tensor:
+        self._require_enabled()
+        return OlderLayerAccessor.__getitem__(self, layer)
+
+    def __setitem__(self, layer: int | tuple[int, int], tensor: torch.Tensor) -> None:
+        self._require_enabled()
+        OlderLayerAccessor.__setitem__(self, layer, tensor)
 
     def print_source(self, layer: int = 0, allow_dispatch: bool = True) -> None:
         """Print where the probabilities of one layer are read: the place, and the source around it.
@@ -43,10 +74,11 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
             Unavailable: The layer has none, or the model was not loaded with `enable_attention_probs=True`.
         """
         self._model.prepare(remote=not allow_dispatch)
-        place = self._model.place(self._value.name, layer % len(self))
+        place = self._model.place(self._value.name, read_index(layer, len(self), "layer", "layers"))
         print(f"Attention probabilities of layer {layer} are read at\n  {place}")
         print(source_of(self._model, place))
 
+    @plain_defaults()
     def check_source(self, layer: int | None = None, allow_dispatch: bool = True, use_trace: bool = True) -> None:
         """Prove the probabilities of one layer, or of every layer that has them.
 
@@ -66,7 +98,8 @@ class AttentionProbabilitiesAccessor(LayerAccessor):
         model = self._model
         model.require_no_trace("attention_probabilities.check_source()")
         model.prepare(remote=not allow_dispatch)
-        have = [i for i in model.attention_layers if layer is None or i == layer % len(self)]
+        index = None if layer is None else read_index(layer, len(self), "layer", "layers")
+        have = [i for i in model.attention_layers if index in (None, i)]
         if not have:
             raise Unavailable(f"Layer {layer} of {model.model_class} has no attention.")
         for i in have:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nnterp.certificate import Certificate
 from nnterp.errors import AnatomyError, CertificateError
+from nnterp.files import require_writable
 
 help = "prove that nnterp names a model's parts rightly, and print the certificate"
 
@@ -30,6 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the certificate; 0 if every line holds, 1 if not."""
     try:
+        if arguments.json is not None:
+            require_writable(arguments.json)
         print_(certificate := _certificate(arguments))
     except CertificateError as error:
         if not isinstance(error.certificate, Certificate):
@@ -37,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_(certificate := error.certificate)
     except AnatomyError as error:
         print(error)
+        return 1
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"nnterp check: {error}", file=sys.stderr)
         return 1
     if arguments.json is not None:
         certificate.save(arguments.json)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from nnterp.collection._collected import Collected
 from nnterp.collection._filling import Filling
@@ -15,22 +14,26 @@ from nnterp.collection._generation import over_generation
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce, reduced
 from nnterp.collection._select import select
+from nnterp.defaults import plain_defaults
+from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
 from nnterp.named_transformer import NamedTransformer
-from nnterp.positions import TextSelector, resolve
+from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
+from nnterp.progress import bar
 
 
+@plain_defaults()
 def collect(
     model: NamedTransformer,
     prompts: Any,
     values: str | Iterable[str],
-    layers: int | Iterable[int] | None = None,
+    layers: Indices = None,
     positions: Any = None,
     batch_size: int = 16,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     reduce: Reduce = None,
-    progress: bool = True,
+    progress: bool | None = None,
     max_new_tokens: int | None = None,
     remote: Any = False,
     **generation: Any,
@@ -62,7 +65,7 @@ def collect(
     result = Filling(plan, rows, chosen, single, device, dtype, reduce)
     with (
         left_padded(model.tokenizer),
-        tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar,
+        bar(len(rows), "collect", progress, "prompt") as shown,
     ):
         for batch in batches(model, rows, batch_size):
             try:
@@ -74,7 +77,7 @@ def collect(
                         f"{len(result.done)} of {len(rows)} prompts are finished: see error.collected and its `done`."
                     )
                 raise
-            bar.update(len(batch))
+            shown.update(len(batch))
     return result.collected(model.num_layers)
 
 
@@ -83,23 +86,12 @@ def positions_of(model: NamedTransformer, rows: Sequence[Row], positions: Any) -
 
     Raises:
         IndexError, ValueError: A row has no such position; names the row, its length and its tokens.
+        TypeError: It is no position.
     """
-    per_prompt = isinstance(positions, (list, tuple)) and any(
-        isinstance(p, (list, tuple, range, slice)) for p in positions
-    )
-    if per_prompt and len(positions) != len(rows):
-        raise ValueError(
-            f"positions has {len(positions)} lists for {len(rows)} prompts; give one list per prompt, or one for all."
-        )
-    chosen = []
-    for i, row in enumerate(rows):
-        mine = positions[i] if per_prompt else positions
-        found = resolve(model, row, mine, f"Prompt {i}")
-        if not found:
-            raise ValueError(f"positions={mine!r} selects nothing of prompt {i}, which has {len(row)} tokens.")
-        chosen.append(found)
-    single = hasattr(positions, "__index__") or (isinstance(positions, TextSelector) and positions.which == "last_of")
-    return chosen, single
+    plain = plain_positions(positions)
+    each = per_prompt(plain, len(rows))
+    chosen = [resolve(model, row, mine, f"Prompt {i}") for i, (row, mine) in enumerate(zip(rows, each, strict=True))]
+    return chosen, is_one_position(plain)
 
 
 def _one_batch(

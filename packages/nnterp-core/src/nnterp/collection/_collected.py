@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 import torch
 
+from nnterp.collection._keys import read_key
 from nnterp.files import read_tensors, write_tensors
 from nnterp.inputs import Row
-from nnterp.values import canonical
 
 # All layers of a value in one tensor, or layer → tensor where their shapes differ.
 Tensors: TypeAlias = torch.Tensor | dict[int, torch.Tensor]
@@ -31,7 +31,8 @@ class Collected(Mapping[str, torch.Tensor]):
     prompt's own tokens as well, zero beyond them.
 
     Attributes:
-        layers: Value → the layers in its first axis; empty for a value that is not per layer.
+        layers: Value → the layers in its first axis, in the order asked for, duplicates kept; empty for a value that is
+            not per layer.
         positions: For each prompt, the positions that were read, counted over its own tokens.
         mask: True where a prompt has a position, `[prompts, positions]`; `[prompts]` if one position was asked for;
             None if all prompts were reduced to one result.
@@ -55,29 +56,19 @@ class Collected(Mapping[str, torch.Tensor]):
 
         Raises:
             KeyError: The value, or the layer of it, was not collected.
+            TypeError: The layer is no integer.
             ValueError: The layers of this value differ in shape, so there is no one tensor: ask for one layer.
         """
-        name, layer = key if isinstance(key, tuple) else (key, None)
-        try:
-            value, named = canonical(name)
-        except ValueError as error:
-            raise KeyError(str(error)) from None
-        layer = named if layer is None else layer
-        if value.name not in self.tensors:
-            raise KeyError(f"{value.name} was not collected; there are: {', '.join(self.tensors)}.")
-        tensor = self.tensors[value.name]
-        if layer is None:
-            if isinstance(tensor, dict):
-                raise ValueError(
-                    f"The layers of {value.name} differ in shape ({self.shapes(value.name)}), so they make no one "
-                    f"tensor; ask for one: collected[{value.name!r}, {self.layers[value.name][0]}]."
-                )
-            return tensor
-        have = self.layers[value.name]
-        index = layer + self.num_layers if layer < 0 else layer
-        if index not in have:
-            raise KeyError(f"Layer {layer} of {value.name} was not collected; there are: {', '.join(map(str, have))}.")
-        return tensor[index] if isinstance(tensor, dict) else tensor[have.index(index)]
+        name, layer = read_key(key, self.layers, self.num_layers, "collected")
+        tensor = self.tensors[name]
+        if layer is not None:
+            return tensor[layer] if isinstance(tensor, dict) else tensor[self.layers[name].index(layer)]
+        if isinstance(tensor, dict):
+            raise ValueError(
+                f"The layers of {name} differ in shape ({self.shapes(name)}), so they make no one tensor; ask for "
+                f"one: collected[{name!r}, {self.layers[name][0]}]."
+            )
+        return tensor
 
     def save(self, path: str | Path) -> None:
         """Write everything to `<path>.safetensors`: tensors, mask, positions and prompts. `Collected.load` reads it.
@@ -125,6 +116,13 @@ class Collected(Mapping[str, torch.Tensor]):
         positions = tuple(tuple(mine) for mine in record["positions"])
         mask, generated = stored.get("mask"), stored.get("generated")
         return cls(tensors, layers, positions, mask, rows, generated, set(record["done"]), record["num_layers"])
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            read_key(key, self.layers, self.num_layers, "collected")
+        except (KeyError, TypeError):
+            return False
+        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -89,7 +89,7 @@ class Filling:
         name = target.value.name
         if target.layer is None:
             return tensor.new_zeros(shape)
-        layers = self.plan.layers[name]
+        layers = list(dict.fromkeys(self.plan.layers[name]))
         block = self.blocks.get(name)
         if block is None:
             block = self.blocks[name] = tensor.new_zeros([len(layers), *shape])
@@ -126,7 +126,7 @@ class Filling:
             self.filled = {t: (total / count).to(dtype) for t, total in self.filled.items()}
         tensors = stacked({(t.value.name, t.layer): self.filled[i] for i, t in enumerate(self.plan.targets)}, self.plan)
         for name, block in self.blocks.items():
-            if self.shares_memory(name, block):
+            if len(block) == len(self.plan.layers[name]) and self.shares_memory(name, block):
                 tensors[name] = block
         mask = None
         if not self.over_prompts:
@@ -159,5 +159,5 @@ def stacked(found: dict[tuple[str, int | None], torch.Tensor], plan: Plan) -> di
             continue
         mine = {layer: found[name, layer] for layer in layers}
         alike = len({tuple(part.shape) for part in mine.values()}) == 1
-        tensors[name] = torch.stack(list(mine.values())) if alike else mine
+        tensors[name] = torch.stack([mine[layer] for layer in layers]) if alike else mine
     return tensors

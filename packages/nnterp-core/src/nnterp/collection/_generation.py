@@ -6,13 +6,14 @@ import warnings
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from nnterp.collection._collected import Collected
 from nnterp.collection._filling import stacked
 from nnterp.collection._plan import Plan
+from nnterp.generation import check_generation, sequences_of
 from nnterp.inputs import Batch, Row, batches, left_padded
 from nnterp.named_transformer import NamedTransformer
+from nnterp.progress import bar
 
 
 def over_generation(
@@ -22,7 +23,7 @@ def over_generation(
     batch_size: int,
     device: str | torch.device,
     dtype: torch.dtype | None,
-    progress: bool,
+    progress: bool | None,
     max_new_tokens: int,
     generation: dict[str, Any],
 ) -> Collected:
@@ -31,8 +32,7 @@ def over_generation(
     Raises:
         ValueError: A value has no entry per position at each step, or `max_new_tokens` is not positive.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    check_generation(max_new_tokens, generation)
     patterns = [t.label for t in plan.targets if t.value.is_pattern]
     if patterns:
         raise ValueError(
@@ -41,12 +41,12 @@ def over_generation(
     made = _Made(rows, plan, max_new_tokens, _end_tokens(model, generation))
     with (
         left_padded(model.tokenizer),
-        tqdm(total=len(rows), desc="collect", unit="prompt", disable=not progress or len(rows) <= batch_size) as bar,
+        bar(len(rows), "collect", progress, "prompt") as shown,
     ):
         for batch in batches(model, rows, batch_size, max_new_tokens):
             answer, steps = _generate(model, plan, batch, device, dtype, max_new_tokens, generation)
             made.put(batch, answer[:, batch.input_ids.shape[1] :].cpu(), steps)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return made.collected(model.num_layers)
 
 
@@ -81,7 +81,7 @@ def _generate(
                     steps.append(taken)
             with tracer.invoke():
                 answer = tracer.result.save()
-    return answer, steps
+    return sequences_of(answer), steps
 
 
 class _Made:
@@ -144,7 +144,9 @@ def last(tensor: torch.Tensor, rows: int, label: str, axes: int, length: int) ->
 
 
 def _end_tokens(model: NamedTransformer, generation: dict[str, Any]) -> set[int]:
-    given = generation.get("eos_token_id", getattr(model._module.generation_config, "eos_token_id", None))
+    given = generation.get(
+        "eos_token_id", getattr(getattr(model._module, "generation_config", None), "eos_token_id", None)
+    )
     if given is None:
         return set()
     return {given} if isinstance(given, int) else set(given)

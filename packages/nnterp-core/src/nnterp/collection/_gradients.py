@@ -9,12 +9,15 @@ from typing import Any
 import nnsight
 import torch
 
+from nnterp.collection._keys import read_key
 from nnterp.collection._plan import Plan, make_plan
+from nnterp.defaults import plain_defaults
 from nnterp.errors import PaddingError
+from nnterp.indices import Indices
 from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
-from nnterp.values import Combine, canonical, gradient_reads, when
+from nnterp.values import Combine, gradient_reads, when
 
 
 @dataclass(frozen=True)
@@ -58,41 +61,30 @@ class Gradients:
         return iter(self.layers)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.layers
+        try:
+            read_key(name, self.layers, self.num_layers, "asked for")
+        except (KeyError, TypeError):
+            return False
+        return True
 
     def _pick(self, table: dict[tuple[str, int | None], torch.Tensor], key: str | tuple[str, int]) -> torch.Tensor:
-        name, layer = key if isinstance(key, tuple) else (key, None)
-        try:
-            value, named = canonical(name)
-        except ValueError as error:
-            raise KeyError(str(error)) from None
-        layer = named if layer is None else layer
-        if value.name not in self.layers:
-            raise KeyError(f"{value.name} was not asked for; there are: {', '.join(self.layers)}.")
-        have = self.layers[value.name]
-        if not value.per_layer:
-            return table[value.name, None]
-        if layer is not None:
-            index = layer + self.num_layers if layer < 0 else layer
-            if (value.name, index) not in table:
-                raise KeyError(
-                    f"Layer {layer} of {value.name} was not asked for; there are: {', '.join(map(str, have))}."
-                )
-            return table[value.name, index]
-        shapes = {tuple(table[value.name, i].shape) for i in have}
+        name, layer = read_key(key, self.layers, self.num_layers, "asked for")
+        have = self.layers[name]
+        if layer is not None or not have:
+            return table[name, layer]
+        shapes = {tuple(table[name, i].shape) for i in have}
         if len(shapes) > 1:
-            raise ValueError(
-                f"The layers of {value.name} differ in shape; ask for one: gradients[{value.name!r}, {have[0]}]."
-            )
-        return torch.stack([table[value.name, i] for i in have])
+            raise ValueError(f"The layers of {name} differ in shape; ask for one: gradients[{name!r}, {have[0]}].")
+        return torch.stack([table[name, i] for i in have])
 
 
+@plain_defaults()
 def gradients(
     model: NamedTransformer,
     prompts: Any,
     metric: Callable[[torch.Tensor], torch.Tensor],
     values: str | Iterable[str],
-    layers: int | Iterable[int] | None = None,
+    layers: Indices = None,
     device: str | torch.device = "cpu",
     remote: Any = False,
 ) -> Gradients:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from nnterp.errors import Unavailable
+from nnterp.indices import integers, read_index, read_indices
 from nnterp.named_transformer import NamedTransformer
-from nnterp.traced import Place, layer_index
+from nnterp.traced import Place
 from nnterp.values import Combine, Value, canonical, reads, when
 
 
@@ -45,17 +47,18 @@ class Plan:
     layers: dict[str, tuple[int, ...]]
 
 
-def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int | Iterable[int] | None) -> Plan:
+def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any) -> Plan:
     """Look up where everything asked for is served and put it in forward order.
+
+    A layer that is given twice in `layers` is twice in the result; a layer that two names ask for is there once.
 
     Raises:
         ValueError: There is no such value, or nothing was asked for.
         IndexError: There is no such layer.
         Unavailable: A layer that was asked for does not have the value.
     """
-    wanted = [values] if isinstance(values, str) else list(values)
-    if not wanted:
-        raise ValueError("No values were asked for; see model.values for what there is.")
+    wanted = value_names(values)
+    layers = integers(layers, "layers")  # once, because several values may ask for them
     asked: dict[str, list[int]] = {}
     rows: dict[str, Value] = {}
     for name in wanted:
@@ -66,16 +69,18 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int 
         mine = asked.setdefault(value.name, [])
         if not value.per_layer:
             continue
-        chosen = (
-            [layer_index(named, model.num_layers, value.name)] if named is not None else _layers(model, value, layers)
-        )
-        mine.extend(layer for layer in chosen if layer not in mine)
+        if named is not None:
+            chosen = [read_index(named, model.num_layers, f"The layer of {name}", "layers")]
+        else:
+            chosen = _layers(model, value, layers)
+        there = tuple(mine)
+        mine.extend(layer for layer in chosen if layer not in there)
 
     places: dict[Place, float] = {}
     made: list[tuple[Value, int | None, list[Place], Combine]] = []
     for name, mine in asked.items():
         value = rows[name]
-        for layer in mine if value.per_layer else [None]:
+        for layer in dict.fromkeys(mine) if value.per_layer else [None]:
             parts, combine = reads(model, model.place(value.name, layer))
             for part in parts:
                 if part not in places:
@@ -93,13 +98,26 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int 
     return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, layers_of)
 
 
-def _layers(model: NamedTransformer, value: Value, layers: int | Iterable[int] | None) -> list[int]:
+def value_names(values: Any) -> list[str]:
+    """The values asked for, by name.
+
+    Raises:
+        TypeError: They are no names.
+        ValueError: There are none.
+    """
+    wanted = [values] if isinstance(values, str) else list(values) if isinstance(values, Iterable) else [values]
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"A value is asked for by its name, such as 'layers_output', not by {name!r:.80}.")
+    if not wanted:
+        raise ValueError("No values were asked for; see model.values for what there is.")
+    return wanted
+
+
+def _layers(model: NamedTransformer, value: Value, layers: Any) -> list[int]:
     """The layers asked for; by default all that have the value."""
     if layers is not None:
-        given: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
-        if not given:
-            raise ValueError("layers is empty; leave it out for all layers.")
-        return [layer_index(layer, model.num_layers, value.name) for layer in given]
+        return read_indices(layers, model.num_layers, "layers", "layers")
     found, reason = [], None
     for layer in range(model.num_layers):
         try:

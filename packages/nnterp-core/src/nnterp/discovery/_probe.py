@@ -11,7 +11,7 @@ from torch import nn
 from nnterp.anatomy import Anatomy
 from nnterp.devices import input_device
 from nnterp.discovery._recording import Recording, record
-from nnterp.huggingface import uncached
+from nnterp.huggingface import dtype_of, input_embedding, uncached
 
 ROWS = 2
 LENGTH = 11  # a prime, so that no product of heads and widths is mistaken for it
@@ -33,7 +33,8 @@ def probe_ids(
     Returns:
         `[rows, length]`, int64, on the device that the model takes inputs on.
     """
-    embedded = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    embedding: Any = input_embedding(module)
+    embedded = VOCABULARY if embedding is None else embedding.weight.shape[0]
     vocabulary = min(embedded, vocab_size or embedded, VOCABULARY)
     special = {*avoid, *_special_ids(module.config)}
     ordinary = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
@@ -52,8 +53,8 @@ def _special_ids(config: Any) -> set[int]:
 
 def rounding_of(module: nn.Module) -> float:
     """Relative size of a rounding error in the dtype that a model computes in."""
-    dtype = module.dtype
-    return torch.finfo(dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32).eps
+    dtype = dtype_of(module)
+    return torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps
 
 
 class Probe:

@@ -17,6 +17,7 @@ import torch
 from nnsight.intervention.source import STATE, SourceNotAvailable, bind, instrument
 from torch import nn
 
+from nnterp.huggingface import with_logits
 from nnterp.tensors import copied, stream_in, stream_out
 
 Labels = tuple[str, ...]  # an operation in a module's forward: the functions that call it, outermost first, then itself
@@ -206,7 +207,7 @@ def record(
             recorder.instrument(root.get_submodule(path), path, stack)
         for path in modules:
             recorder.watch(root.get_submodule(path), path, stack)
-        recorder.recording.result = run()
+        recorder.recording.result = with_logits(run())
     return recorder.recording
 
 

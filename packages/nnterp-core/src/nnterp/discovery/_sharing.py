@@ -17,8 +17,8 @@ from nnterp.discovery._rotations import rotation_sharing
 from nnterp.huggingface import text_config
 from nnterp.traced import Sharing
 
-# Config fields with the number of keys that a query attends to: DeepSeek-V3.2 and its kin, Doge. Qwen 4 picks blocks that
-# are counted from each row's first token, which padding does not change.
+# Config fields with the number of keys that a query attends to: DeepSeek-V3.2 and its kin, Doge. Qwen 4 picks blocks
+# that are counted from each row's first token, which padding does not change.
 _PICKED = ("index_topk", "keep_window_size")
 
 

@@ -1,7 +1,8 @@
 """Everything that travels to a remote worker: the traced half of a model, its places, accessors, readout and edits.
 
 nnsight sends the functions and classes that a traced block mentions, and what these mention. This package therefore
-imports only the ground floor of nnterp (`errors`, `record`, `table`, `tensors`, `devices`), and everything in it has
+imports only the ground floor of nnterp (`errors`, `record`, `selectors`, `table`,
+`tensors`, `devices`), and everything in it has
 source: records instead of dataclasses, no decorators that wrap. `tests/core/test_house.py` holds the imports,
 `tests/remote` weighs the requests.
 """
@@ -17,6 +18,7 @@ from nnterp.traced._accessors import (
 from nnterp.traced._apart import Apart
 from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
+from nnterp.traced._conditions import Chosen, Condition
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._layouts import PARTS, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
@@ -25,7 +27,8 @@ from nnterp.traced._running import Lender, Place, Running
 from nnterp.traced._sharing import Sharing, fresh_rotations, require_sharing
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._states import CachedState, State
-from nnterp.traced._steering import steer
+from nnterp.traced._steering import Steering, change, steer, steering_of
+from nnterp.traced._steps import StepTracer
 from nnterp.traced._sums import Sum, added
 from nnterp.traced._through_out import ThroughOut
 from nnterp.traced._transformer import TracedTransformer, arriving, travel_by_value
@@ -37,6 +40,8 @@ __all__ = [
     "Apart",
     "CachedState",
     "Chain",
+    "Chosen",
+    "Condition",
     "Declared",
     "Directory",
     "Everywhere",
@@ -53,6 +58,8 @@ __all__ = [
     "Sharing",
     "Site",
     "State",
+    "Steering",
+    "StepTracer",
     "StreamLayout",
     "Sum",
     "ThroughOut",
@@ -63,6 +70,7 @@ __all__ = [
     "arriving",
     "bind_names",
     "bracket_one",
+    "change",
     "envoy_at",
     "fresh_rotations",
     "layer_index",
@@ -72,6 +80,7 @@ __all__ = [
     "require_sharing",
     "skip_layers",
     "steer",
+    "steering_of",
     "travel_by_value",
     "write_value",
 ]

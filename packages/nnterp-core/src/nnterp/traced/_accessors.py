@@ -9,6 +9,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import OutsideTraceError, ShapeError
 from nnterp.table import Label
+from nnterp.traced._places import Site
 from nnterp.traced._sums import Sum
 from nnterp.traced._views import reflattened, unflattened
 
@@ -87,9 +88,13 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
         IndexError: Out of range.
         TypeError: Not an integer.
     """
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-        raise TypeError(f"{name}[{layer!r}]: a layer is an integer from {-num_layers} to {num_layers - 1}.")
-    index = layer.__index__()
+    scalar = not getattr(layer, "ndim", 0) and "bool" not in str(getattr(layer, "dtype", type(layer)))
+    try:
+        index = layer.__index__() if scalar else None
+    except (AttributeError, TypeError):  # tensors of floats have it and raise
+        index = None
+    if index is None:
+        raise TypeError(f"{name}[{layer!r:.80}]: a layer is an integer from {-num_layers} to {num_layers - 1}.")
     if not -num_layers <= index < num_layers:
         raise IndexError(
             f"{name}[{index}]: the model has {num_layers} layers, so indices go from {-num_layers} to {num_layers - 1}."
@@ -108,6 +113,8 @@ def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int
     except OutOfOrderError as error:
         _explain(error, label)
         raise
+    if isinstance(place, Site) and tensor.requires_grad and torch.is_grad_enabled():
+        tensor.retain_grad()  # so that a plain `score.backward()` fills in its `.grad`
     return tensor if tensor.dim() >= value.axes else unflattened(model, tensor)
 
 

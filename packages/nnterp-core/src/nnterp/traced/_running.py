@@ -24,6 +24,8 @@ class Running(Protocol):
     layers_input: Any
     layers_output: Any
     _module: nn.Module
+    path: str  # of the model in nnsight's tree
+    tokenizer: Any
 
     def envoy(self, path: str) -> Envoy:
         """The envoy of the module at a native path."""

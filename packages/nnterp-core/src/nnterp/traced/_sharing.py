@@ -54,9 +54,9 @@ def require_sharing(sharing: Sharing, mask: torch.Tensor, growth: int, counted: 
         lengths.append(width)
     within = sharing.limit is None or width + growth <= sharing.limit
     if not within or len({sharing.side(n, growth) for n in lengths}) > 1:
+        made = f", and {growth} to generate" if growth else ""
         raise PaddingError(
-            f"These inputs have different lengths ({min(lengths)} to {width} tokens"
-            f"{f', and {growth} to generate' if growth else ''}), and {name} is proven to give a padded row the numbers "
+            f"These inputs have different lengths ({min(lengths)} to {width} tokens{made}), and {name} is proven to give a padded row the numbers "
             f"of the row alone only for {sharing} (without a certificate, call model.validate()). Run them one at a "
             "time, or use a function that takes prompts (collect, run_prompts, ...): those batch accordingly."
         )

@@ -8,29 +8,62 @@ import torch
 
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.traced._accessors import layer_index, require_running
+from nnterp.traced._steps import in_steps
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Rest, Running
 
 
 def skip_layers(
-    model: Running, start: int, end: int, skip_with: torch.Tensor | None, returns: tuple[Rest, ...]
+    model: Running,
+    start: int,
+    end: int,
+    skip_with: torch.Tensor | None,
+    returns: tuple[Rest, ...],
+    steps: Any = None,
 ) -> None:
-    """Make layers `start` to `end` return `skip_with`, or what enters `start`."""
+    """Make layers `start` to `end` return `skip_with`, or what enters `start`, in the steps chosen.
+
+    In a generation the layers do run, because later steps read their keys and values from the cache; what leaves the
+    last of them is replaced.
+    """
     first = layer_index(start, model.num_layers, "skip_layers(start_layer)")
     last = layer_index(end, model.num_layers, "skip_layers(end_layer)")
     if last < first:
         raise ValueError(f"skip_layers({start}, {end}): the last layer to skip comes before the first.")
     require_running(model, "skip_layers()")
-    entering = model.layers_input[first]
-    stream = entering if skip_with is None else skip_with
-    if stream.shape != entering.shape:
-        raise ShapeError(
-            f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape "
-            f"{list(entering.shape)}."
-        )
-    stream = stream.to(device=entering.device, dtype=entering.dtype)
+
     require_skippable(model, range(first, last + 1))
+
+    def leave_out(step: int) -> None:
+        entering = model.layers_input[first]
+        stream = entering if skip_with is None else skip_with
+        if stream.shape != entering.shape:
+            raise ShapeError(
+                f"skip_with has shape {list(stream.shape)}; the residual stream entering layer {first} has shape "
+                f"{list(entering.shape)}."
+            )
+        stream = stream.to(device=entering.device, dtype=entering.dtype)
+        if model.interleaver.stepping:
+            pass_by(model, first, last, stream.clone(), returns[last])
+        else:
+            skip(model, first, last, stream, returns)
+
+    in_steps(model, leave_out, steps)
+
+
+def pass_by(model: Running, first: int, last: int, stream: torch.Tensor, rest: Rest) -> None:
+    """Let `stream` leave layer `last`, though the layers run; what else they return is as if they had not."""
+    if not rest:
+        model.layers_output[last] = stream
+        return
+    args, kwargs = model.envoy(model.layer_paths[first]).inputs
+    native = model.readout.layout.native(stream)
+    model.envoy(model.layer_paths[last]).output = skipped_output(native, rest, args, kwargs)
+
+
+def skip(model: Running, first: int, last: int, stream: torch.Tensor, returns: tuple[Rest, ...]) -> None:
+    """Let `stream` leave layers `first` to `last` of this pass, which do not run."""
     batcher = model.interleaver.batcher
     if model.readout.layout.sequence_first and batcher is not None and batcher.batching:
         raise Unavailable(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import nnsight
@@ -19,11 +20,13 @@ from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_val
 from nnterp.traced._binding import envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._directory import Directory
+from nnterp.traced._own_tokens import Given
 from nnterp.traced._places import Inside
 from nnterp.traced._readout import Readout, project_on_vocab
 from nnterp.traced._sharing import Sharing, fresh_rotations, growth_of, require_sharing
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._steering import steer
+from nnterp.traced._steps import in_steps, require_single, start_standing
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Lender, Place
@@ -50,6 +53,7 @@ class TracedTransformer(TransformersModel):
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served
     sharing: Sharing  # which rows may share a padded batch
+    standing: tuple  # steerings of every run, see `model.steering`
     positions_from_mask: bool  # whether a padded batch must be told its positions, counted from the mask
 
     if TYPE_CHECKING:
@@ -91,11 +95,19 @@ class TracedTransformer(TransformersModel):
         self.prepare_run()
         mask = kwargs.get("attention_mask")
         padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
+        ids = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        width = None if ids is None else ids.shape[1]
+        self.interleaver.given = Given(kwargs.get("input_ids"), mask if padded else None, width)
+        self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
+        settings = kwargs | self.interleaver.batcher.extra_kwargs
+        if self.interleaver.stepping and len(invokes) > 1:
+            require_single(settings, self._module)
+        start_standing(self, self.standing)
         self.interleaver.right_padded = padded and not bool(mask[..., -1].all())
         if self.sharing.limit is not None:
             fresh_rotations(self._module)
         if padded:
-            growth = growth_of(self._module, kwargs, mask.shape[-1]) if getattr(fn, "__name__", "") == "generate" else 0
+            growth = 0 if not self.interleaver.stepping else growth_of(self._module, settings, mask.shape[-1])
             counted = self.positions_from_mask and "position_ids" in kwargs
             require_sharing(self.sharing, mask, growth, counted, self.model_class)
             if not self.positions_from_mask:
@@ -219,9 +231,9 @@ class TracedTransformer(TransformersModel):
 
     # -- interventions on the running forward pass -----------------------------------------------------------------
 
-    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
+    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None, steps: Any = None) -> None:
         """Skip one layer; see `skip_layers`."""
-        self.skip_layers(layer, layer, skip_with)
+        self.skip_layers(layer, layer, skip_with, steps=steps)
 
     def skip_layers(
         self,
@@ -229,52 +241,37 @@ class TracedTransformer(TransformersModel):
         end_layer: int,
         skip_with: torch.Tensor | None = None,
         layer_returns_tuple: bool | None = None,
+        steps: Any = None,
     ) -> None:
-        """Do not run layers `start_layer` to `end_layer`, both included.
+        """Leave out layers `start_layer` to `end_layer`, both included."""
+        skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns, steps)
 
-        Args:
-            start_layer: First layer to skip.
-            end_layer: Last layer to skip.
-            skip_with: What the skipped layers return, `[batch, seq, hidden]`; what enters `start_layer` if None.
-            layer_returns_tuple: Used only without a certificate: whether layers return the stream in a tuple.
-
-        Raises:
-            IndexError: There is no such layer.
-            ValueError: `end_layer` comes before `start_layer`.
-            ShapeError: `skip_with` does not have the shape of the residual stream.
-        """
-        skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns)
+    def each_step(self, edit: Callable[[int], None], steps: Any = None) -> None:
+        """Call `edit(step)` in each chosen forward pass of a generation."""
+        require_running(self, "each_step()")
+        in_steps(self, edit, steps)
 
     def steer(
         self,
-        layers: int | list[int],
-        steering_vector: torch.Tensor,
+        layers: Any,
+        steering_vector: Any,
         factor: float = 1,
         positions: Any = None,
         token_positions: Any = None,
         batch_index: Any = None,
+        steps: Any = None,
+        mode: str = "add",
+        keep_norm: bool = False,
+        origin: Any = None,
     ) -> None:
-        """Add `factor * steering_vector` to the residual stream leaving each of `layers`.
-
-        Args:
-            layers: The layer or layers; they are steered in forward order, each once.
-            steering_vector: `[hidden]`, or anything that broadcasts to what is steered.
-            factor: Strength.
-            positions: Deprecated, `token_positions`.
-            token_positions: Positions along the sequence; all if None.
-            batch_index: Rows of the batch; all if None. With `token_positions` as well, the two are paired.
-
-        Raises:
-            ShapeError: The vector does not broadcast to the stream.
-        """
+        """Steer the residual stream leaving each of `layers`."""
         if positions is not None:
             if token_positions is not None:
-                raise ValueError(
-                    "Both `positions` (deprecated) and `token_positions` were given; give token_positions."
-                )
+                raise ValueError("Cannot specify both `positions` (deprecated) and `token_positions`; give the latter.")
             warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
-        steer(self, layers, steering_vector, factor, token_positions, batch_index)
+        places = (token_positions, batch_index, steps)
+        steer(self, layers, steering_vector, factor, *places, mode, keep_norm, origin)
 
     # -- the vocabulary --------------------------------------------------------------------------------------------
 

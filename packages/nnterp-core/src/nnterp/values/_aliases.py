@@ -15,8 +15,11 @@ def canonical(name: str) -> tuple[Value, int | None]:
             (`blocks.3.hook_resid_post`, `ln_final.hook_normalized`).
 
     Raises:
+        TypeError: The name is no text.
         ValueError: No such value; lists the names there are.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"A value is asked for by its name, such as 'layers_output', not by {name!r:.80}.")
     indexed = re.fullmatch(r"(\w+)\[(-?\d+)\]", name)
     if indexed is not None:
         value = get_value(indexed[1])

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nnterp.errors import Unavailable
-from nnterp.table import VALUES, Value
+from nnterp.indices import integer, read_index
+from nnterp.table import VALUES, Value, get_value
 from nnterp.traced import (
     CachedState,
     Declared,
@@ -47,8 +48,19 @@ class Support:
         return iter(self.layers)
 
     def available(self, value: str, layer: int | None = None) -> bool:
-        """Whether a value is there, on one layer or on any."""
-        return bool(self.layers[value]) if layer is None else layer in self.layers[value]
+        """Whether a value is there, on one layer (a negative one counts from the last) or on any.
+
+        Raises:
+            ValueError: There is no such value.
+            TypeError: The layer is no integer.
+        """
+        have = self.layers[get_value(value).name]
+        if layer is None:
+            return bool(have)
+        index = integer(layer, "layer")
+        if index < 0 and VALUES[value].per_layer:
+            index += 1 + max(*have, *self.reasons[value])
+        return index in have
 
     def missing(self) -> dict[str, dict[int, str]]:
         """Values that some layer lacks, with the reason per layer."""
@@ -87,7 +99,9 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
     """See `StandardizedTransformer.explain`."""
     index: int | tuple[int, int] | None = None
     if value.per_layer:
-        index = layer if isinstance(layer, tuple) else (layer or 0) % model.facts.anatomy.num_layers
+        index = layer or 0
+        if not isinstance(layer, tuple):
+            index = read_index(index, model.facts.anatomy.num_layers, f"The layer of {value.name}", "layers")
     place = model.place(value.name, index)
     shape = value.shape
     at = "" if index is None else f"[{', '.join(map(str, index if isinstance(index, tuple) else (index,)))}]"

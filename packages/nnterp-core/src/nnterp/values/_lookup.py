@@ -16,6 +16,7 @@ from nnterp.discovery import Contribution, ResidualStructure
 from nnterp.eager import is_eager
 from nnterp.errors import Unavailable, Unproven
 from nnterp.facts import Facts
+from nnterp.indices import integer, read_index
 from nnterp.table import Value, get_value
 from nnterp.traced import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, View
 from nnterp.wording import ranges
@@ -55,18 +56,33 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
 
     Raises:
         ValueError: There is no such value.
+        IndexError: There is no such layer.
         Unproven: It is told by numbers, and nothing has run the model yet.
         Unavailable: The model, or this layer, does not have it; says why, and which layers do.
     """
+    if layer is not None and type(layer) is not int:
+        layer = _plain(layer, name)
     place = facts.places.get((name, layer))
     if place is None:
         value = get_value(name)
+        if layer is not None and value.per_layer:
+            first = layer[0] if isinstance(layer, tuple) else layer
+            index = read_index(first, facts.anatomy.num_layers, f"The layer of {name}", "layers")
+            layer = (index, layer[1]) if isinstance(layer, tuple) else index
         if isinstance(layer, tuple):
             place = _one_of_several(facts, module, value, *layer)
         else:
             place = FINDERS[value.finder](facts, module, value, layer or 0)
         place = facts.places[name, layer] = _as_shown(facts, place)
     return place
+
+
+def _plain(layer: Any, name: str) -> int | tuple[int, int]:
+    """A layer, or a layer and the number of an attention in it, as plain integers."""
+    label = f"The layer of {name}"
+    if isinstance(layer, tuple) and len(layer) == 2:
+        return integer(layer[0], label), integer(layer[1], f"{label}: the number of the attention")
+    return integer(layer, label)
 
 
 def _missing(facts: Facts, layer: int, name: str, reason: str, have: tuple[int, ...] = ()) -> Missing:

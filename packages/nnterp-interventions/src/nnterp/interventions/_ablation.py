@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
 from nnterp.interventions._engine import Cell, Shortcuts, axes_of, positions_axis, sweep
@@ -34,6 +35,7 @@ class AblationResult(Result):
     figure: ClassVar[str] = "ablation"
 
 
+@plain_defaults()
 def ablate(
     model: StandardizedTransformer,
     prompts: Any,
@@ -160,7 +162,8 @@ def _fillings(
         return lambda chosen: (
             lambda prompt, component, at: cut(component, (0,) * len(at), means[component.value, component.layer])
         )
-    partners = _partners(prompts, others, "prompt" if reference is None else "reference prompt", seed)
+    pattern = next((name for name, _ in keys if get_value(name).is_pattern), None)
+    partners = _partners(prompts, others, "prompt" if reference is None else "reference prompt", seed, pattern)
 
     def drawn(chosen: range) -> Filling:
         found, _ = states_of(model, [others[partners[i]] for i in chosen], keys, shortcuts, remote)
@@ -201,8 +204,10 @@ def _means(
     return {key: total / count for key, total in sums.items()}
 
 
-def _partners(prompts: list[Row], others: list[Row], kind: str, seed: int) -> list[int]:
+def _partners(prompts: list[Row], others: list[Row], kind: str, seed: int, pattern: str | None) -> list[int]:
     """For each prompt the index of another one that is at least as long, drawn at random.
+
+    With `pattern`, the name of a value that has an axis of keys, another one that is exactly as long.
 
     Raises:
         ValueError: There is none.
@@ -211,6 +216,13 @@ def _partners(prompts: list[Row], others: list[Row], kind: str, seed: int) -> li
     partners = []
     for i, prompt in enumerate(prompts):
         able = [k for k, other in enumerate(others) if len(other) >= len(prompt) and other.ids != prompt.ids]
+        if pattern is not None:
+            able = [k for k in able if len(others[k]) == len(prompt)]
+        if not able and pattern is not None:
+            raise ValueError(
+                f'how="resample": {pattern} has an axis of keys, as long as the prompt; prompt {i} has {len(prompt)} '
+                f"tokens, and no other {kind} has as many. Give some as reference."
+            )
         if not able:
             raise ValueError(
                 f'how="resample": prompt {i} has {len(prompt)} tokens, and no other {kind} is as long; give longer '

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
+from nnterp.indices import Indices, integer, integers, shown_slice
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Edit, index_of, positions_axis, units_axis
 from nnterp.interventions._layers import layers_of, layers_with
 from nnterp.interventions._units import units_of
-from nnterp.positions import Positions, resolve
+from nnterp.positions import Positions, plain_positions, resolve
 from nnterp.values import get_value
 
 if TYPE_CHECKING:
@@ -26,26 +27,40 @@ class Component:
     Attributes:
         value: Name of a value, such as "attention_head_outputs" or "mlps_output".
         layer: Its layer; negative counts from the last.
-        heads: A head (or neuron) or several; all if None.
+        heads: A head (or neuron) or several, or a slice of them; all if None.
         positions: Over each prompt's own tokens: indices, selectors or a list of these; all if None.
+
+    Raises:
+        TypeError: The layer, heads or positions are something else: a float, a boolean, a text.
+        ValueError: Heads or positions are empty.
     """
 
     value: str
     layer: int
-    heads: int | tuple[int, ...] | None = None
+    heads: int | slice | tuple[int, ...] | None = None
     positions: Positions = None
 
+    def __post_init__(self) -> None:
+        heads = integers(self.heads, "Component(heads)")
+        object.__setattr__(self, "layer", integer(self.layer, "Component(layer)"))
+        object.__setattr__(self, "heads", tuple(heads) if isinstance(heads, list) else heads)
+        object.__setattr__(self, "positions", plain_positions(self.positions, "Component(positions)"))
+
     def __str__(self) -> str:
-        listed = (self.heads,) if isinstance(self.heads, int) else self.heads or ()
-        heads = f" head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
+        if isinstance(self.heads, slice):
+            heads = f" heads {shown_slice(self.heads)}"
+        else:
+            listed = (self.heads,) if isinstance(self.heads, int) else self.heads or ()
+            heads = f" head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
         at = "" if self.positions is None else f" at {self.positions}"
         return f"{self.value}[{self.layer}]{heads}{at}"
 
 
+@plain_defaults()
 def components(
     model: StandardizedTransformer,
     value: str,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     heads: Any = None,
     positions: Positions = None,
 ) -> list[Component]:
@@ -64,6 +79,8 @@ def components(
         Unavailable: The model, or a layer that was asked for, does not have the value.
     """
     chosen = layers_with(model, [value], layers)
+    heads = integers(heads, "heads") if heads is not None and not isinstance(heads, str) else heads
+    positions = plain_positions(positions)
     return [
         Component(value, layer, unit, positions)
         for layer in chosen
@@ -96,6 +113,7 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
 def edit_of(component: Component, at: tuple[int, ...], new: Any) -> Edit:
     """The edit that replaces a (checked) component by `new` at positions `at`."""
     heads = component.heads
+    assert not isinstance(heads, slice), "check() replaces a slice by what it selects"
     return Edit(component.value, component.layer, at, new, (heads,) if isinstance(heads, int) else heads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +14,8 @@ from nnterp.interventions._pairs import Pairs
 from nnterp.interventions._results import prompt_labels, token_texts
 from nnterp.interventions._states import States
 from nnterp.interventions._units import units_of
-from nnterp.positions import resolve
+from nnterp.positions import plain_positions, resolve
+from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -39,7 +40,7 @@ class Grid:
         model: StandardizedTransformer,
         pairs: Pairs,
         names: list[str],
-        layers: int | Sequence[int] | None,
+        layers: Any,
         positions: Any,
         heads: Any,
     ) -> None:
@@ -47,14 +48,12 @@ class Grid:
         self.layers = layers_with(model, names, layers)
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
-        if isinstance(positions, str) and positions != "all":
-            raise ValueError(f'positions are indices, selectors such as at(...), or "all"; not {positions!r}.')
-        self.together = positions == "all" if isinstance(positions, str) else positions is None and self.by_head
+        _check_patterns(pairs, names)
+        plain = plain_positions(positions)
+        self.together = plain is None and (positions == "all" or self.by_head)
         self.columns: list[Any] | None = None
-        if not self.together and positions is not None:
-            self.columns = list(positions) if isinstance(positions, Sequence) else [positions]
-            if not self.columns:
-                raise ValueError("positions is empty; give at least one, or None for every position.")
+        if plain is not None:
+            self.columns = list(plain) if isinstance(plain, tuple) else [plain]
         self.where = [
             self._every_position(i) if self.columns is None else [self._column(i, column) for column in self.columns]
             for i in range(len(pairs))
@@ -153,3 +152,18 @@ class Grid:
         ids = self.pairs.clean[pair].ids
         own = ["".join(token_texts(self.model, [ids[p] for p in column[side]])) for column in self.where[pair]]
         return (*own, *(None,) * (self.width - len(own)))
+
+
+def _check_patterns(pairs: Pairs, names: list[str]) -> None:
+    """Raise if attention patterns would be patched between prompts of different lengths.
+
+    Raises:
+        ValueError: They would, and their keys do not correspond.
+    """
+    patterns = [name for name in names if get_value(name).is_pattern]
+    for i, (clean, corrupted) in enumerate(zip(pairs.clean, pairs.corrupted, strict=True)):
+        if patterns and len(clean) != len(corrupted):
+            raise ValueError(
+                f"Pair {i}: {patterns[0]} has an axis of keys, as long as the prompt, and the clean prompt has "
+                f"{len(clean)} tokens and the corrupted one {len(corrupted)}. Make them equally long."
+            )

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnterp.errors import Unavailable
+from nnterp.indices import integers, read_indices
 from nnterp.interventions._engine import positions_axis
-from nnterp.values import get_value, layer_index
+from nnterp.values import get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
-def layers_of(model: StandardizedTransformer, layers: int | Sequence[int] | None) -> list[int]:
-    """The layers asked for as indices from 0; all if None.
+def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers") -> list[int]:
+    """The layers asked for as indices from 0, in the order given; all if None or "all".
 
     Raises:
+        TypeError: `layers` is something else than indices.
         ValueError: `layers` is empty.
         IndexError: There is no such layer.
     """
-    if layers is None:
-        return list(range(model.num_layers))
-    wanted: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
-    if not wanted:
-        raise ValueError("layers is empty; give at least one layer, or None for all.")
-    return [layer_index(layer, model.num_layers, "layers") for layer in wanted]
+    return read_indices(layers, model.num_layers, name, "layers")
 
 
-def layers_with(model: StandardizedTransformer, names: list[str], layers: int | Sequence[int] | None) -> list[int]:
+def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[int]:
     """The layers asked for, all of which must have the values; if None, the layers that have them.
 
     Raises:
-        ValueError: A value is not per layer, or has no axis of positions.
+        TypeError: `layers` is something else than indices.
+        ValueError: A value is not per layer, or has no axis of positions; or `layers` is empty.
         Unavailable: A layer that was asked for does not have a value, or no layer has all of them.
     """
     for name in names:
@@ -40,6 +37,7 @@ def layers_with(model: StandardizedTransformer, names: list[str], layers: int | 
         if not value.per_layer:
             raise ValueError(f"{name} is not a value of layers; take one that is, such as layers_output.")
         positions_axis(name)
+    layers = integers(layers, "layers")
     chosen = layers_of(model, layers)
     kept: list[int] = []
     reason: Unavailable | None = None

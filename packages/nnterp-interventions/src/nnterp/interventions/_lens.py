@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import nnsight
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
+from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, encode, forward_flags
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
 from nnterp.interventions._running import BatchSize, in_batches
 from nnterp.interventions._tokens import groups_per_prompt
-from nnterp.positions import Positions, resolve
+from nnterp.plain_nnsight import takes_nnsight_models
+from nnterp.positions import Positions, per_prompt, plain_positions, resolve
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -35,6 +37,8 @@ class LensResult(Result):
     figure: ClassVar[str] = "lens"
 
 
+@takes_nnsight_models
+@plain_defaults()
 @torch.no_grad()
 def logit_lens(
     model: StandardizedTransformer,
@@ -42,7 +46,7 @@ def logit_lens(
     remote: bool = False,
     return_inv_logits: bool = False,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     positions: Positions = None,
     targets: Any = None,
     top_k: int | None = None,
@@ -64,7 +68,7 @@ def logit_lens(
         remote: Run on a remote service.
         return_inv_logits: Also return the probabilities read from the negated hidden state.
         layers: The layer or layers; all if None.
-        positions: Where to read, over each prompt's own tokens; the last token if None.
+        positions: Where to read, over each prompt's own tokens, as in `model.collect`; the last token if None.
         targets: Return only the probabilities of these tokens (ids, or texts of one token): one token for all prompts,
             or a list with a token or a list of targets for each prompt. A target is a token or a list of tokens whose
             probabilities are added up.
@@ -88,8 +92,11 @@ def logit_lens(
     model.require_no_trace("logit_lens()")
     encoded = encode(model, prompts)
     chosen = layers_of(model, layers)
-    read_at = -1 if positions is None else positions
-    where = [resolve(model, prompt, read_at, f"prompt {i}") for i, prompt in enumerate(encoded)]
+    plain = plain_positions(positions)
+    each = per_prompt(-1 if positions is None else plain, len(encoded))
+    where = [
+        resolve(model, prompt, own, f"prompt {i}") for i, (prompt, own) in enumerate(zip(encoded, each, strict=True))
+    ]
     reduced = targets is not None or top_k is not None or entropy
     if ranks and targets is None:
         raise ValueError("ranks=True asks for the ranks of targets, but no targets were given.")
@@ -104,19 +111,20 @@ def logit_lens(
         return tensors["target_probs"]
     if not reduced:
         return (tensors["probs"], tensors["inverse"]) if return_inv_logits else tensors["probs"]
-    about = describe_run(model, "logit_lens", layers=chosen, positions=positions, targets=targets, top_k=top_k)
+    about = describe_run(model, "logit_lens", layers=chosen, positions=plain, targets=targets, top_k=top_k)
     return _result(model, encoded, chosen, None if positions is None else where, tensors, ids, about)
 
 
 logit_lens.reduces_targets = True  # read by nnterp.prompts: this lens takes `targets`
 
 
+@takes_nnsight_models
 def logit_lens_table(
     model: StandardizedTransformer,
     prompts: Any,
     top_k: int = 5,
     *,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     positions: Positions = None,
     targets: Any = None,
     remote: bool = False,

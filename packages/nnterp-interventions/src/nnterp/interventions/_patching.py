@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from nnterp.defaults import plain_defaults
+from nnterp.indices import Indices
 from nnterp.interventions._engine import Cell, sweep
 from nnterp.interventions._grid import Grid
 from nnterp.interventions._metrics import bind_some, by_prompt, metric_name, scored
@@ -43,15 +45,16 @@ class PatchingResult(Result):
         return replace(self, tensors={**self.tensors, "scores": scores})
 
 
+@plain_defaults()
 def activation_patching(
     model: StandardizedTransformer,
     clean: Any,
     corrupted: Any,
     metric: Any,
     values: str | Sequence[str] = "layers_output",
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     positions: Positions | Literal["all"] = None,
-    heads: int | Sequence[int] | Literal["all"] | None = None,
+    heads: Indices = None,
     direction: Direction = "denoising",
     *,
     batch_size: BatchSize = "auto",
@@ -113,7 +116,7 @@ class _Patching:
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.batch_size, self.remote = batch_size, remote
         self.shortcuts = proven_shortcuts(model, remote)
-        self.scores = torch.full((len(self.pairs), *grid.shape), float("nan"))
+        self.scores = torch.full((len(self.pairs), *grid.shape), torch.nan, dtype=torch.float32)
         self.clean, self.corrupted = torch.empty(len(self.pairs)), torch.empty(len(self.pairs))
 
     def some(self, chosen: range, shown: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
+from nnterp.indices import Indices
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Cell, Edit, Reduce, sweep
 from nnterp.interventions._layers import layers_of
@@ -18,6 +21,7 @@ from nnterp.interventions._results import Result, describe_run, prompt_labels, v
 from nnterp.interventions._running import BatchSize
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 
 if TYPE_CHECKING:
@@ -33,15 +37,17 @@ class PatchscopeResult(Result):
     figure: ClassVar[str] = "patchscope"
 
 
+@takes_nnsight_models
+@plain_defaults()
 def patchscope_lens(
     model: StandardizedTransformer,
     source_prompts: Any = None,
     target_patch_prompts: Targets = None,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     latents: torch.Tensor | None = None,
     remote: bool = False,
     *,
-    layer_to_patch: int | Sequence[int] | None = None,
+    layer_to_patch: Indices = None,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
 ) -> torch.Tensor:
@@ -55,7 +61,8 @@ def patchscope_lens(
         source_prompts: A text or a list; anything that `nnterp.inputs.encode` takes.
         target_patch_prompts: One `TargetPrompt` for all sources, or one for each; `repeat_prompt()` if None.
         layers: The layer or layers to patch; all if None.
-        latents: Hidden states to write in, `[layers, sources, hidden]`, instead of those of source prompts.
+        latents: Hidden states to write in, `[layers, sources, hidden]`, instead of those of source prompts: the k-th is
+            written to the k-th of `layers`; surplus ones are not used.
         remote: Run on a remote service.
         layer_to_patch: Another name of `layers`.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
@@ -85,11 +92,13 @@ def patchscope_lens(
     return found["probs"]
 
 
+@takes_nnsight_models
+@plain_defaults()
 def patchscope_table(
     model: StandardizedTransformer,
     source_prompts: Any,
     target_patch_prompts: Targets = None,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     *,
     top_k: int = 5,
     remote: bool = False,
@@ -106,12 +115,13 @@ def patchscope_table(
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
     """
     reduction = Reduction(top_k=top_k)
+    chosen = layers_of(model, layers)
     sources, found = _patchscope(
         model,
         "patchscope_table()",
         source_prompts,
         target_patch_prompts,
-        layers,
+        chosen,
         None,
         remote,
         reduction,
@@ -121,7 +131,7 @@ def patchscope_table(
     axes = ("prompts", "layers", "top")
     labels = {
         "prompts": prompt_labels(sources, model),
-        "layers": tuple(layers_of(model, layers)),
+        "layers": tuple(chosen),
         "top": tuple(range(top_k)),
     }
     targets = repeat_prompt() if target_patch_prompts is None else target_patch_prompts
@@ -135,6 +145,8 @@ def patchscope_table(
     )
 
 
+@takes_nnsight_models
+@plain_defaults()
 def patch_object_attn_lens(
     model: StandardizedTransformer,
     source_prompts: Any,
@@ -205,7 +217,7 @@ def _patchscope(
     function: str,
     source_prompts: Any,
     target_patch_prompts: Targets,
-    layers: int | Sequence[int] | None,
+    layers: Indices,
     latents: torch.Tensor | None,
     remote: bool,
     reduction: Reduction,
@@ -218,7 +230,7 @@ def _patchscope(
         raise ValueError(f"{function}: give either source_prompts or latents, to say what is patched in.")
     chosen = layers_of(model, layers)
     sources = [] if source_prompts is None else encode(model, source_prompts)
-    latents = None if latents is None else _checked_latents(model, latents, len(chosen))
+    latents = None if latents is None else _checked_latents(model, latents, chosen)
     count = len(sources) if latents is None else latents.shape[1]
     targets, at = _encode_targets(model, target_patch_prompts, count)
     if latents is None:
@@ -244,20 +256,26 @@ def _patchscope(
     return sources, {name: tensor.unflatten(0, (count, len(chosen))) for name, tensor in found.items()}
 
 
-def _checked_latents(model: StandardizedTransformer, latents: Any, layers: int) -> torch.Tensor:
-    """Latents as one tensor.
+def _checked_latents(model: StandardizedTransformer, latents: Any, layers: list[int]) -> torch.Tensor:
+    """Latents as one tensor, one for each layer to patch.
 
     Raises:
         ShapeError: It is not `[layers, sources, hidden]`.
     """
     latents = latents if isinstance(latents, torch.Tensor) else torch.stack(list(latents))
-    expected = [layers, latents.shape[1] if latents.dim() > 1 else 1, model.hidden_size]
-    if list(latents.shape) != expected:
+    if latents.dim() != 3 or len(latents) < len(layers) or latents.shape[2] != model.hidden_size:
         raise ShapeError(
             f"latents has shape {list(latents.shape)}; it must be [layers, sources, hidden], here "
-            f"[{layers}, sources, {model.hidden_size}]."
+            f"[{len(layers)}, sources, {model.hidden_size}]."
         )
-    return latents
+    if len(latents) > len(layers) and layers != list(range(len(layers))):
+        warnings.warn(
+            f"latents has {len(latents)} layers for {len(layers)} to patch. As in nnterp 1.x, the first is written to "
+            f"layer {layers[0]}, the next to the next layer asked for, and the rest is not used. To write each layer's "
+            "own, pass latents[layers].",
+            stacklevel=4,
+        )
+    return latents[: len(layers)]
 
 
 def _encode_targets(
@@ -285,9 +303,7 @@ def _reducing(reduction: Reduction) -> Reduce:
     return lambda logits, _: reduction(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
-def _one_of(
-    layers: int | Sequence[int] | None, layer_to_patch: int | Sequence[int] | None
-) -> int | Sequence[int] | None:
+def _one_of(layers: Indices, layer_to_patch: Indices) -> Indices:
     if layers is not None and layer_to_patch is not None:
         raise ValueError("layers and layer_to_patch are two names of one argument; give one of them.")
     return layers if layer_to_patch is None else layer_to_patch

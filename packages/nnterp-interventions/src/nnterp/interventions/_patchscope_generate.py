@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
+from nnterp.generation import check_generation, sequences_of
+from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Edit, Passing
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._running import bar, within_memory
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
+@takes_nnsight_models
+@plain_defaults()
 @torch.no_grad()
 def patchscope_generate(
     model: StandardizedTransformer,
     prompts: Any,
     target_patch_prompt: TargetPrompt,
     max_length: int = 50,
-    layers: int | Sequence[int] | None = None,
+    layers: Indices = None,
     remote: bool = False,
     max_batch_size: int = 32,
     *,
@@ -40,7 +45,7 @@ def patchscope_generate(
         prompts: The sources: a text or a list.
         target_patch_prompt: The prompt that is continued, and the position to patch in it.
         max_length: The most new tokens to generate.
-        layers: The layer or layers to patch; all if None.
+        layers: The layer or layers to patch, each once; all if None.
         remote: Run on a remote service.
         max_batch_size: Rows of a batch; there is one row for each source and layer.
         progress: Show a progress bar; with None, only if the work lasts.
@@ -55,9 +60,14 @@ def patchscope_generate(
         InsideTraceError: Called inside a trace of the same model.
     """
     model.require_no_trace("patchscope_generate()")
-    if max_batch_size < 1:
+    if not isinstance(target_patch_prompt, TargetPrompt):
+        raise TypeError(
+            f"target_patch_prompt is a TargetPrompt(text, index_to_patch), not {target_patch_prompt!r:.80}."
+        )
+    if integer(max_batch_size, "max_batch_size") < 1:
         raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}.")
-    chosen, sources = layers_of(model, layers), encode(model, prompts)
+    check_generation(max_length, generation, "max_length")
+    chosen, sources = list(dict.fromkeys(layers_of(model, layers))), encode(model, prompts)
     (target,) = encode(model, target_patch_prompt.prompt)
     at = resolve(model, target, int(target_patch_prompt.index_to_patch), "the target prompt")
     latents = last_states(model, sources, chosen, "layers_output", remote, "auto", False)
@@ -103,4 +113,4 @@ def _generate(
         for layer in sorted(edits):
             Passing(model).write(("layers_output", layer), edits[layer], size, 0)
         written = tracer.result.save()
-    return written
+    return sequences_of(written)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import nnsight
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.errors import Unavailable
 from nnterp.inputs import Row, forward_flags
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
@@ -44,6 +45,7 @@ class PathResult(Result):
     figure: ClassVar[str] = "paths"
 
 
+@plain_defaults()
 def path_patching(
     model: StandardizedTransformer,
     clean: Any,

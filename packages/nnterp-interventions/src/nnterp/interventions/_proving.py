@@ -16,6 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nnterp.discovery import probe_ids
+from nnterp.huggingface import dtype_of
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Cell, Edit, Shortcuts, new_cache, sweep
 
@@ -30,12 +31,15 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 @torch.no_grad()
 def proven_shortcuts(model: StandardizedTransformer, remote: Any = False) -> Shortcuts:
-    """The shortcuts that are exact for a model; found once and kept in `model.proofs`. None for remote runs."""
-    if remote:
+    """The shortcuts that are exact for a model; found once and kept in `model.proofs`.
+
+    None for remote runs, and none under edits of nnsight or a steering: a skipped layer would be edited once more.
+    """
+    if remote or model.standing or model._edits:
         return Shortcuts()
     model.dispatch()
     module = model._module
-    key = ("shortcuts", getattr(module.config, "_attn_implementation", None), module.dtype, module.training)
+    key = ("shortcuts", getattr(module.config, "_attn_implementation", None), dtype_of(module), module.training)
     if key not in model.proofs:
         model.proofs[key] = _prove(model)
     return model.proofs[key]
@@ -92,7 +96,7 @@ class _Trials:
             except Exception as failure:
                 self.reasons.append(f"{trial.names}: {_said(failure)}")
                 return False
-            if error > max(1e-4, 8 * torch.finfo(self.model._module.dtype).eps):
+            if error > max(1e-4, 8 * torch.finfo(dtype_of(self.model._module)).eps):
                 self.reasons.append(f"{trial.names}: off by {error:.1e}")
                 return False
         return True

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from loguru import logger
-from tqdm.auto import tqdm
 
 from nnterp.inputs import Batch, Row, by_length, pad, sharing_first
+from nnterp.progress import bar
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -33,8 +33,9 @@ def check_batch_size(batch_size: BatchSize) -> None:
     Raises:
         ValueError: It is neither.
     """
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f'batch_size is "auto" or a positive integer, not {batch_size!r}.')
+    whole = hasattr(batch_size, "__index__") and not isinstance(batch_size, bool)
+    if batch_size != "auto" if isinstance(batch_size, str) else not whole or batch_size < 1:
+        raise ValueError(f'batch_size is "auto" or a positive integer, not {batch_size!r:.80}.')
 
 
 def in_batches(
@@ -79,7 +80,11 @@ def within_memory(run: Callable[[], None], rows: int) -> bool:
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if rows == 1 or not is_out_of_memory(error):
             raise
-        logger.warning("out of memory with {} rows, going on with half as many", rows)
+        warnings.warn(
+            f"Memory ran out with {rows} rows in a batch; going on with {max(1, rows // 2)}. Pass batch_size="
+            f"{max(1, rows // 2)} to save the failed attempt.",
+            stacklevel=2,
+        )
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -92,10 +97,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return "out of memory" in text or "can't allocate memory" in text
-
-
-def bar(total: int, what: str, progress: bool | None) -> Any:
-    """A progress bar; with None, it appears only after two seconds."""
-    if progress is None:
-        return tqdm(total=total, desc=what, delay=2.0, leave=False)
-    return tqdm(total=total, desc=what, disable=not progress)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
 def steer(
     model: StandardizedTransformer,
-    layers: int | list[int],
-    steering_vector: torch.Tensor,
+    layers: Any,
+    steering_vector: Any,
     factor: float = 1,
     positions: Any = None,
     token_positions: Any = None,
     batch_index: Any = None,
+    steps: Any = None,
+    mode: str = "add",
+    keep_norm: bool = False,
+    origin: Any = None,
 ) -> None:
-    """Add `factor * steering_vector` to the residual stream leaving each of `layers`, inside a trace.
+    """Add `factor * steering_vector` to the residual stream leaving each of `layers`, inside a trace or a generation.
 
     `model.steer` as a function; see `nnterp.StandardizedTransformer.steer` for the arguments and errors.
     """
@@ -30,4 +32,8 @@ def steer(
         positions=positions,
         token_positions=token_positions,
         batch_index=batch_index,
+        steps=steps,
+        mode=mode,
+        keep_norm=keep_norm,
+        origin=origin,
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nnterp.indices import integer, integers
+
 
 @dataclass
 class TargetPrompt:
@@ -24,9 +26,7 @@ class TargetPrompt:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
             raise TypeError(f"The prompt of a TargetPrompt is a text, not {self.prompt!r:.80}.")
-        if isinstance(self.index_to_patch, bool) or not hasattr(self.index_to_patch, "__index__"):
-            raise TypeError(f"index_to_patch is an integer, not {self.index_to_patch!r}.")
-        self.index_to_patch = self.index_to_patch.__index__()
+        self.index_to_patch = integer(self.index_to_patch, "index_to_patch")
 
 
 @dataclass
@@ -42,13 +42,21 @@ class TargetPromptBatch:
     index_to_patch: torch.Tensor
 
     def __post_init__(self) -> None:
-        if len(self.prompts) != len(self.index_to_patch):
-            raise ValueError(f"{len(self.prompts)} target prompts and {len(self.index_to_patch)} positions to patch.")
+        listed = integers(self.index_to_patch, "index_to_patch")
+        if not isinstance(listed, list):
+            raise TypeError(
+                f"index_to_patch is {self.index_to_patch!r:.80}; give a list with one index for each prompt."
+            )
+        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise TypeError(f"prompts is a list of texts, not {self.prompts!r:.80}.")
+        if len(self.prompts) != len(listed):
+            raise ValueError(f"{len(self.prompts)} target prompts and {len(listed)} positions to patch.")
+        self.index_to_patch = torch.tensor(listed, dtype=torch.long, device="cpu")
 
     @classmethod
     def from_target_prompts(cls, prompts_: Sequence[TargetPrompt]) -> TargetPromptBatch:
         """Make a batch of several target prompts."""
-        return cls([p.prompt for p in prompts_], torch.tensor([int(p.index_to_patch) for p in prompts_]))
+        return cls([p.prompt for p in prompts_], [p.index_to_patch for p in prompts_])  # type: ignore[arg-type]
 
     @classmethod
     def from_target_prompt(cls, prompt: TargetPrompt, batch_size: int) -> TargetPromptBatch:
@@ -62,16 +70,12 @@ class TargetPromptBatch:
         """Make a batch of texts, with one position for all or one for each.
 
         Raises:
-            ValueError: The numbers of prompts and positions differ, or the positions are not integers.
+            ValueError: The numbers of prompts and positions differ.
+            TypeError: The positions are not integers.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if isinstance(index_to_patch, int):
-            return cls(texts, torch.full((len(texts),), index_to_patch))
-        if isinstance(index_to_patch, (Sequence, torch.Tensor)) and not isinstance(index_to_patch, str):
-            return cls(texts, torch.as_tensor(index_to_patch))
-        raise ValueError(
-            f"index_to_patch is an int, a list of ints or a tensor, not a {type(index_to_patch).__name__}."
-        )
+        listed: Any = integers(index_to_patch, "index_to_patch")
+        return cls(texts, [listed] * len(texts) if isinstance(listed, int) else listed)  # type: ignore[arg-type]
 
     @staticmethod
     def auto(target_prompt: Any, batch_size: int) -> TargetPromptBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nnterp.indices import integers, read_indices
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Shortcuts, axes_of, units_axis
 from nnterp.interventions._states import states_of
@@ -20,10 +21,11 @@ def units_of(model: StandardizedTransformer, names: list[str], heads: Any, layer
     Args:
         model: The model.
         names: The values whose heads are meant.
-        heads: An index, several, "all", or None.
+        heads: An index, several, "all", or None; see `nnterp.indices`.
         layers: The layers, counted from 0.
 
     Raises:
+        TypeError: `heads` is something else than indices.
         ValueError: The values have no axis of heads or neurons, or not the same; `heads` is empty; or the layers have
             different numbers of them, and "all" or a negative index was asked for.
         IndexError: A layer has no such head.
@@ -34,16 +36,16 @@ def units_of(model: StandardizedTransformer, names: list[str], heads: Any, layer
     if len(axes) > 1:
         raise ValueError(f"{', '.join(names)} do not have the same kind of units ({', '.join(sorted(axes))}).")
     axis = axes.pop()
-    if isinstance(heads, str) and heads != "all":
-        raise ValueError(f'heads are indices or "all", not {heads!r}.')
-    wanted = [] if isinstance(heads, str) else [heads] if hasattr(heads, "__index__") else list(heads)
-    if not wanted and not isinstance(heads, str):
-        raise ValueError('heads is empty; give at least one, or "all".')
+    plain = integers(heads, "heads")
     sizes = _sizes(model, names, axis, layers)
     if sizes is None:
-        if not wanted:
-            raise ValueError(f"This model's config does not say how many {axis} it has; give their indices.")
-        return wanted
+        listed: list[Any] = plain if isinstance(plain, list) else [plain]
+        if any(not isinstance(head, int) or head < 0 for head in listed):
+            raise ValueError(f"This model's config does not say how many {axis} it has; give indices from 0.")
+        return listed
+    size = min(sizes.values())
+    wanted = read_indices(plain, size, "heads", axis) if isinstance(plain, slice) else [] if plain is None else plain
+    wanted = [wanted] if isinstance(wanted, int) else wanted
     return _counted(wanted, sizes, axis)
 
 

@@ -51,6 +51,7 @@ def settings_of(
         "dtype": str(getattr(module, "dtype", None)),
         "config": digest(_config(module.config)),
         "edits": [_edit(edit) for edit in getattr(model, "_edits", ())],
+        **({"steering": [digest(vars(steering)) for steering in model.standing]} if model.standing else {}),
         "weights": checksum(module),
     }
 

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from nnterp import StandardizedTransformer
+from nnterp.defaults import plain_defaults
 from nnterp.inputs import batches, encode
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.prompts._ids import distinct_ids
 from nnterp.prompts._missing import warn_of_missing
 from nnterp.prompts._questions import Question, Tokens
 from nnterp.prompts._readout import ask, last_probabilities
 
 
+@takes_nnsight_models
 def next_token_probs(
     model: StandardizedTransformer,
     prompts: Any,
@@ -40,21 +43,22 @@ def next_token_probs(
         TypeError: A target is not a list of integers.
         InsideTraceError: Called inside a trace of the model.
     """
-    model.require_no_trace("next_token_probs()")
-    rows = encode(model, prompts)
-    wanted = None if targets is None else _target_groups(model, targets, len(rows))
-    parts: list[torch.Tensor | None] = [None] * len(rows)
-    for batch in batches(model, rows, len(rows)):
-        if wanted is None:
-            found = last_probabilities(model, batch, remote)
-        else:
-            asked = [[Question(len(rows[i]) - 1, tokens) for tokens in wanted[i]] for i in batch.indices]
-            found = ask(model, batch, asked, remote)[0].exp().view(len(batch), -1)
-        for i, part in zip(batch.indices, found, strict=True):
-            parts[i] = part
-    probs = torch.stack(parts)  # type: ignore[arg-type]
-    warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.", 2)
-    return probs
+    with plain_defaults():
+        model.require_no_trace("next_token_probs()")
+        rows = encode(model, prompts)
+        wanted = None if targets is None else _target_groups(model, targets, len(rows))
+        parts: list[torch.Tensor | None] = [None] * len(rows)
+        for batch in batches(model, rows, len(rows)):
+            if wanted is None:
+                found = last_probabilities(model, batch, remote)
+            else:
+                asked = [[Question(len(rows[i]) - 1, tokens) for tokens in wanted[i]] for i in batch.indices]
+                found = ask(model, batch, asked, remote)[0].exp().view(len(batch), -1)
+            for i, part in zip(batch.indices, found, strict=True):
+                parts[i] = part
+        probs = torch.stack(parts)  # type: ignore[arg-type]
+        warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.", 2)
+        return probs
 
 
 def _target_groups(model: StandardizedTransformer, targets: Any, prompts: int) -> list[list[Tokens]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
+from nnterp.indices import read_index
 from nnterp.prompts._errors import CollisionError, SharedTokenWarning
 from nnterp.prompts._ids import ids_of_categories, token_ids
 from nnterp.prompts._missing import warn_of_missing, without_broken
@@ -132,7 +134,11 @@ class Prompt:
 
         Raises:
             ValueError: `probs` has another number of axes, or a target is outside the vocabulary.
+            IndexError: There is no such layer.
+            TypeError: `probs` is no tensor, or `layer` no integer.
         """
+        if not isinstance(probs, torch.Tensor):
+            raise TypeError(f"probs is a tensor, [batch, layers, vocab] or [batch, vocab], not {type(probs).__name__}.")
         if probs.dim() not in (2, 3):
             raise ValueError(
                 f"probs has shape {list(probs.shape)}; [batch, layers, vocab] or [batch, vocab] was expected."
@@ -142,7 +148,7 @@ class Prompt:
                 raise ValueError(
                     f"layer={layer} was asked for, but probs of shape {list(probs.shape)} has no axis of layers."
                 )
-            probs = probs[:, layer]
+            probs = probs[:, read_index(layer, probs.shape[1], "layer", "layers")]
         probs = without_broken(probs)
         warn_of_missing(probs[..., 0].isnan(), "Their probabilities are NaN.", 2)
         return {
@@ -166,14 +172,15 @@ class Prompt:
         Raises:
             ValueError: The function returned something else than probabilities, or a target is outside the vocabulary.
         """
-        if reduces_targets(get_probs):
-            size = getattr(nn_model, "vocab_size", None)
-            targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
-            values = get_probs(nn_model, [self.prompt], targets=targets)
-            values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
-            warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
-            return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
-        return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
+        with plain_defaults():
+            if reduces_targets(get_probs):
+                size = getattr(nn_model, "vocab_size", None)
+                targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
+                values = get_probs(nn_model, [self.prompt], targets=targets)
+                values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
+                warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
+                return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
+            return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
 
 
 @dataclass(frozen=True)

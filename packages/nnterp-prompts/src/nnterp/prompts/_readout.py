@@ -10,6 +10,7 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp import StandardizedTransformer
+from nnterp.huggingface import dtype_of
 from nnterp.inputs import Batch, Row, forward_flags, pad
 from nnterp.prompts._questions import Question
 from nnterp.record import Record
@@ -203,5 +204,5 @@ def is_causal(model: StandardizedTransformer, row: Row, remote: Any = False) -> 
         return True
     inside = last_probabilities(model, pad(model, [row]), remote, before_last=1)
     at_end = last_probabilities(model, pad(model, [Row(row.ids[:-1])]), remote)
-    tolerance = 1e-4 if model._module.dtype in (torch.float32, torch.float64) else 2e-2
+    tolerance = 1e-4 if dtype_of(model._module) in (torch.float32, torch.float64) else 2e-2
     return bool((inside - at_end).abs().max() <= tolerance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import torch
 from tqdm.auto import tqdm as auto_tqdm
 
 from nnterp import StandardizedTransformer
+from nnterp.defaults import plain_defaults
 from nnterp.inputs import Batch, batches
+from nnterp.plain_nnsight import takes_nnsight_models
+from nnterp.progress import DELAY, check_progress
 from nnterp.prompts import _storage
 from nnterp.prompts._checkpoint import Keeper
 from nnterp.prompts._functions import ask_function
@@ -25,6 +28,7 @@ from nnterp.prompts._results import PromptResults
 from nnterp.prompts._resume import take_over
 
 
+@takes_nnsight_models
 @torch.no_grad()
 def run_prompts(
     model: StandardizedTransformer,
@@ -41,7 +45,7 @@ def run_prompts(
     distinct: bool = False,
     resume: PromptResults | str | Path | None = None,
     checkpoint: str | Path | None = None,
-    progress: bool | None = True,
+    progress: bool | None = None,
 ) -> PromptResults:
     """Return the probability of each category after each prompt.
 
@@ -62,7 +66,7 @@ def run_prompts(
             If such a function has an argument `progress`, it is given False.
         func_kwargs: Further keyword arguments of `get_probs_func`.
         remote: Passed to the trace.
-        tqdm: Wraps the batches to show progress; called as `tqdm(batches, desc=...)`. None for no bar.
+        tqdm: Another bar, of 1.x: wraps the batches, called as `tqdm(batches, desc=...)`. None for no bar.
         scoring: "first_token" scores a category by its `target_tokens`. "sequence" scores the whole answers in its
             `target_strings`: the log-probability of every token of an answer, by teacher forcing. Models that are not
             causal, and functions given as `get_probs_func`, read an answer of n tokens in n rows instead. Several
@@ -97,31 +101,34 @@ def run_prompts(
             error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
     """
-    _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
-    bar = _bar(tqdm, progress)
-    prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
-    if prompts and not remote and not model.remote:
-        model.dispatch()  # the weights are a part of what is compared when a run is resumed
-    results = PromptResults(
-        plan.categories,
-        plan.texts,
-        [dict(prompt.metadata) for prompt in prompts],
-        settings_of(model, scoring, normalize_length, get_probs_func, func_kwargs),
-        plan.fingerprints,
-    )
-    if resume is not None:
-        take_over(results, resume)
-    if checkpoint is not None and _storage.exists(checkpoint):
-        take_over(results, checkpoint)
+    with plain_defaults():
+        _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)
+        bar = _bar(tqdm, progress)
+        if func_kwargs is not None:  # every batch is given them, and an iterator gives its items once
+            func_kwargs = {name: list(v) if isinstance(v, Iterator) else v for name, v in func_kwargs.items()}
+        prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        plan = _plan_of(model, prompts, scoring, get_probs_func, answer_prefix, distinct, normalize_length, remote)
+        if prompts and not remote and not model.remote:
+            model.dispatch()  # the weights are a part of what is compared when a run is resumed
+        results = PromptResults(
+            plan.categories,
+            plan.texts,
+            [dict(prompt.metadata) for prompt in prompts],
+            settings_of(model, scoring, normalize_length, get_probs_func, func_kwargs),
+            plan.fingerprints,
+        )
+        if resume is not None:
+            take_over(results, resume)
+        if checkpoint is not None and _storage.exists(checkpoint):
+            take_over(results, checkpoint)
 
-    answer = partial(_answer, model, get_probs_func, func_kwargs or {}, plan.plain, remote)
-    keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
-    keeper.begin()
-    _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
-    keeper.finish()
-    warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
-    return results
+        answer = partial(_answer, model, get_probs_func, func_kwargs or {}, plan.plain, remote)
+        keeper = Keeper(results, checkpoint, get_probs_func, func_kwargs)
+        keeper.begin()
+        _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
+        keeper.finish()
+        warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 3)
+        return results
 
 
 def _check_call(
@@ -162,11 +169,10 @@ def _bar(tqdm: Callable[..., Any] | None, progress: bool | None) -> Callable[...
     """
     if tqdm is not None and not callable(tqdm):
         raise TypeError(f"tqdm must be a function that wraps an iterable, or None for no bar, not {tqdm!r}.")
-    if progress is not None and not isinstance(progress, bool):
-        raise TypeError(f"progress must be True, False or None, not {progress!r}.")
+    check_progress(progress)
     if tqdm is None or progress is False:
         return lambda batches, **_: batches
-    return partial(tqdm, delay=2.0, leave=False) if progress is None and tqdm is auto_tqdm else tqdm
+    return partial(tqdm, delay=DELAY, leave=False) if progress is None and tqdm is auto_tqdm else tqdm
 
 
 def _plan_of(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnterp.display._results.labelled import LabelledResult, array_of
+from nnterp.indices import integer
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def checked_index(axis: str, count: int, index: int) -> int:
 
     Raises:
         IndexError: The axis is not that long.
+        TypeError: It is no integer.
     """
+    index = integer(index, axis.removesuffix("s"))
     if not -count <= index < count:
         raise IndexError(f"This result has {count} {axis}, so there is no {axis.removesuffix('s')} {index}.")
     return index % count

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
+from nnterp.files import require_writable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -23,6 +27,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
     )
     parser.add_argument("--device", help="where to load the weights, e.g. cpu or cuda (default: wherever they fit)")
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Check the file of `--html` and the device before a model is loaded.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: There is no such device, or `--top-k` is not positive.
+    """
+    if arguments.html is not None:
+        require_writable(arguments.html)
+    if getattr(arguments, "top_k", 1) < 1:
+        raise ValueError(f"--top-k is at least 1, not {arguments.top_k}.")
+    try:
+        if arguments.device not in (None, "auto"):
+            torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from None
 
 
 def load_model(arguments: argparse.Namespace) -> StandardizedTransformer:

@@ -15,7 +15,14 @@ import torch
 from nnterp import plugins
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands import lens
-from nnterp.interventions._commands._models import TOY, add_model_arguments, load_model, progress_bar, quiet
+from nnterp.interventions._commands._models import (
+    TOY,
+    add_model_arguments,
+    check_outputs,
+    load_model,
+    progress_bar,
+    quiet,
+)
 from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
 from nnterp.token_text import TokenNames
 
@@ -90,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"nnterp demo: {lens.INSTALL}", file=sys.stderr)
         return 1
     try:
+        check_outputs(arguments)
         with quiet(), progress_bar(console) as progress:
             task = progress.add_task("Loading the model and proving its names", total=_STEPS)
             model = load_model(arguments)
@@ -106,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
                     model, read, arguments.html or Path(tempfile.mkdtemp(prefix="nnterp-")) / "lens.html"
                 )
             progress.update(task, advance=1)
-    except (RenamingError, OSError, ValueError) as error:
+    except (RenamingError, OSError, ValueError, RuntimeError) as error:
         print(f"nnterp demo: {error}", file=sys.stderr)
         return 1
     show(console, model, read, steering, readings, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnterp import plugins
 from nnterp.errors import RenamingError
-from nnterp.interventions._commands._models import add_model_arguments, load_model, progress_bar, quiet
+from nnterp.interventions._commands._models import add_model_arguments, check_outputs, load_model, progress_bar, quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,13 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     console = Console(highlight=False)
     try:
+        check_outputs(arguments)
         with quiet(), progress_bar(console) as progress:
             task = progress.add_task(f"Loading {arguments.model}", total=None)
             model = load_model(arguments)
             progress.update(task, description="Reading every layer")
             result = read_lens(model, arguments.prompt, arguments.top_k)
             written = None if arguments.html is None else write_lens(model, result, arguments.html)
-    except (RenamingError, OSError, ValueError) as error:
+    except (RenamingError, OSError, ValueError, RuntimeError) as error:
         print(f"nnterp lens: {error}", file=sys.stderr)
         return 1
     print_lens(console, model, result)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.devices import input_device
 from nnterp.inputs import Row, sharing_first
 from nnterp.interventions._engine._base import Base, run_base
 from nnterp.interventions._engine._batch import CellBatch, CellBatchRun, Reduce, run_remotely
@@ -140,7 +141,7 @@ class _Sweep:
         ):
             return False
         place = {prompt: k for k, prompt in enumerate(chosen)}
-        device = self.model._module.device.type
+        device = input_device(self.model._module).type
         while waiting := [i for i in indices if i not in self.done]:
             own_spans = [spans[i] for i in waiting]
             for tile in plan(own_spans, self.layers, self.most_rows, self.most_tokens, device, taken.join):

@@ -1,0 +1,35 @@
+"""Settings of a generation that functions with one answer for each prompt can serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnterp.indices import integer
+
+
+def check_generation(max_new_tokens: Any, settings: Mapping[str, Any], name: str = "max_new_tokens") -> None:
+    """Raise for settings that do not give one answer to each prompt.
+
+    Args:
+        max_new_tokens: The most new tokens.
+        settings: Keyword arguments for HuggingFace's `generate`.
+        name: How errors call the number of tokens.
+
+    Raises:
+        TypeError: The number of tokens is no integer.
+        ValueError: It is not positive, or several answers or beams were asked for.
+    """
+    if integer(max_new_tokens, name) < 1:
+        raise ValueError(f"{name} must be at least 1, not {max_new_tokens}.")
+    for setting in ("num_return_sequences", "num_beams"):
+        if (settings.get(setting) or 1) != 1:
+            raise ValueError(
+                f"{setting}={settings[setting]}: each prompt has one answer here. Give a prompt several times for "
+                "several answers, or call model.generate() yourself."
+            )
+
+
+def sequences_of(answer: Any) -> Any:
+    """Token ids `[rows, seq]` of what `generate` returns, which is an object with `return_dict_in_generate=True`."""
+    return getattr(answer, "sequences", answer)

@@ -1,0 +1,134 @@
+"""What reads a model from outside: the table of its values, `collect` and `gradients`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from nnterp.collection import Collected, Gradients, collect, gradients
+from nnterp.indices import Indices
+from nnterp.named_transformer import NamedTransformer
+from nnterp.table import VALUES, Value
+from nnterp.values import Support, canonical, explain, support
+
+
+class ReadTransformer(NamedTransformer):
+    """The methods of a model that read it."""
+
+    # -- the table of values ----------------------------------------------------------------------------------------
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """The table of everything that can be read and written in a trace: name → row."""
+        return dict(VALUES)
+
+    def support(self) -> Support:
+        """Which values this model has on which layers, and why not on the others.
+
+        Runs the model on a short probe when it is called first (on fake tensors while the weights are not loaded).
+
+        Raises:
+            InsideTraceError: Called inside a trace of this model.
+        """
+        self.require_no_trace("support()")
+        return support(self)
+
+    def explain(self, name: str, layer: int | tuple[int, int] | None = None) -> None:
+        """Print where a value is read in this model: native path, source lines, layout and rank.
+
+        Args:
+            name: A value of the table, or TransformerLens' name for it (`blocks.3.attn.hook_z`).
+            layer: The layer; 0 if None. For one of several attentions in a layer, the layer and its number in it.
+
+        Raises:
+            ValueError: There is no such value.
+            Unavailable: This model, or this layer of it, does not have it.
+        """
+        value, named = canonical(name)
+        print(explain(self, value, layer if layer is not None else named))
+
+    def collect(
+        self,
+        prompts: Any,
+        values: str | Iterable[str],
+        layers: Indices = None,
+        positions: Any = None,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        reduce: Any = None,
+        progress: bool | None = None,
+        max_new_tokens: int | None = None,
+        remote: Any = False,
+        **generation: Any,
+    ) -> Collected:
+        """Read values of many prompts: plain tensors, in one pass that stops after the last layer needed.
+
+        The result does not depend on the batch size or the padding side, memory grows by the result alone, and values
+        may be asked for in any order.
+
+        Args:
+            prompts: Texts, token ids, tensors, chat messages, or a list of these; see `nnterp.inputs.encode`.
+            values: Names of the table (`"layers_output"`), with a layer (`"mlp_neurons[3]"`) or TransformerLens'
+                (`"blocks.3.hook_resid_post"`); one or several.
+            layers: The layers, for values that name none; by default all that have the value.
+            positions: Over each prompt's own tokens: an index (−1 is the last token whichever side is padded), a slice,
+                a selector (`nnterp.positions.at("Paris")`, `last_of("Eiffel Tower")`), a list of these, or one list per
+                prompt; all if None. With one index, or `last_of`, the result has no axis of positions.
+            batch_size: Prompts that share a forward pass.
+            device: Where the result is kept.
+            dtype: Its dtype; the model's if None.
+            reduce: "mean" or "sum" over all prompts and positions (accumulated in double precision, returned in float32
+                unless `dtype` says otherwise), or a function applied, on the model's device, to what is selected of a
+                value, `[rows, (positions,) ...]`, which keeps the first axis.
+            progress: Show a progress bar; with None, only if the work takes more than two seconds.
+            max_new_tokens: Generate, and read every value at the positions from which each new token was predicted:
+                `[layers, prompts, tokens, ...]`. The new tokens are the result's `generated`.
+            remote: Run on the remote service, a request for each batch; what is reduced is reduced there.
+            **generation: Settings of the generation, as in `generate`.
+
+        Returns:
+            A mapping from value to tensor, `[layers, prompts, (positions,) ...]`; see `nnterp.collection.Collected`.
+
+        Raises:
+            ValueError: There is no such value, or a position's text is not in a prompt.
+            IndexError: There is no such layer, or a prompt has no such position; names the prompt and its length.
+            Unavailable: A layer that was asked for does not have the value.
+            InsideTraceError: Called inside a trace of this model.
+
+            An error in a later batch carries what is finished as `error.collected`.
+        """
+        options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote)
+        return collect(self, prompts, values, layers, positions, *options, **generation)
+
+    def gradients(
+        self,
+        prompts: Any,
+        metric: Callable[[torch.Tensor], torch.Tensor],
+        values: str | Iterable[str],
+        layers: Indices = None,
+        device: str | torch.device = "cpu",
+        remote: Any = False,
+    ) -> Gradients:
+        """Gradients of a scalar of the logits with respect to values, in any order.
+
+        Args:
+            prompts: As in `collect`; they share one batch, padded on the left.
+            metric: From the logits `[prompts, seq, vocab]` to one number, by differentiable operations.
+            values, layers: As in `collect`.
+            device: Where the result is kept.
+            remote: Run on the remote service, the metric with it.
+
+        Returns:
+            Gradients and values by the same names as in `collect`, `[layers, prompts, seq, ...]` each; see
+            `nnterp.gradients.Gradients`.
+
+        Raises:
+            RuntimeError: Called under `no_grad` or `inference_mode`.
+            ValueError: The metric is no differentiable number, or the weights are frozen before a value.
+            Unavailable: A layer that was asked for does not have the value.
+            InsideTraceError: Called inside a trace of this model.
+        """
+        return gradients(self, prompts, metric, values, layers, device, remote)

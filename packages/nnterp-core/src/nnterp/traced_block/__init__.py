@@ -1,0 +1,10 @@
+"""The source of a `with model.trace(...)` block: its reads in forward order, where it only reads.
+
+nnsight runs a block beside the forward pass, so a value that the pass has left behind cannot be read any more. What a
+block reads at constant indices stands in its source, so a block that only reads is run with these reads moved to its
+beginning, in the order in which the pass comes by.
+"""
+
+from nnterp.traced_block._tracer import BlockTracer
+
+__all__ = ["BlockTracer"]

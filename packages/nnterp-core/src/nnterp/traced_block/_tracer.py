@@ -1,0 +1,116 @@
+"""`BlockTracer`: nnsight's tracer, which looks at the block before it runs it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Mapping
+from types import CodeType, FrameType
+from typing import Any
+
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.tracer import InterleavingTracer, Invoker
+
+from nnterp.traced import StepTracer
+from nnterp.traced_block._advice import lines_in_order
+from nnterp.traced_block._order import in_table_order, sorted_reads
+from nnterp.traced_block._reads import Read, names_of_model, read_at, reads_of
+
+KEPT = "_nnterp_read_first"  # the name, in the block, of what is read at its beginning
+
+
+class BlockTracer(StepTracer):
+    """Runs a block that only reads with its reads in forward order, and any other block as it is."""
+
+    def execute(self, code: CodeType) -> None:
+        """Run the block; see `InterleavingTracer.execute`.
+
+        Raises:
+            OutOfOrderError: A value was read that the forward pass had left behind, in a block that does more than
+                read at constant indices. Shows the block's lines in the order that works.
+        """
+        frame = self.info.frame  # cleared when the block has run
+        try:
+            InterleavingTracer.execute(self, in_forward_order(self, self.envoy, self.node, code, frame))
+        except OutOfOrderError as error:
+            explain_order(error, self.envoy, self.node, frame)
+            raise
+
+    def invoke(self, *args: Any, **kwargs: Any) -> BlockInvoker:
+        """See `InterleavingTracer.invoke`."""
+        return BlockInvoker(self, *args, **kwargs)
+
+
+class BlockInvoker(Invoker):
+    """The block of one `tracer.invoke(...)`, as `BlockTracer` treats its own."""
+
+    def execute(self, code: CodeType) -> None:
+        """Register the block to be run; see `Invoker.execute`."""
+        Invoker.execute(self, in_forward_order(self, self.tracer.envoy, self.node, code, self.info.frame))
+
+
+def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: FrameType) -> CodeType:
+    """The code to run for a block: its own, or, if it only reads, and in another order, with its reads sorted.
+
+    Args:
+        tracer: The tracer, which compiles.
+        model: The model that is traced.
+        node: The `with` statement.
+        code: Its block.
+        frame: Where it stands.
+    """
+    # Looked at once. nnsight keeps the node for as long as the program runs, so that its id stays its own.
+    known: dict[int, CodeType | None] = model.__dict__.setdefault("_sorted_blocks", {})
+    if id(node) not in known:
+        known[id(node)] = _sorted(tracer, model, node, frame)
+    return known[id(node)] or code
+
+
+def _sorted(tracer: Any, model: Any, node: Any, frame: FrameType) -> CodeType | None:
+    """The block with its reads moved to its beginning; None if it may run as it is."""
+    scope = _scope(frame)
+    found = reads_of(node.body, scope, model)
+    if found is None or in_table_order(model, found):
+        return None
+    order = sorted_reads(model, found)
+    if order is None:
+        return None
+    place = {(read.name, read.layer): i for i, read in enumerate(order)}
+    moved = _Moved(names_of_model(node.body, scope, model), place)
+    kept = ast.Assign(
+        [ast.Name(KEPT, ast.Store())], ast.Tuple([copy.deepcopy(read.node) for read in order], ast.Load())
+    )
+    ast.copy_location(kept, node.body[0])
+    body = [kept, *(moved.visit(copy.deepcopy(statement)) for statement in node.body)]
+    module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
+    return tracer.compile(module, frame)
+
+
+class _Moved(ast.NodeTransformer):
+    """Puts, for each read of a block, the entry of what was read at its beginning."""
+
+    def __init__(self, names: set[str], place: Mapping[Any, int]) -> None:
+        self.names, self.place = names, place
+
+    def visit(self, node: ast.AST) -> Any:
+        """The node, or what stands for it."""
+        read: Read | None = read_at(node, self.names)
+        if read is None:
+            return self.generic_visit(node)
+        entry = ast.Constant(self.place[read.name, read.layer])
+        kept = ast.Subscript(ast.Name(KEPT, ast.Load()), entry, ast.Load())
+        return ast.fix_missing_locations(ast.copy_location(kept, node))
+
+
+def _scope(frame: FrameType) -> dict[str, Any]:
+    """The variables that a block sees."""
+    return {**frame.f_globals, **frame.f_locals}
+
+
+def explain_order(error: OutOfOrderError, model: Any, node: Any, frame: FrameType | None) -> None:
+    """Add the block's lines in the order that works to an error; the error stays the same object."""
+    if frame is None or node is None:
+        return
+    lines = lines_in_order(model, node.body, names_of_model(node.body, _scope(frame), model))
+    if lines:
+        error.args = (f"{error.args[0]}\nIn this order the lines of the block work:\n{lines}", *error.args[1:])
