@@ -19,6 +19,7 @@ from nnterp.discovery import (
     States,
     declared_chain,
     declared_lenders,
+    declared_sharing,
     find_inside,
     find_states,
     silent_weights,
@@ -26,7 +27,7 @@ from nnterp.discovery import (
 )
 from nnterp.errors import Unproven
 from nnterp.table import Side
-from nnterp.traced import Apart, Inside, Lender, Place, Readout, StreamLayout
+from nnterp.traced import Apart, Inside, Lender, Place, Readout, Sharing, StreamLayout
 
 Proof = Literal["none", "structure", "twin", "weights"]
 Padding = Literal["unproven", "exact", "inexact"]
@@ -47,7 +48,8 @@ class Facts:
         declared_probabilities: Where the user's `RenameConfig` says that attention probabilities are.
         proof: What the facts rest on: "none" (names alone), "structure" (a forward pass on fake tensors), "twin" (a
             small random model of the same code), "weights" (this model).
-        padding: Whether a row of a padded batch equals the row alone.
+        padding: Whether a row of a padded batch equals the row alone, if its rows may share one (`sharing`).
+        thresholds: Lengths at which the model's code treats all rows of a batch by the longest.
         positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
         why_unproven: What errors say about facts that are not proven: why, and what to do.
         repeated: Modules that run more than once in a forward pass.
@@ -65,6 +67,7 @@ class Facts:
     declared_probabilities: AttnProbFunction | None = None
     proof: Proof = "none"
     padding: Padding = "unproven"
+    thresholds: Sharing = field(default_factory=Sharing)
     positions_from_mask: bool = True
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
     repeated: frozenset[str] = frozenset()
@@ -74,6 +77,11 @@ class Facts:
     look_inside: Callable[[], Findings] | None = field(default=None, repr=False)
     look_for_states: Callable[[], States] | None = field(default=None, repr=False)
     places: dict[tuple[str, int | tuple[int, int] | None], Place] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def sharing(self) -> Sharing:
+        """Which rows may share a padded batch; only rows of equal length where padding is not proven."""
+        return self.thresholds if self.padding == "exact" else Sharing(0)
 
     @cached_property
     def inside(self) -> Findings:
@@ -136,4 +144,5 @@ def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFuncti
     layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
     chain = declared_chain(module.config)
     readout = Readout(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout)
-    return Facts(anatomy, declared_lenders(module, anatomy.num_layers), readout, declared)
+    lenders = declared_lenders(module, anatomy.num_layers)
+    return Facts(anatomy, lenders, readout, declared, thresholds=declared_sharing(module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from nnterp.arguments import count
 from nnterp.huggingface import text_config, uncached
 from nnterp.indices import shown
-from nnterp.traced import Readout
+from nnterp.traced import Readout, Sharing
 
 
 class Reader(Protocol):
@@ -30,8 +31,8 @@ class Reader(Protocol):
         ...
 
     @property
-    def padding_is_exact(self) -> bool:
-        """Whether a row of a padded batch is proven to equal the row alone."""
+    def sharing(self) -> Sharing:
+        """Which rows may share a padded batch, by their lengths."""
         ...
 
     @property
@@ -127,8 +128,10 @@ def encode(model: Reader, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
 
 
 def context_length(model: Reader) -> int | None:
-    """The longest input the model was built for, where its config says."""
+    """The longest input the model was built for; None where its config does not say, or its positions stretch."""
     config = text_config(model._module.config)
+    if "dynamic" in str(getattr(config, "rope_parameters", None)):
+        return None
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -155,27 +158,47 @@ def left_padded(tokenizer: Any) -> Iterator[None]:
         tokenizer.padding_side = side
 
 
-def batches(model: Reader, rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+def by_length(rows: Sequence[Row]) -> list[int]:
+    """Indices of the rows, longest first, in the order given where lengths are equal."""
+    return sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+
+
+def sharing_first(model: Reader, rows: Sequence[Row], order: Sequence[int], growth: int = 0) -> list[int]:
+    """Of indices of rows in the order of `by_length`, the first ones whose rows may share a batch with the very first.
+
+    Args:
+        model: The model, whose `sharing` says which rows may.
+        rows: The rows.
+        order: Indices of some of them.
+        growth: How many tokens each row will grow by in a generation.
+    """
+    sides = (model.sharing.side(len(rows[i]), growth) for i in order)
+    first = next(sides)
+    return list(order[: 1 + sum(1 for _ in itertools.takewhile(lambda side: side == first, sides))])
+
+
+def batches(model: Reader, rows: Sequence[Row], batch_size: int, growth: int = 0) -> Iterator[Batch]:
     """The rows in batches of at most `batch_size`, longest first, rows of like length together.
 
-    Where HuggingFace's own forward is not exact under padding (`model.padding_is_exact` is False), only rows of equal
-    length share a batch, so that nothing is ever padded.
+    A batch holds only rows that give in it what each gives alone (`model.sharing`): rows of equal length where
+    HuggingFace's own forward is not exact under padding, and otherwise rows between the same thresholds.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        batch_size: Most rows of a batch.
+        growth: How many tokens will be generated after each row.
 
     Raises:
         ValueError: `batch_size` is not positive.
         TypeError: It is no integer.
     """
     batch_size = count(batch_size, "batch_size")
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    start = 0
-    while start < len(order):
-        stop = min(start + batch_size, len(order))
-        if not model.padding_is_exact:
-            while len(rows[order[stop - 1]]) != len(rows[order[start]]):
-                stop -= 1
-        chosen = order[start:stop]
+    order = by_length(rows)
+    while order:
+        chosen = sharing_first(model, rows, order[:batch_size], growth)
         yield pad(model, [rows[i] for i in chosen], tuple(chosen))
-        start = stop
+        order = order[len(chosen) :]
 
 
 def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = None) -> Batch:

@@ -20,6 +20,7 @@ from nnterp.traced import (
     Lender,
     Place,
     Readout,
+    Sharing,
     TracedTransformer,
     arriving,
     bind_names,
@@ -35,7 +36,7 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask", "standing"),
+    *("model_class", "layer_paths", "readout", "lenders", "sharing", "positions_from_mask", "standing"),
 )
 
 
@@ -116,9 +117,14 @@ class NamedTransformer(EditedTransformer):
         return self.facts.lenders
 
     @property
-    def padding_is_exact(self) -> bool:  # type: ignore[override]
-        """Whether a row of a padded batch is proven to equal the row alone."""
+    def padding_is_exact(self) -> bool:
+        """Whether a row of a padded batch is proven to equal the row alone, for rows that may share it (`sharing`)."""
         return self.facts.padding == "exact"
+
+    @property
+    def sharing(self) -> Sharing:  # type: ignore[override]
+        """Which rows may share a padded batch, by their lengths."""
+        return self.facts.sharing
 
     @property
     def positions_from_mask(self) -> bool:  # type: ignore[override]

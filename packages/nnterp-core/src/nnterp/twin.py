@@ -57,6 +57,7 @@ def facts_by_twin(facts: Facts, twin: Twin, config: Any) -> Facts:
         proven,
         anatomy=dataclasses.replace(proven.anatomy, sizes=facts.anatomy.sizes),
         lenders=facts.lenders,
+        thresholds=facts.thresholds,
         readout=replace(proven.readout, chain=facts.readout.chain, layout=replace(layout, width=width)),
         declared_probabilities=facts.declared_probabilities,
         proof="twin",

@@ -58,7 +58,7 @@ def over_generation(
         bar(len(rows), "collect", progress, "prompt") as shown,
         call.keeping(lambda: made.collected(model.num_layers, call.record) if made.done else None),
     ):
-        for batch in _batches(model, rows, batch_size, generation):
+        for batch in _batches(model, rows, batch_size, max_new_tokens, generation):
             left = still_to_run(model, batch, made.done)
             if left is not None:
                 made.put(left, *_generate(model, plan, left, made, max_new_tokens, generation))
@@ -66,15 +66,17 @@ def over_generation(
     return made.collected(model.num_layers)
 
 
-def _batches(model: NamedTransformer, rows: list[Row], batch_size: int, generation: dict[str, Any]) -> Iterator[Batch]:
+def _batches(
+    model: NamedTransformer, rows: list[Row], batch_size: int, growth: int, generation: dict[str, Any]
+) -> Iterator[Batch]:
     """The rows in batches; rows of one length only if settings of the generation read padding."""
     if not reads_padding(model._module, generation):
-        yield from batches(model, rows, batch_size)
+        yield from batches(model, rows, batch_size, growth)
         return
     lengths = sorted({len(row) for row in rows}, reverse=True)
     for length in lengths:
         mine = [i for i, row in enumerate(rows) if len(row) == length]
-        for batch in batches(model, [rows[i] for i in mine], batch_size):
+        for batch in batches(model, [rows[i] for i in mine], batch_size, growth):
             yield replace(batch, indices=tuple(mine[i] for i in batch.indices))
 
 

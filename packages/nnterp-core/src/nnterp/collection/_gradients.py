@@ -102,10 +102,12 @@ def gradients(
     model.prepare(remote)
     plan = make_plan(model, values, layers)
     rows = encode(model, prompts)
-    if not model.padding_is_exact and len({len(row) for row in rows}) > 1:
+    if len({model.sharing.side(len(row)) for row in rows}) > 1:
         raise PaddingError(
-            f"{model.model_class} is not proven to be exact under padding, so prompts of different lengths cannot "
-            f"share a batch (without a certificate, call model.validate()). Take the gradients of one length at a time."
+            f"gradients() runs its prompts in one batch, and {model.model_class} is proven to give a padded row the "
+            f"numbers of the row alone only for {model.sharing} (without a certificate, call model.validate()). These "
+            f"have {', '.join(map(str, sorted({len(row) for row in rows})))} tokens. Take the gradients of prompts "
+            "that may share a batch together, and of others in calls of their own."
         )
     with left_padded(model.tokenizer):
         batch = pad(model, rows)

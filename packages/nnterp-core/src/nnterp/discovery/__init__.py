@@ -8,6 +8,7 @@ from nnterp.discovery._probe import Probe, probe_ids, rounding_of
 from nnterp.discovery._quiet import quiet, static_experts
 from nnterp.discovery._recording import Call, Recording, SourceText, record
 from nnterp.discovery._residual import Contribution, ResidualStructure, Term, refit, solve_residual
+from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
 
@@ -19,12 +20,13 @@ __all__ = [
     "Probe",
     "Recording",
     "ResidualStructure",
-    "SourceText",
     "Silent",
+    "SourceText",
     "States",
     "Term",
     "declared_chain",
     "declared_lenders",
+    "declared_sharing",
     "find_between",
     "find_inside",
     "find_states",

@@ -8,22 +8,30 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nnterp.traced import fresh_rotations
+
 
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
     """Run the block with the module in evaluation mode and without gradients.
 
     At the end, every module's training flag, the CPU's random state, and the tensors that modules keep as plain
-    attributes (RecurrentGemma's states) are restored.
+    attributes (RecurrentGemma's states) are restored. Rotary embeddings that stretch with the input (`dynamic`) begin
+    every forward pass afresh, and at the end.
     """
     training = [m for m in module.modules() if m.training]
     before = [(m, dict(vars(m))) for m in module.modules()]
+    stretching = any("dynamic" in str(getattr(m, "rope_type", "")) for m in module.modules())
+    afresh = module.register_forward_pre_hook(lambda m, _: fresh_rotations(m)) if stretching else None
     for m in training:
         m.training = False
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
     finally:
+        if afresh is not None:
+            afresh.remove()
+            fresh_rotations(module)
         for m in training:
             m.training = True
         for m, attributes in before:

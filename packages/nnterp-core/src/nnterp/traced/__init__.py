@@ -24,6 +24,7 @@ from nnterp.traced._layouts import PARTS, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
 from nnterp.traced._running import Lender, Place, Running
+from nnterp.traced._sharing import Sharing, fresh_rotations, require_sharing
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._states import CachedState, State
 from nnterp.traced._steering import Steering, change, steer, steering_of
@@ -54,6 +55,7 @@ __all__ = [
     "ReadOnly",
     "Readout",
     "Running",
+    "Sharing",
     "Site",
     "State",
     "Steering",
@@ -70,10 +72,12 @@ __all__ = [
     "bracket_one",
     "change",
     "envoy_at",
+    "fresh_rotations",
     "layer_index",
     "over",
     "read_value",
     "require_running",
+    "require_sharing",
     "skip_layers",
     "steer",
     "steering_of",

@@ -14,7 +14,7 @@ from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from torch._subclasses.fake_tensor import is_fake
 
-from nnterp.errors import PaddingError, ShapeError, Unavailable
+from nnterp.errors import ShapeError, Unavailable
 from nnterp.table import LABELS, Label
 from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
 from nnterp.traced._binding import envoy_at
@@ -23,6 +23,7 @@ from nnterp.traced._directory import Directory
 from nnterp.traced._own_tokens import Given
 from nnterp.traced._places import Inside
 from nnterp.traced._readout import Readout, project_on_vocab
+from nnterp.traced._sharing import Sharing, fresh_rotations, growth_of, require_sharing
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._steering import steer
 from nnterp.traced._steps import in_steps, require_single, start_standing
@@ -51,7 +52,7 @@ class TracedTransformer(TransformersModel):
     readout: Readout  # how hidden states become logits
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served
-    padding_is_exact: bool  # whether a row of a padded batch is proven to equal the row alone
+    sharing: Sharing  # which rows may share a padded batch
     standing: tuple  # steerings of every run, see `model.steering`
     positions_from_mask: bool  # whether a padded batch must be told its positions, counted from the mask
 
@@ -98,17 +99,17 @@ class TracedTransformer(TransformersModel):
         width = None if ids is None else ids.shape[1]
         self.interleaver.given = Given(kwargs.get("input_ids"), mask if padded else None, width)
         self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
+        settings = kwargs | self.interleaver.batcher.extra_kwargs
         if self.interleaver.stepping and len(invokes) > 1:
-            require_single(kwargs | self.interleaver.batcher.extra_kwargs, self._module)
+            require_single(settings, self._module)
         start_standing(self, self.standing)
         self.interleaver.right_padded = padded and not bool(mask[..., -1].all())
+        if self.sharing.limit is not None:
+            fresh_rotations(self._module)
         if padded:
-            if not self.padding_is_exact:
-                raise PaddingError(
-                    f"These inputs have different lengths, and {self.model_class} is not proven to give a padded row "
-                    "the numbers of the row alone (without a certificate, call model.validate()). Run them one at a "
-                    "time, or use a function that takes prompts (collect, run_prompts, ...): those batch equal lengths."
-                )
+            growth = 0 if not self.interleaver.stepping else growth_of(self._module, settings, mask.shape[-1])
+            counted = self.positions_from_mask and "position_ids" in kwargs
+            require_sharing(self.sharing, mask, growth, counted, self.model_class)
             if not self.positions_from_mask:
                 kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from nnterp.arguments import count
-from nnterp.inputs import Batch, Row, pad
+from nnterp.inputs import Batch, Row, by_length, pad, sharing_first
 from nnterp.progress import bar
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def in_batches(
 ) -> None:
     """Call `step` on all prompts, in batches of like length, longest first.
 
-    Prompts of different lengths share a batch only where the model is exact under padding. When memory runs out, the
+    Prompts share a batch only if each gives in it what it gives alone (`model.sharing`). When memory runs out, the
     batch is halved and run again; finished batches are not.
 
     Raises:
@@ -60,16 +60,14 @@ def in_batches(
         torch.OutOfMemoryError: A single prompt does not fit.
     """
     check_batch_size(batch_size)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    order = by_length(prompts)
     limit = len(prompts) if batch_size == "auto" else batch_size
     start = 0
     with bar(len(prompts), what, progress) as shown:
         while start < len(order):
             width = len(prompts[order[start]])
             size = min(limit, max(1, AUTO_TOKENS // width), AUTO_ROWS) if batch_size == "auto" else limit
-            chosen = order[start : start + size]
-            if not model.padding_is_exact:
-                chosen = [i for i in chosen if len(prompts[i]) == width]
+            chosen = sharing_first(model, prompts, order[start : start + size])
             batch = pad(model, [prompts[i] for i in chosen], tuple(chosen))
             if not within_memory(partial(step, batch), len(chosen)):
                 limit = max(1, len(chosen) // 2)

@@ -44,9 +44,10 @@ def states_of(
     steps = forward_steps(model, keys)
     found: list[States] = [{} for _ in prompts]
     logits: dict[int, torch.Tensor] = {}
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        groups.setdefault(0 if shortcuts.ragged else len(prompt), []).append(i)
+        side = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
+        groups.setdefault(side, []).append(i)
     for chosen in groups.values():
         some = [prompts[i] for i in chosen]
         kept, last = _run(model, some, steps, shortcuts.readout, remote)

@@ -242,7 +242,13 @@ def _answer(
 def _reads_answers_in_one_row(model: StandardizedTransformer, plan: Plan, remote: Any) -> bool:
     """Return True if all tokens of an answer can be read in one row, False if each needs a row of its own."""
     model.prepare(remote)
-    if not model.padding_is_exact:
+    side = model.sharing.side
+    if not model.padding_is_exact or any(
+        side(question.position + 1) != side(len(row))
+        for sheet in plan.sheets
+        for row, questions in zip(sheet.rows, sheet.questions, strict=True)
+        for question in questions
+    ):  # the tokens behind a position decide how it is computed
         return False
     longest = max((row for sheet in plan.sheets for row in sheet.rows), key=len)
     return is_causal(model, longest, remote)

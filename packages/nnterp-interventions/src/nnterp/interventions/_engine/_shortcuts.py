@@ -35,8 +35,16 @@ class Shortcuts:
     window: int | None = None
     reasons: tuple[str, ...] = ()
 
-    def within(self, length: int) -> Shortcuts:
-        """The shortcuts that are exact for prompts of `length` tokens."""
+    def within(self, length: int, limit: int | None = None) -> Shortcuts:
+        """The shortcuts that are exact for prompts of `length` tokens.
+
+        Args:
+            length: The longest prompt's length.
+            limit: Longest input in which the model attends to every key, which the probes did not go beyond; None if
+                there is no such limit.
+        """
+        if limit is not None and length > limit:
+            return replace(self, prefix=False, skip=False, join=False)
         return replace(self, prefix=False) if self.window is not None and length >= self.window else self
 
     def fitting(self, cells: Sequence[Cell]) -> Shortcuts:

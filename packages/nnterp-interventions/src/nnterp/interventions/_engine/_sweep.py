@@ -12,7 +12,7 @@ import torch
 
 from nnterp.devices import input_device
 from nnterp.errors import Unavailable
-from nnterp.inputs import Row
+from nnterp.inputs import Row, sharing_first
 from nnterp.interventions._engine._base import Base, run_base
 from nnterp.interventions._engine._batch import CellBatch, CellBatchRun, Reduce, run_remotely
 from nnterp.interventions._engine._edits import Cell
@@ -135,7 +135,9 @@ class _Sweep:
         while left:
             longest = len(self.prompts[left[0]])
             chosen = left[: max(1, min(self.most_rows, self.most_tokens // longest))]
-            if not self.shortcuts.ragged:
+            if self.shortcuts.ragged:
+                chosen = sharing_first(self.model, self.prompts, chosen)
+            else:
                 chosen = [prompt for prompt in chosen if len(self.prompts[prompt]) == longest]
             try:
                 enough = self.group(chosen, [i for prompt in chosen for i in of_prompt[prompt]], shown)
@@ -154,7 +156,7 @@ class _Sweep:
             return True
         prompts = [self.prompts[prompt] for prompt in chosen]
         length = max(len(prompt) for prompt in prompts)
-        taken = self.shortcuts.within(length)
+        taken = self.shortcuts.within(length, self.model.facts.thresholds.limit)
         spans = {i: self.span(self.cells[i], taken, length) for i in indices}
         needs_streams = any(span.layer > 0 for span in spans.values())
         needs_cache = any(span.position > 0 for span in spans.values())
@@ -186,6 +188,9 @@ class _Sweep:
         position = min(cell.first_position, at) if taken.prefix else 0
         layer = cell.first_layer(self.layers) if taken.skip else 0
         end = max(at, cell.last_position) + 1 if taken.ragged else length
+        sharing, own = self.model.sharing, len(self.prompts[cell.prompt])
+        if sharing.side(end) != sharing.side(own):  # the positions left out decide how the others are computed
+            end = own
         return Span(position, layer, end)
 
     def batch(self, tile: Tile, indices: list[int], place: dict[int, int]) -> CellBatch:
