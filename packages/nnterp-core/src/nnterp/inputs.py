@@ -71,8 +71,7 @@ class Batch:
         rows: The rows.
         input_ids: `[batch, seq]`, int64, on the CPU.
         attention_mask: `[batch, seq]`, 1 at tokens and 0 at padding.
-        starts: For each row, where its first token stands in the residual stream: after padding on the left, and after
-            what the model itself puts in front (CPM-Ant's soft prompt).
+        starts: For each row, where its first token stands, after padding on the left.
     """
 
     indices: tuple[int, ...]
@@ -213,7 +212,7 @@ def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = No
         start = width - len(row) if left else 0
         ids[i, start : start + len(row)] = torch.tensor(row.ids, device="cpu")
         mask[i, start : start + len(row)] = 1
-        starts.append(start + model.readout.layout.extra)
+        starts.append(start)
     return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
 
 

@@ -69,7 +69,7 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
         for k, target in enumerate(targets)
     ]
     batch = evidence.ids[:, :LENGTH].repeat(everything + 2, 1)
-    hooked = _by_hooks(evidence, batch, edits)
+    hooked = _by_hooks(evidence, batch, edits, facts.readout.layout.extra)
     try:
         written = _by_accessors(evidence.model.supposing(facts), batch, edits)
     except Exception as problem:
@@ -138,8 +138,9 @@ def _enters_zeros(evidence: Evidence, facts: Facts, target: _Target) -> bool:
     return made is not None and not bool(made.any())
 
 
-def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int) -> torch.Tensor:
-    """A copy of a value with some rows of the batch shifted by a fixed random direction at every position."""
+def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int, extra: int = 0) -> torch.Tensor:
+    """A copy of a value with some rows of the batch shifted by a fixed random direction at every position but the first
+    `extra`, which the model puts in front of the tokens."""
     direction = torch.randn(tensor.shape[-1], generator=torch.Generator().manual_seed(edit.seed))
     direction = direction.to(tensor.device, tensor.dtype)
     copy = tensor.clone()
@@ -150,6 +151,7 @@ def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int) -> torch.Tensor:
             view = copy[:, row]
         else:  # batch and positions on one axis
             view = copy.view(batch, -1, tensor.shape[-1])[row]
+        view = view[extra:]
         view += direction * (0.3 * view.float().pow(2).mean().sqrt().clamp(min=1e-3)).to(tensor.dtype)
     return copy
 
@@ -168,19 +170,19 @@ def _by_accessors(model: NamedTransformer, batch: torch.Tensor, edits: list[_Edi
     return logits
 
 
-def _by_hooks(evidence: Evidence, batch: torch.Tensor, edits: list[_Edit]) -> torch.Tensor:
+def _by_hooks(evidence: Evidence, batch: torch.Tensor, edits: list[_Edit], extra: int) -> torch.Tensor:
     """The reference: plain forward hooks on the plain module."""
     handles: list[Any] = []
     try:
         for edit in edits:
-            handles += _hooks(evidence.module, edit, batch.shape[0])
+            handles += _hooks(evidence.module, edit, batch.shape[0], extra)
         return evidence.forward(batch).logits
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hooks(root: nn.Module, edit: _Edit, size: int) -> list[Any]:
+def _hooks(root: nn.Module, edit: _Edit, size: int, extra: int) -> list[Any]:
     target = edit.target
     module, now = root.get_submodule(target.site.path), _at_call(target.call)
 
@@ -188,14 +190,14 @@ def _hooks(root: nn.Module, edit: _Edit, size: int) -> list[Any]:
         if not now():
             return None
         if isinstance(output, torch.Tensor):
-            return _disturbed(output, edit, size)
-        return type(output)((_disturbed(output[0], edit, size), *output[1:]))
+            return _disturbed(output, edit, size, extra)
+        return type(output)((_disturbed(output[0], edit, size, extra), *output[1:]))
 
     def on_input(_: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         stream = stream_in(args, kwargs) if now() else None
         if stream is None:
             return None
-        new = _disturbed(stream, edit, size)
+        new = _disturbed(stream, edit, size, extra)
         return tuple(new if a is stream else a for a in args), {k: new if v is stream else v for k, v in kwargs.items()}
 
     if target.given is not None:

@@ -105,7 +105,7 @@ def _generate(
                         for t in plan.after[i]:
                             target = plan.targets[t]
                             tensor = target.combine([seen[p] for p in target.parts])
-                            own = width + len(steps) + model.readout.layout.extra
+                            own = width + len(steps)
                             picked = last(tensor, count, target.label, target.value.axes, own)
                             taken[t] = picked.to(device=device, dtype=dtype)
                     steps.append(taken)

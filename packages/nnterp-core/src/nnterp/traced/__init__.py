@@ -20,7 +20,7 @@ from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._conditions import Chosen, Condition
 from nnterp.traced._directory import LAYER, Directory
-from nnterp.traced._layouts import PARTS, Layout, StreamLayout
+from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
 from nnterp.traced._running import Lender, Place, Running
@@ -37,6 +37,8 @@ from nnterp.traced._views import View, over
 __all__ = [
     "LAYER",
     "PARTS",
+    "PROMPTED",
+    "PROMPTED_QUERIES",
     "Apart",
     "CachedState",
     "Chain",

@@ -15,6 +15,9 @@ import torch
 
 from nnterp.record import Record
 
+# Positions that the model itself puts in front of the tokens are not shown.
+PROMPTED = "[batch, soft prompt + seq, ...]"
+PROMPTED_QUERIES = "[batch, heads, soft prompt + query, key]"
 PARTS = "[batch, parts × heads, seq, dim]"  # a head's vector cut in pieces: first every head's first piece, ...
 
 
@@ -23,7 +26,8 @@ class Layout(Record):
 
     Attributes:
         name: Its axes.
-        heads: How many heads (or parts of a head, or streams) share an axis with something else.
+        heads: How many heads (or parts of a head, or streams, or positions of a soft prompt) share an axis with
+            something else.
     """
 
     def __init__(self, name: str, heads: int = 0) -> None:
@@ -51,6 +55,9 @@ class Layout(Record):
             return x.view(-1, self.heads, *x.shape[1:])
         if self.name == PARTS:
             return x.unflatten(1, (self.heads, -1)).permute(0, 3, 2, 1, 4).flatten(3)
+        if self.name in (PROMPTED, PROMPTED_QUERIES):
+            axis = 1 if self.name == PROMPTED else 2
+            return x.narrow(axis, self.heads, x.shape[axis] - self.heads)
         return x
 
     def back(self, value: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
@@ -71,6 +78,9 @@ class Layout(Record):
             return value.reshape(was.shape)
         if self.name == PARTS:
             return value.unflatten(3, (self.heads, -1)).permute(0, 3, 2, 1, 4).reshape(was.shape)
+        if self.name in (PROMPTED, PROMPTED_QUERIES):
+            axis = 1 if self.name == PROMPTED else 2
+            return torch.cat([was.narrow(axis, 0, self.heads), value], axis)
         return value
 
 

@@ -57,7 +57,8 @@ def require_sharing(sharing: Sharing, mask: torch.Tensor, growth: int, counted: 
         made = f", and {growth} to generate" if growth else ""
         raise PaddingError(
             f"These inputs have different lengths ({min(lengths)} to {width} tokens{made}), and {name} is proven to "
-            f"give a padded row the numbers of the row alone only for {sharing} (without a certificate, call model.validate()). Run them one at a "
+            f"give a padded row the numbers of the row alone only for {sharing} (without a certificate, call "
+            "model.validate()). Run them one at a "
             "time, or use a function that takes prompts (collect, run_prompts, ...): those batch accordingly."
         )
 

@@ -8,6 +8,7 @@ import torch
 
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.traced._accessors import layer_index, require_running
+from nnterp.traced._places import Site
 from nnterp.traced._steps import in_steps
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def pass_by(model: Running, first: int, last: int, stream: torch.Tensor, rest: R
         model.layers_output[last] = stream
         return
     args, kwargs = model.envoy(model.layer_paths[first]).inputs
-    native = model.readout.layout.native(stream)
+    native = _native(model, first, stream)
     model.envoy(model.layer_paths[last]).output = skipped_output(native, rest, args, kwargs)
 
 
@@ -70,12 +71,21 @@ def skip(model: Running, first: int, last: int, stream: torch.Tensor, returns: t
             f"{model.model_class} stores its stream as [seq, batch, hidden], so layers cannot be skipped in "
             "several invokes of one trace: put the prompts into one invoke, or into traces of their own."
         )
-    stream = model.readout.layout.native(stream)
+    stream = _native(model, first, stream)
     for layer in range(first, last + 1):
         envoy = model.envoy(model.layer_paths[layer])
         rest = returns[layer]
         args, kwargs = envoy.inputs if rest is not None else ((), {})
         envoy.skip(skipped_output(stream, rest, args, kwargs))
+
+
+def _native(model: Running, first: int, stream: torch.Tensor) -> torch.Tensor:
+    """A stream as the model stores it; a soft prompt in front of it is the one that enters layer `first`."""
+    layout = model.readout.layout
+    if not layout.extra:
+        return layout.native(stream)
+    entering = Site(model.layer_paths[first], "input").read(model, "skip_layers()")
+    return torch.cat([entering[:, : layout.extra], stream], 1)
 
 
 def require_skippable(model: Running, layers: range) -> None:

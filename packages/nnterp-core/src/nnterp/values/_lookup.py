@@ -18,7 +18,19 @@ from nnterp.errors import Unavailable, Unproven
 from nnterp.facts import Facts
 from nnterp.indices import integer, read_index
 from nnterp.table import Value, get_value
-from nnterp.traced import Declared, Inside, Place, ReadOnly, Site, Sum, ThroughOut, View
+from nnterp.traced import (
+    PROMPTED,
+    PROMPTED_QUERIES,
+    Declared,
+    Inside,
+    Layout,
+    Place,
+    ReadOnly,
+    Site,
+    Sum,
+    ThroughOut,
+    View,
+)
 from nnterp.wording import ranges
 
 
@@ -73,7 +85,8 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
             place = _one_of_several(facts, module, value, *layer)
         else:
             place = FINDERS[value.finder](facts, module, value, layer or 0)
-        place = facts.places[name, layer] = _as_shown(facts, place)
+        place = _without_soft_prompt(facts, value, _as_shown(facts, place))
+        facts.places[name, layer] = place
     return place
 
 
@@ -160,6 +173,16 @@ def _as_shown(facts: Facts, place: Place) -> Place:
         or (isinstance(place, Inside) and any((place.path, place.labels) == (p.exit, p.leaves) for p in _ended(facts)))
     )
     return View(place, stored) if own else place
+
+
+def _without_soft_prompt(facts: Facts, value: Value, place: Place) -> Place:
+    """Wrap `place` in a `View` of the tokens' positions if the model puts positions of its own in front of them."""
+    extra = facts.readout.layout.extra
+    if not extra or (value.is_pattern and not value.shape.startswith("[batch, heads, query")):
+        return place
+    if isinstance(place, ReadOnly):
+        return ReadOnly(_without_soft_prompt(facts, value, place.place), place.reason)
+    return View(place, Layout(PROMPTED_QUERIES if value.is_pattern else PROMPTED, extra))
 
 
 def _ended(facts: Facts) -> list[Part]:
