@@ -53,6 +53,7 @@ class Facts:
         positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
         why_unproven: What errors say about facts that are not proven: why, and what to do.
         repeated: Modules that run more than once in a forward pass.
+        idle: Layers that do not run on a text (Mllama's cross-attention to an image).
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
         between: For each layer the operation whose result is `layers_mid`, or None.
@@ -71,6 +72,7 @@ class Facts:
     positions_from_mask: bool = True
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
     repeated: frozenset[str] = frozenset()
+    idle: tuple[int, ...] = ()
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()
     between: tuple[Inside | None, ...] = ()

@@ -208,6 +208,11 @@ class NamedTransformer(EditedTransformer):
             )
         self.output = tensor
 
+    @property
+    def idle_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that do not run on a text, because they attend to an image."""
+        return self.facts.idle
+
     # -- where everything is ----------------------------------------------------------------------------------------
 
     def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:

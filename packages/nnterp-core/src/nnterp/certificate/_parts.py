@@ -55,6 +55,7 @@ def _learnt(evidence: Evidence, facts: Facts) -> Facts:
     return dataclasses.replace(
         facts,
         repeated=frozenset(path for path, each in calls.items() if len(each) > 1),
+        idle=tuple(evidence.idle(facts.anatomy)),
         stored_as_stream=frozenset(stored),
         readout=replace(facts.readout, returns=returns_of(evidence, facts.anatomy)),
     )

@@ -62,7 +62,8 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if tensor is not None and not name.endswith("bias"):
             yield name, tensor
     for name, buffer in module._buffers.items() if is_linear(module) else ():  # quantised weights are buffers
-        if buffer is not None and buffer.dim() > 1 and not name.endswith("bias"):
+        index = buffer is not None and not buffer.is_floating_point() and buffer.dtype not in (torch.int8, torch.uint8)
+        if buffer is not None and buffer.dim() > 1 and not index and not name.endswith("bias"):
             yield name, buffer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 INVERSE = "inverse_"  # begins the names of tensors that are reduced from inverse logits
 
 
-def inverse_logits(model: StandardizedTransformer, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states `[..., hidden]` for which the head is given the negative of its input: `[..., vocab]`.
+def inverse_logits(model: StandardizedTransformer, project: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Logits `[spots, vocab]` for which the head is given the negative of its input; `project` computes them.
 
     Raises:
         Unavailable: The model's readout calls no head.
@@ -32,7 +33,7 @@ def inverse_logits(model: StandardizedTransformer, hidden: torch.Tensor) -> torc
     if path is not None:
         hook = model._module.get_submodule(path).register_forward_pre_hook(negate, with_kwargs=True)
         try:
-            logits = model.project_on_vocab(hidden)
+            logits = project()
         finally:
             hook.remove()
     if not called:

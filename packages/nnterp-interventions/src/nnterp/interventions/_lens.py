@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import nnsight
@@ -258,16 +259,15 @@ def _read(
     model: StandardizedTransformer, batch: Batch, layers: list[int], spots: _Spots, reduction: Reduction, remote: bool
 ) -> dict[str, torch.Tensor]:
     """Run one batch up to the last of these layers; reduced tensors `[spots * layers, ...]`."""
-    row, seq, prompt, size = spots.row, spots.seq, spots.prompt, batch.input_ids.shape
+    prompt, size = spots.prompt, batch.input_ids.shape
     # Computed here, because a remote worker does not know the size of the vocabulary.
     most = max(1, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
     with model.trace(batch.encoding, remote=remote, **forward_flags(model)) as tracer:
         states = []
         for layer in layers:
             stream = model.layers_output[layer]
-            require_stream(stream, size)
-            states.append(stream[row.to(stream.device), seq.to(stream.device)])
-        hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, hidden]
+            states.append(states_at(model, stream, spots, size))
+        hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, ..., hidden]
         found = nnsight.save(_read_out(model, hidden, prompt, reduction, most))
         tracer.stop()
     return found
@@ -276,31 +276,45 @@ def _read(
 def _read_out(
     model: StandardizedTransformer, hidden: torch.Tensor, prompt: torch.Tensor, reduction: Reduction, most: int
 ) -> dict[str, torch.Tensor]:
-    """Reduced logits of hidden states `[spots, layers, hidden]`, `[spots * layers, ...]`, `most` at a time."""
+    """Reduced logits of hidden states `[spots, layers, ..., hidden]`, `[spots * layers, ...]`, `most` at a time."""
     flat = hidden.flatten(0, 1)
     prompts = prompt.repeat_interleave(hidden.shape[1])
     parts: list[dict[str, torch.Tensor]] = []
     for start in range(0, flat.shape[0], most):
         some = flat[start : start + most]
-        part = reduction(model.project_on_vocab(some).float(), prompts[start : start + most])
+        part = reduction(project(model, some).float(), prompts[start : start + most])
         if reduction.inverse:
-            inverse = reduction(inverse_logits(model, some).float(), prompts[start : start + most])
+            inverse = reduction(
+                inverse_logits(model, partial(project, model, some)).float(), prompts[start : start + most]
+            )
             part.update({INVERSE + name: tensor for name, tensor in inverse.items()})
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def require_stream(stream: torch.Tensor, shape: torch.Size) -> None:
-    """Raise unless a residual stream is `[batch, seq, hidden]`.
+def states_at(model: StandardizedTransformer, stream: torch.Tensor, spots: _Spots, shape: torch.Size) -> torch.Tensor:
+    """The hidden states of a residual stream at some positions: `[spots, hidden]`, or `[spots, streams, hidden]`.
 
     Raises:
-        ShapeError: It is not, because the model carries several streams; none of them alone can be read out.
+        ShapeError: The stream does not have these batch and sequence axes.
     """
-    if stream.dim() != 3 or stream.shape[:2] != shape:
+    axis = model.readout.layout.batch  # several streams may stand in front of the batch
+    if stream.shape[axis : axis + 2] != shape:
         raise ShapeError(
-            f"The residual stream of this model has shape {list(stream.shape)}, not [batch, seq, hidden] with "
-            f"{list(shape)} tokens: it carries several streams, and none of them alone is a hidden state to read out."
+            f"The residual stream of this model has shape {list(stream.shape)}, without the axes {list(shape)} of the "
+            "batch and its tokens, so no position of it can be read out."
         )
+    row, seq = spots.row.to(stream.device), spots.seq.to(stream.device)
+    return stream[row, seq] if axis == 0 else stream.movedim(0, 2)[row, seq]
+
+
+def project(model: StandardizedTransformer, states: torch.Tensor) -> torch.Tensor:
+    """Logits `[spots, vocab]` of hidden states `[spots, hidden]`, or of several streams `[spots, streams, hidden]`."""
+    if states.dim() == 2:
+        return model.project_on_vocab(states)
+    in_front = model.readout.layout.batch == 1
+    given = states.transpose(0, 1)[:, :, None] if in_front else states[:, None]  # each a row of one position
+    return model.project_on_vocab(given)[:, 0]
 
 
 def _result(

@@ -173,7 +173,7 @@ def patch_object_attn_lens(
     if len(sources) not in (1, len(targets)):
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
     at = [resolve(model, target, attn_idx_patch, f"target prompt {i}") for i, target in enumerate(targets)]
-    layers = list(range(model.num_layers))
+    layers = layers_of(model, None)
     asked = {"prompts": ids_of(sources, targets), "positions": at, "num_patches": num_patches}
     call = Call(model, "patch_object_attn_lens", asked)
     kept = kept_of(resumed(call, resume))
@@ -182,8 +182,10 @@ def patch_object_attn_lens(
     for i in range(len(targets)):
         source = i if len(sources) > 1 else 0
         for layer in layers:
-            patched = range(layer, min(model.num_layers, layer + num_patches))
-            edits = tuple(Edit("attentions_input", other, at[i], states[other, source]) for other in patched)
+            patched = [other for other in layers if layer <= other < layer + num_patches]
+            edits = tuple(
+                Edit("attentions_input", other, at[i], states[layers.index(other), source]) for other in patched
+            )
             cells.append(Cell(i, edits))
     labels = {"prompts": prompt_labels(targets, model), "layers": tuple(layers)}
     with call.keeping(lambda: partial_grid(model, call, kept, labels)):

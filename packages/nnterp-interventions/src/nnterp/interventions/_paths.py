@@ -175,7 +175,7 @@ def _senders_and_receivers(
     senders = [check(model, c) for c in given]
     if isinstance(receivers, str) and receivers != "logits":
         raise ValueError(f'receivers are components or "logits", not {receivers!r}.')
-    last = Component("layers_output", model.num_layers - 1)
+    last = Component("layers_output", max(set(range(model.num_layers)) - set(model.idle_layers)))
     if isinstance(receivers, (str, Component)):
         receivers = [last if receivers == "logits" else receivers]
     receiving = [check(model, c) for c in listed(receivers, "receivers", 'a Component, several, or "logits"')]
