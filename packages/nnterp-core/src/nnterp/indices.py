@@ -25,10 +25,14 @@ def integers(given: Any, name: str) -> int | slice | list[int] | None:
         An int, a slice of ints, a list of ints, or None for all.
 
     Raises:
-        TypeError: It is something else: a boolean, a float, a text, a dict.
-        ValueError: It is empty, or has more than one axis.
+        TypeError: It is something else: a boolean, a float, a dict.
+        ValueError: It is empty, has more than one axis, or is another text than "all".
     """
-    if given is None or (isinstance(given, str) and given == "all"):
+    if given is None:
+        return None
+    if isinstance(given, str):
+        if given != "all":
+            raise ValueError(f'{name} are indices or "all", not {given!r:.80}.')
         return None
     if isinstance(given, slice):
         ends = (given.start, given.stop, given.step)

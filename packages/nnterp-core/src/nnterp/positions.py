@@ -43,15 +43,15 @@ def plain_positions(given: Any, name: str = "positions") -> Plain:
         name: How errors call the argument.
 
     Raises:
-        TypeError: It is something else: a text, a boolean, a float.
-        ValueError: It is empty.
+        TypeError: It is something else: a boolean, a float.
+        ValueError: It is empty, or a text.
     """
     if isinstance(given, TextSelector):
         return given
     if isinstance(given, str) and given != "all":
-        raise TypeError(
-            f"{name} is the text {given!r}. To find the tokens of a text in a prompt, give "
-            f"nnterp.positions.at({given!r}) or last_of({given!r})."
+        raise ValueError(
+            f'{name} are indices, selectors or "all", not the text {given!r:.80}. To find the tokens of a text in a '
+            f"prompt, give nnterp.positions.at({given!r:.80}) or last_of({given!r:.80})."
         )
     items: Any = list(given) if (axes_of_array(given) or 0) > 1 else given
     several = isinstance(items, Iterable) and not isinstance(items, (str, bytes, bytearray, memoryview, Mapping, Set))
@@ -100,8 +100,9 @@ def resolve(model: Reader, row: Row, positions: Any, label: str = "prompt") -> t
 
     Raises:
         IndexError: The row has no such position; shows its tokens.
-        TypeError: It is no position: a text, a boolean, a float.
-        ValueError: The text is not in the prompt, the prompt has no text, or a slice selects nothing of it.
+        TypeError: It is no position: a boolean, a float.
+        ValueError: A text was given; the text of a selector is not in the prompt, or the prompt has no text; or a slice
+            selects nothing of it.
     """
     return _resolved(model, row, plain_positions(positions), label)
 
