@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from nnterp.collection._outputs import named
 from nnterp.files import read_tensors, write_tensors
 from nnterp.inputs import Row
-from nnterp.values import canonical
 
 # All layers of a value in one tensor, or layer → tensor where their shapes differ.
 Tensors: TypeAlias = torch.Tensor | dict[int, torch.Tensor]
@@ -63,10 +63,10 @@ class Collected(Mapping[str, torch.Tensor]):
         """
         name, layer = key if isinstance(key, tuple) else (key, None)
         try:
-            value, named = canonical(name)
+            value, layer_named = named(name)
         except ValueError as error:
             raise KeyError(str(error)) from None
-        layer = named if layer is None else layer
+        layer = layer_named if layer is None else layer
         if value.name not in self.tensors:
             raise KeyError(f"{value.name} was not collected; there are: {', '.join(self.tensors)}.")
         tensor = self.tensors[value.name]

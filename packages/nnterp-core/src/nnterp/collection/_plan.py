@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from nnterp.collection._outputs import NEXT, OUTPUTS, Predictions, only
 from nnterp.errors import Unavailable
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place, layer_index
@@ -13,12 +15,20 @@ from nnterp.values import Combine, Value, canonical, reads, when
 
 @dataclass(frozen=True)
 class Target:
-    """One value at one layer: the reads it is made of, by their place in the plan, and how they are put together."""
+    """One value at one layer: the reads it is made of, by their place in the plan, and how they are put together.
+
+    Attributes:
+        last: The value is read at each row's last token, whatever positions are asked for, and has no axis of them.
+    """
 
     value: Value
     layer: int | None
     parts: tuple[int, ...]
     combine: Combine
+
+    @property
+    def last(self) -> bool:
+        return self.value.name == NEXT.name
 
     @property
     def label(self) -> str:
@@ -45,7 +55,9 @@ class Plan:
     layers: dict[str, tuple[int, ...]]
 
 
-def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int | Iterable[int] | None) -> Plan:
+def make_plan(
+    model: NamedTransformer, values: str | Iterable[str], layers: int | Iterable[int] | None, outputs: bool = False
+) -> Plan:
     """Look up where everything asked for is served and put it in forward order.
 
     Raises:
@@ -59,7 +71,7 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int 
     asked: dict[str, list[int]] = {}
     rows: dict[str, Value] = {}
     for name in wanted:
-        value, named = canonical(name)
+        value, named = (OUTPUTS[name], None) if outputs and name in OUTPUTS else canonical(name)
         if value.name == "mixer_states":
             raise ValueError("mixer_states have no positions, and belong to a run with a cache: read them in a trace.")
         rows[value.name] = value
@@ -72,11 +84,17 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: int 
         mine.extend(layer for layer in chosen if layer not in mine)
 
     places: dict[Place, float] = {}
+    predictions: Any = Predictions()
     made: list[tuple[Value, int | None, list[Place], Combine]] = []
     for name, mine in asked.items():
         value = rows[name]
         for layer in mine if value.per_layer else [None]:
-            parts, combine = reads(model, model.place(value.name, layer))
+            if value.name in OUTPUTS:
+                parts: list[Place] = [predictions]
+                combine: Combine = only
+                places[predictions] = float("inf")
+            else:
+                parts, combine = reads(model, model.place(value.name, layer))
             for part in parts:
                 if part not in places:
                     places[part] = when(model, part)
