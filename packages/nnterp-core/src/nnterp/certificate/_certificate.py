@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnterp.errors import CertificateError
+from nnterp.files import write_whole
 from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
 
 if TYPE_CHECKING:
@@ -95,8 +96,12 @@ class Certificate:
         raise KeyError(f"No line begins with {name!r}; lines: {', '.join(line.name for line in self.lines)}")
 
     def save(self, path: str | Path) -> None:
-        """Write the certificate as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write the certificate as JSON, at once: a write that fails or is killed leaves what was there before.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_whole(path, (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
