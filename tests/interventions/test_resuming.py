@@ -75,7 +75,7 @@ CALLS = {
         m, CLEAN, targets=[5] * 12, positions=[0, -1], layers=[2, 0], batch_size=3, return_inv_logits=True, **k
     ),
     "logit_lens_table": lambda m, **k: logit_lens_table(m, CLEAN, 3, targets=[[5, [6, 7]]] * 12, batch_size=3, **k),
-    "collect": lambda m, **k: m.collect(CLEAN, ["layers_output", "ln_final_output"], batch_size=3, **k),
+    "collect": lambda m, **k: m.collect(CLEAN, ["layers_output", "logits", "next_token_probs"], batch_size=3, **k),
     "collect, mean": lambda m, **k: m.collect(CLEAN, "mlps_output", batch_size=3, reduce="mean", **k),
     "collect, function": lambda m, **k: m.collect(
         CLEAN, "mlps_output", batch_size=3, reduce=lambda t: t.norm(dim=-1), **k

@@ -1,4 +1,4 @@
-"""Tensors and a record of what they are, in one file that is written whole or not at all."""
+"""Files that are written whole or not at all; above all, tensors and a record of what they are."""
 
 from __future__ import annotations
 
@@ -80,6 +80,25 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
     if marks.get(_SUM) != _checksum(marks[_RECORD], tensors):
         raise ValueError(f"{path} is damaged: its contents are not those that were written.")
     return tensors, json.loads(marks[_RECORD])
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file at once: a write that fails or is killed leaves what was there before. Folders are made.
+
+    Raises:
+        OSError: The folder cannot be made, or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with open(draft, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def tensors_path(path: str | Path) -> Path:

@@ -74,7 +74,8 @@ class ReadTransformer(NamedTransformer):
         Args:
             prompts: Texts, token ids, tensors, chat messages, or a list of these; see `nnterp.inputs.encode`.
             values: Names of the table (`"layers_output"`), with a layer (`"mlp_neurons[3]"`) or TransformerLens'
-                (`"blocks.3.hook_resid_post"`); one or several.
+                (`"blocks.3.hook_resid_post"`); one or several. Also `"logits"`, at the positions asked for, and
+                `"next_token_probs"`, `[prompts, vocab]`, after each prompt's last token.
             layers: The layers, for values that name none; by default all that have the value.
             positions: Over each prompt's own tokens: an index (−1 is the last token whichever side is padded), a slice,
                 a selector (`nnterp.positions.at("Paris")`, `last_of("Eiffel Tower")`), a list of these, or one list per

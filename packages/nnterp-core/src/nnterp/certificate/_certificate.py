@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnterp.arguments import path_of
 from nnterp.errors import CertificateError
+from nnterp.files import write_whole
 from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
 
 if TYPE_CHECKING:
@@ -96,14 +97,16 @@ class Certificate:
         raise KeyError(f"No line begins with {name!r}; lines: {', '.join(line.name for line in self.lines)}")
 
     def save(self, path: str | Path) -> None:
-        """Write the certificate as JSON; folders are made.
+        """Write the certificate as JSON, at once: a write that fails or is killed leaves what was there before.
+
+        Folders are made.
 
         Raises:
             OSError: The folder cannot be made, or the file not be written.
         """
         path = path_of(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(path, (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:

@@ -15,7 +15,7 @@ from nnterp.collection._filling import Filling, still_to_run
 from nnterp.collection._generation import over_generation
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce, reduced
-from nnterp.collection._select import select
+from nnterp.collection._select import last_of, select
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
@@ -57,7 +57,7 @@ def collect(
         )
     if max_new_tokens is not None:
         _check_generation(remote, positions)
-    plan = make_plan(model, values, layers)
+    plan = make_plan(model, values, layers, outputs=True)
     chosen, single = positions_of(model, rows, -1 if max_new_tokens is not None else positions)
     asked = {
         "values": [target.label for target in plan.targets],
@@ -134,9 +134,9 @@ def _one_batch(
     model: NamedTransformer, plan: Plan, result: Filling, batch: Batch, remote: Any
 ) -> dict[int, torch.Tensor]:
     """One forward pass as far as it is needed: what each target is made into."""
-    picked, reduce, dtype = result.pick(batch), result.reduce, result.dtype
+    picked, ends, reduce, dtype = result.pick(batch), last_of(batch), result.reduce, result.dtype
     device = torch.device("cpu") if remote else result.device
-    targets = [(t.combine, t.parts, t.label, t.value.shape) for t in plan.targets]
+    targets = [(t.combine, t.parts, t.label, t.value.shape, t.last) for t in plan.targets]
     steps = list(zip(plan.reads, plan.after, plan.last_use, strict=True))
     inputs = {**batch.encoding, **forward_flags(model)}
     finish: Any = partial(reduced, reduce) if callable(reduce) else None  # what is not used does not travel
@@ -147,9 +147,11 @@ def _one_batch(
         for i, (place, complete, dropped) in enumerate(steps):
             seen[i] = place.read(model, str(place))
             for t in complete:
-                combine, parts, label, shape = targets[t]
-                tensor = select(combine([seen[p] for p in parts]), picked, label, shape)
-                tensor = tensor.detach() if finish is None else finish(tensor, picked, shape)
+                combine, parts, label, shape, at_end = targets[t]
+                own = ends if at_end else picked
+                tensor = select(combine([seen[p] for p in parts]), own, label, shape)
+                tensor = tensor.softmax(-1) if at_end else tensor
+                tensor = tensor.detach() if finish is None else finish(tensor, own, shape)
                 taken[t] = tensor.to(device=device, dtype=dtype)
             for p in dropped:
                 del seen[p]

@@ -86,7 +86,7 @@ class Filling:
         shape[0] = len(self.rows)
         if not callable(self.reduce):
             axis = 2 if target.value.is_pattern else 1
-            if not self.single:
+            if not self.single and not target.last:
                 shape[axis] = self.width
             if target.value.is_pattern:
                 shape[-1] = max(shape[-1], self.keys)
@@ -106,7 +106,7 @@ class Filling:
         own = [self.chosen[i] for i in batch.indices]
         axes: tuple[int, ...] = (0,)
         tensor = tensor.double()
-        if not self.single:
+        if not self.single and not self.plan.targets[t].last:
             width = max(len(c) for c in own)
             mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own], device=tensor.device)
             axis = 2 if self.plan.targets[t].value.is_pattern else 1
@@ -140,10 +140,11 @@ class Filling:
         filled, sums, done = self.filled, {}, self.done
         if self.over_prompts:
             filled, done = self.summed
-            count = sum(len(self.chosen[i]) for i in done) if self.reduce == "mean" else 1
+            positions = sum(len(self.chosen[i]) for i in done)
+            counts = [len(done) if target.last else positions for target in self.plan.targets]
             dtype = self.dtype or torch.float32
             sums = {self.plan.targets[t].label: total for t, total in filled.items()} if run is not None else {}
-            filled = {t: (total / count).to(dtype) for t, total in filled.items()}
+            filled = {t: (total / (counts[t] if self.reduce == "mean" else 1)).to(dtype) for t, total in filled.items()}
         tensors = stacked({(t.value.name, t.layer): filled[i] for i, t in enumerate(self.plan.targets)}, self.plan)
         for name, block in self.blocks.items():
             if len(block) == len(self.plan.layers[name]) and self.shares_memory(name, block):

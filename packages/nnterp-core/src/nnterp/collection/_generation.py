@@ -107,6 +107,7 @@ def _generate(
                             tensor = target.combine([seen[p] for p in target.parts])
                             own = width + len(steps)
                             picked = last(tensor, count, target.label, target.value.axes, own)
+                            picked = picked.softmax(-1) if target.last else picked
                             taken[t] = picked.to(device=device, dtype=dtype)
                     steps.append(taken)
             with tracer.invoke():

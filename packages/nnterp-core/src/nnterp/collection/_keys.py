@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nnterp.collection._outputs import named as named_value
 from nnterp.indices import integer
-from nnterp.values import canonical
 
 
 def read_key(key: Any, layers: Mapping[str, tuple[int, ...]], num_layers: int, missing: str) -> tuple[str, int | None]:
@@ -31,7 +31,7 @@ def read_key(key: Any, layers: Mapping[str, tuple[int, ...]], num_layers: int, m
             f"{key!r:.80} is no key; give the name of a value, or its name and one layer: 'layers_output', 3."
         )
     try:
-        value, named = canonical(parts[0])
+        value, named = named_value(parts[0])
     except ValueError as error:
         raise KeyError(str(error)) from None
     if value.name not in layers:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from nnterp.collection._outputs import NEXT, OUTPUTS, Predictions, only
 from nnterp.errors import Unavailable
 from nnterp.indices import integers, read_index, read_indices
 from nnterp.named_transformer import NamedTransformer
@@ -16,12 +17,20 @@ from nnterp.wording import ranges
 
 @dataclass(frozen=True)
 class Target:
-    """One value at one layer: the reads it is made of, by their place in the plan, and how they are put together."""
+    """One value at one layer: the reads it is made of, by their place in the plan, and how they are put together.
+
+    Attributes:
+        last: The value is read at each row's last token, whatever positions are asked for, and has no axis of them.
+    """
 
     value: Value
     layer: int | None
     parts: tuple[int, ...]
     combine: Combine
+
+    @property
+    def last(self) -> bool:
+        return self.value.name == NEXT.name
 
     @property
     def label(self) -> str:
@@ -48,7 +57,7 @@ class Plan:
     layers: dict[str, tuple[int, ...]]
 
 
-def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any) -> Plan:
+def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any, outputs: bool = False) -> Plan:
     """Look up where everything asked for is served and put it in forward order.
 
     A layer that is given twice in `layers` is twice in the result; a layer that two names ask for is there once.
@@ -63,7 +72,7 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any)
     asked: dict[str, list[int]] = {}
     rows: dict[str, Value] = {}
     for name in wanted:
-        value, named = canonical(name)
+        value, named = (OUTPUTS[name], None) if outputs and name in OUTPUTS else canonical(name)
         if value.name == "mixer_states":
             raise ValueError("mixer_states have no positions, and belong to a run with a cache: read them in a trace.")
         rows[value.name] = value
@@ -83,11 +92,17 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any)
         mine.extend(layer for layer in chosen if layer not in there)
 
     places: dict[Place, float] = {}
+    predictions: Any = Predictions()
     made: list[tuple[Value, int | None, list[Place], Combine]] = []
     for name, mine in asked.items():
         value = rows[name]
         for layer in dict.fromkeys(mine) if value.per_layer else [None]:
-            parts, combine = reads(model, model.place(value.name, layer))
+            if value.name in OUTPUTS:
+                parts: list[Place] = [predictions]
+                combine: Combine = only
+                places[predictions] = float("inf")
+            else:
+                parts, combine = reads(model, model.place(value.name, layer))
             for part in parts:
                 if part not in places:
                     places[part] = when(model, part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nnterp.inputs import Batch
 from nnterp.record import Record
 
 
@@ -31,6 +32,14 @@ class Selection(Record):
     ) -> None:
         self.index, self.mask, self.whole, self.single = index, mask, whole, single
         self.shape, self.starts, self.lengths = shape, starts, lengths
+
+
+def last_of(batch: Batch) -> Selection:
+    """The last token of each row, without an axis of positions."""
+    rows, longest = len(batch), max(range(len(batch)), key=lambda i: len(batch.rows[i]))
+    shape = (rows, batch.input_ids.shape[1] + batch.starts[longest])
+    mask, lengths = torch.ones(rows, 1, dtype=torch.bool), torch.tensor([len(row) for row in batch.rows])
+    return Selection(batch.last[:, None], mask, False, True, shape, torch.tensor(batch.starts), lengths)
 
 
 def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> torch.Tensor:

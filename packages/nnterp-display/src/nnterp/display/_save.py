@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import html
-import os
 import re
-import uuid
 from pathlib import Path
 
 import plotly.graph_objects as go
 import plotly.io as pio
 
 from nnterp.display._theme import TEMPLATES, Theme, with_theme
+from nnterp.files import write_whole
 
 IMAGES = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 PAGES = ("html", "htm")
@@ -58,7 +57,7 @@ def save(
         content = page(figure, title, follow_reader=theme is None).encode()
     else:
         content = _image(figure, kind, scale)
-    write_atomically(path, content)
+    write_whole(path, content)
     return path
 
 
@@ -133,16 +132,3 @@ def _image(figure: go.Figure, kind: str, scale: float) -> bytes:
         if "chrome" not in said and "browser" not in said:
             raise
         raise ImageWriterMissing(f"Cannot write a .{kind} image: {error} {cure}") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the file and rename, so that nobody reads a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(content)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
