@@ -39,7 +39,9 @@ def by_probe(model: NamedTransformer, read: Read) -> Span:
     layer = read.layer
     if isinstance(layer, int):
         layer %= model.num_layers
-    pieces, _ = reads(model, model.place(read.name, layer))
+    # A state is put together from what enters the mixer and what its code returns.
+    names = ("mixers_input", "mixers_output") if read.name == "mixer_states" else (read.name,)
+    pieces = [piece for name in names for piece in reads(model, model.place(name, layer))[0]]
     ticks = [when(model, piece) for piece in pieces]
     return min(ticks), max(ticks)
 

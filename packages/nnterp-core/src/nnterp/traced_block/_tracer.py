@@ -13,7 +13,7 @@ from nnsight.intervention.tracer import InterleavingTracer, Invoker
 
 from nnterp.traced_block._advice import lines_in_order
 from nnterp.traced_block._order import in_table_order, sorted_reads
-from nnterp.traced_block._reads import Read, names_of_model, read_at, reads_of
+from nnterp.traced_block._reads import FIRST, Read, names_of_model, read_at, reads_of
 
 KEPT = "_nnterp_read_first"  # the name, in the block, of what is read at its beginning
 
@@ -76,11 +76,17 @@ def _sorted(tracer: Any, model: Any, node: Any, frame: FrameType) -> CodeType | 
         return None
     place = {(read.name, read.layer): i for i, read in enumerate(order)}
     moved = _Moved(names_of_model(node.body, scope, model), place)
-    kept = ast.Assign([ast.Name(KEPT, ast.Store())], ast.Tuple([copy.deepcopy(read.node) for read in order], ast.Load()))
+    kept = ast.Assign([ast.Name(KEPT, ast.Store())], ast.Tuple([_kept(read) for read in order], ast.Load()))
     ast.copy_location(kept, node.body[0])
     body = [kept, *(moved.visit(copy.deepcopy(statement)) for statement in node.body)]
     module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
     return tracer.compile(module, frame)
+
+
+def _kept(read: Read) -> ast.expr:
+    """The expression that reads a value and copies it: some models go on to change the tensor in place (Falcon)."""
+    node = copy.deepcopy(read.node)
+    return node if read.name in FIRST else ast.Call(ast.Attribute(node, "clone", ast.Load()), [], [])
 
 
 class _Moved(ast.NodeTransformer):
