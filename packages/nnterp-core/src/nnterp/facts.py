@@ -48,6 +48,7 @@ class Facts:
         padding: Whether a row of a padded batch equals the row alone.
         positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
         why_unproven: What errors say about facts that are not proven: why, and what to do.
+        only_with_image: Indices of the layers that run only when there is an image (Mllama's cross-attention).
         repeated: Modules that run more than once in a forward pass.
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
@@ -65,6 +66,7 @@ class Facts:
     padding: Padding = "unproven"
     positions_from_mask: bool = True
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
+    only_with_image: tuple[int, ...] = ()
     repeated: frozenset[str] = frozenset()
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()

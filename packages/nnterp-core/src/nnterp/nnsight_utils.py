@@ -177,13 +177,13 @@ def get_token_activations(
         raise ValueError("prompts must be given when there is no tracer.")
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    chosen = _all_layers(nn_model) if layers is None else list(layers)
     if tracer is not None:
-        found = [get(nn_model, layer)[:, position] for layer in chosen]
+        found = [_tokens_first(nn_model, get, layer)[:, position] for layer in chosen]
         return torch.stack([a.to(found[0].device) for a in found])
     _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
-        found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
+        found = [_tokens_first(nn_model, get, layer)[:, position].cpu() for layer in chosen]
         activations = torch.stack(found).save()
         running.stop()
     return activations
@@ -208,14 +208,14 @@ def collect_last_token_activations_session(
     """
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = list(range(get_num_layers(nn_model))) if layers is None else list(layers)
+    chosen = _all_layers(nn_model) if layers is None else list(layers)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     _prepare(nn_model, remote)
     with torch.no_grad(), nn_model.session(remote=remote):
         pieces = []
         for batch in batches:
             with nn_model.trace(batch) as running:
-                found = [get(nn_model, layer)[:, position].cpu() for layer in chosen]
+                found = [_tokens_first(nn_model, get, layer)[:, position].cpu() for layer in chosen]
                 piece = torch.stack(found).save()
                 running.stop()
             pieces.append(piece)
@@ -282,6 +282,22 @@ def _prepare(nn_model: Any, remote: bool) -> None:
     """Load a `StandardizedTransformer`'s weights and refuse one that drops units out; nothing for other models."""
     if isinstance(nn_model, StandardizedTransformer):
         nn_model.prepare(remote)
+
+
+def _tokens_first(nn_model: Any, get: GetModuleOutput, layer: int) -> torch.Tensor:
+    """Activations with batch and sequence in front, where a model keeps several streams side by side (Gemma 3n) too."""
+    found = get(nn_model, layer)
+    if isinstance(nn_model, TracedTransformer) and get in (get_layer_output, get_layer_input):
+        batch = nn_model.readout.layout.batch
+        return found if batch == 0 else found.movedim((batch, batch + 1), (0, 1))
+    return found
+
+
+def _all_layers(nn_model: Any) -> list[int]:
+    """All layers; of a `StandardizedTransformer`, those that a text runs through."""
+    if isinstance(nn_model, StandardizedTransformer):
+        return nn_model.layers_of_texts()
+    return list(range(get_num_layers(nn_model)))
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -99,9 +99,9 @@ def _layers(model: NamedTransformer, value: Value, layers: int | Iterable[int] |
         given: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
         if not given:
             raise ValueError("layers is empty; leave it out for all layers.")
-        return [layer_index(layer, model.num_layers, value.name) for layer in given]
+        return model.layers_of_texts(layer_index(layer, model.num_layers, value.name) for layer in given)
     found, reason = [], None
-    for layer in range(model.num_layers):
+    for layer in model.layers_of_texts():
         try:
             model.place(value.name, layer)
             found.append(layer)

@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 
 
 def layers_of(model: StandardizedTransformer, layers: int | Sequence[int] | None) -> list[int]:
-    """The layers asked for as indices from 0; all if None.
+    """The layers asked for as indices from 0; if None, all that a text runs through.
 
     Raises:
         ValueError: `layers` is empty.
         IndexError: There is no such layer.
+        Unavailable: A layer that was asked for runs only with an image.
     """
     if layers is None:
-        return list(range(model.num_layers))
+        return model.layers_of_texts()
     wanted: list[int] = list(layers) if isinstance(layers, Iterable) else [layers]
     if not wanted:
         raise ValueError("layers is empty; give at least one layer, or None for all.")
-    return [layer_index(layer, model.num_layers, "layers") for layer in wanted]
+    return model.layers_of_texts(layer_index(layer, model.num_layers, "layers") for layer in wanted)
 
 
 def layers_with(model: StandardizedTransformer, names: list[str], layers: int | Sequence[int] | None) -> list[int]:

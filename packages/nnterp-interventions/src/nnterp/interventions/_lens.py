@@ -230,10 +230,10 @@ def _read(
     with model.trace(batch.encoding, remote=remote, **forward_flags(model)) as tracer:
         states = []
         for layer in layers:
-            stream = model.layers_output[layer]
+            stream = tokens_first(model.layers_output[layer], model.readout.layout.batch)
             require_stream(stream, size)
             states.append(stream[row.to(stream.device), seq.to(stream.device)])
-        hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, hidden]
+        hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, ..., hidden]
         found = nnsight.save(_read_out(model, hidden, prompt, reduction, most))
         tracer.stop()
     return found
@@ -242,29 +242,43 @@ def _read(
 def _read_out(
     model: StandardizedTransformer, hidden: torch.Tensor, prompt: torch.Tensor, reduction: Reduction, most: int
 ) -> dict[str, torch.Tensor]:
-    """Reduced logits of hidden states `[spots, layers, hidden]`, `[spots * layers, ...]`, `most` at a time."""
+    """Reduced logits of hidden states `[spots, layers, ..., hidden]`, `[spots * layers, ...]`, `most` at a time."""
     flat = hidden.flatten(0, 1)
     prompts = prompt.repeat_interleave(hidden.shape[1])
     parts: list[dict[str, torch.Tensor]] = []
     for start in range(0, flat.shape[0], most):
         some = flat[start : start + most]
-        part = reduction(model.project_on_vocab(some).float(), prompts[start : start + most])
+        part = reduction(project(model, some).float(), prompts[start : start + most])
         if reduction.inverse:
-            part["inverse"] = model.project_on_vocab(-some).float().softmax(-1)
+            part["inverse"] = project(model, -some).float().softmax(-1)
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def tokens_first(stream: torch.Tensor, batch: int) -> torch.Tensor:
+    """A residual stream with batch and sequence in front; `[batch, seq, streams, hidden]` where there are several."""
+    return stream if batch == 0 else stream.movedim((batch, batch + 1), (0, 1))
+
+
+def project(model: StandardizedTransformer, states: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states `[states, hidden]`, or `[states, streams, hidden]`: `[states, vocab]`."""
+    layout = model.readout.layout
+    if layout.plain:
+        return model.project_on_vocab(states)
+    whole = states.unsqueeze(1)  # each is a row of one token, laid out as in `layers_output`
+    return model.project_on_vocab(whole.movedim((0, 1), (layout.batch, layout.batch + 1)))[:, 0]
+
+
 def require_stream(stream: torch.Tensor, shape: torch.Size) -> None:
-    """Raise unless a residual stream is `[batch, seq, hidden]`.
+    """Raise unless a residual stream begins with `[batch, seq]`.
 
     Raises:
-        ShapeError: It is not, because the model carries several streams; none of them alone can be read out.
+        ShapeError: It does not, so it has no hidden state for each token.
     """
-    if stream.dim() != 3 or stream.shape[:2] != shape:
+    if stream.dim() < 3 or stream.shape[:2] != shape:
         raise ShapeError(
-            f"The residual stream of this model has shape {list(stream.shape)}, not [batch, seq, hidden] with "
-            f"{list(shape)} tokens: it carries several streams, and none of them alone is a hidden state to read out."
+            f"The residual stream of this model has shape {list(stream.shape)}, which does not begin with [batch, seq] "
+            f"of {list(shape)} tokens, so it has no hidden state for each token to read out."
         )
 
 

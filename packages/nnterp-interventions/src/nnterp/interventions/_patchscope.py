@@ -183,14 +183,14 @@ def patch_object_attn_lens(
     if len(sources) not in (1, len(targets)):
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
     at = [resolve(model, target, attn_idx_patch, f"target prompt {i}") for i, target in enumerate(targets)]
-    layers = list(range(model.num_layers))
+    layers = layers_of(model, None)
     states = last_states(model, sources, layers, "attentions_input", remote, batch_size, False)
     cells = []
     for i in range(len(targets)):
         source = i if len(sources) > 1 else 0
-        for layer in layers:
-            patched = range(layer, min(model.num_layers, layer + num_patches))
-            edits = tuple(Edit("attentions_input", other, at[i], states[other, source]) for other in patched)
+        for k in range(len(layers)):
+            patched = range(k, min(len(layers), k + num_patches))
+            edits = tuple(Edit("attentions_input", layers[p], at[i], states[p, source]) for p in patched)
             cells.append(Cell(i, edits))
     found = sweep(
         model,

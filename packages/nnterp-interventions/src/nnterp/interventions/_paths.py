@@ -127,7 +127,7 @@ def _senders_and_receivers(
     senders = [check(model, c) for c in ([sender] if isinstance(sender, Component) else sender)]
     if isinstance(receivers, str) and receivers != "logits":
         raise ValueError(f'receivers are components or "logits", not {receivers!r}.')
-    last = Component("layers_output", model.num_layers - 1)
+    last = Component("layers_output", max(set(range(model.num_layers)) - set(model.facts.only_with_image)))
     listed: Any = [last] if receivers == "logits" else [receivers] if isinstance(receivers, Component) else receivers
     receiving = [check(model, c) for c in listed]
     if not senders or not receiving:
@@ -158,6 +158,8 @@ class _Paths:
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
         self.frozen: list[tuple[str, int]] = []
         for block in model.anatomy.blocks[first : last + 1]:
+            if block.index in model.facts.only_with_image:
+                continue
             mixers = {"mixers_output": block.mixer}
             if block.self_attn is not None and block.self_attn != block.mixer:
                 mixers["attentions_output"] = block.self_attn
