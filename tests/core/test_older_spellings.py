@@ -56,9 +56,7 @@ def test_the_backbone_is_called_model(built, model_type):
 @pytest.mark.parametrize("model_type", BACKBONES)
 def test_the_backbone_has_its_name_on_plain_nnsight_too(model_type):
     names = get_rename_dict()
-    plain = TransformersModel(
-        tiny_model(model_type), task="text-generation", tokenizer=tiny_tokenizer(), rename=names
-    )
+    plain = TransformersModel(tiny_model(model_type), task="text-generation", tokenizer=tiny_tokenizer(), rename=names)
     assert plain.model.layers[0]._module is plain.layers[0]._module
     assert plain.model.ln_final is plain.ln_final
 

@@ -164,7 +164,11 @@ def test_a_block_that_may_write_is_not_touched(model, tmp_path, lines):
 
 
 def test_the_error_shows_the_lines_in_the_order_that_works(model, tmp_path):
-    lines = ["late = model.layers_output[1].save()", "model.layers_output[1] = late * 2", "found = model.mlps_output[0].save()"]
+    lines = [
+        "late = model.layers_output[1].save()",
+        "model.layers_output[1] = late * 2",
+        "found = model.mlps_output[0].save()",
+    ]
     with torch.no_grad(), pytest.raises(OutOfOrderError) as caught:
         block(tmp_path, lines)(model, IDS)
     shown = [line.strip() for line in str(caught.value.args[0]).split("the block work:\n")[1].splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import nnsight
 import pytest
 import torch
 
@@ -54,7 +55,7 @@ def test_the_lens_reads_all_streams_of_a_layer(built, model_type):
             torch.testing.assert_close(last[i], found[i, :, len(prompt) - 1])
             assert found[i, :, len(prompt) :].isnan().all()
             with model.trace([prompt]):
-                streams = [model.layers_output[layer].save() for layer in range(model.num_layers)]
+                streams = nnsight.save([model.layers_output[layer] for layer in range(model.num_layers)])
             for layer, whole in enumerate(streams):
                 read = model.project_on_vocab(whole)[0].float().softmax(-1)
                 torch.testing.assert_close(found[i, layer, : len(prompt)], read)
@@ -64,9 +65,11 @@ def test_the_lens_reads_all_streams_of_a_layer(built, model_type):
 def test_what_is_built_on_the_lens_with_several_streams(built, model_type):
     model = built(model_type)
     probs = logit_lens(model, PROMPTS)
-    table = logit_lens_table(model, PROMPTS, targets=[7], positions=-1)
+    table = logit_lens_table(model, PROMPTS, targets=7, positions=-1)
     torch.testing.assert_close(table["target_probs"].squeeze(), probs[:, :, 7])
-    torch.testing.assert_close(logit_lens(model, PROMPTS, targets=[[[7, 9]]] * 3).squeeze(), probs[:, :, [7, 9]].sum(-1))
+    torch.testing.assert_close(
+        logit_lens(model, PROMPTS, targets=[[[7, 9]]] * 3).squeeze(), probs[:, :, [7, 9]].sum(-1)
+    )
     scope = patchscope_lens(model, PROMPTS, TargetPrompt("The cat sat", -1))
     torch.testing.assert_close(scope[:, -1], probs[:, -1])  # the source's last state, where only the readout follows
 
@@ -88,7 +91,7 @@ def mllama():
 
 CALLS = {
     "logit_lens": lambda m: logit_lens(m, PROMPTS).transpose(0, 1),
-    "logit_lens_table": lambda m: logit_lens_table(m, PROMPTS)["entropy"].transpose(0, 1),
+    "logit_lens_table": lambda m: logit_lens_table(m, PROMPTS, positions=-1)["entropy"].transpose(0, 1),
     "patchscope_lens": lambda m: patchscope_lens(m, PROMPTS, TargetPrompt("The cat", -1)).transpose(0, 1),
     "patchscope_generate": lambda m: torch.stack(
         list(patchscope_generate(m, PROMPTS, TargetPrompt("The cat", -1), max_length=2).values())

@@ -208,7 +208,8 @@ class NamedTransformer(TracedTransformer):
         if asked is None:
             if idle:
                 warnings.warn(
-                    f"Layers {ranges(idle)} of {self.model_class} run only with an image: they are left out.", stacklevel=4
+                    f"Layers {ranges(idle)} of {self.model_class} run only with an image: they are left out.",
+                    stacklevel=4,
                 )
             return [layer for layer in range(self.num_layers) if layer not in idle]
         layers = list(asked)

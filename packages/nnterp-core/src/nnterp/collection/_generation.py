@@ -144,7 +144,9 @@ def last(tensor: torch.Tensor, rows: int, label: str, axes: int, length: int) ->
 
 
 def _end_tokens(model: NamedTransformer, generation: dict[str, Any]) -> set[int]:
-    given = generation.get("eos_token_id", getattr(getattr(model._module, "generation_config", None), "eos_token_id", None))
+    given = generation.get(
+        "eos_token_id", getattr(getattr(model._module, "generation_config", None), "eos_token_id", None)
+    )
     if given is None:
         return set()
     return {given} if isinstance(given, int) else set(given)

@@ -11,6 +11,7 @@ from nnterp.older._accessors import OlderLayerAccessor, OlderModuleListAccessor
 from nnterp.older._backbone import bind_backbone
 from nnterp.table import LABELS, Label
 
+
 class OlderModel(NamedTransformer, LanguageModel):
     """`NamedTransformer` with the spellings of 1.x, an `nnsight.LanguageModel` as it was there.
 

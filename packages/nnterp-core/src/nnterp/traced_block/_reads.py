@@ -19,7 +19,22 @@ FIRST = ("input_ids", "attention_mask", "input_size")  # available before the fi
 _LAST = ("logits", "next_token_probs", "output")
 _SIZES = ("num_layers", "hidden_size", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 _PLAIN = (*_LAST, *_SIZES, "tokenizer", "config", "device", "dtype", "attention_layers", "readout", "anatomy")
-_BUILTINS = ("len", "print", "float", "int", "str", "list", "tuple", "dict", "sorted", "min", "max", "sum", "abs", "repr")
+_BUILTINS = (
+    "len",
+    "print",
+    "float",
+    "int",
+    "str",
+    "list",
+    "tuple",
+    "dict",
+    "sorted",
+    "min",
+    "max",
+    "sum",
+    "abs",
+    "repr",
+)
 
 Index = int | tuple[int, int] | None
 
@@ -48,7 +63,9 @@ def _spelled(node: ast.AST) -> str:
     """A name, or a name's attribute, in text; "" for any other expression."""
     if isinstance(node, ast.Name):
         return node.id
-    return f"{node.value.id}.{node.attr}" if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
+    return (
+        f"{node.value.id}.{node.attr}" if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
+    )
 
 
 def _found(node: ast.AST, scope: Mapping[str, Any]) -> Any:
@@ -109,9 +126,7 @@ def _is_simple(statement: ast.stmt) -> bool:
     return isinstance(statement, (ast.Expr, ast.Pass))
 
 
-def _only_reads(
-    node: ast.AST, names: set[str], bound: set[str], scope: Mapping[str, Any], found: list[Read]
-) -> bool:
+def _only_reads(node: ast.AST, names: set[str], bound: set[str], scope: Mapping[str, Any], found: list[Read]) -> bool:
     """Whether nothing in an expression can change the run; puts its reads into `found`."""
     read = read_at(node, names)
     if read is not None:
