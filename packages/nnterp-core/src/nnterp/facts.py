@@ -52,8 +52,8 @@ class Facts:
         thresholds: Lengths at which the model's code treats all rows of a batch by the longest.
         positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
         why_unproven: What errors say about facts that are not proven: why, and what to do.
+        only_with_image: Indices of the layers that run only when there is an image (Mllama's cross-attention).
         repeated: Modules that run more than once in a forward pass.
-        idle: Layers that do not run on a text (Mllama's cross-attention to an image).
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
         between: For each layer the operation whose result is `layers_mid`, or None.
@@ -71,8 +71,8 @@ class Facts:
     thresholds: Sharing = field(default_factory=Sharing)
     positions_from_mask: bool = True
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
+    only_with_image: tuple[int, ...] = ()
     repeated: frozenset[str] = frozenset()
-    idle: tuple[int, ...] = ()
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()
     between: tuple[Inside | None, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from nnterp.traced import (
     require_running,
 )
 from nnterp.values import directory_of, find_place
+from nnterp.wording import ranges
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
 SENT_OF_NNSIGHT = (
@@ -208,10 +210,31 @@ class NamedTransformer(EditedTransformer):
             )
         self.output = tensor
 
-    @property
-    def idle_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that do not run on a text, because they attend to an image."""
-        return self.facts.idle
+    def layers_of_texts(self, asked: Iterable[int] | None = None) -> list[int]:
+        """The layers that a text runs through, for functions that run texts; indices from 0.
+
+        Args:
+            asked: The layers that a user asked for; all if None. If some of all run only with an image, a warning
+                names them.
+
+        Raises:
+            Unavailable: One that was asked for runs only with an image.
+        """
+        idle = self.facts.only_with_image
+        if asked is None:
+            if idle:
+                warnings.warn(
+                    f"Layers {ranges(idle)} of {self.model_class} run only with an image: they are left out.",
+                    stacklevel=4,
+                )
+            return [layer for layer in range(self.num_layers) if layer not in idle]
+        layers = list(asked)
+        if missing := [layer for layer in layers if layer in idle]:
+            raise Unavailable(
+                f"Layers {ranges(missing)} of {self.model_class} run only with an image, and this function runs texts. "
+                f"Layers {ranges([i for i in range(self.num_layers) if i not in idle])} run on texts."
+            )
+        return layers
 
     # -- where everything is ----------------------------------------------------------------------------------------
 

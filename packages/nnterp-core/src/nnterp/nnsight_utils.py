@@ -183,14 +183,14 @@ def get_token_activations(
         raise ValueError("prompts must be given when there is no tracer.")
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    chosen = _layers_of(nn_model, layers)
     order = sorted(set(chosen))  # a trace reads in forward order
     if tracer is not None:
-        found = {layer: get(nn_model, layer)[:, position] for layer in order}
+        found = {layer: _tokens_first(nn_model, get, layer)[:, position] for layer in order}
         return torch.stack([found[layer].to(found[order[0]].device) for layer in chosen])
     _prepare(nn_model, remote, prompts)
     with torch.no_grad(), nn_model.trace(prompts, remote=remote) as running:
-        found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
+        found = {layer: _tokens_first(nn_model, get, layer)[:, position].cpu() for layer in order}
         activations = torch.stack([found[layer] for layer in chosen]).save()
         running.stop()
     return activations
@@ -216,7 +216,7 @@ def collect_last_token_activations_session(
     """
     get = get_activations or get_layer_output
     position = _checked(nn_model, idx)
-    chosen = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    chosen = _layers_of(nn_model, layers)
     order = sorted(set(chosen))  # a trace reads in forward order
     prompts = listed(prompts, "prompts", "a list of prompts")
     batch_size = count(batch_size, "batch_size")
@@ -226,7 +226,7 @@ def collect_last_token_activations_session(
         pieces = []
         for batch in batches:
             with nn_model.trace(batch) as running:
-                found = {layer: get(nn_model, layer)[:, position].cpu() for layer in order}
+                found = {layer: _tokens_first(nn_model, get, layer)[:, position].cpu() for layer in order}
                 piece = torch.stack([found[layer] for layer in chosen]).save()
                 running.stop()
             pieces.append(piece)
@@ -305,6 +305,22 @@ def _prepare(nn_model: Any, remote: bool, prompts: Any) -> None:
         if not encoding and not (isinstance(prompts, torch.Tensor) and prompts.dim() in (1, 2)):
             encode(nn_model, prompts)
         nn_model.prepare(remote)
+
+
+def _tokens_first(nn_model: Any, get: GetModuleOutput, layer: int) -> torch.Tensor:
+    """Activations with batch and sequence in front, where a model keeps several streams side by side (Gemma 3n) too."""
+    found = get(nn_model, layer)
+    if isinstance(nn_model, TracedTransformer) and get in (get_layer_output, get_layer_input):
+        batch = nn_model.readout.layout.batch
+        return found if batch == 0 else found.movedim((batch, batch + 1), (0, 1))
+    return found
+
+
+def _layers_of(nn_model: Any, layers: Any) -> list[int]:
+    """The layers asked for; all by default, of a `StandardizedTransformer` those that a text runs through."""
+    if layers is None and isinstance(nn_model, StandardizedTransformer):
+        return nn_model.layers_of_texts()
+    return read_indices(layers, get_num_layers(nn_model), "layers", "layers")
 
 
 def _first(output: Any) -> torch.Tensor:

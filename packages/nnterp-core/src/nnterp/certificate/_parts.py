@@ -54,8 +54,8 @@ def _learnt(evidence: Evidence, facts: Facts) -> Facts:
         stored |= {(path, side) for side, x in edges if x is not None and evidence.is_stored(facts, x)}
     return dataclasses.replace(
         facts,
+        only_with_image=tuple(evidence.idle(facts.anatomy)),
         repeated=frozenset(path for path, each in calls.items() if len(each) > 1),
-        idle=tuple(evidence.idle(facts.anatomy)),
         stored_as_stream=frozenset(stored),
         readout=replace(facts.readout, returns=returns_of(evidence, facts.anatomy)),
     )

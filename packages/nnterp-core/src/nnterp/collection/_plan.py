@@ -12,7 +12,6 @@ from nnterp.indices import integers, read_index, read_indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
 from nnterp.values import Combine, Value, canonical, reads, when
-from nnterp.wording import ranges
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,10 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
         if not value.per_layer:
             continue
         if named is not None:
-            chosen = [read_index(named, model.num_layers, f"The layer of {name}", "layers")]
+            named = read_index(named, model.num_layers, f"The layer of {name}", "layers")
+            chosen = model.layers_of_texts([named])
         else:
             chosen = _layers(model, value, layers)
-        if idle := [layer for layer in chosen if layer in model.idle_layers]:
-            raise Unavailable(
-                f"{value.name}{idle}: {model.model_class} runs layers {ranges(model.idle_layers)} only with an image. "
-                "Leave them out, or read them in a trace that is given one."
-            )
         there = tuple(mine)
         mine.extend(layer for layer in chosen if layer not in there)
 
@@ -138,9 +133,9 @@ def value_names(values: Any) -> list[str]:
 def _layers(model: NamedTransformer, value: Value, layers: Any) -> list[int]:
     """The layers asked for; by default all that have the value and run on a text."""
     if layers is not None:
-        return read_indices(layers, model.num_layers, "layers", "layers")
+        return model.layers_of_texts(read_indices(layers, model.num_layers, "layers", "layers"))
     found, reason = [], None
-    for layer in (i for i in range(model.num_layers) if i not in model.idle_layers):
+    for layer in model.layers_of_texts():
         try:
             model.place(value.name, layer)
             found.append(layer)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from nnterp.errors import Unavailable
 from nnterp.indices import integers, read_indices
 from nnterp.interventions._engine import positions_axis
 from nnterp.values import get_value
-from nnterp.wording import ranges
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -25,14 +23,7 @@ def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers")
         Unavailable: A layer that was named runs only with an image.
     """
     layers = integers(layers, name)
-    chosen = read_indices(layers, model.num_layers, name, "layers")
-    if not (idle := [layer for layer in chosen if layer in model.idle_layers]):
-        return chosen
-    reason = f"{model.model_class} runs layers {ranges(model.idle_layers)} only with an image"
-    if layers is not None:
-        raise Unavailable(f"{name}: {reason}; leave {', '.join(map(str, idle))} out.")
-    warnings.warn(f"{reason}, so the result is without them.", stacklevel=4)
-    return [layer for layer in chosen if layer not in idle]
+    return model.layers_of_texts(None if layers is None else read_indices(layers, model.num_layers, name, "layers"))
 
 
 def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[int]:

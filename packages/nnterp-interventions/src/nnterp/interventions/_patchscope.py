@@ -181,11 +181,9 @@ def patch_object_attn_lens(
     cells = []
     for i in range(len(targets)):
         source = i if len(sources) > 1 else 0
-        for layer in layers:
-            patched = [other for other in layers if layer <= other < layer + num_patches]
-            edits = tuple(
-                Edit("attentions_input", other, at[i], states[layers.index(other), source]) for other in patched
-            )
+        for k in range(len(layers)):
+            patched = range(k, min(len(layers), k + num_patches))
+            edits = tuple(Edit("attentions_input", layers[p], at[i], states[p, source]) for p in patched)
             cells.append(Cell(i, edits))
     labels = {"prompts": prompt_labels(targets, model), "layers": tuple(layers)}
     with call.keeping(lambda: partial_grid(model, call, kept, labels)):

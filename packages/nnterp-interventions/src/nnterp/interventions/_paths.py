@@ -175,7 +175,7 @@ def _senders_and_receivers(
     senders = [check(model, c) for c in given]
     if isinstance(receivers, str) and receivers != "logits":
         raise ValueError(f'receivers are components or "logits", not {receivers!r}.')
-    last = Component("layers_output", max(set(range(model.num_layers)) - set(model.idle_layers)))
+    last = Component("layers_output", max(set(range(model.num_layers)) - set(model.facts.only_with_image)))
     if isinstance(receivers, (str, Component)):
         receivers = [last if receivers == "logits" else receivers]
     receiving = [check(model, c) for c in listed(receivers, "receivers", 'a Component, several, or "logits"')]
@@ -209,7 +209,8 @@ class _Paths:
         self.shortcuts, self.batch_size, self.remote = shortcuts, batch_size, remote
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
         first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
-        self.frozen = held_parts(model, range(first, last + 1), {(r.value, r.layer) for r in self.receivers})
+        running = [layer for layer in range(first, last + 1) if layer not in model.facts.only_with_image]
+        self.frozen = held_parts(model, running, {(r.value, r.layer) for r in self.receivers})
 
     def all_pairs(self, pairs: Pairs, metric: Any, found: _Found, shown: Any) -> None:
         """Fill in the scores and the metric of the unpatched runs."""

@@ -175,8 +175,9 @@ def _probe_ids(model: StandardizedTransformer, prompts: int, length: int) -> tor
 
 def _probe_cells(model: StandardizedTransformer, length: int) -> list[Cell]:
     """Noise in the residual stream of three prompts, from before the first layer to after the last."""
-    count = min(PROBE_LAYERS, model.num_layers)
-    layers = sorted({round(k * (model.num_layers - 1) / max(1, count - 1)) for k in range(count)})
+    run = [layer for layer in range(model.num_layers) if layer not in model.facts.only_with_image]
+    count = min(PROBE_LAYERS, len(run))
+    layers = sorted({run[round(k * (len(run) - 1) / max(1, count - 1))] for k in range(count)})
     generator = torch.Generator().manual_seed(12)
     noise = torch.randn(model.hidden_size or 1, generator=generator)
 
