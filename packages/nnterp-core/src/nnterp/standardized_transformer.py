@@ -18,7 +18,9 @@ from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, cert
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
+from nnterp.fingerprint import Fingerprint, Weightless
 from nnterp.named_transformer import NamedTransformer
+from nnterp.renewal import fingerprint_of, follow_tree, prove_anew, require_not_compiled, require_unedited
 from nnterp.traced import Place, travel_by_value
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
@@ -72,10 +74,13 @@ class StandardizedTransformer(NamedTransformer):
         **kwargs: Any,
     ) -> None:
         model = str(model) if isinstance(model, Path) else model
+        if isinstance(model, nn.Module):
+            require_not_compiled(model)
         self.check_renaming = check_renaming
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
+        self._fingerprints: list[Fingerprint] = []  # of the model as it was proven
         self._twins: list[Twin | str] = []  # the twin, once it is built
         self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
@@ -95,6 +100,7 @@ class StandardizedTransformer(NamedTransformer):
         NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
             setattr(self.tokenizer, name, setting)
+        self._weightless = [] if self.dispatched else [Weightless(self._module)]  # to notice edits that would be lost
         if remote:
             travel_by_value()
         if check_renaming:
@@ -110,6 +116,7 @@ class StandardizedTransformer(NamedTransformer):
         Raises:
             CertificateError: With the weights, a line of the certificate fails.
             RemoteModelError: The model was loaded with `remote=True`.
+            ChangedModelError: The model was edited while its weights were absent.
         """
         if self.dispatched:
             return
@@ -118,14 +125,29 @@ class StandardizedTransformer(NamedTransformer):
                 f"{self.repo_id or self.model_class} was loaded with remote=True, so its weights are never loaded "
                 "here, and what was asked for runs here. Pass remote=True to it as well, or load the model without."
             )
+        if self._weightless:
+            require_unedited(self, self._weightless.pop())
         side = getattr(self.tokenizer, "padding_side", None)
         TransformersModel.dispatch(self)
         if side is not None:  # nnsight sets it to the left again; the user may have chosen the other
             self.tokenizer.padding_side = side
+        self._prove()
+
+    def _prove(self) -> None:
         if self.check_renaming:
             self.validate().raise_if_failed()
         else:
+            follow_tree(self, next(iter(self._fingerprints), None))
             self._stay_unproven()
+
+    def notice_changes(self) -> None:
+        """Prove the model anew if it changed since it was proven: its modules, its config, its attention.
+
+        Raises:
+            ChangedModelError: What it is now cannot be proven.
+        """
+        if self._fingerprints:
+            prove_anew(self, self._fingerprints[0], self._prove)
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -140,6 +162,7 @@ class StandardizedTransformer(NamedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
+        follow_tree(self, next(iter(self._fingerprints), None))
         certificate, facts = certify(self)
         self._take_over(facts, certificate)
         in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
@@ -158,6 +181,8 @@ class StandardizedTransformer(NamedTransformer):
         self.proofs.clear()
         self.certificate = certificate
         self.adopt(facts)
+        if self.dispatched and (certificate is None or certificate.ok):
+            self._fingerprints[:] = [fingerprint_of(self._module, facts)]
 
     @property
     def twin(self) -> Twin | str:
@@ -175,6 +200,7 @@ class StandardizedTransformer(NamedTransformer):
             self.learn_from_twin()
         else:
             NamedTransformer.prepare(self)
+            self.notice_changes()
 
     def learn_from_twin(self) -> None:
         """Take over what the twin proves about the code, unless the weights are loaded or the twin was already used."""
@@ -201,6 +227,7 @@ class StandardizedTransformer(NamedTransformer):
             self._prepare_request()
         else:
             self.dispatch()
+            self.notice_changes()
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
