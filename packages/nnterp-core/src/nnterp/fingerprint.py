@@ -52,7 +52,7 @@ class Fingerprint:
         return cls(
             modules,
             [_forward(module) for module in modules],
-            [{name: x for name, x in vars(module).items() if type(x) is float} for module in modules],
+            [{name: x for name, x in vars(module).items() if type(x) is float and x == x} for module in modules],
             [(config, _fields(config)) for config in configs],
             list(_factors(root)) if factors else [],
         )
@@ -71,7 +71,7 @@ class Fingerprint:
                 return f"the forward of {_path(root, module)} was replaced"
             held = module.__dict__
             for name, number in numbers.items():
-                if (now := held.get(name)) != number and number == number and "rotary" not in type(module).__name__.lower():
+                if (now := held.get(name)) != number and "rotary" not in type(module).__name__.lower():
                     return f"{_path(root, module)}.{name} was {number} and is {now}"
         for config, fields in self.configs:
             if (now := _fields(config)) != fields:
@@ -80,6 +80,9 @@ class Fingerprint:
                     for name in (*fields, *(name for name in now if name not in fields))
                     if fields.get(name) != now.get(name)
                 )[:300]
+        compiled = [module for module in modules if module.__dict__.get("_compiled_call_impl") is not None]
+        if compiled:
+            return f"{_path(root, compiled[0])} was compiled"
         if [id(config) for config in _configs(modules)] != [id(config) for config, _ in self.configs]:
             return "a config was replaced"
         edited = [name for name, tensor, version in self.factors if tensor._version != version]
@@ -156,23 +159,47 @@ def _path(root: nn.Module, wanted: nn.Module) -> str:
 # -- edits before the weights are there --------------------------------------------------------------------------------
 
 
+class AbsentParameter(nn.Parameter):
+    """A parameter without weights that remembers what was handed out as its `.data`, through which it may be edited."""
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """What `Tensor.data` gives."""
+        handed = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        self.__dict__.setdefault("handed_out", []).append(handed)
+        return handed
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        self.__dict__["replaced"] = True
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
 class Weightless:
     """The parameters of a model without weights, to notice that they were edited: the edit would be lost.
 
     Attributes:
+        fingerprint: Of the modules, and of the config.
         held: Name → the parameter, and its version counter.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.fingerprint = Fingerprint.of(root)
-        self.held = {name: (tensor, tensor._version) for name, tensor in root.named_parameters()}
+        self.held: dict[str, tuple[nn.Parameter, int]] = {}
+        for name, parameter in root.named_parameters():
+            if type(parameter) is nn.Parameter and parameter.device.type == "meta":
+                parameter.__class__ = AbsentParameter
+            self.held[name] = (parameter, parameter._version)
 
     def difference(self, root: nn.Module) -> str:
         """What was edited, in words; "" if nothing was."""
         if what := self.fingerprint.difference(root):
             return what
         now = dict(root.named_parameters())
-        edited = [
-            name for name, (tensor, version) in self.held.items() if now.get(name) is not tensor or tensor._version != version
-        ]
+        edited = [name for name, held in self.held.items() if now.get(name) is not held[0] or _edited(*held)]
         return "" if not edited else f"{', '.join(edited[:3])}{', ...' if len(edited) > 3 else ''} was edited"
+
+
+def _edited(parameter: nn.Parameter, version: int) -> bool:
+    handed = parameter.__dict__.get("handed_out", ())
+    return parameter._version != version or "replaced" in parameter.__dict__ or any(one._version for one in handed)

@@ -9,15 +9,10 @@ import torch
 from torch import nn
 
 from nnterp.anatomy import find_anatomy
-from nnterp.errors import ChangedModelError, ChangedModelWarning, RenamingError
+from nnterp.errors import ChangedModelError, ChangedModelWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.fingerprint import Fingerprint, Weightless
 from nnterp.named_transformer import NamedTransformer
-
-
-def fingerprint_of(module: nn.Module, facts: Facts) -> Fingerprint:
-    """What the facts of a model rest on, to be compared with `Fingerprint.difference` when they are used."""
-    return Fingerprint.of(module, factors=_reads_factors(facts))
 
 
 def _reads_factors(facts: Facts) -> bool:
@@ -48,57 +43,66 @@ def require_not_compiled(module: nn.Module) -> None:
             )
 
 
-def follow_tree(model: NamedTransformer, before: Fingerprint | None) -> None:
-    """Make nnsight's tree and the names follow the module, where modules were put in, taken out or replaced.
+class Renewal:
+    """Notices that a model changed since it was proven, and that it was edited before its weights were loaded.
 
-    Raises:
-        AnatomyError: A part is not found any more.
-        TypeError: The model was compiled.
+    Attributes:
+        proven: The fingerprint of the model as it was proven; None before.
+        weightless: The parameters while the weights are absent; None where they are here.
     """
-    if before is None or not before.difference(model._module):
-        return
-    require_not_compiled(model._module)
-    model._update(model._module)
-    model._envoys_by_path.clear()
-    anatomy = find_anatomy(model._module, model.rename_config)
-    model.adopt(unproven_facts(model._module, anatomy, model.facts.declared_probabilities))
 
+    def __init__(self, model: NamedTransformer) -> None:
+        self.proven: Fingerprint | None = None
+        self.weightless = None if model.dispatched else Weightless(model._module)
 
-def prove_anew(model: NamedTransformer, before: Fingerprint, prove: Callable[[], None]) -> None:
-    """Prove a model again if it changed, and warn of what did.
+    def proved(self, module: nn.Module, facts: Facts) -> None:
+        """Take the fingerprint of a model that was just proven."""
+        self.proven = Fingerprint.of(module, factors=_reads_factors(facts))
 
-    Args:
-        model: The model.
-        before: Its fingerprint when it was proven.
-        prove: Proves the model as it is now, and raises if it cannot.
+    def follow_tree(self, model: NamedTransformer) -> None:
+        """Make nnsight's tree and the names follow the module, where it changed.
 
-    Raises:
-        ChangedModelError: What the model is now cannot be proven.
-    """
-    what = before.difference(model._module)
-    if not what:
-        return
-    try:
-        prove()
-    except (RenamingError, TypeError) as error:
-        raise ChangedModelError(
-            f"{model.model_class} changed since it was proven: {what}. What it is now cannot be proven: {error}\n"
-            "Undo the change, or make another model of the changed module: StandardizedTransformer(module, ...)."
-        ) from error
-    warnings.warn(
-        f"{model.model_class} changed since it was proven: {what}. It was proven anew.", ChangedModelWarning, stacklevel=4
-    )
+        Raises:
+            AnatomyError: A part is not found any more.
+            TypeError: The model was compiled.
+        """
+        if self.proven is None or not self.proven.difference(model._module):
+            return
+        require_not_compiled(model._module)
+        model._update(model._module)
+        model._envoys_by_path.clear()
+        anatomy = find_anatomy(model._module, model.rename_config)
+        model.adopt(unproven_facts(model._module, anatomy, model.facts.declared_probabilities))
 
+    def notice(self, model: NamedTransformer, prove: Callable[[], None]) -> None:
+        """Prove a model again if it changed, and warn of what did. `prove` raises if the model cannot be proven.
 
-def require_unedited(model: NamedTransformer, before: Weightless) -> None:
-    """Raise if a model without weights was edited: loading the weights would lose the edit.
+        Raises:
+            ChangedModelError: What the model is now cannot be proven.
+        """
+        what = "" if self.proven is None else self.proven.difference(model._module)
+        if not what:
+            return
+        try:
+            prove()
+        except Exception as error:
+            raise ChangedModelError(
+                f"{model.model_class} changed since it was proven: {what}. What it is now cannot be proven: {error}\n"
+                "Undo the change, or make another model of the changed module: StandardizedTransformer(module, ...)."
+            ) from error
+        message = f"{model.model_class} changed since it was proven: {what}. It was proven anew."
+        warnings.warn(message, ChangedModelWarning, stacklevel=4)
 
-    Raises:
-        ChangedModelError: It was edited; says where.
-    """
-    what = before.difference(model._module)
-    if what:
-        raise ChangedModelError(
-            f"{model.model_class} was edited before its weights were loaded: {what}. Loading them would lose the edit, "
-            "so they were not loaded. Call model.dispatch() now, and edit the model after it."
-        )
+    def require_unedited(self, model: NamedTransformer) -> None:
+        """Raise if a model without weights was edited, because loading the weights would lose the edit. Says it once.
+
+        Raises:
+            ChangedModelError: It was edited; says where.
+        """
+        weightless, self.weightless = self.weightless, None
+        what = "" if weightless is None else weightless.difference(model._module)
+        if what:
+            raise ChangedModelError(
+                f"{model.model_class} was edited before its weights were loaded: {what}. Loading them would lose the "
+                "edit, so they were not loaded. Call model.dispatch() now, and edit the model after it."
+            )

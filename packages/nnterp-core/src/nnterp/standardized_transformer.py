@@ -18,9 +18,8 @@ from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, cert
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
-from nnterp.fingerprint import Fingerprint, Weightless
 from nnterp.named_transformer import NamedTransformer
-from nnterp.renewal import fingerprint_of, follow_tree, prove_anew, require_not_compiled, require_unedited
+from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.traced import Place, travel_by_value
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
@@ -80,9 +79,7 @@ class StandardizedTransformer(NamedTransformer):
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
-        self._fingerprints: list[Fingerprint] = []  # of the model as it was proven
         self._twins: list[Twin | str] = []  # the twin, once it is built
-        self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         if enable_attention_probs:
             loading.require_eager(model, kwargs)
@@ -100,7 +97,7 @@ class StandardizedTransformer(NamedTransformer):
         NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
             setattr(self.tokenizer, name, setting)
-        self._weightless = [] if self.dispatched else [Weightless(self._module)]  # to notice edits that would be lost
+        self._renewal = Renewal(self)
         if remote:
             travel_by_value()
         if check_renaming:
@@ -125,8 +122,7 @@ class StandardizedTransformer(NamedTransformer):
                 f"{self.repo_id or self.model_class} was loaded with remote=True, so its weights are never loaded "
                 "here, and what was asked for runs here. Pass remote=True to it as well, or load the model without."
             )
-        if self._weightless:
-            require_unedited(self, self._weightless.pop())
+        self._renewal.require_unedited(self)
         side = getattr(self.tokenizer, "padding_side", None)
         TransformersModel.dispatch(self)
         if side is not None:  # nnsight sets it to the left again; the user may have chosen the other
@@ -137,7 +133,7 @@ class StandardizedTransformer(NamedTransformer):
         if self.check_renaming:
             self.validate().raise_if_failed()
         else:
-            follow_tree(self, next(iter(self._fingerprints), None))
+            self._renewal.follow_tree(self)
             self._stay_unproven()
 
     def notice_changes(self) -> None:
@@ -146,8 +142,7 @@ class StandardizedTransformer(NamedTransformer):
         Raises:
             ChangedModelError: What it is now cannot be proven.
         """
-        if self._fingerprints:
-            prove_anew(self, self._fingerprints[0], self._prove)
+        self._renewal.notice(self, self._prove)
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -162,7 +157,7 @@ class StandardizedTransformer(NamedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
-        follow_tree(self, next(iter(self._fingerprints), None))
+        self._renewal.follow_tree(self)
         certificate, facts = certify(self)
         self._take_over(facts, certificate)
         in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
@@ -182,7 +177,7 @@ class StandardizedTransformer(NamedTransformer):
         self.certificate = certificate
         self.adopt(facts)
         if self.dispatched and (certificate is None or certificate.ok):
-            self._fingerprints[:] = [fingerprint_of(self._module, facts)]
+            self._renewal.proved(self._module, facts)
 
     @property
     def twin(self) -> Twin | str:
@@ -242,14 +237,6 @@ class StandardizedTransformer(NamedTransformer):
         with contextlib.suppress(Unavailable):
             _ = self.facts.inside
         return TransformersModel.scan(self, *args, **kwargs)
-
-    def _prepare_request(self) -> None:
-        if getattr(self.tokenizer, "padding_side", "left") != "left":
-            raise ValueError(
-                f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "
-                "Set model.tokenizer.padding_side = 'left'."
-            )
-        travel_by_value()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """What a remote request takes along. Before the first request, learns from the twin."""
@@ -409,13 +396,3 @@ class StandardizedTransformer(NamedTransformer):
     def _repr_html_(self) -> str:
         verdict = self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
         return f"{self.anatomy._repr_html_()}<p>{html.escape(verdict)}</p>"
-
-    def __rich__(self) -> Any:
-        return self.anatomy.__rich__()
-
-    @property
-    def add_prefix_false_tokenizer(self) -> Any:
-        """A copy of the tokenizer that does not put a space before the first word (1.x)."""
-        if not self._prefix_free:
-            self._prefix_free.append(loading.prefix_free(self.tokenizer))
-        return self._prefix_free[0]

@@ -124,7 +124,9 @@ def refit(
 
                 mixer, mlp, other = map(rescaled, (structure.mixer, structure.mlp, structure.other))
                 return replace(structure, mixer=mixer, mlp=mlp, other=other, stream_scale=found.scales[0])
-    return ResidualStructure("unknown", reason="what its parts are multiplied by is zero, and adds up only if it is not")
+    return ResidualStructure(
+        "unknown", reason="what its parts are multiplied by is zero, and adds up only if it is not"
+    )
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,14 @@ class _Solver:
         loud = [i for i, path in enumerate(self.exits) if path not in silent]
         if not silent:
             return None
-        for per_channel, chosen in itertools.product((False, True), itertools.product(*(self.options[i] for i in loud))):
+        for per_channel, chosen in itertools.product(
+            (False, True), itertools.product(*(self.options[i] for i in loud))
+        ):
             tried = self.fit(self.y, self.x, chosen, per_channel)
             if self.holds(tried):
-                terms = {self.exits[i]: Term(path, c) for i, path, c in zip(loud, chosen, tried.scales[1:], strict=True)}
+                terms = {
+                    self.exits[i]: Term(path, c) for i, path, c in zip(loud, chosen, tried.scales[1:], strict=True)
+                }
                 mixed = tuple(terms[path] for path in self.mixers if path in terms)
                 mixer = Contribution(mixed, tried.constant) if len(mixed) == len(self.mixers) else None
                 mlp = Contribution((terms[self.mlp],)) if self.mlp in terms else None
