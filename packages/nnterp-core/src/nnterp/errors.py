@@ -35,6 +35,18 @@ class CertificateError(RenamingError):
         self.certificate = certificate
 
 
+class ChangedModelError(RenamingError):
+    """The model was changed after it was proven, or before its weights were loaded; the message says what changed."""
+
+
+class ChangedModelWarning(UserWarning):
+    """The model was changed after it was proven, and was proven again as it is now."""
+
+
+class AnotherThreadError(RuntimeError):
+    """A model was to run in one thread while another thread runs it."""
+
+
 class OutsideTraceError(ValueError):
     """A value of the forward pass was read or written while no forward pass was running."""
 

@@ -17,6 +17,7 @@ from nnterp.editing import EditedTransformer
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
+from nnterp.loading import prefix_free
 from nnterp.traced import (
     Lender,
     Place,
@@ -26,6 +27,7 @@ from nnterp.traced import (
     arriving,
     bind_names,
     require_running,
+    travel_by_value,
 )
 from nnterp.values import directory_of, find_place
 from nnterp.wording import ranges
@@ -62,6 +64,7 @@ class NamedTransformer(EditedTransformer):
         self.rename_config = rename_config
         self.standing = ()
         self._envoys_by_path: dict[str, Envoy] = {}
+        self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
@@ -287,7 +290,25 @@ class NamedTransformer(EditedTransformer):
             )
         return TracedTransformer.project_on_vocab(self, hidden_state)
 
+    @property
+    def add_prefix_false_tokenizer(self) -> Any:
+        """A copy of the tokenizer that does not put a space before the first word (1.x)."""
+        if not self._prefix_free:
+            self._prefix_free.append(prefix_free(self.tokenizer))
+        return self._prefix_free[0]
+
+    def __rich__(self) -> Any:
+        return self.anatomy.__rich__()
+
     # -- travelling -------------------------------------------------------------------------------------------------
+
+    def _prepare_request(self) -> None:
+        if getattr(self.tokenizer, "padding_side", "left") != "left":
+            raise ValueError(
+                f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "
+                "Set model.tokenizer.padding_side = 'left'."
+            )
+        travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
         raise TypeError(

@@ -20,6 +20,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.older import OlderModel, module_of_class, with_older_names
 from nnterp.reading import ReadTransformer
+from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, StepTracer, travel_by_value
 from nnterp.traced_block import BlockTracer
@@ -75,12 +76,13 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         **kwargs: Any,
     ) -> None:
         model = loading.checked_model(model, rename_config)
+        if isinstance(model, nn.Module):
+            require_not_compiled(model)
         self.check_renaming = check_renaming
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._twins: list[Twin | str] = []  # the twin, once it is built
-        self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         rename_config = with_older_names(rename_config, kwargs)
         if enable_attention_probs:
@@ -100,6 +102,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         NamedTransformer.__init__(self, model, rename_config, tokenizer=tokenizer, **kwargs)
         for name, setting in (tokenizer_kwargs or {}).items():  # nnsight pads on the left; the user may not want it
             setattr(self.tokenizer, name, setting)
+        self._renewal = Renewal(self)
         if remote:
             travel_by_value()
         if check_renaming:
@@ -115,6 +118,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         Raises:
             CertificateError: With the weights, a line of the certificate fails.
             RemoteModelError: The model was loaded with `remote=True`.
+            ChangedModelError: The model was edited while its weights were absent.
         """
         if self.dispatched:
             return
@@ -123,16 +127,29 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
                 f"{self.repo_id or self.model_class} was loaded with remote=True, so its weights are never loaded "
                 "here, and what was asked for runs here. Pass remote=True to it as well, or load the model without."
             )
+        self._renewal.require_unedited(self)
         side = getattr(self.tokenizer, "padding_side", None)
         TransformersModel.dispatch(self)
         if side is not None:  # nnsight sets it to the left again; the user may have chosen the other
             self.tokenizer.padding_side = side
+        self._prove()
+
+    def _prove(self) -> None:
         if self.check_renaming:
             self.validate().raise_if_failed()
         else:
+            self._renewal.follow_tree(self)
             self._stay_unproven()
         for steering in self.standing:
             hooks(self, steering)  # they do nothing once the steering ends
+
+    def notice_changes(self) -> None:
+        """Prove the model anew if it changed since it was proven: its modules, its config, its attention.
+
+        Raises:
+            ChangedModelError: What it is now cannot be proven.
+        """
+        self._renewal.notice(self, self._prove)
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
@@ -147,6 +164,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
+        self._renewal.follow_tree(self)
         with unsteered(self):
             certificate, facts = certify(self)
         self._take_over(facts, certificate)
@@ -166,6 +184,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         self.proofs.clear()
         self.certificate = certificate
         self.adopt(facts)
+        if self.dispatched and (certificate is None or certificate.ok):
+            self._renewal.proved(self._module, facts)
 
     @property
     def twin(self) -> Twin | str:
@@ -183,6 +203,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             self.learn_from_twin()
         else:
             NamedTransformer.prepare(self)
+            self.notice_changes()
 
     def learn_from_twin(self) -> None:
         """Take over what the twin proves about the code, unless the weights are loaded or the twin was already used."""
@@ -215,6 +236,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             self._prepare_request()
         else:
             self.dispatch()
+            self.notice_changes()
             kwargs.setdefault("tracer_cls", BlockTracer)
         kwargs.setdefault("tracer_cls", StepTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
@@ -231,14 +253,6 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         with contextlib.suppress(Unavailable):
             _ = self.facts.inside
         return TransformersModel.scan(self, *args, **kwargs)
-
-    def _prepare_request(self) -> None:
-        if getattr(self.tokenizer, "padding_side", "left") != "left":
-            raise ValueError(
-                f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "
-                "Set model.tokenizer.padding_side = 'left'."
-            )
-        travel_by_value()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """What a remote request takes along. Before the first request, learns from the twin."""
@@ -282,13 +296,3 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
     def _repr_html_(self) -> str:
         verdict = self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
         return f"{self.anatomy._repr_html_()}<p>{html.escape(verdict)}</p>"
-
-    def __rich__(self) -> Any:
-        return self.anatomy.__rich__()
-
-    @property
-    def add_prefix_false_tokenizer(self) -> Any:
-        """A copy of the tokenizer that does not put a space before the first word (1.x)."""
-        if not self._prefix_free:
-            self._prefix_free.append(loading.prefix_free(self.tokenizer))
-        return self._prefix_free[0]

@@ -43,7 +43,7 @@ class ResidualStructure:
     Attributes:
         kind: "sequential" (the MLP reads the stream after attention), "parallel" (both read the same stream), "single"
             (one part), "post-norm" (the stream is normalised after each addition, as in BERT), "normed stream" (a part
-            is added to the output of its norm, as in MiniMax), or "unknown".
+            is added to the output of its norm, as in MiniMax), "silent" (a part returned zeros alone), or "unknown".
         mixer: What the sequence mixer adds; for layers with two mixers side by side, what both add.
         mlp: What the feed-forward adds.
         other: What further modules of the layer add (per-layer embeddings of Gemma 3n and 4).
@@ -219,7 +219,7 @@ class _Solver:
                 mixer = Contribution(mixed, tried.constant) if len(mixed) == len(self.mixers) else None
                 mlp = Contribution((terms[self.mlp],)) if self.mlp in terms else None
                 reason = f"{', '.join(silent)} returned zeros alone, so what it is multiplied by is not proven"
-                return ResidualStructure("parallel", mixer, mlp, None, tried.scales[0], tried.error, reason)
+                return ResidualStructure("silent", mixer, mlp, None, tried.scales[0], tried.error, reason)
         return None
 
     def forms(self, part: Part) -> Iterator[str]:
