@@ -101,7 +101,9 @@ def _both(
     if labels is not None:
         states, rows = states_at(model, positive, *options)
         chosen = torch.tensor(read_labels(labels, len(rows)))
-        sides = tuple([row for row, own in zip(rows, chosen.tolist(), strict=True) if own is side] for side in (True, False))
+        sides = tuple(
+            [row for row, own in zip(rows, chosen.tolist(), strict=True) if own is side] for side in (True, False)
+        )
         high, low = ({layer: state[keep] for layer, state in states.items()} for keep in (chosen, ~chosen))
         return high, low, (sides[0], sides[1]), False
     if negative is None:

@@ -79,7 +79,7 @@ def number(value: Any, what: str) -> float:
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    if isinstance(value, bool) or isinstance(value, complex) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, complex)) or not hasattr(value, "__float__"):
         raise TypeError(f"{what} is a number, not a {type(value).__name__}.")
     found = float(value)
     if not math.isfinite(found):

@@ -29,7 +29,9 @@ def read_labels(labels: Any, count: int) -> list[bool]:
     if len(found) != count:
         raise ValueError(f"There are {len(found)} labels for {count} texts; give one for each.")
     if set(found) not in ({0, 1}, {-1, 1}):
-        raise ValueError(f"Labels are of two classes, True and False (or 1 and 0, or 1 and -1); these are {set(found)}.")
+        raise ValueError(
+            f"Labels are of two classes, True and False (or 1 and 0, or 1 and -1); these are {set(found)}."
+        )
     return [label == 1 for label in found]
 
 

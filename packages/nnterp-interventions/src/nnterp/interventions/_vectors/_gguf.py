@@ -1,7 +1,7 @@
 """Control vectors in GGUF files, as repeng and llama.cpp write and read them.
 
-`direction.N` is the direction of layer N, counted from 0, and is added to the stream leaving that layer: repeng takes it
-from `hidden_states[N + 1]`, and llama.cpp adds it to the output of block N. llama.cpp refuses a direction of layer 0.
+`direction.N` is the direction of layer N, counted from 0, and is added to the stream leaving that layer: repeng takes
+it from `hidden_states[N + 1]`, and llama.cpp adds it to the output of block N. llama.cpp refuses one of layer 0.
 """
 
 from __future__ import annotations

@@ -113,7 +113,10 @@ def _continued(model: StandardizedTransformer, prompts: Any, targets: Any) -> tu
     if len(listed) != len(rows):
         raise ValueError(f"There are {len(listed)} targets for {len(rows)} prompts; give one, or one for each.")
     size = model.vocab_size
-    made = [tuple(row.ids) + _target_ids(model, row, own, size, i) for i, (row, own) in enumerate(zip(rows, listed, strict=True))]
+    made = [
+        tuple(row.ids) + _target_ids(model, row, own, size, i)
+        for i, (row, own) in enumerate(zip(rows, listed, strict=True))
+    ]
     whole = encode(model, [list(ids) for ids in made])  # checks the context's length
     return whole, [len(new) - len(old) for new, old in zip(whole, rows, strict=True)]
 

@@ -131,7 +131,9 @@ def probe(
     with bar(len(states), "probe", progress) as shown:
         for layer, state in states.items():
             if not torch.isfinite(state).all():
-                raise ValueError(f"The states of layer {layer} are not finite in the model's dtype; load it in float32.")
+                raise ValueError(
+                    f"The states of layer {layer} are not finite in the model's dtype; load it in float32."
+                )
             accuracy, by_fold = _held_out(state, chosen, splits, seed)
             found["accuracy"].append(accuracy)
             found["fold_accuracy"].append(by_fold)
@@ -139,7 +141,9 @@ def probe(
                 found[name].append(_control(name, state, chosen, splits, seed, repeats))
             fitted.append(fit_classifier(state, chosen, seed))
             shown.update(1)
-    return _result(model, states, rows, chosen, found, fitted, stored, {"folds": folds, "test_size": test_size, "seed": seed})
+    return _result(
+        model, states, rows, chosen, found, fitted, stored, {"folds": folds, "test_size": test_size, "seed": seed}
+    )
 
 
 def _result(
@@ -180,7 +184,9 @@ def _splits(chosen: torch.Tensor, folds: int, test_size: float | None, seed: int
     fewest = int(min(chosen.sum(), (~chosen).sum()))
     if test_size is not None:
         if not 0 < test_size < 1 or fewest < 2:
-            raise ValueError(f"test_size={test_size!r}: give a share between 0 and 1, and at least 2 texts of each class.")
+            raise ValueError(
+                f"test_size={test_size!r}: give a share between 0 and 1, and at least 2 texts of each class."
+            )
         maker = selection.StratifiedShuffleSplit(1, test_size=test_size, random_state=seed)
     else:
         if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= fewest:

@@ -28,7 +28,7 @@ def promoted(model: StandardizedTransformer, vector: SteeringVector, k: int) -> 
     tensors = {"promoted": up, "demoted": down, "promoted_ids": up_ids, "demoted_ids": down_ids}
     return Result(
         tensors,
-        {name: ("layers", "rank") for name in tensors},
+        dict.fromkeys(tensors, ("layers", "rank")),
         {"layers": vector.layers, "rank": tuple(range(k))},
         vocabulary=vocabulary_of(model, torch.cat([up_ids, down_ids])),
         about=describe_run(model, "SteeringVector.logits", k=k, method=vector.method),

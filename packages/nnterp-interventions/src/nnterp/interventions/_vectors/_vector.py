@@ -139,7 +139,9 @@ class SteeringVector:
         if not isinstance(other, SteeringVector):
             return NotImplemented
         same = all(getattr(self, name) == getattr(other, name) for name in _FIELDS)
-        return same and self.layers == other.layers and all(torch.equal(d, other[i]) for i, d in self.directions.items())
+        return (
+            same and self.layers == other.layers and all(torch.equal(d, other[i]) for i, d in self.directions.items())
+        )
 
     def __hash__(self) -> int:
         return hash((self.model, self.revision, self.method, self.prompts, self.layers, self.hidden_size))
@@ -195,7 +197,9 @@ class SteeringVector:
         prompts = hashes[0] if len(set(hashes)) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
         mine, others = model_of(self), model_of(other)
         known = {name: others[name] if value is None else value for name, value in mine.items()}
-        method = self.method if self.method == other.method else f"{self.method} {'+' if sign > 0 else '-'} {other.method}"
+        method = (
+            self.method if self.method == other.method else f"{self.method} {'+' if sign > 0 else '-'} {other.method}"
+        )
         return SteeringVector(summed, **known, method=method, prompts=prompts if hashes else None)
 
     def _require_same_model(self, other: SteeringVector) -> None:
@@ -326,7 +330,9 @@ class SteeringVector:
             UserWarning: There is a direction for layer 0, with which llama.cpp refuses the file.
         """
         if self.model_type is None:
-            raise ValueError("The file names the model's type, which this vector does not know: vector.for_model(model).")
+            raise ValueError(
+                "The file names the model's type, which this vector does not know: vector.for_model(model)."
+            )
         if 0 in self.directions:
             warnings.warn(
                 "llama.cpp refuses control vectors with a direction for layer 0; repeng reads them. Leave it out for "
