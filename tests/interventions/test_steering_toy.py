@@ -128,7 +128,7 @@ def test_only_unhappy_texts_are_cheered_up(toy, texts):
 
 def test_an_optimised_vector_reaches_texts_it_was_not_fitted_on(toy, texts):
     held_out, words = texts
-    vector = optimize_vector(toy, UNPLEASANT[::2], " wonderful", LAYER, steps=30, lr=0.5, norm=30.0)
+    vector = optimize_vector(toy, UNPLEASANT[::2], " wonderful", 2, steps=40, norm=40.0)
     with toy.steering(vector):
         assert tones(toy, held_out[False][:50], words)[0] > 0.9
 

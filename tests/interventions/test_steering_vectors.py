@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from nnterp import StandardizedTransformer
-from nnterp.interventions import Result, SteeringVector, steering_vectors
+from nnterp.interventions import Result, SteeringVector, steer, steering_vectors
 from nnterp.positions import last_of
 from nnterp.testing import tiny_model, tiny_tokenizer
 
@@ -308,6 +308,17 @@ def test_another_model_is_refused(tiny):
         SteeringVector(vector.directions, model="LlamaForCausalLM", revision="v2").check(llama)
     with pytest.raises(ValueError, match="type gpt2"):
         SteeringVector(vector.directions, model_type="gpt2").check(llama)
+
+
+def test_another_models_vector_does_not_steer(tiny):
+    model = tiny("llama")
+    vector = SteeringVector({1: torch.ones(model.hidden_size)}, model="the/other")
+    with pytest.raises(ValueError, match=r"the/other.*LlamaForCausalLM"):
+        model.steering(vector)
+    with pytest.raises(ValueError, match=r"the/other"), model.trace(POSITIVE[0]):
+        steer(model, 1, vector)
+    with model.steering(vector.for_model(model)):
+        assert len(model.standing) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite"])

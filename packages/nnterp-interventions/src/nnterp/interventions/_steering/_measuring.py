@@ -78,8 +78,9 @@ class Measuring:
                 )
                 keys.append((name, own))
                 wanted.append((name, row, len(batch.rows[row]), given))
-        with torch.no_grad(), self.model.trace({**batch.encoding, **forward_flags(self.model)}, remote=self.remote):
-            read = read_rows(self.model.logits, wanted)
+        model, inputs = self.model, {**batch.encoding, **forward_flags(self.model)}
+        with torch.no_grad(), model.trace(inputs, remote=self.remote):
+            read = read_rows(model.logits, wanted)
             read.save()  # type: ignore[attr-defined]  # every object has it in a trace
         found.update(zip(keys, read, strict=True))
 
