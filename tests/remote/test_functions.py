@@ -15,7 +15,10 @@ from nnterp.interventions import (
     patchscope_generate,
     patchscope_lens,
     path_patching,
+    probe,
     repeat_prompt,
+    steering_sweep,
+    steering_vectors,
 )
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
 
@@ -125,6 +128,23 @@ CALLS = {
         patch_object_attn_lens(m, PROMPTS[0], PROMPTS[:2], -1, num_patches=2, remote=r)
         if len(m.attention_layers) == m.num_layers
         else logit_lens(m, PROMPTS[0], remote=r)  # a hybrid has layers without attention
+    ),
+    "steering_vectors": lambda m, r: [
+        direction
+        for positions in (-1, None)
+        for direction in steering_vectors(m, PROMPTS, CLEAN, positions=positions, remote=r).directions.values()
+    ],
+    "probe": lambda m, r: probe(m, [*PROMPTS, *CLEAN], [1, 1, 0, 0, 1], layers=[1], folds=2, repeats=1, remote=r),
+    "steering_sweep": lambda m, r: steering_sweep(
+        m,
+        torch.linspace(-1, 1, m.hidden_size),
+        PROMPTS,
+        logit_difference(7, 11),
+        layers=[0, 2],
+        factors=[1, -2],
+        damage={"kl": ["A cat"], "perplexity": CLEAN, "repetition": None},
+        max_new_tokens=3,
+        remote=r,
     ),
     "next_token_probs": lambda m, r: next_token_probs(m, PROMPTS, remote=r),
     "run_prompts": lambda m, r: run_prompts(m, questions(m), batch_size=2, remote=r).log_probs,

@@ -140,13 +140,17 @@ class EditedTransformer(TracedTransformer):
 
         Raises:
             InsideTraceError: Called inside a trace of this model.
-            IndexError, TypeError, ValueError: As `steer` raises them, when the block is entered.
+            IndexError, TypeError, ValueError: As `steer` raises them, when this is called. Also if `steering_vector` is
+                a `SteeringVector` of another model.
 
         Example:
             with model.steering(vector, layers=[3, 4], factor=2):
                 lens = logit_lens(model, prompts)
         """
         self.require_no_trace("steering()")
+        check = getattr(steering_vector, "check", None)  # a SteeringVector knows its model
+        if check is not None:
+            check(self)
         what = (layers, steering_vector, factor)
         steering = steering_of(self.num_layers, *what, token_positions, None, steps, mode, keep_norm, origin)
         return standing(self, steering if when is None else conditional(steering, when))

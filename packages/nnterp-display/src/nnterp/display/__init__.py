@@ -12,6 +12,7 @@ from nnterp.display._lens import plot_lens
 from nnterp.display._patching import plot_patching
 from nnterp.display._patchscope import plot_patchscope
 from nnterp.display._save import ImageWriterMissing, save
+from nnterp.display._steering import plot_steering
 from nnterp.display._targets import plot_targets
 from nnterp.display._text import escape
 from nnterp.display._theme import with_theme
@@ -31,6 +32,7 @@ __all__ = [
     "plot_lens",
     "plot_patching",
     "plot_patchscope",
+    "plot_steering",
     "plot_targets",
     "plot_tokens",
     "plot_topk_tokens",

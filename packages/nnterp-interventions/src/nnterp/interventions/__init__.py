@@ -15,7 +15,9 @@ from nnterp.interventions._patchscope_generate import patchscope_generate
 from nnterp.interventions._paths import PathResult, path_patching
 from nnterp.interventions._results import Result
 from nnterp.interventions._steer import steer
+from nnterp.interventions._steering import SteeringSweep, steering_sweep
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_repeat_prompt, repeat_prompt
+from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_vector, probe, steering_vectors
 
 __all__ = [
     "AblationResult",
@@ -25,7 +27,10 @@ __all__ = [
     "PatchingResult",
     "PatchscopeResult",
     "PathResult",
+    "ProbeResult",
     "Result",
+    "SteeringSweep",
+    "SteeringVector",
     "TargetPrompt",
     "TargetPromptBatch",
     "ablate",
@@ -36,12 +41,16 @@ __all__ = [
     "logit_difference",
     "logit_lens",
     "logit_lens_table",
+    "optimize_vector",
     "patch_object_attn_lens",
     "patchscope_generate",
     "patchscope_lens",
     "patchscope_table",
     "path_patching",
+    "probe",
     "repeat_prompt",
     "steer",
+    "steering_sweep",
+    "steering_vectors",
     "target_probability",
 ]

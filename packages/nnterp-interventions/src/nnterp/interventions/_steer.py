@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nnterp.interventions._vectors import SteeringVector
+
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
@@ -23,8 +25,11 @@ def steer(
 ) -> None:
     """Add `factor * steering_vector` to the residual stream leaving each of `layers`, inside a trace or a generation.
 
-    `model.steer` as a function; see `nnterp.StandardizedTransformer.steer` for the arguments and errors.
+    `model.steer` as a function; see `nnterp.StandardizedTransformer.steer` for the arguments and errors. A
+    `SteeringVector` of another model raises ValueError.
     """
+    if isinstance(steering_vector, SteeringVector):
+        steering_vector.check(model)
     model.steer(
         layers,
         steering_vector,
