@@ -53,7 +53,7 @@ def standardized(model: Any, remote: bool = False) -> Any:
     """A `StandardizedTransformer` over the module of a plain nnsight model, made and proven once; others as they are.
 
     Args:
-        model: A model. An `nnsight.TransformersModel` (or `LanguageModel`) is taken to be renamed as its `rename=` says.
+        model: A model. An `nnsight.TransformersModel` (or `LanguageModel`) is renamed as its `rename=` says.
         remote: Do not load its weights.
 
     Raises:

@@ -80,7 +80,6 @@ class StandardizedTransformer(OlderModel):
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._twins: list[Twin | str] = []  # the twin, once it is built
-        self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         rename_config = with_older_names(rename_config, kwargs)
         if enable_attention_probs:
@@ -394,10 +393,3 @@ class StandardizedTransformer(OlderModel):
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()
-
-    @property
-    def add_prefix_false_tokenizer(self) -> Any:
-        """A copy of the tokenizer that does not put a space before the first word (1.x)."""
-        if not self._prefix_free:
-            self._prefix_free.append(loading.prefix_free(self.tokenizer))
-        return self._prefix_free[0]

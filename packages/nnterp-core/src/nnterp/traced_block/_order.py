@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -49,7 +50,7 @@ def by_probe(model: NamedTransformer, read: Read) -> Span:
 def in_table_order(model: NamedTransformer, found: Sequence[Read]) -> bool:
     """Whether reads stand in the order of the table. It needs no look into the model."""
     keys = [by_table(read.name, read.layer, model.num_layers) for read in found]
-    return all(a <= b for a, b in zip(keys, keys[1:], strict=False))
+    return all(a <= b for a, b in itertools.pairwise(keys))
 
 
 def sorted_reads(model: NamedTransformer, found: Sequence[Read]) -> list[Read] | None:
@@ -66,5 +67,5 @@ def sorted_reads(model: NamedTransformer, found: Sequence[Read]) -> list[Read] |
     ordered = sorted(different, key=lambda read: spans[id(read)])
     if ordered == different:
         return None
-    apart = all(spans[id(a)][1] <= spans[id(b)][0] for a, b in zip(ordered, ordered[1:], strict=False))
+    apart = all(spans[id(a)][1] <= spans[id(b)][0] for a, b in itertools.pairwise(ordered))
     return ordered if apart else None

@@ -110,7 +110,7 @@ def logit_lens(
     return _result(model, encoded, chosen, None if positions is None else where, tensors, ids, about)
 
 
-logit_lens.reduces_targets = True  # read by nnterp.prompts: this lens takes `targets`
+logit_lens.reduces_targets = True  # type: ignore[attr-defined]  # read by nnterp.prompts: this lens takes `targets`
 
 
 @takes_nnsight_models
