@@ -1,4 +1,4 @@
-"""`nnterp.logging` of 1.x: the logger whose level programs set. nnterp itself writes to loguru, silent by default."""
+"""The logger of 1.x, whose level programs set. nnterp itself writes to loguru, which is silent by default."""
 
 from __future__ import annotations
 

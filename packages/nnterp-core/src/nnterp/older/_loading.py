@@ -27,9 +27,7 @@ def with_older_names(rename_config: RenameConfig | None, options: dict[str, Any]
     As in 1.x, a name that matches nothing is passed over.
     """
     given = {field: options.pop(name) for name, field in _RENAME_ARGUMENTS.items() if name in options}
-    names: dict[str, Any] = {
-        field: [name] if isinstance(name, str) else name for field, name in given.items() if name is not None
-    }
+    names: dict[str, Any] = {f: [name] if isinstance(name, str) else name for f, name in given.items() if name}
     return dataclasses.replace(rename_config or RenameConfig(), **names) if names else rename_config
 
 
@@ -47,8 +45,8 @@ def module_of_class(model: str | nn.Module, automodel: Any, options: dict[str, A
     """
     if automodel is None or isinstance(model, nn.Module):
         return model
-    loader = getattr(transformers, automodel, None) if isinstance(automodel, str) else automodel
-    if loader is None or not hasattr(loader, "from_pretrained"):
+    loader: Any = getattr(transformers, automodel, None) if isinstance(automodel, str) else automodel
+    if not hasattr(loader, "from_pretrained"):
         raise ValueError(
             f"automodel={automodel!r} is no class with from_pretrained; give a class such as "
             "transformers.AutoModelForCausalLM, or its name."
@@ -57,7 +55,8 @@ def module_of_class(model: str | nn.Module, automodel: Any, options: dict[str, A
         return model
     if remote:
         raise ValueError(
-            f"automodel={automodel!r} says how weights are loaded here; with remote=True none are. Drop one of the two."
+            f"automodel={automodel!r} says how weights are loaded here, and with remote=True none are. "
+            "Drop one of the two."
         )
     taken = {name: options.pop(name) for name in list(options) if name not in _NNSIGHT_ALONE}
     return loader.from_pretrained(model, **taken)

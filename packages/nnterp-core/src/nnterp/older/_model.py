@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nnsight import LanguageModel
 from torch import nn
 
 from nnterp.facts import Facts
+from nnterp.loading import prefix_free
 from nnterp.named_transformer import NamedTransformer
 from nnterp.older._accessors import OlderLayerAccessor, OlderModuleListAccessor
 from nnterp.older._backbone import bind_backbone
@@ -42,6 +45,14 @@ class OlderModel(NamedTransformer, LanguageModel):
     def mlps(self) -> OlderModuleListAccessor:
         """The feed-forward module of each layer that has one: `model.mlps[i]`."""
         return OlderModuleListAccessor(self, "mlp", "mlps")
+
+    @property
+    def add_prefix_false_tokenizer(self) -> Any:
+        """A copy of the tokenizer that does not put a space before the first word."""
+        made = self.__dict__.setdefault("_prefix_free", [])
+        if not made:
+            made.append(prefix_free(self.tokenizer))
+        return made[0]
 
     def detect_layer_output_type(self) -> None:
         """Learn whether layers return tuples: `validate()`, unless the model was proven before."""
