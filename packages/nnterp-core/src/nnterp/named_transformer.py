@@ -17,7 +17,6 @@ from nnterp.editing import EditedTransformer
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
-from nnterp.loading import prefix_free
 from nnterp.traced import (
     Lender,
     Place,
@@ -64,7 +63,6 @@ class NamedTransformer(EditedTransformer):
         self.rename_config = rename_config
         self.standing = ()
         self._envoys_by_path: dict[str, Envoy] = {}
-        self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
@@ -289,13 +287,6 @@ class NamedTransformer(EditedTransformer):
                 stacklevel=3,
             )
         return TracedTransformer.project_on_vocab(self, hidden_state)
-
-    @property
-    def add_prefix_false_tokenizer(self) -> Any:
-        """A copy of the tokenizer that does not put a space before the first word (1.x)."""
-        if not self._prefix_free:
-            self._prefix_free.append(prefix_free(self.tokenizer))
-        return self._prefix_free[0]
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()

@@ -49,7 +49,7 @@ class OlderModel(NamedTransformer, LanguageModel):
     @property
     def add_prefix_false_tokenizer(self) -> Any:
         """A copy of the tokenizer that does not put a space before the first word."""
-        made = self.__dict__.setdefault("_prefix_free", [])
+        made = self.__dict__.setdefault("_prefix_free", [])  # made once, when it is first asked for
         if not made:
             made.append(prefix_free(self.tokenizer))
         return made[0]
