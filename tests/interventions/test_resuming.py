@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -277,3 +281,40 @@ def test_a_metric_that_counts_its_calls_can_go_on(model):
         activation_patching(model, CLEAN, CORRUPTED, metric, batch_size=7)
     again = activation_patching(model, CLEAN, CORRUPTED, metric, batch_size=7, resume=caught.value.partial)
     torch.testing.assert_close(again["scores"], CALLS["activation_patching"](model)["scores"], equal_nan=True)
+
+
+PROGRAM = """
+import sys
+import torch
+from nnterp import StandardizedTransformer
+from nnterp.interventions import Result, activation_patching, logit_difference
+from nnterp.testing import tiny_model, tiny_tokenizer
+
+model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer())
+clean, corrupted = [[i + 11, 42, 57, 93, 130] for i in range(16)], [[i + 11, 42, 99, 93, 131] for i in range(16)]
+call = lambda **more: activation_patching(model, clean, corrupted, logit_difference(5, 9), batch_size=5, **more)
+whole = call()
+model._module.register_forward_pre_hook(lambda *_: print("forward", flush=True))
+try:
+    call()
+except KeyboardInterrupt as error:
+    partial = error.partial
+    partial.save(sys.argv[1])
+    done = partial["done"]
+    assert 0 < done.sum() < done.numel()
+    assert torch.equal(partial["scores"][done], whole["scores"][done])
+    assert torch.equal(call(resume=sys.argv[1])["scores"], whole["scores"])
+    print("went on", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_real_interrupt(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "partial")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(random.randint(10, 40)):
+        assert process.stdout.readline() == "forward\n", process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate()
+    assert out.endswith("went on\n"), said
