@@ -17,7 +17,8 @@ with model.trace("The Eiffel Tower is in"):
 ```
 
 * **Order.** Read values in forward order: layer by layer, and inside a layer in the order of the table.
-  `model.collect` and `model.gradients` take them in any order.
+  `model.collect` and `model.gradients` take them in any order, and so does a block that
+  [only reads](from-1x.md#reading-in-any-order).
 * **Writing.** What you write must have the shape of the value it replaces.
 * **Editing in place.** What you read is the model's own tensor, so an edit in place changes the run. The exceptions are
   values whose note says that they are a new tensor: assign these. The model's own code may also edit a tensor in place
