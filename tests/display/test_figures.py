@@ -269,3 +269,19 @@ def test_components_from_numbers():
         display.plot_components(torch.rand(2), prompts="mean")
     same = display.plot_components(torch.zeros(2))
     assert same.data[0].marker.cmax == 1.0
+
+
+def test_steering_lines_run_by_factor():
+    effect, damage = torch.tensor([[3.0, 1.0, 2.0], [6.0, 4.0, 5.0]]), torch.tensor([[0.3, 0.1, 0.2], [0.6, 0.4, 0.5]])
+    figure = display.plot_steering(effect, damage, layers=[3, 7], factors=[4.0, 0.5, 2.0], plain=0.05)
+    assert [trace.name for trace in figure.data] == ["3", "7"]
+    assert np.allclose(figure.data[1].x, [0.4, 0.5, 0.6])
+    assert np.allclose(figure.data[1].y, [4.0, 5.0, 6.0])
+    assert figure.data[0].hovertext[0] == "layer 3, factor 0.5<br>effect 1.0000<br>damage 0.1000"
+    assert figure.layout.shapes[0].x0 == 0.05
+    for arguments, message in [
+        ((effect,), "Give damage"),
+        ((effect, damage[:1]), r"shape \[2, 3\] and damage \[1, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            display.plot_steering(*arguments)

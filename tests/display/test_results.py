@@ -17,6 +17,7 @@ from nnterp.interventions import (
     patchscope_lens,
     patchscope_table,
     path_patching,
+    steering_sweep,
     target_probability,
 )
 
@@ -38,7 +39,7 @@ def lens(model):
 
 def test_every_figure_is_registered():
     expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths"}
-    expected |= {"patchscope", "certificate"}
+    expected |= {"patchscope", "certificate", "steering"}
     assert set(plugins.names(plugins.FIGURES)) >= expected
     for name in expected:
         assert callable(plugins.load(plugins.FIGURES, name))
@@ -197,3 +198,30 @@ def test_paths_are_measured_from_the_run_patched_into(model, direction):
     figure = result.plot()
     assert np.allclose(figure.data[0].x, result["scores"][0] - into, atol=1e-7)
     assert list(figure.layout.yaxis.ticktext) == ["mlps_output[0]", "attention_head_outputs[1] head 2 at -1"]
+
+
+def test_steering_sweep_is_effect_against_damage(model):
+    vector = torch.linspace(-1, 1, model.hidden_size)
+    factors = [2.0, -1.0, 1.0]
+    result = steering_sweep(
+        model,
+        vector,
+        PROMPTS,
+        target_probability(40),
+        layers=[1, 2],
+        factors=factors,
+        damage={"kl": PROMPTS, "perplexity": PROMPTS},
+    )
+    figure = result.plot()
+    assert [trace.name for trace in figure.data] == ["1", "2"]
+    order = [1, 2, 0]
+    for i in range(2):
+        assert np.allclose(figure.data[i].x, result["kl"][i, order])
+        assert np.allclose(figure.data[i].y, result["effect"][i, order])
+        assert figure.data[i].hovertext[0].startswith(f"layer {i + 1}, factor -1.0<br>change of target probability")
+    assert figure.layout.xaxis.title.text == "KL from the plain model (nats)"
+    other = result.plot(damage="perplexity")
+    assert np.allclose(other.data[0].x, result["perplexity"][0, order])
+    assert other.layout.shapes[0].x0 == pytest.approx(result["plain_perplexity"].item())
+    with pytest.raises(ValueError, match="measured kl, perplexity"):
+        result.plot(damage="length")

@@ -18,7 +18,8 @@ def test_a_vector_steers_on_the_worker(pair):
         with torch.no_grad(), model.steering(vector, factor=2), model.trace(PROMPT, remote=remote):
             around = model.logits.save()
         with torch.no_grad(), model.trace(PROMPT, remote=remote):
-            model.steer(None, vector.directions, 2)
+            model.steer([0], vector, 2)
+            model.steer(2, vector.directions, 2)
             inside = model.logits.save()
         found.append((around, inside))
     for one, other in zip(*found, strict=True):

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
-    from nnterp.interventions._vectors._vector import SteeringVector
 
 MODEL_FIELDS = ("model", "revision", "num_layers", "model_type")
+
+
+class Belonging(Protocol):
+    """What is asked of a `SteeringVector` here."""
+
+    directions: Mapping[int, torch.Tensor]
+    model: str | None
+    method: str
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a direction."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the directions."""
+        ...
+
+    def check(self, model: StandardizedTransformer) -> None:
+        """Raise if the vector is of another model."""
+        ...
 
 
 def identity_of(model: StandardizedTransformer) -> dict[str, Any]:
@@ -23,12 +46,12 @@ def identity_of(model: StandardizedTransformer) -> dict[str, Any]:
     }
 
 
-def model_of(vector: SteeringVector) -> dict[str, Any]:
+def model_of(vector: Belonging) -> dict[str, Any]:
     """What a vector remembers of its model."""
     return {name: getattr(vector, name) for name in MODEL_FIELDS}
 
 
-def require_fit(vector: SteeringVector, model: StandardizedTransformer) -> None:
+def require_fit(vector: Belonging, model: StandardizedTransformer) -> None:
     """Raise if a model has another width, or lacks a layer of the vector.
 
     Raises:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnterp.interventions._results import Result, describe_run, vocabulary_of
+from nnterp.interventions._vectors._belonging import Belonging
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
-    from nnterp.interventions._vectors._vector import SteeringVector
 
 
 @torch.no_grad()
-def promoted(model: StandardizedTransformer, vector: SteeringVector, k: int) -> Result:
+def promoted(model: StandardizedTransformer, vector: Belonging, k: int) -> Result:
     """See `SteeringVector.logits`."""
     model.require_no_trace("SteeringVector.logits()")
     vector.check(model)

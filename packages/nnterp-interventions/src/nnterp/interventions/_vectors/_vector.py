@@ -17,6 +17,7 @@ from nnterp.interventions._vectors._belonging import identity_of, model_of, requ
 from nnterp.interventions._vectors._directions import number, read_directions
 from nnterp.interventions._vectors._gguf import read_gguf, write_gguf
 from nnterp.interventions._vectors._promoted import promoted
+from nnterp.interventions._vectors._travelling import restored
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -30,7 +31,7 @@ class SteeringVector:
 
     `model.steer(None, vector)` inside a trace and `with model.steering(vector):` add it to the stream leaving each of
     its layers. Vectors of one model can be added, subtracted and scaled; a layer that only one of them has keeps that
-    one's direction. They cannot be changed.
+    one's direction. They cannot be changed. In a block that runs remotely a vector has only its `directions`.
 
     Args:
         directions: Layer → `[hidden]`, tensors, arrays or lists; copied.
@@ -158,8 +159,14 @@ class SteeringVector:
 
     __delattr__ = __setattr__  # type: ignore[assignment]
 
+    def __copy__(self) -> SteeringVector:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> SteeringVector:
+        return self
+
     def __reduce__(self) -> tuple:
-        return SteeringVector, (dict(self.directions), *(self._record()[name] for name in _FIELDS))
+        return restored, (dict(self.directions), self._record())
 
     # -- arithmetic ------------------------------------------------------------------------------------------------
 
