@@ -15,7 +15,7 @@ from nnterp.discovery import ResidualStructure
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import require_no_dropout
-from nnterp.loading import prefix_free
+from nnterp.loading import prefix_free, reported
 from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers, travel_by_value
 from nnterp.values import directory_of, find_place
 
@@ -51,10 +51,22 @@ class NamedTransformer(TracedTransformer):
         self.rename_config = rename_config
         self._envoys_by_path: dict[str, Envoy] = {}
         self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
+        self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
         self.adopt(unproven_facts(self._module, anatomy, declared))
+
+    def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with reported(self._load_reports):
+            module = TransformersModel._load(self, *args, **kwargs)
+        self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
+        return module
+
+    @property
+    def load_report(self) -> dict[str, Any] | None:
+        """Which weights the checkpoint did not fill, or has beside; None for a model that nnterp did not load."""
+        return self._load_reports[-1][1] if self._load_reports else None
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""

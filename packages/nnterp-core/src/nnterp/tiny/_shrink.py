@@ -170,7 +170,7 @@ def _into_the_stack(defaults: Mapping[str, Any], full: PreTrainedConfig | None, 
     deep = max((d for name in _DEPTHS if isinstance(d := stated.get(name), int)), default=0)
     moved: dict[str, Any] = {}
     for name in defaults if deep > depth else ():
-        value = stated.get(name)
+        value: Any = stated.get(name)
         several = isinstance(value, (list, tuple)) and bool(value)
         if several and len(value) != 2 and not re.search("loop|recurr|repeat", name):  # towers return that many states
             continue
