@@ -75,6 +75,12 @@ class Facts:
     look_for_states: Callable[[], States] | None = field(default=None, repr=False)
     places: dict[tuple[str, int | tuple[int, int] | None], Place] = field(default_factory=dict, init=False, repr=False)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        raise TypeError(
+            "Facts cannot be pickled or copied: they are known of one loaded model, and find more in it when it is "
+            "needed. Pickle model.certificate, or save the HuggingFace model and load it again."
+        )
+
     @cached_property
     def inside(self) -> Findings:
         """Where the inside of every layer is served.

@@ -17,6 +17,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import require_no_dropout
 from nnterp.loading import prefix_free, reported
 from nnterp.traced import Lender, Place, Readout, TracedTransformer, arriving, bind_names, skip_layers, travel_by_value
+from nnterp.turn import Turn
 from nnterp.values import directory_of, find_place
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
@@ -29,6 +30,20 @@ SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
     *("model_class", "layer_paths", "readout", "lenders", "padding_is_exact", "positions_from_mask"),
 )
+
+
+class SentByName:
+    """Stands for an object that a request names and the worker has; any other pickle of a model is refused by it."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self._persistent_id, self._model = name, model
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        raise TypeError(
+            f"A {self._model} cannot be pickled: it holds nnsight's tree over a module. Save the HuggingFace model and "
+            "load it again: model._module.save_pretrained(folder), model.tokenizer.save_pretrained(folder), "
+            "StandardizedTransformer(folder)."
+        )
 
 
 class NamedTransformer(TracedTransformer):
@@ -49,6 +64,7 @@ class NamedTransformer(TracedTransformer):
 
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
+        self._turn = Turn()  # of the thread that runs the model
         self._envoys_by_path: dict[str, Envoy] = {}
         self._prefix_free: list[Any] = []  # a tokenizer for 1.x, once it is asked for
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
@@ -58,7 +74,7 @@ class NamedTransformer(TracedTransformer):
         self.adopt(unproven_facts(self._module, anatomy, declared))
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
-        with reported(self._load_reports):
+        with self._turn, reported(self._load_reports):
             module = TransformersModel._load(self, *args, **kwargs)
         self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
         return module
@@ -204,12 +220,35 @@ class NamedTransformer(TracedTransformer):
             self.dispatch()
             require_no_dropout(self._module, self.model_class)
 
+    @property
+    def generate(self) -> Any:
+        """nnsight's `generate`, in one thread at a time. A property, because nnsight looks for the caller's `with`."""
+        self._turn.require_mine()
+        return TransformersModel.generate.__get__(self)
+
+    @property
+    def pipe(self) -> Any:
+        """nnsight's `pipe`, in one thread at a time."""
+        self._turn.require_mine()
+        return TransformersModel.pipe.__get__(self)
+
+    def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's `interleave`, in one thread at a time.
+
+        Raises:
+            AnotherThreadError: Another thread is running the model.
+        """
+        with self._turn:
+            return TransformersModel.interleave(self, fn, *args, **kwargs)
+
     def require_no_trace(self, what: str) -> None:
         """Raise if the model is running a trace, in which it cannot be run again.
 
         Raises:
             InsideTraceError: It is.
+            AnotherThreadError: Another thread is running it.
         """
+        self._turn.require_mine()
         if self.interleaver.interleaving:
             raise InsideTraceError(
                 f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "
@@ -287,5 +326,8 @@ class NamedTransformer(TracedTransformer):
         bound = {name for name, value in own.items() if isinstance(value, Envoy)}
         state = {name: own[name] for name in own if name in SENT_OF_NNSIGHT or name in bound}
         state.update({name: getattr(self, name) for name in SENT})
+        if self.tokenizer is not None:
+            state.pop("tokenizer")  # first, so that any other pickle is refused before it meets the module
+            state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
         state["directory"] = directory_of(self, self.module_path)
         return arriving, (), state

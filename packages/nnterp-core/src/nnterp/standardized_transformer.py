@@ -21,6 +21,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.traced import Place, travel_by_value
+from nnterp.turn import OneThreadTracer
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import VALUES, Support, Value, canonical, explain, support
 
@@ -223,6 +224,7 @@ class StandardizedTransformer(NamedTransformer):
         else:
             self.dispatch()
             self.notice_changes()
+            kwargs.setdefault("tracer_cls", OneThreadTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from nnterp.certificate._evidence import Claimed, Evidence, outcome, skipped
 from nnterp.facts import Facts
 
 FILLED = "the checkpoint fills the model"
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "config"}
 
 
 def filled(evidence: Evidence, facts: Facts) -> Claimed:
@@ -23,6 +24,8 @@ def filled(evidence: Evidence, facts: Facts) -> Claimed:
     missing, mismatched, unexpected = (_names(report, k) for k in ("missing", "mismatched", "unexpected"))
     layers = f"{facts.anatomy.layers}."
     beside = [name for name in unexpected if name.startswith(layers)]
+    if _DEPTHS & evidence.model.kwargs.keys():  # the user asked for another number of layers than the checkpoint has
+        beside = [name for name in beside if _index(name.removeprefix(layers)) < facts.anatomy.num_layers]
     said = [
         f"{len(names)} weights {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for names, what in (
@@ -35,6 +38,12 @@ def filled(evidence: Evidence, facts: Facts) -> Claimed:
     ok = not (missing or mismatched or beside)
     remedy = "load the checkpoint with its own config, or pass the model as a module if this is meant"
     return outcome(FILLED, ok, detail="; ".join(said), remedy=remedy), facts
+
+
+def _index(name: str) -> int:
+    """The number that a name begins with; 0 if it begins with none."""
+    number = name.partition(".")[0]
+    return int(number) if number.isdigit() else 0
 
 
 def _names(report: dict[str, Any], kind: str) -> list[str]:
