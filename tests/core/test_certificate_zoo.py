@@ -6,7 +6,7 @@ from torch import nn
 
 from nnterp import RenameConfig, StandardizedTransformer
 from nnterp.anatomy import find_anatomy
-from nnterp.certificate import CONSECUTIVE, HIDDEN, IDENTITY, PADDING, READOUT
+from nnterp.certificate import CONSECUTIVE, FILLED, HIDDEN, IDENTITY, PADDING, READOUT
 from nnterp.errors import RenamingError
 from nnterp.testing import LEFT_PADDING_INEXACT, model_types, multimodal_model_types, tiny_model, tiny_tokenizer
 
@@ -31,7 +31,7 @@ NO_SUM = {
 # Models that mix the streams of all layers before the head.
 NO_READOUT = {"inkling2_text"}
 
-LINES = 9
+LINES = 10
 
 
 @pytest.mark.parametrize("model_type", [*model_types(), *multimodal_model_types()])
@@ -52,7 +52,7 @@ def test_certificate_holds_or_the_model_is_refused(model_type):
         expected.add(IDENTITY)
     if model_type in NO_READOUT:
         expected.add(READOUT)
-    assert skipped - {PADDING, HIDDEN} == expected
+    assert skipped - {PADDING, HIDDEN, FILLED} == expected
     assert certificate[HIDDEN].status == "passed"
     assert model.padding_is_exact == (PADDING not in skipped)
     if model_type not in LEFT_PADDING_INEXACT:

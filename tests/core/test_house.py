@@ -110,7 +110,7 @@ def test_imports_run_one_way(package, path):
 # The rooms of nnterp-core, from the ground up. A file may import its own room and rooms on the same floor or below, and
 # nothing above; imports for type checkers and inside functions count.
 FLOORS = (
-    "errors record wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
+    "errors record turn wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
     "selectors indices arguments defaults generation progress identity resuming _siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",

@@ -14,17 +14,22 @@ import torch
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.standing import conditional, standing
 from nnterp.traced import Condition, TracedTransformer, skip_layers, steering_of
+from nnterp.turn import Turn
 
 
 class EditedTransformer(TracedTransformer):
     """The methods of a model that edit it."""
+
+    _turn: Turn  # of the thread that runs the model
 
     def require_no_trace(self, what: str) -> None:
         """Raise if the model is running a trace, in which it cannot be run again.
 
         Raises:
             InsideTraceError: It is.
+            AnotherThreadError: Another thread is running it.
         """
+        self._turn.require_mine()
         if self.interleaver.interleaving:
             raise InsideTraceError(
                 f"{what} runs the model itself, so it cannot be called inside a trace of the same model. "

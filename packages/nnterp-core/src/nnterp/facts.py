@@ -85,6 +85,12 @@ class Facts:
         """Which rows may share a padded batch; only rows of equal length where padding is not proven."""
         return self.thresholds if self.padding == "exact" else Sharing(0)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        raise TypeError(
+            "Facts cannot be pickled or copied: they are known of one loaded model, and find more in it when it is "
+            "needed. Pickle model.certificate, or save the HuggingFace model and load it again."
+        )
+
     @cached_property
     def inside(self) -> Findings:
         """Where the inside of every layer is served.

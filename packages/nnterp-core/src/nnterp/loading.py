@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import linecache
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -151,3 +153,29 @@ def prefix_free(tokenizer: Any) -> Any:
     if hasattr(mine, "add_prefix_space"):
         mine.add_prefix_space = False
     return mine
+
+
+@contextlib.contextmanager
+def reported(reports: list[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
+    """While the block is open, keep what transformers says of every checkpoint that it loads.
+
+    Args:
+        reports: Is given (model, report) for each; a report lists the weights that were "missing_keys",
+            "unexpected_keys" and "mismatched_keys".
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    def watched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("output_loading_info", False)
+        loaded = original.__func__(cls, *args, output_loading_info=True, **kwargs)
+        if isinstance(loaded, tuple):
+            reports.append(loaded)
+        return loaded[0] if isinstance(loaded, tuple) and not wanted else loaded
+
+    PreTrainedModel.from_pretrained = classmethod(watched)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]

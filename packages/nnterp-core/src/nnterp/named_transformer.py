@@ -17,6 +17,7 @@ from nnterp.editing import EditedTransformer
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
+from nnterp.loading import reported
 from nnterp.traced import (
     Lender,
     Place,
@@ -28,6 +29,7 @@ from nnterp.traced import (
     require_running,
     travel_by_value,
 )
+from nnterp.turn import Turn
 from nnterp.values import directory_of, find_place
 from nnterp.wording import ranges
 
@@ -41,6 +43,20 @@ SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
     *("model_class", "layer_paths", "readout", "lenders", "sharing", "positions_from_mask", "standing"),
 )
+
+
+class SentByName:
+    """Stands for an object that a request names and the worker has; any other pickle of a model is refused by it."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self._persistent_id, self._model = name, model
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        raise TypeError(
+            f"A {self._model} cannot be pickled: it holds nnsight's tree over a module. Save the HuggingFace model and "
+            "load it again: model._module.save_pretrained(folder), model.tokenizer.save_pretrained(folder), "
+            "StandardizedTransformer(folder)."
+        )
 
 
 class NamedTransformer(EditedTransformer):
@@ -61,8 +77,10 @@ class NamedTransformer(EditedTransformer):
 
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
+        self._turn = Turn()  # of the thread that runs the model
         self.standing = ()
         self._envoys_by_path: dict[str, Envoy] = {}
+        self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
@@ -87,6 +105,17 @@ class NamedTransformer(EditedTransformer):
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             return inputs, kwargs
         return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
+
+    def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with self._turn, reported(self._load_reports):
+            module = TransformersModel._load(self, *args, **kwargs)
+        self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
+        return module
+
+    @property
+    def load_report(self) -> dict[str, Any] | None:
+        """Which weights the checkpoint did not fill, or has beside; None for a model that nnterp did not load."""
+        return self._load_reports[-1][1] if self._load_reports else None
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
@@ -277,6 +306,27 @@ class NamedTransformer(EditedTransformer):
             self.dispatch()
             require_no_dropout(self._module, self.model_class)
 
+    @property
+    def generate(self) -> Any:
+        """nnsight's `generate`, in one thread at a time. A property, because nnsight looks for the caller's `with`."""
+        self._turn.require_mine()
+        return TransformersModel.generate.__get__(self)
+
+    @property
+    def pipe(self) -> Any:
+        """nnsight's `pipe`, in one thread at a time."""
+        self._turn.require_mine()
+        return TransformersModel.pipe.__get__(self)
+
+    def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's `interleave`, in one thread at a time.
+
+        Raises:
+            AnotherThreadError: Another thread is running the model.
+        """
+        with self._turn:
+            return TransformersModel.interleave(self, fn, *args, **kwargs)
+
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
         """See `TracedTransformer.project_on_vocab`; warns if the way is unproven."""
         if self.readout.way == "unproven":
@@ -319,5 +369,8 @@ class NamedTransformer(EditedTransformer):
         bound = {name for name, value in own.items() if isinstance(value, Envoy)}
         state = {name: own[name] for name in own if name in SENT_OF_NNSIGHT or name in bound}
         state.update({name: getattr(self, name) for name in SENT})
+        if self.tokenizer is not None:
+            state.pop("tokenizer")  # first, so that any other pickle is refused before it meets the module
+            state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
         state["directory"] = directory_of(self, self.module_path)
         return arriving, (), state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict, read_sizes
+from nnterp.anatomy import AttnProbFunction, RenameConfig, get_rename_dict, head_width, read_sizes
 from nnterp.certificate import AttentionProbabilitiesAccessor
 from nnterp.errors import RenamingError
 from nnterp.huggingface import text_config as _text_config
@@ -90,11 +90,14 @@ def get_hidden_size(model: Any, raise_error: bool = True, rename_config: RenameC
 
 
 def get_vocab_size(model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None) -> int | None:
-    """Size of the vocabulary, as the config states it.
+    """Width of the logits, read from the shape of the model's head, or else from its config.
 
     Raises:
-        ValueError: It does not, and `raise_error` is set.
+        ValueError: Neither tells, and `raise_error` is set.
     """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if (width := head_width(head)) is not None and (rename_config is None or not rename_config.vocab_size_config_key):
+        return width
     return _size(model, "vocab_size", "vocab_size_config_key", raise_error, rename_config)
 
 

@@ -3,7 +3,7 @@
 from nnterp.anatomy._anatomy import Anatomy, Layer, Part
 from nnterp.anatomy._find import find_anatomy
 from nnterp.anatomy._rename import AttnProbFunction, RenameConfig, get_rename_dict
-from nnterp.anatomy._sizes import Sizes, read_sizes
+from nnterp.anatomy._sizes import Sizes, head_width, read_sizes
 
 __all__ = [
     "Anatomy",
@@ -14,5 +14,6 @@ __all__ = [
     "Sizes",
     "find_anatomy",
     "get_rename_dict",
+    "head_width",
     "read_sizes",
 ]

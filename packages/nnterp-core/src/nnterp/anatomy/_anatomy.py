@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnterp.anatomy._sizes import Sizes
 from nnterp.errors import Unavailable
@@ -126,6 +126,12 @@ class Anatomy:
 
     def __deepcopy__(self, memo: object) -> Anatomy:
         return self  # nothing in it can change
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "absent": dict(self.absent)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, absent=MappingProxyType(state["absent"]))
 
     @property
     def num_layers(self) -> int:

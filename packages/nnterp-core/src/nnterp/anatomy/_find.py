@@ -15,7 +15,7 @@ from nnterp.anatomy._messages import describe_missing, listed
 from nnterp.anatomy._model_parts import find_embedding, find_head, find_norm, find_stack
 from nnterp.anatomy._modules import ancestors
 from nnterp.anatomy._rename import RenameConfig
-from nnterp.anatomy._sizes import Sizes, inner_width, read_sizes
+from nnterp.anatomy._sizes import Sizes, head_width, inner_width, read_sizes
 from nnterp.errors import AnatomyError
 
 
@@ -58,7 +58,7 @@ def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) ->
         ln_final=norm,
         lm_head=head,
         blocks=layers,
-        sizes=_sizes(model, rename, layers, _config_of_layers(model, stack, other_stacks)),
+        sizes=_sizes(model, rename, layers, head, _config_of_layers(model, stack, other_stacks)),
         absent=MappingProxyType(absent),
         other_stacks=other_stacks,
     )
@@ -72,9 +72,12 @@ def _config_of_layers(model: nn.Module, stack: str, other_stacks: tuple[str, ...
     return next(owner.config for owner in owners if isinstance(getattr(owner, "config", None), PreTrainedConfig))
 
 
-def _sizes(model: nn.Module, rename: RenameConfig, layers: tuple[Layer, ...], config: Any) -> Sizes:
-    """The sizes the config states, and the feed-forward's width, which GPT-2 and similar models do not state."""
+def _sizes(model: nn.Module, rename: RenameConfig, layers: tuple[Layer, ...], head: str | None, config: Any) -> Sizes:
+    """The sizes the config states, the head's width, and the feed-forward's, which GPT-2 and others do not state."""
     sizes = read_sizes(config, len(layers), rename)
+    width = None if head is None else head_width(model.get_submodule(head))
+    if width is not None and rename.vocab_size_config_key is None:
+        sizes = dataclasses.replace(sizes, vocab_size=width)
     if sizes.intermediate_size is not None or sizes.hidden_size is None:
         return sizes
     plain = [layer.mlp for layer in layers if layer.mlp is not None and not layer.mixture_of_experts]

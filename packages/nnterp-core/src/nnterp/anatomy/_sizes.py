@@ -34,7 +34,7 @@ class Sizes:
     Attributes:
         num_layers: Layers of the residual stream.
         hidden_size: Width of the residual stream.
-        vocab_size: Number of tokens the logits are over.
+        vocab_size: Number of tokens the logits are over: their width, whatever the config says.
         num_heads: Query heads of an attention layer.
         num_kv_heads: Key and value heads (fewer than `num_heads` under grouped-query attention).
         head_dim: Width of one head.
@@ -95,6 +95,15 @@ def inner_width(feed_forwards: Iterable[Iterable[nn.Module]], hidden: int) -> in
         # A gate and the projection that it gates may share one matrix, which is then twice as wide.
         widths.add(min((sum(shape) - hidden for shape in found), default=None))
     return widths.pop() if len(widths) == 1 else None
+
+
+def head_width(head: nn.Module | None) -> int | None:
+    """How many logits a head returns, read from its shape; None if its shape does not tell."""
+    weight, stated = getattr(head, "weight", None), getattr(head, "out_features", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point():
+        # Tied to an embedding of another size, a Linear still states the number that it was made with.
+        return weight.shape[1] if type(head).__name__ == "Conv1D" else weight.shape[0]
+    return stated if isinstance(stated, int) else None
 
 
 def _matrix(module: nn.Module) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._certify import CLAIMS, certify
+from nnterp.certificate._filled import FILLED
 from nnterp.certificate._idle_trace import IDLE
 from nnterp.certificate._padding import PADDING
 from nnterp.certificate._parts import PARTS
@@ -16,6 +17,7 @@ from nnterp.discovery import Contribution, ResidualStructure, Term
 __all__ = [
     "CLAIMS",
     "CONSECUTIVE",
+    "FILLED",
     "HIDDEN",
     "IDENTITY",
     "IDLE",

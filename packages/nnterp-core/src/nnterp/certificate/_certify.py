@@ -10,6 +10,7 @@ from functools import cache
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._evidence import Claimed, Evidence, gather, gather_shapes, is_large, skipped
+from nnterp.certificate._filled import filled
 from nnterp.certificate._idle_trace import idle_trace
 from nnterp.certificate._order import corrected_by_order
 from nnterp.certificate._padding import padding
@@ -38,6 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
     idle_trace,
     padding,
     writes,
+    filled,
 )
 
 

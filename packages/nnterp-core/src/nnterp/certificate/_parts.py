@@ -19,16 +19,18 @@ PARTS = "parts found, run once and in order, with the stream's shape"
 
 
 def parts(evidence: Evidence, facts: Facts) -> Claimed:
-    """Learns the stream's layout, where tensors are stored in it, what layers return, and what runs repeatedly."""
+    """Learns the stream's layout, where tensors are stored in it, what layers return, what runs repeatedly, and the
+    width of the logits."""
     anatomy, recording = facts.anatomy, evidence.recording
     layers = evidence.ran(anatomy)
     first = recording.call(layers[0].path)
     stream = None if first is None else first.stream_out
     wrong = _layer_problems(evidence, anatomy, stream)
-    impossible = []
+    config = evidence.model.rename_config
+    impossible = [] if config is not None and config.layers_name else _looped(evidence, anatomy)
     if first is not None and stream is not None:
         layout = StreamLayout.of(stream.shape, batch=1, seq=evidence.length)
-        impossible = [*_two_streams(first), *_layout_problems(evidence, anatomy, stream, layout)]
+        impossible += [*_two_streams(first), *_layout_problems(evidence, anatomy, stream, layout)]
         if layout is not None:
             facts = dataclasses.replace(facts, readout=replace(facts.readout, layout=layout))
     wrong = impossible or [*wrong, *_ends_problems(evidence, anatomy)]
@@ -36,6 +38,16 @@ def parts(evidence: Evidence, facts: Facts) -> Claimed:
     detail = "; ".join(wrong[:3]) if wrong else _description(evidence, facts)
     line = outcome(PARTS, not wrong, detail=detail, remedy=remedy)
     return line, facts if wrong else _learnt(evidence, facts)
+
+
+def _looped(evidence: Evidence, anatomy: Anatomy) -> list[str]:
+    """A looped model runs some of its layers several times, so they have no one input and output."""
+    times = {layer.path: len(evidence.recording.calls.get(layer.path, ())) for layer in anatomy.blocks}
+    looped = [path for path, number in times.items() if number > 1]
+    if not looped:
+        return []
+    which = f"{looped[0]} to {looped[-1]}" if len(looped) > 1 else looped[0]
+    return [f"layers run more than once in a forward pass ({which}: {max(times.values())} times), so they are not read"]
 
 
 def _description(evidence: Evidence, facts: Facts) -> str:
@@ -52,8 +64,11 @@ def _learnt(evidence: Evidence, facts: Facts) -> Facts:
     for path, (first, *_) in calls.items():
         edges: tuple[tuple[Side, torch.Tensor | None], ...] = (("input", first.stream_in), ("output", first.stream_out))
         stored |= {(path, side) for side, x in edges if x is not None and evidence.is_stored(facts, x)}
+    width = evidence.recording.result.logits.shape[-1]
+    sizes = dataclasses.replace(facts.anatomy.sizes, vocab_size=width)
     return dataclasses.replace(
         facts,
+        anatomy=dataclasses.replace(facts.anatomy, sizes=sizes),
         only_with_image=tuple(evidence.idle(facts.anatomy)),
         repeated=frozenset(path for path, each in calls.items() if len(each) > 1),
         stored_as_stream=frozenset(stored),

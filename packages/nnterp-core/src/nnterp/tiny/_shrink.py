@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -36,6 +37,9 @@ _DEPTHS = [
     "num_encoder_layers",
     "depth",
 ]
+
+# Names of fields that hold indices of layers: where a loop over layers begins and ends, and the like.
+_INDEX = re.compile(r"(loop|recurr|repeat|layer).*(range|start|end|begin|first|last|idx|ids|indices|layers)")
 
 # Keywords that every configuration class takes; of a composite configuration, they go to the outermost one.
 _EVERYWHERE = frozenset({"attn_implementation", "experts_implementation", "dtype"})
@@ -76,6 +80,7 @@ def _tiny(
         **_by_rule(defaults, full),
         **{name: depth for name in _DEPTHS if name in defaults},
         **_tiny_parts(parts, row, num_layers, overrides, for_parts),
+        **_into_the_stack(defaults, full, depth),
         **_from_row(row, parts, depth),
         **overrides,
         **{name: _cycled(value, picked, depth) for name, value in lists.items()},
@@ -154,6 +159,30 @@ def _from_row(row: Mapping[str, Any], parts: Mapping[str, _Part], depth: int) ->
     """The fields that a row of `CONFIG_ROWS` sets in the configuration itself."""
     fields = {name: value for name, value in row.items() if name not in parts and name != "depth"}
     return {name: value(depth) if callable(value) else value for name, value in fields.items()}
+
+
+def _into_the_stack(defaults: Mapping[str, Any], full: PreTrainedConfig | None, depth: int) -> dict[str, Any]:
+    """Fields that name layers beyond a stack of `depth` layers, moved into it in proportion.
+
+    Without this, a model that runs some of its layers in a loop would be built without the loop.
+    """
+    stated = {} if full is None else vars(full)
+    deep = max((d for name in _DEPTHS if isinstance(d := stated.get(name), int)), default=0)
+    moved: dict[str, Any] = {}
+    for name in defaults if deep > depth else ():
+        value: Any = stated.get(name)
+        several = isinstance(value, (list, tuple)) and bool(value)
+        if several and len(value) != 2 and not re.search("loop|recurr|repeat", name):  # towers return that many states
+            continue
+        numbers: list[Any] = list(value) if several else [value]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= deep for n in numbers)
+        if name in _LAYER_LISTS or name in _DEPTHS or not _INDEX.search(name) or not whole or max(numbers) < depth:
+            continue
+        scaled = [min(n * depth // deep, depth) for n in numbers]
+        if several and len(scaled) == 2 and scaled[0] == scaled[1]:  # a range keeps at least one layer
+            scaled = [min(scaled[0], depth - 1), min(scaled[0], depth - 1) + 1]
+        moved[name] = type(value)(dict.fromkeys(scaled)) if several else scaled[0]
+    return moved
 
 
 def _cycled(entries: Sequence[Any], picked: Sequence[int], depth: int) -> Sequence[Any]:

@@ -20,7 +20,7 @@ KEPT = "_nnterp_read_first"  # the name, in the block, of what is read at its be
 
 
 class BlockTracer(StepTracer):
-    """Runs a block that only reads with its reads in forward order, and any other block as it is."""
+    """Runs a block that only reads with its reads in forward order, any other as it is; one thread at a time."""
 
     def execute(self, code: CodeType) -> None:
         """Run the block; see `InterleavingTracer.execute`.
@@ -31,7 +31,8 @@ class BlockTracer(StepTracer):
         """
         frame = self.info.frame  # cleared when the block has run
         try:
-            InterleavingTracer.execute(self, in_forward_order(self, self.envoy, self.node, code, frame))
+            with self.envoy._turn:  # type: ignore[union-attr]
+                InterleavingTracer.execute(self, in_forward_order(self, self.envoy, self.node, code, frame))
         except OutOfOrderError as error:
             explain_order(error, self.envoy, self.node, frame)
             raise
