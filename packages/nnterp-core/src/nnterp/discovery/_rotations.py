@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnterp.huggingface import text_config
 from nnterp.traced import Sharing, fresh_rotations
 
 FARTHEST = 1 << 24  # no model is made for as many positions; float32 still counts them
@@ -39,9 +40,11 @@ def rotation_sharing(module: nn.Module) -> Sharing:
 
 def _rotations(module: nn.Module) -> Iterator[Turned]:
     """One function for each kind of rotary embedding in a model, and each of its types of layers."""
-    seen = []
+    seen, text = [], type(text_config(module.config))
     for inner in module.modules():
         if not any("inv_freq" in name for name, _ in inner.named_buffers(recurse=False)):
+            continue
+        if type(getattr(inner, "config", None)) is not text:  # those of images turn patches, not tokens
             continue
         kind = (type(inner), id(getattr(inner, "config", None)))
         if kind in seen:
