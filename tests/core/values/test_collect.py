@@ -6,6 +6,7 @@ import torch
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.positions import at, last_of
 from nnterp.testing import LEFT_PADDING_INEXACT
+from nnterp.traced import View
 from nnterp.values import Site
 
 from .values_reference import arguments, hooked, wrapped
@@ -30,6 +31,7 @@ NAMES = ["layers_output", "layers_input", "attentions_output", "mlps_output"]
 def loop(model, name, layer, rows):
     """The value of every prompt alone, read by a hook."""
     values = model.place(name, layer)
+    values = values.place if isinstance(values, View) else values
     assert isinstance(values, Site)
     found = []
     for row in rows:

@@ -72,7 +72,7 @@ def collect(
     if max_new_tokens is not None:
         settings = (batch_size, device, dtype, reduce, progress, max_new_tokens, generation)
         return over_generation(model, rows, plan, *settings, call, earlier)
-    result = Filling(plan, rows, chosen, single, device, dtype, reduce)
+    result = Filling(plan, rows, chosen, single, device, dtype, reduce, model.readout.layout.extra)
     if earlier is not None:
         result.take_over(earlier)
     with (

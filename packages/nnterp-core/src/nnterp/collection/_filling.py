@@ -26,7 +26,9 @@ class Filling:
         device: str | torch.device,
         dtype: torch.dtype | None,
         reduce: Reduce,
+        front: int = 0,
     ) -> None:
+        self.front = front  # keys of attention that stand before the tokens'
         self.plan, self.rows, self.chosen, self.single = plan, rows, chosen, single
         self.device, self.dtype, self.reduce = torch.device(device), dtype, reduce
         self.width = max(len(c) for c in chosen)
@@ -47,12 +49,10 @@ class Filling:
         )
         mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own])
         rows, seq = batch.input_ids.shape
-        longest = max(range(rows), key=lambda i: len(batch.rows[i]))
-        seq += batch.starts[longest]  # a row without padding begins where what the model puts in front ends
         whole = not self.ragged and seq == width and bool((index == torch.arange(width)).all())
         starts = torch.tensor(batch.starts)
         lengths = torch.tensor([len(row) for row in batch.rows])
-        return Selection(index, mask, whole, self.single, (rows, seq), starts, lengths)
+        return Selection(index, mask, whole, self.single, (rows, seq), starts, lengths, self.front)
 
     def put(self, batch: Batch, taken: dict[int, torch.Tensor]) -> None:
         """Write a batch to where its prompts belong."""

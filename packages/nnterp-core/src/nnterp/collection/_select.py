@@ -18,6 +18,7 @@ class Selection(Record):
         single: Whether the axis of positions is dropped.
         shape: `(rows, seq)` of the batch.
         starts, lengths: Where each row's first token stands, and how many it has.
+        front: How many keys of attention stand before the tokens' (CPM-Ant's soft prompt).
     """
 
     def __init__(
@@ -29,15 +30,15 @@ class Selection(Record):
         shape: tuple[int, ...],
         starts: torch.Tensor,
         lengths: torch.Tensor,
+        front: int = 0,
     ) -> None:
         self.index, self.mask, self.whole, self.single = index, mask, whole, single
-        self.shape, self.starts, self.lengths = shape, starts, lengths
+        self.shape, self.starts, self.lengths, self.front = shape, starts, lengths, front
 
 
 def last_of(batch: Batch) -> Selection:
     """The last token of each row, without an axis of positions."""
-    rows, longest = len(batch), max(range(len(batch)), key=lambda i: len(batch.rows[i]))
-    shape = (rows, batch.input_ids.shape[1] + batch.starts[longest])
+    rows, shape = len(batch), (len(batch), batch.input_ids.shape[1])
     mask, lengths = torch.ones(rows, 1, dtype=torch.bool), torch.tensor([len(row) for row in batch.rows])
     return Selection(batch.last[:, None], mask, False, True, shape, torch.tensor(batch.starts), lengths)
 
@@ -71,6 +72,7 @@ def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> t
 def _pattern(tensor: torch.Tensor, picked: Selection, label: str) -> torch.Tensor:
     """`[rows, heads, query, key]` → the queries picked, the keys counted over the row's own tokens."""
     rows, seq = picked.shape
+    tensor = tensor[..., picked.front :]
     if tensor.dim() != 4 or tensor.shape[0] != rows or tensor.shape[2] != seq or tensor.shape[3] != seq:
         raise ValueError(
             f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens: its queries or keys "
