@@ -55,7 +55,7 @@ SAVERS = {
     "Certificate": """
         from nnterp.certificate import Certificate, Line
         def save(n):
-            lines = tuple(Line(f"line {n}", "ok") for _ in range(SIZE // 20))
+            lines = tuple(Line(f"line {n}", "passed") for _ in range(SIZE // 20))
             fields = {f.name: "" for f in dataclasses.fields(Certificate)}
             Certificate(**{**fields, "lines": lines, "seconds": n}).save(PATH)
         def load():
