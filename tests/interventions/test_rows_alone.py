@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.errors import PaddingError
+from nnterp.errors import PaddingError, Unavailable
 from nnterp.interventions import (
     Component,
     TargetPrompt,
@@ -48,6 +48,8 @@ ARCHITECTURES = (
     *("jamba", "mamba2", "rwkv", "falcon_h1", "deepseek_v32", "deepseek_v4", "phi3", "cpmant", "xlnet", "roberta"),
     *("granitemoehybrid", "recurrent_gemma", "qwen3_next", "doge"),
 )
+
+NO_STEPS = ("deepseek_v4", "xlnet")  # steps of a generation have no one state for each token
 
 
 def rotary_model(kind: str) -> StandardizedTransformer:
@@ -134,7 +136,7 @@ def patchscope(model, rows):
 
 
 def attention_patchscope(model, rows):
-    return split(patch_object_attn_lens(model, rows, ["A cat sat"] * len(rows), 1, num_patches=2), 1)
+    return split(patch_object_attn_lens(model, rows, ["A cat sat"] * len(rows), 1, num_patches=2), 0)
 
 
 def written(model, rows):
@@ -249,8 +251,6 @@ def test_a_batch_across_the_threshold_is_refused_in_a_trace(rotary, kind):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_architecture(tiny, model_type, function):
-    from nnterp.errors import Unavailable
-
     model = tiny(model_type)
     if function is paths and model_type in ("mamba2", "roberta"):
         return
@@ -258,5 +258,7 @@ def test_every_architecture(tiny, model_type, function):
     lengths = tuple(draw.randrange(3, 14) for _ in range(5))
     try:
         compare(model, f"{model_type} {function.__name__}", function, lengths)
-    except Unavailable as refused:
+    except (Unavailable, ValueError) as refused:  # refused in words: several streams, tokens of its own in each step
+        if not isinstance(refused, Unavailable) and not (function is generated and model_type in NO_STEPS):
+            raise
         pytest.skip(str(refused)[:150])

@@ -57,7 +57,8 @@ class Layout(Record):
             return x.unflatten(1, (self.heads, -1)).permute(0, 3, 2, 1, 4).flatten(3)
         if self.name in (PROMPTED, PROMPTED_QUERIES):
             axis = 1 if self.name == PROMPTED else 2
-            return x.narrow(axis, self.heads, x.shape[axis] - self.heads)
+            front = self.heads if x.shape[axis] > self.heads else 0  # a step with a cache runs no soft prompt
+            return x.narrow(axis, front, x.shape[axis] - front)
         return x
 
     def back(self, value: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,7 @@ class Layout(Record):
             return value.unflatten(3, (self.heads, -1)).permute(0, 3, 2, 1, 4).reshape(was.shape)
         if self.name in (PROMPTED, PROMPTED_QUERIES):
             axis = 1 if self.name == PROMPTED else 2
-            return torch.cat([was.narrow(axis, 0, self.heads), value], axis)
+            return torch.cat([was.narrow(axis, 0, was.shape[axis] - value.shape[axis]), value], axis)
         return value
 
 

@@ -85,7 +85,8 @@ def _native(model: Running, first: int, stream: torch.Tensor) -> torch.Tensor:
     if not layout.extra:
         return layout.native(stream)
     entering = Site(model.layer_paths[first], "input").read(model, "skip_layers()")
-    return torch.cat([entering[:, : layout.extra], stream], 1)
+    front = entering.shape[1] - stream.shape[1]  # 0 in a step with a cache
+    return torch.cat([entering[:, :front], stream], 1)
 
 
 def require_skippable(model: Running, layers: range) -> None:
