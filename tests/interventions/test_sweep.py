@@ -77,9 +77,9 @@ def some_cells(model):
 
 
 def slow(model, prompt, edits, position=-1):
-    return logits_with(
-        model, PROMPTS[prompt], [(n, layer, hook(at, model.readout.layout.streams)) for n, layer, at in edits]
-    )[position]
+    layout = model.readout.layout  # a hook sees CPM-Ant's soft prompt in front of the tokens
+    hooks = [(n, layer, hook(tuple(p + layout.extra for p in at), layout.streams)) for n, layer, at in edits]
+    return logits_with(model, PROMPTS[prompt], hooks)[position]
 
 
 def close(found, expected):

@@ -272,7 +272,7 @@ def collect_token_activations_batched(
             nn_model, prompts, batch_size, layers, get_activations, remote, idx
         )
     position = _checked(nn_model, idx)
-    layers = read_indices(layers, get_num_layers(nn_model), "layers", "layers")
+    layers = _layers_of(nn_model, layers)
     plain = get_activations is None or get_activations is get_layer_output
     if isinstance(nn_model, StandardizedTransformer) and plain and not remote and tqdm is None and position == -1:
         found = nn_model.collect(
