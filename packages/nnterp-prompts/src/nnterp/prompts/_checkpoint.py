@@ -59,7 +59,7 @@ class Keeper:
             warnings.warn(
                 f"The checkpoint {self.folder} could not be written after {self._count()} "
                 f"({type(error).__name__}: {error}). The run goes on, and tries again in {SAVE_EVERY:.0f} seconds.",
-                stacklevel=5,
+                stacklevel=6,
             )
         self.saved = time.monotonic()
 

@@ -57,7 +57,7 @@ def next_token_probs(
             for i, part in zip(batch.indices, found, strict=True):
                 parts[i] = part
         probs = torch.stack(parts)  # type: ignore[arg-type]
-        warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.", 2)
+        warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.", 3)
         return probs
 
 

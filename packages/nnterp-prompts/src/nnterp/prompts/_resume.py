@@ -60,7 +60,7 @@ def _check_settings(results: PromptResults, earlier: PromptResults, where: str) 
         warnings.warn(
             f"Resuming, although {where} was run with {'; with '.join(attributes[:_NAMED])}. If this changes what the "
             f"function returns, start anew.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
