@@ -259,14 +259,14 @@ def _read(
     model: StandardizedTransformer, batch: Batch, layers: list[int], spots: _Spots, reduction: Reduction, remote: bool
 ) -> dict[str, torch.Tensor]:
     """Run one batch up to the last of these layers; reduced tensors `[spots * layers, ...]`."""
-    prompt, size = spots.prompt, batch.input_ids.shape
+    row, seq, prompt, size = spots.row, spots.seq, spots.prompt, batch.input_ids.shape
     # Computed here, because a remote worker does not know the size of the vocabulary.
     most = max(1, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
     with model.trace(batch.encoding, remote=remote, **forward_flags(model)) as tracer:
         states = []
         for layer in layers:
             stream = model.layers_output[layer]
-            states.append(states_at(model, stream, spots, size))
+            states.append(states_at(model, stream, row, seq, size))
         hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, ..., hidden]
         found = nnsight.save(_read_out(model, hidden, prompt, reduction, most))
         tracer.stop()
@@ -292,7 +292,9 @@ def _read_out(
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def states_at(model: StandardizedTransformer, stream: torch.Tensor, spots: _Spots, shape: torch.Size) -> torch.Tensor:
+def states_at(
+    model: StandardizedTransformer, stream: torch.Tensor, row: torch.Tensor, seq: torch.Tensor, shape: torch.Size
+) -> torch.Tensor:
     """The hidden states of a residual stream at some positions: `[spots, hidden]`, or `[spots, streams, hidden]`.
 
     Raises:
@@ -304,7 +306,7 @@ def states_at(model: StandardizedTransformer, stream: torch.Tensor, spots: _Spot
             f"The residual stream of this model has shape {list(stream.shape)}, without the axes {list(shape)} of the "
             "batch and its tokens, so no position of it can be read out."
         )
-    row, seq = spots.row.to(stream.device), spots.seq.to(stream.device)
+    row, seq = row.to(stream.device), seq.to(stream.device)
     return stream[row, seq] if axis == 0 else stream.movedim(0, 2)[row, seq]
 
 
