@@ -93,6 +93,11 @@ class Renewal:
         message = f"{model.model_class} changed since it was proven: {what}. It was proven anew."
         warnings.warn(message, ChangedModelWarning, stacklevel=4)
 
+    def ran_without_weights(self, module: nn.Module) -> None:
+        """After a run on fake tensors: what a model edits in its own forward (RWKV's scales) is no user's edit."""
+        if self.weightless is not None:
+            self.weightless = Weightless(module)
+
     def require_unedited(self, model: NamedTransformer) -> None:
         """Raise if a model without weights was edited, because loading the weights would lose the edit. Says it once.
 

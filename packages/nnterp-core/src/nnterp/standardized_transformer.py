@@ -167,6 +167,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         self._renewal.follow_tree(self)
         with unsteered(self):
             certificate, facts = certify(self)
+        if not self.dispatched:
+            self._renewal.ran_without_weights(self._module)
         self._take_over(facts, certificate)
         in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
         if self._probabilities_check is not None and self.dispatched and certificate.ok and not in_several:
