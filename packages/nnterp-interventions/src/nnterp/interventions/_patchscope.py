@@ -322,7 +322,7 @@ def _checked_latents(model: StandardizedTransformer, latents: Any, layers: list[
             f"latents has {len(latents)} layers for {len(layers)} to patch. As in nnterp 1.x, the first is written to "
             f"layer {layers[0]}, the next to the next layer asked for, and the rest is not used. To write each layer's "
             "own, pass latents[layers].",
-            stacklevel=5,
+            stacklevel=6,
         )
     return latents[: len(layers)]
 
