@@ -5,6 +5,7 @@ A fingerprint is taken when a model is proven and compared whenever it is used, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ _IDLE = frozenset(
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id".split()
 )
 
+_FACTOR = re.compile(r"scal(e|ing)|multiplier|softcap|logit_cap|_cap$|temperature|_alpha$|_factor$")
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -28,14 +31,14 @@ class Fingerprint:
     Attributes:
         modules: Every module, in the order of `walk`.
         forwards: For each, the forward that was put on the instance; nnsight's own counts as one and the same.
-        numbers: For each, its attributes that are floats (scales, caps, epsilons), by name.
+        numbers: For each, its scales, caps and other factors that are plain numbers, by name.
         configs: Every config of the model, and its fields.
         factors: Learned factors whose values the proof has read, and their version counters.
     """
 
     modules: list[nn.Module]
     forwards: list[Any]
-    numbers: list[dict[str, float]]
+    numbers: list[dict[str, float | None]]
     configs: list[tuple[Any, dict[str, Any]]]
     factors: list[tuple[str, torch.Tensor, int]]
 
@@ -52,14 +55,10 @@ class Fingerprint:
         return cls(
             modules,
             [_forward(module) for module in modules],
-            [{name: x for name, x in vars(module).items() if type(x) is float and x == x} for module in modules],
+            [_numbers(module) for module in modules],
             [(config, _fields(config)) for config in configs],
             list(_factors(root)) if factors else [],
         )
-
-    def same_tree(self, root: nn.Module) -> bool:
-        """Whether the model has the modules that it had, in their places."""
-        return self.modules == walk(root)
 
     def difference(self, root: nn.Module) -> str:
         """What is different now, in words; "" if nothing is."""
@@ -115,6 +114,16 @@ def _forward(module: nn.Module) -> Any:
     """The forward that was put on a module's instance; nnsight's controllers stand for one and the same."""
     forward = module.__dict__.get("forward")
     return Controller if isinstance(forward, Controller) else forward
+
+
+def _numbers(module: nn.Module) -> dict[str, float | None]:
+    """Attributes of a module that are floats, or that are named as a factor and hold an integer or None."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if (type(value) is float and value == value)
+        or ((value is None or type(value) is int) and name[0] != "_" and _FACTOR.search(name))
+    }
 
 
 def _configs(modules: list[nn.Module]) -> Iterator[Any]:

@@ -226,7 +226,7 @@ class _Solver:
         """The modules whose output may be what a part adds.
 
         First those that follow the part, each given what the one before it returned, the last one first. Then the
-        part itself. Then the last module inside it.
+        part itself. Then the last module inside it, and those that hold it.
         """
         if part.leaves:
             yield part.end
@@ -242,6 +242,8 @@ class _Solver:
         inner = [p for p in self.order if p.startswith(f"{part.exit}.")]
         if inner:
             yield inner[-1]
+            # A projection that an adapter has wrapped holds the last module, and is what the part adds.
+            yield from (p for p in reversed(inner) if inner[-1].startswith(f"{p}."))
 
     def extras(self) -> list[str]:
         """Direct children of the layer that are in none of its parts and may add something of their own."""
