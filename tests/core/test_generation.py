@@ -1,6 +1,7 @@
 """Edits in a generation equal HuggingFace's own `generate` with torch hooks on its layers, token by token."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -190,6 +191,19 @@ def test_every_way_to_say_every_step(tiny):
         for _ in tracer.iter[:NEW]:
             model.steer(1, vector)
         found["bounded loop"] = tracer.result.save()
+    for loop in (lambda tracer: model.iter[:NEW], lambda tracer: model.layers[0].iter[:NEW]):  # deprecated spellings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.no_grad(), model.generate(PROMPTS, **settings(model)) as tracer:
+                for _ in loop(tracer):
+                    model.steer(1, vector)
+                found[f"loop {len(found)}"] = tracer.result.save()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.no_grad(), model.generate(PROMPTS, **settings(model)) as tracer:
+            with tracer.iter[:NEW]:
+                model.steer(1, vector)
+            found["with block"] = tracer.result.save()
     with torch.no_grad(), model.generate(PROMPTS, **settings(model)) as tracer:
 
         def edit(step):

@@ -175,6 +175,8 @@ BAD = [
     ({"token_positions": 40}, IndexError, "no position 40"),
     ({"token_positions": slice(40, 50)}, ValueError, "no token"),
     ({"token_positions": at("Rome")}, ValueError, "Rome"),
+    ({"factor": float("nan")}, ValueError, "finite"),
+    ({"factor": "2"}, ValueError, "finite"),
     ({"batch_index": 5}, IndexError, "5"),
     ({"batch_index": []}, ValueError, "no rows"),
     ({"batch_index": True}, TypeError, "True"),
@@ -313,3 +315,21 @@ def test_a_checkpoint_of_prompts_knows_the_steering(toy, tmp_path):
     with toy.steering(vector, 4, 3):
         steered = run_prompts(toy, prompts, progress=False)
     assert (steered["target"] - plain["target"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "deepseek_v4", "hy_v4"])
+def test_the_readout_by_replay_is_not_steered_once_more(tiny, model_type):
+    """Their readout runs the model's own forward with the layers replaced, on which the hooks of a steering stand."""
+    model = tiny(model_type)
+    assert model.readout.way == "replay"
+    vector = vector_for(model)
+    with torch.no_grad(), model.trace(torch.arange(10, 16)[None]):
+        hidden = model.layers_output[-1].save()
+    plain = model.project_on_vocab(hidden)
+    with model.steering(vector, -1):
+        steered = model.project_on_vocab(hidden)
+        lens = logit_lens(model, PROMPTS[:1], layers=[-1])
+        with torch.no_grad(), model.trace(PROMPTS[0]):
+            states = model.layers_output[-1].save()
+    assert torch.equal(steered, plain)
+    torch.testing.assert_close(lens[:, 0], model.project_on_vocab(states)[:, -1].softmax(-1), rtol=1e-4, atol=1e-6)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from nnterp.errors import Unavailable
 from nnterp.record import replace
 from nnterp.tensors import stream_out
-from nnterp.traced import Chosen, Condition, Place, Site, Steering, change
+from nnterp.traced import Chosen, Condition, Place, Site, Steering, change, is_apart
 
 
 class Steerable(Protocol):
@@ -94,7 +94,8 @@ def hooks(model: Steerable, steering: Steering) -> list[RemovableHandle]:
 
 def _hook(model: Steerable, steering: Steering, layer: int) -> Callable[[nn.Module, tuple, Any], Any]:
     def steer(module: nn.Module, args: tuple, output: Any) -> Any:
-        if model.interleaver.interleaving or all(other is not steering for other in model.standing):
+        mine = model.interleaver.interleaving or is_apart(model.interleaver)  # a run of nnterp itself
+        if mine or all(other is not steering for other in model.standing):
             return None
         own = steering.others
         limited = [name for name in ("token_positions", "batch_index") if own[name] is not None]

@@ -15,7 +15,7 @@ from nnterp.traced._accessors import (
     require_running,
     write_value,
 )
-from nnterp.traced._apart import Apart
+from nnterp.traced._apart import Apart, is_apart
 from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._conditions import Chosen, Condition
@@ -75,6 +75,7 @@ __all__ = [
     "change",
     "envoy_at",
     "fresh_rotations",
+    "is_apart",
     "layer_index",
     "over",
     "read_value",

@@ -22,12 +22,15 @@ class Given:
     def __init__(self, ids: torch.Tensor | None, mask: torch.Tensor | None, width: int | None) -> None:
         self.ids, self.mask, self.width = ids, mask, width
         self.texts: dict[int, tuple[str, list[tuple[int, int]]]] = {}
+        self.tokens: list[list[int]] | None = None  # read off the mask once: it may be on a GPU
 
     def columns(self, row: int, width: int) -> list[int]:
         """The columns of a row's own tokens."""
         if self.mask is None:
             return list(range(width))
-        return self.mask[row].nonzero().flatten().tolist()
+        if self.tokens is None:
+            self.tokens = [[i for i, own in enumerate(line) if own] for line in self.mask.tolist()]
+        return self.tokens[row]
 
 
 # rows: prompts of this worker; each stands in `copies` rows of the stream (beams, several returned sequences).

@@ -48,15 +48,17 @@ class SteeredRun:
         own, condition = self.steering.others, self.steering.condition
         if step not in self.steps and (step or condition is None):
             return
+        what, where = "steer", None
+        everywhere = own["token_positions"] is None and own["batch_index"] is None
         for layer, vector in self.steering.vectors.items():  # in forward order
             if condition is not None and self.rows is None and layer >= condition.layer:
                 self.rows = condition.rows(self.model)
             if step not in self.steps:
                 continue
             stream = self.model.layers_output[layer]
-            what = f"steer: layer {layer}"
-            where = selected(self.model, stream, step, self.exact, own["token_positions"], own["batch_index"], what)
-            new = steered(stream, vector, where, own, what)
+            if where is None and not everywhere:  # the same in all layers of a pass
+                where = selected(self.model, stream, step, self.exact, own["token_positions"], own["batch_index"], what)
+            new = steered(stream, vector, where, own, f"{what}: layer {layer}")
             if self.rows is not None:
                 new = torch.where(self.rows.to(stream.device).view(-1, 1, 1), new, stream)
             self.model.layers_output[layer] = new
@@ -100,6 +102,8 @@ def steering_of(
     if (mode == "affine") != (origin is not None):
         raise ValueError(f"steer: mode='affine' needs origin=, and no other mode takes it; mode is {mode!r}.")
     read_steps(steps)
+    if isinstance(factor, (bool, str)) or not abs(factor) < float("inf"):
+        raise ValueError(f"steer: factor={factor!r} is no finite number.")
     given = getattr(vector, "directions", vector)  # a SteeringVector
     if layers is None:
         wanted = sorted(given) if isinstance(given, Mapping) else range(num_layers)
@@ -170,9 +174,7 @@ def read_positions(positions: Any) -> Any:
 def selected(
     model: Running, stream: torch.Tensor, step: int, exact: bool, positions: Any, batch_index: Any, what: str
 ) -> Any:
-    """Where the stream `[rows, seq, hidden]` is steered: None for everywhere, or `(rows, columns, shape)`."""
-    if positions is None and batch_index is None:
-        return None
+    """Where the stream `[rows, seq, hidden]` is steered: `(rows, columns, shape)`."""
     own = Pass(model, stream, step, Mediator.current(what).batch_group, what)
     every = list(range(own.rows))
     try:
@@ -229,7 +231,7 @@ def steered(stream: torch.Tensor, vector: torch.Tensor, where: Any, own: dict[st
             if new.shape != stream.shape:
                 raise RuntimeError(f"it would become {list(new.shape)}")
             return new
-        rows, columns, shape = where
+        rows, columns, shape = where[0].to(stream.device), where[1].to(stream.device), where[2]
         here = columns >= 0
         if shape is not None and vector.dim() > 1:
             vector = vector.expand(*shape, stream.shape[-1]).reshape(-1, stream.shape[-1])[here.cpu()]

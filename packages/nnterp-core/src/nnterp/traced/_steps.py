@@ -29,7 +29,7 @@ class EachStep(Mediator):
     def __init__(self, model: Running, edit: Callable[[int], None], steps: Any, first: int, begin: dict) -> None:
         Mediator.__init__(self, None, {}, {})
         self.model, self.edit, self.steps, self.first, self.begin = model, edit, steps, first, begin
-        self.step = first
+        self.step, self.owner = first, None  # the worker of the block that the edit stands in
 
     def _run(self) -> None:
         for step in self.steps if isinstance(self.steps, range) else sorted(self.steps):
@@ -40,6 +40,8 @@ class EachStep(Mediator):
                 Mediator.value(f"{self.model.path}.input")
             except OutOfOrderError:
                 return  # the generation is over
+            if self.owner is not None and self.owner.iteration != 0:
+                return  # it stands in a loop of nnsight's own (`model.iter`), which makes the edit itself
             self.edit(step)
             self.flush()
 
@@ -69,13 +71,25 @@ class StepLoop(Iterations):
         return StepLoop(chosen.start, chosen.stop, chosen.steps)
 
     def __iter__(self) -> Any:
-        mediator: Any = Mediator.current("tracer.iter")
-        outer = getattr(mediator, "looping", False)
-        mediator.looping = True
-        try:
+        with Looping():
             yield from Iterations.__iter__(self)
-        finally:
-            mediator.looping = outer
+
+    def execute(self, code: Any) -> None:
+        """The deprecated `with tracer.iter[...]:`."""
+        with Looping():
+            Iterations.execute(self, code)
+
+
+class Looping:
+    """While the block is open, the running worker is in a loop over steps."""
+
+    def __enter__(self) -> None:
+        self.mediator: Any = Mediator.current("tracer.iter")
+        self.outer = getattr(self.mediator, "looping", False)
+        self.mediator.looping = True
+
+    def __exit__(self, *_: Any) -> None:
+        self.mediator.looping = self.outer
 
 
 # In a loop over steps, and in a run of one pass, only this pass is edited, if it is chosen.
@@ -87,15 +101,16 @@ def in_steps(model: Running, edit: Callable[[int], None], steps: Any) -> None:
         raise ValueError(f"steps={steps!r}: a trace runs one forward pass, step 0. Later steps exist in generate().")
     if model.interleaver.stepping and not isinstance(mediator, EachStep) and not in_a_loop():
         later = EachStep(model, edit, chosen, now + 1, mediator.counts_at_start)
-        later.batch_group = mediator.batch_group
+        later.batch_group, later.owner = mediator.batch_group, mediator
         _start(model, later)
     if now in chosen:
         edit(now)
 
 
 def in_a_loop() -> bool:
-    """Whether the running block is in a `tracer.iter` loop."""
-    return getattr(Mediator.current("steps"), "looping", False)
+    """Whether the running block is in a loop over steps. nnsight's own loops show it from their second step on."""
+    mediator: Any = Mediator.current("steps")
+    return getattr(mediator, "looping", False) or mediator.iteration != 0
 
 
 def start_standing(model: Running, edits: tuple) -> None:
@@ -109,8 +124,7 @@ def start_standing(model: Running, edits: tuple) -> None:
 def _start(model: Running, worker: EachStep) -> None:
     """Start a worker in the middle of a run. It is served before the block that started it."""
     mediators = model.interleaver.mediators
-    own = [place for place, other in enumerate(mediators) if other is Mediator.current("steps")]
-    mediators.insert(own[0] if own else 0, worker)
+    mediators.insert(mediators.index(Mediator.current("steps")), worker)
     worker.start(model.interleaver)
 
 

@@ -26,7 +26,7 @@ from nnterp.traced._readout import Readout, project_on_vocab
 from nnterp.traced._sharing import Sharing, fresh_rotations, growth_of, require_sharing
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._steering import steer
-from nnterp.traced._steps import in_steps, require_single, start_standing
+from nnterp.traced._steps import StepLoop, in_steps, require_single, start_standing
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Lender, Place
@@ -113,6 +113,16 @@ class TracedTransformer(TransformersModel):
             if not self.positions_from_mask:
                 kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
+
+    @property
+    def iter(self) -> StepLoop:
+        """nnsight's deprecated `model.iter`: use `tracer.iter`."""
+        TransformersModel.iter.fget(self)  # warns
+        return StepLoop()
+
+    def all(self) -> StepLoop:
+        """nnsight's deprecated `model.all()`: use `tracer.all()`."""
+        return self.iter[:]
 
     def prepare_run(self) -> None:
         """Instrument the operations that make `layers_mid`, which a layer that has begun could not serve any more."""
