@@ -27,21 +27,9 @@ BACKBONES = {  # where the module that holds the layers is
 }
 
 
-@pytest.fixture(scope="module")
-def built():
-    made: dict[str, StandardizedTransformer] = {}
-
-    def build(model_type: str) -> StandardizedTransformer:
-        if model_type not in made:
-            made[model_type] = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
-        return made[model_type]
-
-    return build
-
-
 @pytest.mark.parametrize("model_type", BACKBONES)
-def test_the_backbone_is_called_model(built, model_type):
-    model, module = built(model_type), tiny_model(model_type)
+def test_the_backbone_is_called_model(tiny, model_type):
+    model, module = tiny(model_type), tiny_model(model_type)
     assert type(model.model._module) is type(module.get_submodule(BACKBONES[model_type]))
     assert model.model.layers[1]._module is model.layers[1]._module
     assert model.model.ln_final is model.ln_final
@@ -68,8 +56,8 @@ def test_the_rename_dict_gives_no_name_to_two_modules(model_type):
     )
 
 
-def test_the_module_and_the_class(built):
-    model = built("gpt2")
+def test_the_module_and_the_class(tiny):
+    model = tiny("gpt2")
     assert model._model is model._module
     assert isinstance(model, nnsight.LanguageModel)
     model.detect_layer_output_type()
@@ -78,8 +66,8 @@ def test_the_module_and_the_class(built):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_modules_of_accessors(built, model_type):
-    model = built(model_type)
+def test_modules_of_accessors(tiny, model_type):
+    model = tiny(model_type)
     assert model.layers_output.get_module(1) is model.layers[1]
     assert model.layers_input.get_module(-1) is model.layers[model.num_layers - 1]
     assert model.attentions_output.get_module(0) is model.layers[0].self_attn
@@ -143,7 +131,7 @@ def test_a_module_accessor_shows_nnsights_tree():
     assert accessor.get_attention(0) is accessor.nn_model.layers[0].self_attn._module
 
 
-def test_modules_that_other_libraries_import(built, capsys):
+def test_modules_that_other_libraries_import(tiny, capsys):
     from nnterp import rename_utils
     from nnterp.logging import logger
     from nnterp.utils import display_source, try_with_scan
@@ -152,24 +140,24 @@ def test_modules_that_other_libraries_import(built, capsys):
     display_source("x = 1")
     assert "x = 1" in capsys.readouterr().out
     shapes = []
-    assert try_with_scan(built("llama"), lambda: shapes.append(built("llama").layers_output[0].shape), ValueError("no"))
-    assert shapes[0][-1] == built("llama").hidden_size
+    assert try_with_scan(tiny("llama"), lambda: shapes.append(tiny("llama").layers_output[0].shape), ValueError("no"))
+    assert shapes[0][-1] == tiny("llama").hidden_size
     assert "model.transformer.layers" in rename_utils.LAYER_NAMES
     assert "wte" in rename_utils.EMBED_TOKENS_NAMES
     assert [c.__name__ for c in rename_utils.IGNORE_MLP_MODELS] == ["OPTForCausalLM"]
-    assert rename_utils.get_ignores(built("opt")._model) == ["mlp"]
-    assert rename_utils.get_ignores(built("llama")._model, RenameConfig(ignore_attn=True)) == ["attention"]
+    assert rename_utils.get_ignores(tiny("opt")._model) == ["mlp"]
+    assert rename_utils.get_ignores(tiny("llama")._model, RenameConfig(ignore_attn=True)) == ["attention"]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom"])
-def test_the_checks_of_shapes(built, model_type):
+def test_the_checks_of_shapes(tiny, model_type):
     from nnterp.rename_utils import check_model_renaming, get_ignores
 
-    model = built(model_type)
+    model = tiny(model_type)
     check_model_renaming(model, model_type, get_ignores(model._model), allow_dispatch=True)
 
 
-def test_the_checks_of_shapes_find_a_wrong_size(built):
+def test_the_checks_of_shapes_find_a_wrong_size(tiny):
     from nnterp.rename_utils import check_model_renaming
 
     config = RenameConfig(hidden_size_config_key=48)
@@ -180,8 +168,8 @@ def test_the_checks_of_shapes_find_a_wrong_size(built):
         check_model_renaming(model, "llama", [], allow_dispatch=True)
 
 
-def test_two_spellings_of_positions_at_once(built):
-    model = built("llama")
+def test_two_spellings_of_positions_at_once(tiny):
+    model = tiny("llama")
     with pytest.raises(ValueError, match="Cannot specify both"), model.trace(IDS):
         model.steer(layers=0, steering_vector=torch.ones(model.hidden_size), positions=0, token_positions=0)
 

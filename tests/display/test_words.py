@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from nnterp import display
 from nnterp.testing import tiny_tokenizer
+
+from ..words import error_of, is_ours
 
 WRONG = [
     *(None, "", [], [[]], float("nan"), b"ab", 1.5, -3, True, "nonsense", {}, {1, 2}, ("a", 1), [None], [""]),
@@ -42,22 +41,6 @@ CALLS = {
         "next_token_probs tokenizer k width height",
     ),
 }
-
-
-def error_of(call):
-    """The error that a call raises, None if it raises none."""
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
-
-
-def is_ours(error):
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    file = Path(last.filename)
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return "nnterp" in file.parts and "raise" in " ".join(lines[last.lineno - 1 : (last.end_lineno or last.lineno)])
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,6 @@ def all_states(model, rows):
 
 
 def sums(model, rows):
-    if len(rows) > 1:  # a sum over prompts is the sum of the prompts' sums
-        return [model.collect(rows, "layers_output", reduce="sum")["layers_output"]]
     return [model.collect(rows, "layers_output", reduce="sum")["layers_output"]]
 
 
@@ -194,6 +192,7 @@ def compare(model, name, function, lengths):
         assert function in REFUSING or function.__name__.startswith("older")
         assert len({model.sharing.side(length) for length in lengths}) > 1
         return
+    # A sum over prompts is the sum of the prompts' sums.
     expected = [torch.stack([one for (one,) in alone]).sum(0)] if function is sums else [one for (one,) in alone]
     assert len(together) == len(expected)
     for found, one in zip(together, expected, strict=True):

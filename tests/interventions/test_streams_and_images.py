@@ -29,22 +29,10 @@ PROMPTS = [[5, 9, 12, 7, 30], [22, 17, 41], [60, 8, 75, 33]]
 RUN = (0, 2)  # the layers of the tiny Mllama that run on a text: cross-attention stands in 1 and 3
 
 
-@pytest.fixture(scope="module")
-def built():
-    made: dict[str, StandardizedTransformer] = {}
-
-    def build(model_type: str) -> StandardizedTransformer:
-        if model_type not in made:
-            made[model_type] = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
-        return made[model_type]
-
-    return build
-
-
 @pytest.mark.parametrize("model_type", STREAMS)
-def test_the_lens_reads_all_streams_of_a_layer(built, model_type):
+def test_the_lens_reads_all_streams_of_a_layer(tiny, model_type):
     """The last layer gives HuggingFace's logits; every layer what the readout gives for its whole stream."""
-    model = built(model_type)
+    model = tiny(model_type)
     found = logit_lens(model, PROMPTS, positions=slice(None))
     last = logit_lens(model, PROMPTS)
     assert found.shape[1] == model.num_layers
@@ -62,8 +50,8 @@ def test_the_lens_reads_all_streams_of_a_layer(built, model_type):
 
 
 @pytest.mark.parametrize("model_type", STREAMS)
-def test_what_is_built_on_the_lens_with_several_streams(built, model_type):
-    model = built(model_type)
+def test_what_is_built_on_the_lens_with_several_streams(tiny, model_type):
+    model = tiny(model_type)
     probs = logit_lens(model, PROMPTS)
     table = logit_lens_table(model, PROMPTS, targets=7, positions=-1)
     torch.testing.assert_close(table["target_probs"].squeeze(), probs[:, :, 7])
@@ -75,8 +63,8 @@ def test_what_is_built_on_the_lens_with_several_streams(built, model_type):
 
 
 @pytest.mark.parametrize("model_type", STREAMS)
-def test_the_getters_of_1x_count_tokens_and_not_rows(built, model_type):
-    model = built(model_type)
+def test_the_getters_of_1x_count_tokens_and_not_rows(tiny, model_type):
+    model = tiny(model_type)
     found = get_token_activations(model, [PROMPTS[0]])
     with torch.no_grad(), model.trace([PROMPTS[0]]):
         stream = model.layers_output[1].save()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,8 @@ from nnterp.interventions import (
 from nnterp.positions import last_of
 from nnterp.prompts import IncompleteRunError, Prompt, PromptResults, next_token_probs, run_prompts
 from nnterp.testing import tiny_model, tiny_tokenizer
+
+from ..words import error_of, is_ours
 
 FRANCE, ITALY = "The capital of France is", "The capital of Italy is"
 PARIS = logit_difference(" Paris", " Rome")
@@ -145,23 +146,6 @@ CALLS = {
         "rename_config",
     ),
 }
-
-
-def error_of(call):
-    """The error that a call raises, None if it raises none."""
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
-
-
-def is_ours(error):
-    """Whether an error was raised by a `raise` of this library, and not by what it called."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    file = Path(last.filename)
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return "nnterp" in file.parts and "raise" in " ".join(lines[last.lineno - 1 : (last.end_lineno or last.lineno)])
 
 
 @pytest.mark.parametrize(

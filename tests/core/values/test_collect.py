@@ -252,3 +252,13 @@ def test_over_a_generation(model_type):
             got["layers_output", 1][i, :k], own[0, len(row) - 1 : len(row) - 1 + k], atol=1e-4, rtol=1e-4
         )
         assert logits[0, len(row) - 1 : len(row) - 1 + k].argmax(-1).tolist() == made.tolist()
+
+
+def test_the_middle_of_a_layer_whose_module_adds_the_stream():
+    """CPM-Ant's attention module ends with the stream's middle, at an operation that the probe does not time."""
+    model = wrapped("cpmant", eager=False, check=True)
+    found = model.collect(PROMPTS, ["mlps_input", "layers_mid", "attentions_output"], progress=False)
+    for layer in range(model.num_layers):
+        with torch.no_grad(), model.trace(list(found.rows[0].ids)):
+            middle = model.layers_mid[layer].save()
+        torch.testing.assert_close(found["layers_mid", layer][0, : len(found.rows[0])], middle[0], rtol=1e-4, atol=1e-4)

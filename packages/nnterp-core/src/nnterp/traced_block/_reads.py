@@ -19,22 +19,7 @@ FIRST = ("input_ids", "attention_mask", "input_size")  # available before the fi
 _LAST = ("logits", "next_token_probs", "output")
 _SIZES = ("num_layers", "hidden_size", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 _PLAIN = (*_LAST, *_SIZES, "tokenizer", "config", "device", "dtype", "attention_layers", "readout", "anatomy")
-_BUILTINS = (
-    "len",
-    "print",
-    "float",
-    "int",
-    "str",
-    "list",
-    "tuple",
-    "dict",
-    "sorted",
-    "min",
-    "max",
-    "sum",
-    "abs",
-    "repr",
-)
+_BUILTINS = "len print float int str list tuple dict sorted min max sum abs repr".split()
 
 Index = int | tuple[int, int] | None
 

@@ -70,7 +70,10 @@ def when(model: Known, place: Place) -> float:
     if isinstance(place, Item):
         return ticks[place.path, (), "output"]
     if isinstance(place, Inside):
-        return ticks[place.path, place.labels, place.side]
+        # The probe does not time the operations of every module. One that it does not is `layers_mid` in a module that
+        # ends with it: it comes after everything in that module.
+        known = ticks.get((place.path, place.labels, place.side))
+        return ticks[place.path, (), "output"] - 0.5 if known is None else known
     if isinstance(place, Declared):
         part = model.facts.anatomy.part("self_attn", place.layer)
         return ticks[part.entry, (), "output"] - 0.5
