@@ -200,11 +200,21 @@ def test_an_interrupt_keeps_what_is_done(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt) as caught:
         steering_sweep(model, vector_for(model), PROMPTS, metric, factors=FACTORS, damage={"kl": NEUTRAL})
     partial = caught.value.partial
-    assert "1 of 6 settings are done" in caught.value.__notes__[0]
-    assert (~partial["effect"].isnan()).tolist() == [[True, False, False], [False, False, False]]
+    assert "resume=error.partial" in caught.value.__notes__[0]
+    there = [[True, False, False], [False, False, False]]
+    assert partial["done"].tolist() == (~partial["effect"].isnan()).tolist() == there
     partial.save(tmp_path / "partial")
     assert Result.load(tmp_path / "partial").best(1.0)["layer"] == 0
     assert model.standing == ()
+    again = {"factors": FACTORS, "damage": {"kl": NEUTRAL}}
+    before = len(seen)
+    resumed = steering_sweep(model, vector_for(model), PROMPTS, metric, **again, resume=tmp_path / "partial")
+    assert len(seen) - before == (1 + 5) * len(PROMPTS)  # without steering, and what was left
+    whole = steering_sweep(model, vector_for(model), PROMPTS, metric, **again)
+    for name in ("effect", "scores", "kl", "baseline"):
+        assert torch.equal(resumed[name], whole[name]), name
+    with pytest.raises(ValueError, match="Cannot resume.*factors"):
+        steering_sweep(model, vector_for(model), PROMPTS, metric, factors=[1.0], damage={"kl": NEUTRAL}, resume=partial)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import torch
 from nnterp.inputs import encode
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._metrics import bind_metric, by_prompt, metric_name
+from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import bar
 from nnterp.interventions._steering._damage import NAMES, read_damage
 from nnterp.interventions._steering._measuring import Measuring
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -100,6 +102,7 @@ def steering_sweep(
     batch_size: int = 16,
     progress: bool | None = None,
     remote: Any = False,
+    resume: Resume = None,
     **steering: Any,
 ) -> SteeringSweep:
     """Steer at each layer with each factor, and measure what it does to a metric and what else it breaks.
@@ -126,6 +129,8 @@ def steering_sweep(
         progress: Show a progress bar over settings; None: after two seconds.
         remote: Run on the remote service. With "kl" each request carries the plain log-probabilities,
             `[tokens, vocab]` in float32.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: settings that are `done` in it are not run again.
         **steering: Further arguments of `model.steering`: `mode`, `token_positions`, `keep_norm`, ...
 
     Returns:
@@ -135,7 +140,8 @@ def steering_sweep(
         ValueError: There are no factors, there is no such measure, or the metric returns another shape.
         InsideTraceError: Called inside a trace of this model.
 
-        An error in a later setting, or an interrupt, carries the sweep so far as `error.partial`.
+        An error in a later setting, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where
+        its `done`, `[layers, factors]`, is False.
     """
     model.require_no_trace("steering_sweep()")
     model.prepare(remote)
@@ -158,20 +164,33 @@ def steering_sweep(
     told = {"metric": metric_name(metric), "damage": list(measured), "vector": repr(vector), **steering}
     about = describe_run(model, "steering_sweep", **told)
     result = _empty(list(measured), labels, scores(plain), plain, about)
-    settings = list(itertools.product(range(len(wanted)), range(len(numbers))))
-    done = 0
-    try:
-        with bar(len(settings), "steering_sweep", progress) as shown:
-            for i, j in settings:
+    given = getattr(vector, "directions", vector)
+    asked = {
+        "prompts": ids_of(rows, *measured.values()),
+        "vector": dict(given) if isinstance(given, Mapping) else given,
+        **{name: told[name] for name in ("damage", *steering)},
+        "layers": wanted,
+        "factors": numbers,
+        "max_new_tokens": max_new_tokens,
+    }
+    call = Call(model, "steering_sweep", asked, {"metric": metric})
+    done = torch.zeros(len(wanted), len(numbers), dtype=torch.bool)
+    if (earlier := resumed(call, resume)) is not None:
+        done = earlier[DONE].clone()
+        for name in ("scores", "effect", *measured):
+            result[name][done] = earlier[name][done]
+
+    def partial() -> SteeringSweep:
+        return unfinished(call, lambda: result, done, ("layers", "factors"))
+
+    with bar(done.numel(), "steering_sweep", progress) as shown, call.keeping(partial):
+        for i, j in itertools.product(range(len(wanted)), range(len(numbers))):
+            if not done[i, j]:
                 with model.steering(vector, wanted[i], numbers[j], **steering):
                     found = measuring.run()
                 _fill(result, i, j, scores(found), found)
-                done += 1
-                shown.update(1)
-    except BaseException as error:
-        error.partial = result  # type: ignore[attr-defined]
-        error.add_note(f"{done} of {len(settings)} settings are done: see error.partial, NaN for the rest.")
-        raise
+                done[i, j] = True
+            shown.update(1)
     return result
 
 
