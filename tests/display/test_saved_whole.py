@@ -93,13 +93,17 @@ ENDS = {
     "interrupted": """
         save(0)
         last = n = stopped = 0
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it waits until there is something to interrupt
         print("ready", flush=True)
         while stopped < 8:
-            n += 1
             try:
-                save(n)
-                last = n
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                while True:
+                    n += 1
+                    save(n)
+                    last = n
             except KeyboardInterrupt:
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
                 stopped += 1
                 assert load() in (last, n), (load(), last, n)
                 print(stopped, flush=True)
