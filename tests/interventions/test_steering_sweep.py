@@ -213,7 +213,7 @@ def test_an_interrupt_keeps_what_is_done(tiny, tmp_path):
     whole = steering_sweep(model, vector_for(model), PROMPTS, metric, **again)
     for name in ("effect", "scores", "kl", "baseline"):
         assert torch.equal(resumed[name], whole[name]), name
-    with pytest.raises(ValueError, match="Cannot resume.*factors"):
+    with pytest.raises(ValueError, match=r"Cannot resume.*factors"):
         steering_sweep(model, vector_for(model), PROMPTS, metric, factors=[1.0], damage={"kl": NEUTRAL}, resume=partial)
 
 

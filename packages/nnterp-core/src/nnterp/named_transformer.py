@@ -19,7 +19,9 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.loading import reported
 from nnterp.traced import (
+    Edits,
     Lender,
+    NoEdits,
     Place,
     Readout,
     Sharing,
@@ -41,8 +43,9 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("model_class", "layer_paths", "readout", "lenders", "sharing", "positions_from_mask", "standing"),
+    *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing"),
 )
+EDITS = frozenset(["steer", "skip_layer", "skip_layers", "each_step"])  # methods of `Edits`, as blocks name them
 
 
 class SentByName:
@@ -78,7 +81,8 @@ class NamedTransformer(EditedTransformer):
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
-        self.standing = ()
+        self.standing, self.edits = (), Edits()
+        self._edited = True  # whether the request that is being made edits the run
         self._envoys_by_path: dict[str, Envoy] = {}
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
@@ -328,7 +332,23 @@ class NamedTransformer(EditedTransformer):
             return TransformersModel.interleave(self, fn, *args, **kwargs)
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """See `TracedTransformer.project_on_vocab`; warns if the way is unproven."""
+        """Logits of hidden states: exactly what the model does after its last layer, final softcap and scales included.
+
+        Works inside a trace and outside (where it loads the weights if need be).
+
+        Args:
+            hidden_state: `[..., hidden]`, as in `layers_output`.
+
+        Returns:
+            `[..., vocab]` in the model's dtype, on the head's device.
+
+        Raises:
+            ShapeError: The last axis is not the model's hidden size.
+            Unavailable: It is not proven what this model does after its last layer.
+
+        Warns:
+            UnprovenWarning: The model was loaded with `check_renaming=False`.
+        """
         if self.readout.way == "unproven":
             warnings.warn(
                 f"{self.model_class}: nothing proves that {self.readout.chain} gives its logits, because the model was "
@@ -349,6 +369,7 @@ class NamedTransformer(EditedTransformer):
                 f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "
                 "Set model.tokenizer.padding_side = 'left'."
             )
+        self._edited = True
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
@@ -372,5 +393,7 @@ class NamedTransformer(EditedTransformer):
         if self.tokenizer is not None:
             state.pop("tokenizer")  # first, so that any other pickle is refused before it meets the module
             state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
+        state["sharing"] = None if self.sharing == Sharing() else self.sharing
+        state["edits"] = self.edits if self._edited else NoEdits()
         state["directory"] = directory_of(self, self.module_path)
         return arriving, (), state

@@ -22,8 +22,8 @@ from nnterp.older import OlderModel, module_of_class, with_older_names
 from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
-from nnterp.traced import Place, StepTracer, travel_by_value
-from nnterp.traced_block import BlockTracer
+from nnterp.traced import Place, travel_by_value
+from nnterp.traced_block import BlockTracer, RequestTracer
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 
 
@@ -236,11 +236,11 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             loading.refuse_unreadable_block(sys._getframe(1))
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
+            kwargs.setdefault("tracer_cls", RequestTracer)
         else:
             self.dispatch()
             self.notice_changes()
             kwargs.setdefault("tracer_cls", BlockTracer)
-        kwargs.setdefault("tracer_cls", StepTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:

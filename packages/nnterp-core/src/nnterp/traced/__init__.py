@@ -20,6 +20,7 @@ from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._conditions import Chosen, Condition
 from nnterp.traced._directory import LAYER, Directory
+from nnterp.traced._edits import Edits, NoEdits
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
@@ -46,6 +47,7 @@ __all__ = [
     "Condition",
     "Declared",
     "Directory",
+    "Edits",
     "Everywhere",
     "Inside",
     "Item",
@@ -53,6 +55,7 @@ __all__ = [
     "Layout",
     "Lender",
     "ModuleListAccessor",
+    "NoEdits",
     "Place",
     "ReadOnly",
     "Readout",

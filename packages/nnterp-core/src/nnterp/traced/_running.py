@@ -26,6 +26,7 @@ class Running(Protocol):
     _module: nn.Module
     path: str  # of the model in nnsight's tree
     tokenizer: Any
+    standing: tuple
 
     def envoy(self, path: str) -> Envoy:
         """The envoy of the module at a native path."""

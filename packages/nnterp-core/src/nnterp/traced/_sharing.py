@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nnterp.errors import PaddingError
 from nnterp.record import Record
+
+if TYPE_CHECKING:
+    from nnterp.traced._running import Running
 
 
 class Sharing(Record):
@@ -29,6 +32,21 @@ class Sharing(Record):
         split = sides != tuple(int(last > switch) for switch in self.switches)
         alone = split or (self.limit is not None and last > self.limit)
         return (*sides, length if alone else 0)
+
+    def begin(self, model: Running, mask: torch.Tensor | None, settings: dict[str, Any], counted: bool) -> None:
+        """Prepare a run, and raise unless its rows may share a batch; see `require_sharing`.
+
+        Args:
+            model: The model that runs.
+            mask: Of a padded batch.
+            settings: Of a generation.
+            counted: Whether positions are counted from the mask.
+        """
+        if self.limit is not None:
+            fresh_rotations(model._module)
+        if mask is not None:
+            growth = growth_of(model._module, settings, mask.shape[-1]) if model.interleaver.stepping else 0
+            require_sharing(self, mask, growth, counted, model.model_class)
 
     def __str__(self) -> str:
         if self.limit == 0:
@@ -85,3 +103,15 @@ def fresh_rotations(module: Any) -> None:
             if first is not None and held[name] != held.get("original_max_seq_len"):
                 inner.register_buffer(f"{prefix}inv_freq", first.to(getattr(inner, f"{prefix}inv_freq").device), False)
                 setattr(inner, name, inner.original_max_seq_len)
+
+
+def require_single(settings: dict[str, Any], module: Any) -> None:
+    """Raise for beams and several returned sequences, whose rows cannot be told apart in several invokes."""
+    configs = settings.get("generation_config"), getattr(module, "generation_config", None)
+    for name in ("num_beams", "num_return_sequences"):
+        given = next((v for v in (settings.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), 1)
+        if given > 1:
+            raise ValueError(
+                f"{name}={given} makes several rows of each prompt, and nnsight would show all of them to every "
+                "invoke. Put the prompts into one invoke, as a list, or generate from one at a time."
+            )

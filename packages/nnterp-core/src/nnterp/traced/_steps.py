@@ -128,18 +128,6 @@ def _start(model: Running, worker: EachStep) -> None:
     worker.start(model.interleaver)
 
 
-def require_single(settings: dict[str, Any], module: Any) -> None:
-    """Raise for beams and several returned sequences, whose rows cannot be told apart in several invokes."""
-    configs = settings.get("generation_config"), getattr(module, "generation_config", None)
-    for name in ("num_beams", "num_return_sequences"):
-        given = next((v for v in (settings.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), 1)
-        if given > 1:
-            raise ValueError(
-                f"{name}={given} makes several rows of each prompt, and nnsight would show all of them to every "
-                "invoke. Put the prompts into one invoke, as a list, or generate from one at a time."
-            )
-
-
 def step_of(model: Running, mediator: Any) -> int:
     """The forward pass that a worker's next read belongs to."""
     if isinstance(mediator, EachStep):

@@ -20,16 +20,14 @@ from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_val
 from nnterp.traced._binding import envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._directory import Directory
-from nnterp.traced._own_tokens import Given
 from nnterp.traced._places import Inside
 from nnterp.traced._readout import Readout, project_on_vocab
-from nnterp.traced._sharing import Sharing, fresh_rotations, growth_of, require_sharing
-from nnterp.traced._skipping import skip_layers
-from nnterp.traced._steering import steer
-from nnterp.traced._steps import StepLoop, in_steps, require_single, start_standing
+from nnterp.traced._sharing import require_single
 
 if TYPE_CHECKING:
+    from nnterp.traced._edits import NoEdits
     from nnterp.traced._running import Lender, Place
+    from nnterp.traced._sharing import Sharing
 
 
 class TracedTransformer(TransformersModel):
@@ -52,8 +50,9 @@ class TracedTransformer(TransformersModel):
     readout: Readout  # how hidden states become logits
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served
-    sharing: Sharing  # which rows may share a padded batch
+    sharing: Sharing | None  # which rows may share a padded batch; None on a worker if all may
     standing: tuple  # steerings of every run, see `model.steering`
+    edits: NoEdits  # what can be edited; `Edits` here, and on a worker if the block names one
     positions_from_mask: bool  # whether a padded batch must be told its positions, counted from the mask
 
     if TYPE_CHECKING:
@@ -97,30 +96,25 @@ class TracedTransformer(TransformersModel):
         padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
         ids = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         width = None if ids is None else ids.shape[1]
-        self.interleaver.given = Given(kwargs.get("input_ids"), mask if padded else None, width)
         self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
         settings = kwargs | self.interleaver.batcher.extra_kwargs
         if self.interleaver.stepping and len(invokes) > 1:
             require_single(settings, self._module)
-        start_standing(self, self.standing)
+        self.edits.begin(self, kwargs, mask if padded else None, width)
         self.interleaver.right_padded = padded and not bool(mask[..., -1].all())
-        if self.sharing.limit is not None:
-            fresh_rotations(self._module)
-        if padded:
-            growth = 0 if not self.interleaver.stepping else growth_of(self._module, settings, mask.shape[-1])
+        if self.sharing is not None:
             counted = self.positions_from_mask and "position_ids" in kwargs
-            require_sharing(self.sharing, mask, growth, counted, self.model_class)
-            if not self.positions_from_mask:
-                kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
+            self.sharing.begin(self, mask if padded else None, settings, counted)
+        if padded and not self.positions_from_mask:
+            kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
 
     @property
-    def iter(self) -> StepLoop:
+    def iter(self) -> Any:
         """nnsight's deprecated `model.iter`: use `tracer.iter`."""
-        TransformersModel.iter.fget(self)  # warns
-        return StepLoop()
+        return self.edits.loop(TransformersModel.iter.fget(self))  # warns
 
-    def all(self) -> StepLoop:
+    def all(self) -> Any:
         """nnsight's deprecated `model.all()`: use `tracer.all()`."""
         return self.iter[:]
 
@@ -254,12 +248,12 @@ class TracedTransformer(TransformersModel):
         steps: Any = None,
     ) -> None:
         """Leave out layers `start_layer` to `end_layer`, both included."""
-        skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns, steps)
+        self.edits.skip_layers(self, start_layer, end_layer, skip_with, self.readout.returns, steps)
 
     def each_step(self, edit: Callable[[int], None], steps: Any = None) -> None:
         """Call `edit(step)` in each chosen forward pass of a generation."""
         require_running(self, "each_step()")
-        in_steps(self, edit, steps)
+        self.edits.each_step(self, edit, steps)
 
     def steer(
         self,
@@ -281,25 +275,12 @@ class TracedTransformer(TransformersModel):
             warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
         places = (token_positions, batch_index, steps)
-        steer(self, layers, steering_vector, factor, *places, mode, keep_norm, origin)
+        self.edits.steer(self, layers, steering_vector, factor, *places, mode, keep_norm, origin)
 
     # -- the vocabulary --------------------------------------------------------------------------------------------
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states: exactly what the model does after its last layer, final softcap and scales included.
-
-        Works inside a trace and outside (where it loads the weights if need be).
-
-        Args:
-            hidden_state: `[..., hidden]`, as in `layers_output`.
-
-        Returns:
-            `[..., vocab]` in the model's dtype, on the head's device.
-
-        Raises:
-            ShapeError: The last axis is not the model's hidden size.
-            Unavailable: It is not proven what this model does after its last layer.
-        """
+        """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer."""
         width = self.readout.layout.width
         if width and hidden_state.shape[-1] != width:
             raise ShapeError(

@@ -5,6 +5,7 @@ block reads at constant indices stands in its source, so a block that only reads
 beginning, in the order in which the pass comes by.
 """
 
+from nnterp.traced_block._request import RequestTracer
 from nnterp.traced_block._tracer import BlockTracer
 
-__all__ = ["BlockTracer"]
+__all__ = ["BlockTracer", "RequestTracer"]

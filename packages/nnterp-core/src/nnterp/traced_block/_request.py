@@ -1,0 +1,107 @@
+"""`RequestTracer`: nnsight's tracer of a remote block, which tells the model what the block mentions."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from nnsight.intervention.tracer import InterleavingTracer
+from torch import nn
+
+from nnterp.named_transformer import EDITS
+from nnterp.traced import StepTracer
+
+NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy"}  # they know nothing of nnterp
+
+
+class RequestTracer(StepTracer):
+    """Sends the model's edits along if the block, or a function that it names, mentions one of them."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        model: Any = self.envoy
+        scope = {**self.info.frame.f_globals, **self.info.frame.f_locals}  # type: ignore[union-attr]
+        model._edited = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
+        sent = StepTracer if model._edited else InterleavingTracer
+        return object.__new__, (sent,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def mentioned(node: ast.AST, scope: Mapping[str, Any]) -> set[str]:
+    """Every name and attribute in a block, and in the functions and classes that it names, and in theirs.
+
+    Args:
+        node: The `with` statement.
+        scope: The variables that it sees.
+    """
+    names = {
+        n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)
+    }
+    seen: set[int] = set()
+    waiting = [scope[name] for name in names if name in scope]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        waiting += _held(found)
+        for function in _functions(found):
+            code = [*_codes(function.__code__)]
+            own = {name for one in code for name in (*one.co_names, *one.co_freevars)}
+            names |= own
+            waiting += [function.__globals__[name] for name in own if name in function.__globals__]
+            waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+            waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return names
+
+
+def _held(found: Any) -> list[Any]:
+    """What a container, a bound method, a partial or an object of the user's holds."""
+    if isinstance(found, Mapping):
+        return [*found.values()]
+    if isinstance(found, list | tuple | set | frozenset):
+        return [*found]
+    if isinstance(found, functools.partial):
+        return [found.func, *found.args, *found.keywords.values()]
+    if isinstance(found, MethodType):
+        return [found.__func__, found.__self__]
+    return [*vars(found).values()] if hasattr(found, "__dict__") and _is_read(type(found)) else []
+
+
+def _functions(found: Any) -> Iterator[FunctionType]:
+    """The functions of nnterp or of the user that are called when this object is used."""
+    if isinstance(found, FunctionType):
+        if _is_read(found):
+            yield found
+    elif not isinstance(found, nn.Module) and _is_read(kind := found if isinstance(found, type) else type(found)):
+        for value in vars(kind).values():
+            for function in (value.fget, value.fset) if isinstance(value, property) else (value,):
+                plain = getattr(function, "__func__", function)  # of a static or class method
+                if isinstance(plain, FunctionType):
+                    yield plain
+
+
+def _is_read(found: Any) -> bool:
+    # The model's own classes have the edits as methods; that says nothing of the block.
+    home = getattr(found, "__module__", None) or ""
+    return home.partition(".")[0] not in NOT_READ and not (
+        isinstance(found, type) and hasattr(found, "_remoteable_class")
+    )
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of the functions in it."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _codes(const)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
