@@ -1,7 +1,7 @@
 """A call that is cut short carries what it had computed, and the same call goes on from there.
 
-What was computed is kept as it is. What is computed anew agrees to the float's last digits: two runs of a matrix product
-on several threads differ there as well.
+What was computed is kept as it is. What is computed anew agrees up to rounding: two runs of a matrix product on several
+threads differ there as well.
 """
 
 from __future__ import annotations
