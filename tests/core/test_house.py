@@ -114,7 +114,7 @@ FLOORS = (
     "selectors indices arguments defaults generation progress identity resuming _siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",
-    "facts positions standing fingerprint",
+    "facts positions standing fingerprint frozen",
     "editing",
     "values",
     "named_transformer",

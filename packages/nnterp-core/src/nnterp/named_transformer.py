@@ -82,6 +82,7 @@ class NamedTransformer(EditedTransformer):
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
         self.standing, self.edits = (), Edits()
+        self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._edited = True  # whether the request that is being made edits the run
         self._envoys_by_path: dict[str, Envoy] = {}
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint

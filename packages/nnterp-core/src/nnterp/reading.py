@@ -118,6 +118,7 @@ class ReadTransformer(NamedTransformer):
         layers: Indices = None,
         device: str | torch.device = "cpu",
         remote: Any = False,
+        frozen: str | Iterable[str] = (),
     ) -> Gradients:
         """Gradients of a scalar of the logits with respect to values, in any order.
 
@@ -127,6 +128,18 @@ class ReadTransformer(NamedTransformer):
             values, layers: As in `collect`.
             device: Where the result is kept.
             remote: Run on the remote service, the metric with it.
+            frozen: What is held still in the backward pass, some of:
+
+                - "patterns": attention probabilities; the gradient flows through the values, none reaches queries and
+                  keys (Ameisen et al. 2025).
+                - "norms": the scale of every norm, 1/rms or 1/std. x − mean(x), weights and biases are linear and kept.
+                - "gates": in a gated feed-forward, act(gate) is a constant factor of the other branch. In a plain one
+                  there is no other branch, so act(x) = x · (act(x)/x) with act(x)/x as a constant: 0 or 1 for a ReLU,
+                  the identity rule of AttnLRP (Achtibat et al. 2024) for others. Routing weights of a mixture of
+                  experts, and sigmoids and SiLUs that scale an attention's output, are constants too.
+
+                The forward pass gives the same numbers. A cap on the logits after the last layer is not held. What
+                holds in this model is proven once, on a short probe.
 
         Returns:
             Gradients and values by the same names as in `collect`, `[layers, prompts, seq, ...]` each; see
@@ -135,7 +148,10 @@ class ReadTransformer(NamedTransformer):
         Raises:
             RuntimeError: Called under `no_grad` or `inference_mode`.
             ValueError: The metric is no differentiable number, or the weights are frozen before a value.
-            Unavailable: A layer that was asked for does not have the value.
+            ValueError: `frozen` names something else.
+            Unavailable: A layer that was asked for does not have the value, or the model has parts that cannot be held
+                still (a state space mixer, a fused kernel); says which.
+            RemoteModelError: `frozen` and `remote` are both given.
             InsideTraceError: Called inside a trace of this model.
         """
-        return gradients(self, prompts, metric, values, layers, device, remote)
+        return gradients(self, prompts, metric, values, layers, device, remote, frozen)

@@ -81,7 +81,6 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         self.check_renaming = check_renaming
         self.remote = remote
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
-        self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._twins: list[Twin | str] = []  # the twin, once it is built
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
         rename_config = with_older_names(rename_config, kwargs)

@@ -13,7 +13,8 @@ from nnterp.arguments import device_of
 from nnterp.collection._keys import read_key
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.defaults import plain_defaults
-from nnterp.errors import PaddingError
+from nnterp.errors import PaddingError, RemoteModelError
+from nnterp.frozen import freeze, frozen_kinds, require_frozen
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
 from nnterp.named_transformer import NamedTransformer
@@ -88,9 +89,16 @@ def gradients(
     layers: Indices = None,
     device: str | torch.device = "cpu",
     remote: Any = False,
+    frozen: Any = (),
 ) -> Gradients:
     """See `StandardizedTransformer.gradients`."""
     model.require_no_trace("gradients()")
+    held = frozen_kinds(frozen)
+    if held and remote:
+        raise RemoteModelError(
+            f"gradients(frozen={frozen!r:.80}, remote=...) is refused: what holds parts of a model still runs beside it, "
+            "and the remote worker has no nnterp. Load the weights here, or leave out frozen=."
+        )
     device = device_of(device)
     if not callable(metric):
         raise TypeError(f"metric is a function from logits to one number, not {metric!r:.80}.")
@@ -100,6 +108,7 @@ def gradients(
             "outside."
         )
     model.prepare(remote)
+    require_frozen(model, held)
     plan = make_plan(model, values, layers)
     rows = encode(model, prompts)
     if len({model.sharing.side(len(row)) for row in rows}) > 1:
@@ -115,12 +124,12 @@ def gradients(
     order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
     wanted = sorted({order.index(place) for places, _ in sources for place in places})
     names, inputs = [str(place) for place in order], {**batch.encoding, **forward_flags(model)}
-    with model.trace(inputs, remote=remote):
+    with freeze(model, held), model.trace(inputs, remote=remote):
         seen: list[torch.Tensor] = []
         for place, name in zip(order, names, strict=True):
             tensor = place.read(model, name)
-            if not seen and not tensor.requires_grad and tensor.is_floating_point():
-                tensor.requires_grad_(True)  # frozen weights: the graph begins here
+            if (held or not seen) and not tensor.requires_grad and tensor.is_floating_point():
+                tensor.requires_grad_(True)  # frozen weights, or a value that is held still: the graph begins here
             seen.append(tensor)
         found = nnsight.save(_differentiated(metric, model.logits, seen, wanted, names))
     score, logits, slopes, kept = found

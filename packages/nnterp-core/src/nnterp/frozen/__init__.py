@@ -1,0 +1,25 @@
+"""Hold attention patterns, the scales of norms and the gates of feed-forwards still in the backward pass.
+
+The forward pass gives the same numbers, bit for bit; only what the gradient flows through is cut. What is left is linear
+in the stream, which is what attribution graphs (Ameisen et al. 2025) and relevance propagation (AttnLRP, Achtibat et al.
+2024) differentiate. `freeze` is the context manager, `model.gradients(..., frozen=)` its first user.
+"""
+
+from nnterp.frozen._audit import Way, way
+from nnterp.frozen._freeze import freeze, prove_frozen, require_frozen
+from nnterp.frozen._holding import Holding
+from nnterp.frozen._kinds import FROZEN, frozen_kinds
+from nnterp.frozen._parts import FrozenParts, find_parts
+
+__all__ = [
+    "FROZEN",
+    "FrozenParts",
+    "Holding",
+    "Way",
+    "find_parts",
+    "freeze",
+    "frozen_kinds",
+    "prove_frozen",
+    "require_frozen",
+    "way",
+]
