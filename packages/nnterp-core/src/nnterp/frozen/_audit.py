@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,22 @@ class Way:
         depends: Whether it depends on them at all.
         bad: Autograd's names of the operations on the way that are not linear, each once.
         leaves: The parameters that enter on the way, such as biases.
+        nodes: The operations on the way.
     """
 
     depends: bool
-    bad: tuple[str, ...]
-    leaves: tuple[torch.Tensor, ...]
+    bad: tuple[str, ...] = ()
+    leaves: tuple[torch.Tensor, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
 
-def way(end: GradientEdge, start: Iterable[GradientEdge]) -> Way:
-    """Walk back from one place in the graph to others (`torch.autograd.graph.get_gradient_edge`)."""
+def way(end: GradientEdge, start: Iterable[GradientEdge], known: Set[Node] = frozenset()) -> Way:
+    """Walk back from one place in the graph to others.
+
+    Args:
+        end, start: Places in the graph, from `torch.autograd.graph.get_gradient_edge`.
+        known: Operations that were judged already.
+    """
     live: dict[Node, bool] = dict.fromkeys((e.node for e in start), True)
     leaves: list[torch.Tensor] = []
     stack: list[tuple[Node, bool]] = [(end.node, False)]
@@ -65,8 +72,8 @@ def way(end: GradientEdge, start: Iterable[GradientEdge]) -> Way:
             stack.extend((n, False) for n, _ in node.next_functions if n is not None and n not in live)
             if isinstance(variable := getattr(node, "variable", None), nn.Parameter):
                 leaves.append(variable)
-    bad = [name for node in order if (name := _not_linear(node, live))]
-    return Way(live[end.node], tuple(dict.fromkeys(bad)), tuple(leaves))
+    bad = [name for node in order if node not in known and (name := _not_linear(node, live))]
+    return Way(live[end.node], tuple(dict.fromkeys(bad)), tuple(leaves), tuple(order))
 
 
 def _not_linear(node: Node, live: dict[Node, bool]) -> str:

@@ -103,7 +103,7 @@ class Holding(TorchFunctionMode):
         if "gates" not in self.kinds or role == MIXER:
             return None
         if role == ATTENTION:
-            return detached if name in ("sigmoid", "silu") else None
+            return detached if name in ("sigmoid", "silu", "softplus") else None
         if name == "glu":
             return glu
         if name in WEIGHTS and role == MLP:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from nnterp.anatomy import Anatomy
 from nnterp.discovery import probe_ids, quiet, rounding_of, silent_weights, sounding
@@ -19,7 +19,7 @@ from nnterp.frozen._holding import Holding
 from nnterp.frozen._kinds import FROZEN
 from nnterp.frozen._parts import FrozenParts, find_parts
 from nnterp.huggingface import input_embedding, uncached, with_logits
-from nnterp.tensors import stream_in, stream_out
+from nnterp.tensors import same, stream_in, stream_out
 from nnterp.wording import generic_path
 
 LENGTH = 8
@@ -43,10 +43,10 @@ class FrozenProof:
 
 @dataclass
 class _Call:
-    """One call of a part: where its input and its output stand in autograd's graph, and their numbers."""
+    """One call of a part: where its inputs and its output stand in autograd's graph, and their numbers."""
 
-    start: GradientEdge
-    given: torch.Tensor
+    starts: list[GradientEdge]
+    given: list[torch.Tensor]
     end: GradientEdge | None = None
     made: torch.Tensor | None = None
 
@@ -63,25 +63,22 @@ class _Run:
 def prove(module: nn.Module, anatomy: Anatomy) -> FrozenProof:
     """Try every kind of `FROZEN` on a HuggingFace module.
 
-    Held still are first all activations as gates. A feed-forward whose output then does not depend on its input any
-    more has no other branch: its activation is no gate, and its slope is held instead.
+    Held still are first all activations as gates. Where a feed-forward's output is then not made of its input any more,
+    there is no other branch: its activation is no gate, and its slope is held instead.
     """
+    tolerance = max(1e-3, 32 * rounding_of(module))
     with _on_probe(module):
         parts = find_parts(module, anatomy)
         try:
             plain = _forward(module, parts, (), anatomy)
             first = _forward(module, parts, FROZEN, anatomy)
-            cut = [
-                ends
-                for ends in parts.mlps
-                if (calls := first.calls.get(ends)) and not any(_between(call).depends for call in calls)
-            ]
+            cut = [ends for ends in parts.mlps if any(_misses(call, tolerance) for call in first.calls.get(ends, []))]
             parts = dataclasses.replace(parts, plain=frozenset(cut))
             run = _forward(module, parts, FROZEN, anatomy) if cut else first
         except Exception as error:
             why = f"the model could not be run with it on a probe ({type(error).__name__}: {error!s:.200})"
             return FrozenProof(parts, dict.fromkeys(FROZEN, why))
-        return _judge(module, anatomy, parts, plain, run)
+        return _judge(parts, plain, run, tolerance)
 
 
 @contextlib.contextmanager
@@ -108,17 +105,31 @@ def _forward(module: nn.Module, parts: FrozenParts, kinds: tuple[str, ...], anat
     calls: dict[Ends, list[_Call]] = {}
     handles, outputs, ends_of_stream = [], [], []
 
-    def begin_graph(_: nn.Module, args: tuple, output: Any) -> None:
+    def begin_graph(_: nn.Module, args: tuple, output: Any) -> Any:
         stream = stream_out(output)
-        if stream is not None and stream.is_floating_point() and not stream.requires_grad:
-            stream.requires_grad_(True)
+        return _afresh(stream)[1] if stream is output and stream.is_floating_point() else None
 
-    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any], ends: Ends) -> None:
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any], ends: Ends) -> Any:
         stream = stream_in(args, kwargs)
-        if stream is not None:
-            if not stream.requires_grad:
-                stream.requires_grad_(True)
-            calls.setdefault(ends, []).append(_Call(edge(stream), stream.detach().clone()))
+        if stream is None or not torch.is_grad_enabled():  # an index, chosen without gradients
+            return None
+        call = _Call([edge(stream)], [stream.detach().clone()]) if stream.requires_grad else _Call([], [])
+
+        def apart(x: Any) -> Any:
+            """Another input as a leaf, so that what it shares with the first is not counted twice (BLOOM's stream)."""
+            if x is stream and stream.requires_grad or not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+                return x
+            if x is not stream and not x.requires_grad:
+                return x
+            leaf, clone = _afresh(x)
+            if x is stream or ends not in norms:  # a norm's other input is a gate
+                call.starts.append(edge(leaf))
+                call.given.append(x.detach().clone())
+            return clone
+
+        changed = tuple(map(apart, args)), {name: apart(x) for name, x in kwargs.items()}
+        calls.setdefault(ends, []).append(call)
+        return changed
 
     def after(_: nn.Module, args: tuple, output: Any, ends: Ends) -> None:
         stream = stream_out(output)
@@ -127,9 +138,7 @@ def _forward(module: nn.Module, parts: FrozenParts, kinds: tuple[str, ...], anat
 
     def layer_begins(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         stream = stream_in(args, kwargs)
-        if stream is not None and not ends_of_stream:
-            if not stream.requires_grad:
-                stream.requires_grad_(True)
+        if stream is not None and stream.requires_grad and not ends_of_stream:
             ends_of_stream.append(edge(stream))
 
     def layer_ends(_: nn.Module, args: tuple, output: Any) -> None:
@@ -142,7 +151,8 @@ def _forward(module: nn.Module, parts: FrozenParts, kinds: tuple[str, ...], anat
     embedding = input_embedding(module)
     if embedding is not None:
         handles.append(embedding.register_forward_hook(begin_graph))
-    everything: list[Ends] = [*parts.attentions, *parts.mlps, *((path, path) for path in parts.norms)]
+    norms = {(path, path) for path in parts.norms}
+    everything: list[Ends] = [*parts.attentions, *parts.mlps, *norms]
     try:
         for ends in dict.fromkeys(everything):
             entry, exit_ = (module.get_submodule(path) for path in ends)
@@ -166,34 +176,57 @@ def _forward(module: nn.Module, parts: FrozenParts, kinds: tuple[str, ...], anat
     return _Run(calls, stream, [*outputs, logits.detach()])
 
 
+def _afresh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A leaf with the numbers of a tensor, and a copy of the leaf, which may be changed in place."""
+    leaf = x.detach().requires_grad_(True)
+    return leaf, leaf.clone()
+
+
 def _between(call: _Call) -> Way:
-    return Way(False, (), ()) if call.end is None else way(call.end, [call.start])
+    return Way(False) if call.end is None else way(call.end, call.starts)
 
 
-def _judge(module: nn.Module, anatomy: Anatomy, parts: FrozenParts, plain: _Run, run: _Run) -> FrozenProof:
+def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal; up to rounding, because torch takes another kernel for a mask with a gradient."""
+    return torch.equal(a, b) or same(b, a, 64 * torch.finfo(a.dtype).eps)
+
+
+def _misses(call: _Call, tolerance: float) -> bool:
+    """Whether a part's output lacks some of what its input makes of it, though all that is left is linear."""
+    found = _between(call)
+    return not found.depends or (not found.bad and not _incompleteness(call, found.leaves) <= tolerance)
+
+
+def _judge(parts: FrozenParts, plain: _Run, run: _Run, tolerance: float) -> FrozenProof:
     """What the runs show of each kind."""
     reasons: dict[str, str] = {}
 
     def refuse(kind: str, why: str) -> None:
         reasons.setdefault(kind, why)
 
-    if len(plain.outputs) != len(run.outputs) or not all(map(torch.equal, plain.outputs, run.outputs)):
+    if len(plain.outputs) != len(run.outputs) or not all(
+        map(_same_numbers, plain.outputs, run.outputs)
+    ):
         return FrozenProof(parts, dict.fromkeys(FROZEN, "the forward pass does not give the same numbers with it"))
     for _, exit_, kind in parts.mixers:
         for name in ("patterns", "gates"):
             refuse(name, f"{generic_path(exit_)} is a {kind} mixer, which has no pattern and no single gate to hold")
-    tolerance = max(1e-3, 32 * rounding_of(module))
-    largest = 0.0
+    largest, known = 0.0, set[Node]()
     own = {"norms": [(path, path) for path in parts.norms], "patterns": parts.attentions, "gates": parts.mlps}
     for name, ends in ((name, ends) for name, all_ends in own.items() for ends in all_ends):
         for call in run.calls.get(ends, []):
             where = generic_path(ends[0] if ends[0] == ends[1] else f"{ends[0]} → {ends[1]}")
             found = _between(call)
+            known.update(found.nodes)
             if not found.depends:
+                lent = call.end is not None and run.stream is not None and way(call.end, [run.stream[0]]).depends
+                if lent and name == "patterns":  # values of an earlier layer; queries alone are its own
+                    continue
                 refuse(name, f"with it, the output of {where} does not depend on its input")
                 continue
             for operation in found.bad:
-                refuse(_kind_of(operation, name), f"{where} is not linear with it ({operation})")
+                for kind in _kinds_of(operation, name):
+                    refuse(kind, f"{where} is not linear with it ({operation})")
             if not found.bad:
                 error = _incompleteness(call, found.leaves)
                 largest = max(largest, error)
@@ -204,10 +237,9 @@ def _judge(module: nn.Module, anatomy: Anatomy, parts: FrozenParts, plain: _Run,
                         f"(relative error {error:.1e}, tolerance {tolerance:.0e})",
                     )
     if run.stream is not None:
-        for operation in way(run.stream[1], [run.stream[0]]).bad:
-            kind = _kind_of(operation, "")
-            if kind or not parts.mixers:
-                refuse(kind or "gates", f"{operation} stands on the way from the first layer to the last")
+        for operation in way(run.stream[1], [run.stream[0]], known).bad:
+            for kind in _kinds_of(operation, None if parts.mixers else ""):
+                refuse(kind, f"{operation} stands on the way from the first layer to the last")
     return FrozenProof(parts, {kind: reasons[kind] for kind in FROZEN if kind in reasons}, largest)
 
 
@@ -218,13 +250,20 @@ _OF_GATES = (
 )
 
 
-def _kind_of(operation: str, default: str) -> str:
-    """Which kind an operation that is not linear belongs to."""
+def _kinds_of(operation: str, part: str | None) -> tuple[str, ...]:
+    """Which kinds an operation that is not linear speaks against.
+
+    Args:
+        operation: Autograd's name of it.
+        part: The kind of the part that it stands in; "" outside of parts; None where mixers stand that are refused.
+    """
     name = operation.split("Backward")[0]
     for kind, names in (("norms", _OF_NORMS), ("patterns", _OF_PATTERNS), ("gates", _OF_GATES)):
-        if name.startswith(names) and not (kind == "patterns" and default == "gates"):
-            return kind
-    return default
+        if name.startswith(names) and not (kind == "patterns" and part == "gates"):
+            return (kind,)
+    if part is None:
+        return ()
+    return ("patterns", "gates") if part in ("patterns", "") else (part,)
 
 
 def _incompleteness(call: _Call, biases: tuple[torch.Tensor, ...]) -> float:
@@ -233,9 +272,12 @@ def _incompleteness(call: _Call, biases: tuple[torch.Tensor, ...]) -> float:
     made = call.made.double()
     weight = 0.5 + torch.rand(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(made.device)
     along = (made * weight).to(call.made.dtype)
-    inputs: list[Any] = [call.start, *biases]
+    inputs: list[Any] = [*call.starts, *biases]
+    handles = [e.node.register_prehook(lambda slopes: tuple(x if x is None else x * 0 for x in slopes)) for e in call.starts]
     slopes = torch.autograd.grad([call.end], inputs, [along], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-    terms = zip(slopes, [call.given, *biases], strict=True)
+    for handle in handles:  # a bias that is also used before the part counts in the part alone
+        handle.remove()
+    terms = zip(slopes, [*call.given, *biases], strict=True)
     total = sum(float((slope.double() * x.detach().double()).sum()) for slope, x in terms if slope is not None)
     expected = float((along.double() * made).sum())
     return abs(total - expected) / max(abs(expected), 1e-30)

@@ -46,10 +46,18 @@ def root(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def sdpa(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Fused attention with constant queries and keys: the gradient flows through the values alone."""
-    names = ("query", "key")
-    args = (*(x.detach() for x in args[:2]), *args[2:])
-    return func(*args, **{name: x.detach() if name in names else x for name, x in kwargs.items()})
+    """Fused attention with constant queries, keys and mask: the gradient flows through the values alone."""
+    still = {"query", "key", "attn_mask"}
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+    constant = tuple(_constant(x) if i in (0, 1, 3) else x for i, x in enumerate(args))
+    line = func(*constant, **{name: _constant(x) if name in still else x for name, x in kwargs.items()})
+    if mask is None or not mask.requires_grad:
+        return line
+    return through(func(*args, **kwargs), line)  # torch takes another kernel for a mask with a gradient
+
+
+def _constant(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def layer_norm(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
