@@ -96,8 +96,8 @@ def gradients(
     held = frozen_kinds(frozen)
     if held and remote:
         raise RemoteModelError(
-            f"gradients(frozen={frozen!r:.80}, remote=...) is refused: what holds parts of a model still runs beside it, "
-            "and the remote worker has no nnterp. Load the weights here, or leave out frozen=."
+            f"gradients(frozen={frozen!r:.80}, remote=...) is refused: what holds parts of a model still runs beside "
+            "it, and the remote worker has no nnterp. Load the weights here, or leave out frozen=."
         )
     device = device_of(device)
     if not callable(metric):

@@ -1,8 +1,8 @@
 """Hold attention patterns, the scales of norms and the gates of feed-forwards still in the backward pass.
 
-The forward pass gives the same numbers, bit for bit; only what the gradient flows through is cut. What is left is linear
-in the stream, which is what attribution graphs (Ameisen et al. 2025) and relevance propagation (AttnLRP, Achtibat et al.
-2024) differentiate. `freeze` is the context manager, `model.gradients(..., frozen=)` its first user.
+The forward pass gives the same numbers; only what the gradient flows through is cut. With all three held still, what is
+left is linear in the stream. Attribution graphs (Ameisen et al. 2025) and relevance propagation (AttnLRP, Achtibat et
+al. 2024) differentiate it. `freeze` is the context manager, `model.gradients(..., frozen=)` its first user.
 """
 
 from nnterp.frozen._audit import Way, way

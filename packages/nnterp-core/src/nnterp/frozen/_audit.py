@@ -14,7 +14,8 @@ from torch.autograd.graph import GradientEdge, Node
 _LINEAR = frozenset(
     """
     Add Sub Rsub Neg Sum Mean Cumsum Alias Clone Copy Copys ToCopy View UnsafeView Reshape ReshapeAlias Expand Repeat
-    RepeatInterleave Squeeze Unsqueeze Transpose T Permute Slice Select Split SplitWithSizes UnsafeSplit Unbind Chunk Cat
+    RepeatInterleave
+    Squeeze Unsqueeze Transpose T Permute Slice Select Split SplitWithSizes UnsafeSplit Unbind Chunk Cat
     Stack Index IndexSelect IndexAdd IndexPut Gather Scatter ScatterAdd SelectScatter SliceScatter Narrow Flip Roll Tril
     Triu Diagonal AsStrided ConstantPadNd MaskedFill MaskedScatter MaskedSelect Where Embedding Detach Identity Unfold
     Flatten Movedim Swapaxes Real ViewAsReal ViewAsComplex Imag TakeAlongDim Dropout NativeDropout Trace

@@ -124,8 +124,7 @@ def _activated(module: nn.Module, args: tuple, output: Any) -> Any:
     part = _part(_RUNNING.get() or [])
     if part is None or part[0] == MIXER or not isinstance(output, torch.Tensor):
         return None
-    role, gated = part
-    if gated:
+    if part[1]:
         return output.detach()
     given = next((x for x in args if isinstance(x, torch.Tensor)), None)
     return None if given is None or given.shape != output.shape else with_slope(output, given)

@@ -80,7 +80,11 @@ def _is_norm(module: nn.Module) -> bool:
 def _is_activation(module: nn.Module) -> bool:
     """Whether a module applies an activation and nothing more; a softmax is a pattern, or a router's."""
     cls = type(module)
-    if not _is_leaf(module) or cls.__name__ in _BY_FUNCTION or any(p.dim() > 1 for p in module._parameters.values() if p is not None):
+    if (
+        not _is_leaf(module)
+        or cls.__name__ in _BY_FUNCTION
+        or any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+    ):
         return False
     return cls.__module__ in ("transformers.activations", "torch.nn.modules.activation") or (
         _ACTIVATION.search(cls.__name__) is not None
