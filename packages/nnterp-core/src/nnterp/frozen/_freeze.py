@@ -39,8 +39,9 @@ _KEY = ("frozen",)
 def prove_frozen(model: Freezable) -> FrozenProof:
     """What of a model can be held still, and why not the rest; tried once, on a short probe, and kept in its `proofs`.
 
-    Costs three forward passes and about one backward pass. The model's weights have to be here.
+    Costs three forward passes and about one backward pass. Loads the weights if they are not there yet.
     """
+    model.prepare()
     if _KEY not in model.proofs:
         with Apart(model.interleaver):
             model.proofs[_KEY] = prove(model._module, model.anatomy)
@@ -88,7 +89,6 @@ def freeze(model: Freezable, kinds: Any = ("patterns", "norms", "gates")) -> Ite
     if not wanted:
         yield
         return
-    model.prepare()
     wanted = require_frozen(model, wanted)
     with Holding(model._module, prove_frozen(model).parts, wanted):
         yield

@@ -52,12 +52,12 @@ class FrozenProof:
 
 def prove(module: nn.Module, anatomy: Anatomy) -> FrozenProof:
     """Try every kind of `FROZEN` on a HuggingFace module."""
-    tolerance = max(1e-3, 32 * rounding_of(module))
+    tolerance = max(1e-3, 4 * rounding_of(module))
     with _on_probe(module):
         parts = find_parts(module, anatomy)
         try:
             plain = Run(module, anatomy, parts, ())
-            parts, run = _gates_and_slopes(module, anatomy, parts, tolerance)
+            parts, run = _gates_and_slopes(module, anatomy, parts)
         except Exception as error:
             why = f"the model could not be run with it on a probe ({type(error).__name__}: {error!s:.200})"
             return FrozenProof(parts, dict.fromkeys(FROZEN, why))
@@ -80,22 +80,20 @@ def _on_probe(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _gates_and_slopes(
-    module: nn.Module, anatomy: Anatomy, parts: FrozenParts, tolerance: float
-) -> tuple[FrozenParts, Run]:
+def _gates_and_slopes(module: nn.Module, anatomy: Anatomy, parts: FrozenParts) -> tuple[FrozenParts, Run]:
     """Find out which feed-forwards have no gate, and run the probe with everything held still.
 
-    Held still are first all activations, as gates. Where a feed-forward's output is then not made of its input any
-    more, there is no other branch: its activation is no gate, and its slope is held instead, if that serves.
+    First, the slope of every activation is held. A gated feed-forward is then still a product of two branches, so its
+    way is not linear: of those, the activation's result is held instead.
     """
+    parts = dataclasses.replace(parts, plain=frozenset(parts.mlps))
     run = Run(module, anatomy, parts, FROZEN)
-    plain = [ends for ends in parts.mlps if any(_misses(call, tolerance) for call in run.calls.get(ends, []))]
-    while parts.plain != set(plain):
-        parts = dataclasses.replace(parts, plain=frozenset(plain))
-        run = Run(module, anatomy, parts, FROZEN)
-        ways = {ends: [_between(call) for call in run.calls[ends]] for ends in plain}
-        plain = [e for e in plain if all(w.depends and not w.bad for w in ways[e])]
-    return parts, run
+    ways = {ends: [_between(call) for call in run.calls.get(ends, [])] for ends in parts.mlps}
+    plain = frozenset(ends for ends, found in ways.items() if all(w.depends and not w.bad for w in found))
+    if plain == parts.plain:
+        return parts, run
+    parts = dataclasses.replace(parts, plain=plain)
+    return parts, Run(module, anatomy, parts, FROZEN)
 
 
 def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -140,12 +138,6 @@ def _judge(parts: FrozenParts, run: Run, tolerance: float) -> FrozenProof:
 
 def _between(call: Call) -> Way:
     return Way(False) if call.end is None else way(call.end, call.starts)
-
-
-def _misses(call: Call, tolerance: float) -> bool:
-    """Whether a part's output lacks some of what its input makes of it, though all that is left is linear."""
-    found = _between(call)
-    return not found.depends or (not found.bad and not _incompleteness(call, found.leaves) <= tolerance)
 
 
 def _is_lent(call: Call, run: Run) -> bool:
