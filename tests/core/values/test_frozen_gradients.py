@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.errors import RemoteModelError, Unavailable
+from nnterp.errors import InsideTraceError, RemoteModelError, Unavailable
 from nnterp.frozen import FROZEN, freeze, prove_frozen
 from nnterp.testing import tiny_model, tiny_tokenizer
 
@@ -271,6 +271,13 @@ def test_what_cannot_be_held_still_is_refused_by_name(model_type, refused, why):
                 model.gradients(ids(), metric, "layers_output", frozen=kind)
         else:
             assert model.gradients(ids(), metric, "layers_output", frozen=kind)["layers_output"].abs().max() > 0
+
+
+def test_it_is_opened_around_a_trace():
+    model = model_of("gpt2")
+    with pytest.raises(InsideTraceError), model.trace(ids()):  # noqa: SIM117 (the block is the trace's)
+        with freeze(model, "norms"):
+            model.layers_output[1].save()
 
 
 class Fused(torch.autograd.Function):

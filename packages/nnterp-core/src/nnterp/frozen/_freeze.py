@@ -32,6 +32,10 @@ class Freezable(Protocol):
         """Load the weights."""
         ...
 
+    def require_no_trace(self, what: str) -> None:
+        """Raise inside a trace of this model."""
+        ...
+
 
 _KEY = ("frozen",)
 
@@ -84,11 +88,13 @@ def freeze(model: Freezable, kinds: Any = ("patterns", "norms", "gates")) -> Ite
     Raises:
         TypeError, ValueError: `kinds` does not name some of them.
         Unavailable: One cannot be held still in this model; says why.
+        InsideTraceError: Opened inside a trace of this model.
     """
     wanted = frozen_kinds(kinds)
     if not wanted:
         yield
         return
+    model.require_no_trace("freeze()")
     wanted = require_frozen(model, wanted)
     with Holding(model._module, prove_frozen(model).parts, wanted):
         yield

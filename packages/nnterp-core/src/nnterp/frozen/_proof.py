@@ -58,6 +58,8 @@ def prove(module: nn.Module, anatomy: Anatomy) -> FrozenProof:
         try:
             plain = Run(module, anatomy, parts, ())
             parts, run = _gates_and_slopes(module, anatomy, parts)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             why = f"the model could not be run with it on a probe ({type(error).__name__}: {error!s:.200})"
             return FrozenProof(parts, dict.fromkeys(FROZEN, why))
@@ -71,7 +73,7 @@ def _on_probe(module: nn.Module) -> Iterator[None]:
     """Only biases require a gradient, weights that are all zero are replaced, and the module is left as it was."""
     kept = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
-        with quiet(module), sounding(module, silent_weights(module)), torch.enable_grad():
+        with torch.inference_mode(False), quiet(module), sounding(module, silent_weights(module)), torch.enable_grad():
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_(parameter.is_floating_point() and name.endswith("bias"))
             yield
