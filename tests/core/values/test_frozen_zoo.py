@@ -3,7 +3,7 @@
 import pytest
 
 from nnterp.anatomy import find_anatomy
-from nnterp.frozen import FROZEN
+from nnterp.frozen import FROZEN, _holding
 from nnterp.frozen._proof import prove
 from nnterp.testing import model_types, tiny_model
 
@@ -33,8 +33,40 @@ SERVED = {
 @pytest.mark.parametrize("model_type", [name for name in model_types() if name not in NO_ANATOMY])
 def test_what_can_be_held_still(model_type):
     module = tiny_model(model_type)
+    before = [parameter.requires_grad for parameter in module.parameters()]
     proof = prove(module, find_anatomy(module, None))
     served = tuple(kind for kind in FROZEN if kind not in proof.reasons)
     assert served == SERVED.get(model_type, FROZEN), proof.reasons
     assert proof.error < 1e-5
-    assert all(parameter.requires_grad for parameter in module.parameters() if parameter.is_floating_point())
+    assert [parameter.requires_grad for parameter in module.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rules", "name", "kind"),
+    [
+        ("llama", "SCALES", "rsqrt", "norms"),
+        ("gpt2", "SCALES", "layer_norm", "norms"),
+        ("llama", "PATTERNS", "scaled_dot_product_attention", "patterns"),
+        ("bloom", "PATTERNS", "softmax", "patterns"),
+        ("qwen3_moe", "WEIGHTS", "softmax", "gates"),
+        ("deepseek_v3", "WEIGHTS", "sigmoid", "gates"),
+    ],
+)
+def test_the_proof_notices_a_rule_that_is_missing(monkeypatch, model_type, rules, name, kind):
+    module = tiny_model(model_type)
+    table = getattr(_holding, rules)
+    monkeypatch.setattr(_holding, rules, {key: rule for key, rule in table.items() if key != name})
+    assert set(prove(module, find_anatomy(module, None)).reasons) == {kind}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "wrong", "kind"),
+    [
+        ("gpt2", "layer_norm", lambda func, args, kwargs: func(*args, **kwargs).detach(), "norms"),
+        ("llama", "rsqrt", lambda func, args, kwargs: func(*args, **kwargs).detach() * 1.001, "norms"),
+    ],
+)
+def test_the_proof_notices_a_rule_that_is_wrong(monkeypatch, model_type, name, wrong, kind):
+    module = tiny_model(model_type)
+    monkeypatch.setitem(_holding.SCALES, name, wrong)
+    assert kind in prove(module, find_anatomy(module, None)).reasons
