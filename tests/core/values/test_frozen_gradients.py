@@ -150,6 +150,21 @@ def test_no_gradient_reaches_queries_and_keys(model_type):
     assert held["attention_values"].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3", "llama4_text", "jetmoe"])
+def test_no_gradient_reaches_routers(model_type):
+    """JetMoe has a router inside of its attention too: its softmax is a gate and no pattern."""
+    model, tokens = model_of(model_type), ids()
+    named = model._module.named_parameters()
+    routers = [p for n, p in named if "router" in n or n.endswith("gate.weight") if p.requires_grad]
+    assert routers
+    for kinds in (("patterns", "norms"), "gates"):
+        with freeze(model, kinds):
+            score = metric(model._module(**arguments(model._module, tokens)).logits)
+        slopes = torch.autograd.grad(score, routers, allow_unused=True)
+        flat = [slope is None or torch.count_nonzero(slope) == 0 for slope in slopes]
+        assert all(flat) if kinds == "gates" else not any(flat)
+
+
 @pytest.mark.parametrize("model_type", NO_NORM_BIAS)
 def test_everything_held_still_makes_logits_a_sum_over_the_embedding(model_type):
     """Without biases the frozen model is linear: gradient times input is the metric, at every layer."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 # Operations that are linear in every tensor they are given; autograd's names, without "Backward0".
 _LINEAR = frozenset(
     """
-    Add Sub Rsub Neg Sum Mean Cumsum Alias Clone Copy Copys ToCopy View UnsafeView Reshape ReshapeAlias Expand Repeat
+    Add Sub Rsub Neg Sum Mean Cumsum Alias Clone Copy ToCopy View UnsafeView Reshape ReshapeAlias Expand Repeat
     RepeatInterleave
     Squeeze Unsqueeze Transpose T Permute Slice Select Split SplitWithSizes UnsafeSplit Unbind Chunk Cat
     Stack Index IndexSelect IndexAdd IndexPut Gather Scatter ScatterAdd SelectScatter SliceScatter Narrow Flip Roll Tril
@@ -23,7 +23,7 @@ _LINEAR = frozenset(
 )
 # Operations of two tensors, linear in each: (edges of the factors), of which one may depend on the stream.
 _PRODUCTS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("Mul", "Mm", "Bmm", "Mv", "Dot", "Linear", "Einsum", "Prod2", "GroupedMm", "Convolution"), (0, 1)),
+    **dict.fromkeys(("Mul", "Mm", "Bmm", "Mv", "Dot", "Linear", "Einsum", "GroupedMm", "Convolution"), (0, 1)),
     **dict.fromkeys(("Addmm", "Baddbmm", "Addbmm", "Addmv", "Addcmul"), (1, 2)),
 }
 
@@ -86,9 +86,9 @@ def _not_linear(node: Node, live: dict[Node, bool]) -> str:
     if name in _LINEAR:
         return ""
     edges = [n is not None and live.get(n, False) for n, _ in node.next_functions]
-    if name == "Div" or name == "Div0":
+    if name == "Div":
         return "" if not any(edges[1:]) else full
-    if name.startswith(("ScaledDotProduct",)):
+    if name.startswith("ScaledDotProduct"):
         return "" if not any(edges[:2]) and not any(edges[3:]) else full
     if "grouped_mm" in full:
         return "" if sum(edges[:2]) < 2 else full

@@ -45,6 +45,8 @@ class Holding(TorchFunctionMode):
             self._border(get(entry), get(exit_), MIXER)
         for ends in parts.mlps:
             self._border(get(ends[0]), get(ends[1]), MLP, ends not in parts.plain)
+        for path in parts.routers:
+            self._border(get(path), get(path), MLP)
         for path in parts.norms:
             self._border(get(path), get(path), NORM)
         for path in parts.activations:

@@ -14,6 +14,7 @@ NORM, ATTENTION, MIXER, MLP, LAYER, ACTIVATION, MODEL = (
 )
 _SOFTMAX_ATTENTION = ("attention", "cross_attention")
 _ACTIVATION = re.compile(r"gelu|silu|relu|swish|mish|elu|act(?![a-z])|activation", re.IGNORECASE)
+_ROUTER = re.compile(r"router|gating", re.IGNORECASE)
 _BY_FUNCTION = ("Softmax", "Softmax2d", "LogSoftmax", "Sigmoid")  # modules that one function of torch computes
 
 
@@ -27,6 +28,7 @@ class FrozenParts:
         mlps: (entry, exit) of each feed-forward.
         norms: Paths of the norms.
         activations: Paths of the modules that apply an activation.
+        routers: Paths of the routers inside attentions (JetMoe's experts are heads): their softmax is no pattern.
         layers: Paths of the layers.
         plain: The feed-forwards in `mlps` whose activation is no gate: its slope is held, and not its result.
     """
@@ -36,6 +38,7 @@ class FrozenParts:
     mlps: tuple[tuple[str, str], ...]
     norms: tuple[str, ...]
     activations: tuple[str, ...]
+    routers: tuple[str, ...]
     layers: tuple[str, ...]
     plain: frozenset[tuple[str, str]] = frozenset()
 
@@ -61,6 +64,11 @@ def find_parts(module: nn.Module, anatomy: Anatomy) -> FrozenParts:
         tuple(mlps),
         tuple(path for path, inner in names.items() if _is_norm(inner)),
         tuple(path for path, inner in names.items() if _is_activation(inner)),
+        tuple(
+            path
+            for path, inner in names.items()
+            if _ROUTER.search(type(inner).__name__) and any(path.startswith(f"{entry}.") for entry, _ in attentions)
+        ),
         tuple(dict.fromkeys(layer.path for layer in anatomy.blocks)),
     )
 
