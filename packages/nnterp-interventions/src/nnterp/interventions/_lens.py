@@ -101,8 +101,8 @@ def logit_lens(
 
     Raises:
         IndexError: There is no such layer or position.
-        ValueError: There are no prompts, targets do not fit them, `ranks` is asked for without `targets`, or the lens is
-            of another model.
+        ValueError: There are no prompts, targets do not fit them, `ranks` is asked for without `targets`, or the lens
+            is of another model.
         KeyError: The lens has no map for a layer.
         InsideTraceError: Called inside a trace of the same model.
         Unavailable: What this model does after its last layer is not proven.
@@ -119,7 +119,7 @@ def logit_lens(
         lens.check(model)
         layers = (*lens.layers, model.num_layers - 1) if layers is None else layers
     chosen = layers_of(model, layers)
-    maps = [None] * len(set(chosen)) if lens is None else lens.maps_for(sorted(set(chosen)))
+    maps: Maps = [None] * len(set(chosen)) if lens is None else lens.maps_for(sorted(set(chosen)))
     plain = plain_positions(positions)
     each = per_prompt(-1 if positions is None else plain, len(encoded))
     where = [

@@ -88,7 +88,7 @@ def evaluate_lens(
     kl, plain = measured(model, lens, rows, chosen, skip, batch_size, progress)
     about = describe_run(model, "evaluate_lens", lens=lens.kind, skip_first=skip)
     labels = {"prompts": prompt_labels(rows, model), "layers": tuple(chosen)}
-    axes = dict.fromkeys(("kl", "logit_lens_kl"), ("prompts", "layers"))
+    axes: dict[str, tuple[str, ...]] = dict.fromkeys(("kl", "logit_lens_kl"), ("prompts", "layers"))
     return LensEvaluation({"kl": kl, "logit_lens_kl": plain}, axes, labels, about=about)
 
 

@@ -98,7 +98,12 @@ def fit_jacobian_lens(
     def lens(report: dict[str, Any] | None = None) -> Lens:
         mean = fit.sums / len(fit.done)
         maps = {layer: mean[k] if rank is None else fit.basis.T @ mean[k] for k, layer in enumerate(chosen)}
-        details = {"prompts": len(fit.done), "skip_first": skip_first, "max_length": max_length, "rank": rank}
+        details: dict[str, Any] = {
+            "prompts": len(fit.done),
+            "skip_first": skip_first,
+            "max_length": max_length,
+            "rank": rank,
+        }
         details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", **({"report": report} if report else {})}
         return Lens("jacobian", maps, {}, Origin.of(model), details)
 

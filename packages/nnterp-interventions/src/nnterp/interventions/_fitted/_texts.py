@@ -45,7 +45,9 @@ def rows_of(
     return rows
 
 
-def split(rows: Sequence[Row], held_out: Any, seed: int, model: Any, settings: tuple) -> tuple[list[Row], list[Row]]:
+def split(
+    rows: Sequence[Row], held_out: Any, seed: int, model: Any, settings: tuple[int | None, int]
+) -> tuple[list[Row], list[Row]]:
     """Rows to fit on, and rows held out: a share of them, drawn by `seed`, or texts of their own.
 
     Args:
@@ -68,7 +70,8 @@ def split(rows: Sequence[Row], held_out: Any, seed: int, model: Any, settings: t
         chosen = set(random.Random(seed).sample(range(len(rows)), number))
         kept = [row for i, row in enumerate(rows) if i not in chosen]
         return kept, [row for i, row in enumerate(rows) if i in chosen]
-    return list(rows), rows_of(model, held_out, *settings, "held_out")
+    max_length, skip_first = settings
+    return list(rows), rows_of(model, held_out, max_length, skip_first, "held_out")
 
 
 def sources_of(model: StandardizedTransformer, layers: Indices) -> list[int]:

@@ -113,7 +113,12 @@ def fit_tuned_lens(
     def lens(report: dict[str, Any] | None = None, best: bool = True) -> Lens:
         weights, biases = (fit.best_weights, fit.best_biases) if best else (fit.weights, fit.biases)
         maps = {layer: torch.eye(width) + weights[k].detach() for k, layer in enumerate(chosen)}
-        details = {"prompts": len(fitted), "skip_first": skip_first, "max_length": max_length, "epochs": fit.epoch}
+        details: dict[str, Any] = {
+            "prompts": len(fitted),
+            "skip_first": skip_first,
+            "max_length": max_length,
+            "epochs": fit.epoch,
+        }
         details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", "history": fit.history.tolist()}
         details |= {"report": report} if report else {}
         return Lens("tuned", maps, {layer: biases[k].detach() for k, layer in enumerate(chosen)}, origin, details)
