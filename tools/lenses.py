@@ -103,15 +103,19 @@ def table(found: dict) -> str:
     )
 
 
+def insert(name: str, made: str) -> None:
+    """Put a table into its place on the page."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    page = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + made + end, PAGE.read_text(), flags=re.S)
+    PAGE.write_text(page)
+
+
 def main() -> None:
     wanted = sys.argv[1:] or [name for name in NAMES if name == "toy" or (REAL / name).exists()]
     for name in wanted:
         made = measure(name)
         print(json.dumps(made, indent=1), flush=True)
-        page = PAGE.read_text()
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        page = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + table(made) + end, page, flags=re.S)
-        PAGE.write_text(page)
+        insert(name, table(made))
 
 
 if __name__ == "__main__":
