@@ -134,7 +134,7 @@ def logit_lens(
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
     asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
-    asked |= {} if lens is None else {"lens": repr(lens)}
+    asked |= {} if lens is None else {"lens": lens.kind}
     settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}
     settings |= {} if lens is None else {"lens": lens}
     call = Call(model, "logit_lens", {"prompts": ids_of(encoded), "layers": chosen, "top_k": top_k, **settings})
