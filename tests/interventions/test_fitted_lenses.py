@@ -377,7 +377,7 @@ def test_the_files_of_the_tuned_lens_package(small, lens, tmp_path, capsys):
     state = torch.load(tmp_path / "there" / "params.pt", weights_only=True)
     states = small.collect(TEXTS[:1], "layers_output", [1], slice(None), progress=False)["layers_output"][0, 0]
     theirs = states + (states @ state["2.weight"].T + state["2.bias"])  # its translator of the stream entering layer 2
-    torch.testing.assert_close(theirs, lens.to_target(states, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs, lens.to_last_layer(states, 1), atol=1e-5, rtol=1e-5)
     assert len(state) == 2 * small.num_layers
     again = Lens.from_tuned_lens(tmp_path / "there", small)
     for layer in lens.layers:

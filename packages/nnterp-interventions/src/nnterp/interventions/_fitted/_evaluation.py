@@ -112,7 +112,7 @@ def measured(
                 logs = model.project_on_vocab(final[own]).float().log_softmax(-1)
                 where = torch.tensor(batch.indices)[row[own]]
                 for k, layer in enumerate(layers):
-                    for which, state in enumerate((lens.to_target(states[own, k], layer), states[own, k])):
+                    for which, state in enumerate((lens.to_last_layer(states[own, k], layer), states[own, k])):
                         sums[which, :, k].index_add_(0, where, divergence(model, logs, state).double().cpu())
             shown.update(len(batch))
     counts = torch.tensor([len(row) - 1 - skip_first for row in rows]).double()

@@ -43,7 +43,7 @@ def fit_jacobian_lens(
 ) -> Lens:
     """Fit a Jacobian lens: for each layer, how the stream after the last layer moves when that layer's stream does.
 
-    The map of layer l is the mean over texts, and over source positions t, of the sum over target positions t' ≥ t of
+    The map of layer l is the mean over texts, and over source positions t, of the sum over positions t' ≥ t of
     ∂h_last[t'] / ∂h_l[t]. Positions count from `skip_first` to the last but one of each text. (Gurnee et al., 2026;
     their estimator.) A text costs one forward and, beside all texts of its batch, `hidden` vector-Jacobian products,
     which are computed many at a time and serve all layers at once.
@@ -139,7 +139,7 @@ class _Fit:
 
     Attributes:
         sums: `[layers, basis, hidden]`, the sum over texts.
-        basis: `[basis, hidden]`, orthonormal directions of the target.
+        basis: `[basis, hidden]`, orthonormal directions of the stream after the last layer.
         done: Indices of the texts that are in the sum.
     """
 
@@ -173,14 +173,14 @@ def _products(
     for row, (start, own) in enumerate(zip(batch.starts, batch.rows, strict=True)):
         counts[row, start + skip_first : start + len(own) - 1] = 1
     mean = (counts / counts.sum(1, keepdim=True)).repeat_interleave(copies, 0)
-    target = graph.target
-    valid = counts.repeat_interleave(copies, 0).to(target)
+    last = graph.last
+    valid = counts.repeat_interleave(copies, 0).to(last)
     found = torch.zeros(len(layers), len(basis), basis.shape[1])
     for start in range(0, len(basis), copies):
         some = basis[start : start + copies]
         rows = torch.zeros(copies, basis.shape[1])
         rows[: len(some)] = some
-        cotangent = rows.repeat(texts, 1).to(target)[:, None] * valid[..., None]
+        cotangent = rows.repeat(texts, 1).to(last)[:, None] * valid[..., None]
         for k, pulled in enumerate(graph.pulled(cotangent, keep=start + copies < len(basis))):
             own = torch.einsum(
                 "tcsh,tcs->ch", *(x.unflatten(0, (texts, copies)) for x in (pulled.float(), mean.to(pulled.device)))

@@ -167,7 +167,7 @@ class Lens:
             found.append((self.weights[layer], self.biases.get(layer)))
         return found
 
-    def to_target(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+    def to_last_layer(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """What a stream after `layer` is mapped to: `[..., hidden]`, in its dtype and on its device.
 
         Raises:
@@ -185,7 +185,7 @@ class Lens:
             ValueError: The lens is of another model.
         """
         self.check(model)
-        return model.project_on_vocab(self.to_target(hidden, layer))
+        return model.project_on_vocab(self.to_last_layer(hidden, layer))
 
     def from_vocab(
         self, model: StandardizedTransformer, token: int | str, layers: Iterable[int] | None = None

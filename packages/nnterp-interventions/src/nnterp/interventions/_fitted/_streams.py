@@ -51,18 +51,18 @@ class Graph:
     """Streams of one forward pass, and the graph between them.
 
     Attributes:
-        target: The stream after the last layer, `[batch, seq, hidden]`.
+        last: The stream after the last layer, `[batch, seq, hidden]`.
         read: The tensors of the model that the sources are made of.
         pulls: For each source, which of `read` it is made of, and the function that makes its gradient of theirs.
     """
 
-    target: torch.Tensor
+    last: torch.Tensor
     read: list[torch.Tensor]
     pulls: list[tuple[list[int], Callable[[Sequence[torch.Tensor]], torch.Tensor]]]
 
     def pulled(self, cotangent: torch.Tensor, keep: bool) -> list[torch.Tensor]:
-        """For each source, the vector-Jacobian product with a cotangent of the target, `[batch, seq, hidden]`."""
-        grads = torch.autograd.grad(self.target, self.read, cotangent, retain_graph=keep, allow_unused=True)
+        """For each source, the vector-Jacobian product with a cotangent of the last, `[batch, seq, hidden]`."""
+        grads = torch.autograd.grad(self.last, self.read, cotangent, retain_graph=keep, allow_unused=True)
         whole = [torch.zeros_like(r) if g is None else g for r, g in zip(self.read, grads, strict=True)]
         return [pull([whole[i] for i in indices]) for indices, pull in self.pulls]
 
@@ -81,9 +81,9 @@ def graph_of(model: StandardizedTransformer, inputs: dict[str, Any], layers: Seq
             seen.append(tensor)
         found = nnsight.save((seen, model.layers_output[last]))
         tracer.stop()
-    read, target = found
+    read, final = found
     pulls = [([order.index(place) for place in places], pull) for places, pull in sources]
-    return Graph(target, read, pulls)
+    return Graph(final, read, pulls)
 
 
 @torch.no_grad()
