@@ -3,8 +3,8 @@
     python benchmarks/interventions/lenses.py
     python benchmarks/interventions/lenses.py --rounds 9 --prompts 32
 
-Reading: the two ways alternate in one process on a random model of SmolLM2-135M's shape; the figure is the median of the
-ratios of each round. Fitting: seconds, and plain forwards of the same texts, once.
+Reading: the two ways alternate in one process on a random model of SmolLM2-135M's shape; the figure is the median of
+the ratios of each round. Fitting: seconds, and plain forwards of the same texts, once.
 """
 
 import argparse
