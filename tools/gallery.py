@@ -62,6 +62,19 @@ SECTIONS = [
         """,
     ),
     (
+        "lens-tuned",
+        "Tuned lens",
+        "The same text through a lens that was fitted first (Belrose et al., 2023): early layers are read better.",
+        """\
+        from nnterp.interventions import fit_tuned_lens
+
+        countries = "Italy Japan Spain Germany Poland Kenya Peru Norway Egypt Chile".split()
+        texts = [f"The capital of {one} is a city. The capital of {two} is" for one in countries for two in countries]
+        fitted = fit_tuned_lens(model, texts, epochs=5, progress=False)
+        figure = logit_lens_table(model, text, lens=fitted).plot(tokenizer=model.tokenizer)
+        """,
+    ),
+    (
         "targets",
         "Targets over layers",
         "Probabilities of target categories over several prompts: the median, and a band over the middle half.",
@@ -149,6 +162,29 @@ SECTIONS = [
 
         readings = patchscope_table(model, ["The capital of France", "The capital of Japan", "Mary"], progress=False)
         figure = readings.plot(tokenizer=model.tokenizer)
+        """,
+    ),
+    (
+        "steering",
+        "What steering does, and what it breaks",
+        "A tone vector at three layers and five factors: its effect, against the divergence on neutral sentences.",
+        """\
+        from nnterp.interventions import steering_sweep, steering_vectors
+
+        pleasant = ["I am happy. The weather today is", "What a wonderful day. The film was", "I love the city. I feel"]
+        unpleasant = ["I am sad. The weather today is", "What a terrible day. The film was", "I hate the city. I feel"]
+        vector = steering_vectors(model, pleasant, unpleasant)
+        sweep = steering_sweep(
+            model,
+            vector,
+            unpleasant,
+            logit_difference(" lovely", " awful"),
+            layers=[1, 4, 6],
+            factors=[0.25, 0.5, 1, 2, 4],
+            damage={"kl": ["The capital of France is Paris.", "The Eiffel Tower is in the city of Paris."]},
+            progress=False,
+        )
+        figure = sweep.plot(title="Tone: effect against damage")
         """,
     ),
     (

@@ -6,6 +6,7 @@ import torch
 from nnterp import nnsight_utils
 from nnterp.interventions import (
     Component,
+    Lens,
     ablate,
     activation_patching,
     kl_divergence,
@@ -20,6 +21,7 @@ from nnterp.interventions import (
     steering_sweep,
     steering_vectors,
 )
+from nnterp.interventions._fitted._belonging import Origin
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
 
 pytestmark = pytest.mark.slow
@@ -64,6 +66,11 @@ def gradients_of(model, remote):
     layers = {"layers_output": range(model.num_layers), "attention_head_outputs": model.attention_layers}
     slopes = [found[name, layer] for name, own in layers.items() for layer in own]
     return [found.metric, found.logits, *slopes, found.value(("layers_output", 1))]
+
+
+def a_lens(model):
+    weight = torch.eye(model.hidden_size) + torch.linspace(-0.1, 0.1, model.hidden_size)
+    return Lens("tuned", {0: weight}, {0: torch.ones(model.hidden_size)}, Origin(None, None, model.num_layers))
 
 
 CALLS = {
@@ -146,6 +153,7 @@ CALLS = {
         max_new_tokens=3,
         remote=r,
     ),
+    "logit_lens, fitted": lambda m, r: logit_lens(m, PROMPTS, lens=a_lens(m), layers=[0, -1], remote=r),
     "next_token_probs": lambda m, r: next_token_probs(m, PROMPTS, remote=r),
     "run_prompts": lambda m, r: run_prompts(m, questions(m), batch_size=2, remote=r).log_probs,
     "run_prompts, lens": lambda m, r: (

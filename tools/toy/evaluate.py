@@ -14,11 +14,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+
 import corpus
 import facts
-import torch
 import words
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 SHIPPED = Path(__file__).resolve().parents[2] / "packages" / "nnterp-core" / "src" / "nnterp" / "_toy"
 BATCH_SIZE = 128

@@ -12,9 +12,10 @@ import json
 import re
 from collections import Counter
 
-import corpus
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+import corpus
 
 END_OF_TEXT = "<|endoftext|>"
 SPACE = "Ġ"  # how byte-level BPE writes a space

@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import corpus
-import evaluate
 import torch
-from tokenizer import SPACE, build_tokenizer
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+import corpus
+import evaluate
+from tokenizer import SPACE, build_tokenizer
 
 ROW_LENGTH = 96
 BATCH_ROWS = 32

@@ -66,7 +66,7 @@ class Call:
                 f"Cannot resume: {where} is no partial result. It is complete, or was made by another function; an "
                 f"error of {self.function}() carries a partial result as its attribute `partial`."
             )
-        now = self._settings()
+        now = self.settings()
         wrong = []
         for name in {**earlier, **now}:
             then, here = earlier.get(name, "nothing"), now.get(name, "nothing")
@@ -92,11 +92,11 @@ class Call:
             f"What {self.function}() had computed is in this exception's `partial`: it can be saved, and "
             f"{self.function}(..., resume=error.partial) goes on from there."
         )
-        now = self._settings()
+        now = self.settings()
         changed = {name: CHANGES for name, part in self.parts.items() if not same(now.get(name), part)}
         self.record.update({**now, **changed})
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything that the call's numbers depend on, flat, as JSON holds it."""
         model = _known(settings_of_model, self.model)
         model = model if isinstance(model, dict) else {"weights": model}

@@ -3,13 +3,14 @@
 from nnterp.identity._differences import CHANGES, differences, same
 from nnterp.identity._digests import digest, summary
 from nnterp.identity._functions import parts_of_function
-from nnterp.identity._model import settings_of_model
+from nnterp.identity._model import config_digest, settings_of_model
 from nnterp.identity._weights import checksum, checksum_of_tensors
 
 __all__ = [
     "CHANGES",
     "checksum",
     "checksum_of_tensors",
+    "config_digest",
     "differences",
     "digest",
     "parts_of_function",

@@ -23,11 +23,16 @@ def settings_of_model(model: Any) -> dict[str, Any]:
         "model": model.repo_id or "",
         "revision": getattr(module.config, "_commit_hash", None) or getattr(model, "revision", None),
         "dtype": str(getattr(module, "dtype", None)),
-        "config": digest(_config(module.config)),
+        "config": config_digest(module.config),
         "edits": [_edit(edit) for edit in getattr(model, "_edits", ())],
         **({"steering": [digest(vars(steering)) for steering in model.standing]} if model.standing else {}),
         "weights": checksum(module),
     }
+
+
+def config_digest(config: Any) -> str:
+    """Return a digest of the parts of a config that a model's numbers may depend on."""
+    return digest(_config(config))
 
 
 def _config(config: Any) -> dict[str, Any]:

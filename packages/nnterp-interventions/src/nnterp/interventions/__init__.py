@@ -2,6 +2,7 @@
 
 from nnterp.interventions._ablation import AblationResult, ablate
 from nnterp.interventions._components import Component, components
+from nnterp.interventions._fitted import Lens, LensEvaluation, evaluate_lens, fit_jacobian_lens, fit_tuned_lens
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
 from nnterp.interventions._metrics import Metric, kl_divergence, logit_difference, target_probability
 from nnterp.interventions._patching import PatchingResult, activation_patching
@@ -22,6 +23,8 @@ from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_
 __all__ = [
     "AblationResult",
     "Component",
+    "Lens",
+    "LensEvaluation",
     "LensResult",
     "Metric",
     "PatchingResult",
@@ -36,6 +39,9 @@ __all__ = [
     "ablate",
     "activation_patching",
     "components",
+    "evaluate_lens",
+    "fit_jacobian_lens",
+    "fit_tuned_lens",
     "it_repeat_prompt",
     "kl_divergence",
     "logit_difference",

@@ -14,6 +14,7 @@ from nnterp.defaults import plain_defaults
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, encode, forward_flags
+from nnterp.interventions._fitted._lens import Lens, mapped
 from nnterp.interventions._inverse import INVERSE, inverse_logits, split_inverse
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._lens_run import LensRun
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 READOUT_NUMBERS = 1 << 23  # logits that are held at a time
+Maps = list[tuple[torch.Tensor, torch.Tensor | None] | None]  # of a fitted lens, for each layer; see `Lens.maps_for`
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +55,7 @@ def logit_lens(
     return_inv_logits: bool = False,
     *,
     layers: Indices = None,
+    lens: Lens | None = None,
     positions: Positions = None,
     targets: Any = None,
     top_k: int | None = None,
@@ -76,6 +79,8 @@ def logit_lens(
         return_inv_logits: Also return the same of the inverse logits: the head is given the negative of what it is
             given otherwise, `-ln_final(hidden)`. A softcap or a scale after the head is applied to what it returns.
         layers: The layer or layers; all if None.
+        lens: A fitted lens: the hidden state goes through its map first. With it, `layers` are those that it has a map
+            for, and the last, if None.
         positions: Where to read, over each prompt's own tokens, as in `model.collect`; the last token if None.
         targets: Return only the probabilities of these tokens (ids, or texts of one token): one token for all prompts,
             or a list with a token or a list of targets for each prompt. A target is a token or a list of tokens whose
@@ -96,7 +101,9 @@ def logit_lens(
 
     Raises:
         IndexError: There is no such layer or position.
-        ValueError: There are no prompts, targets do not fit them, or `ranks` is asked for without `targets`.
+        ValueError: There are no prompts, targets do not fit them, `ranks` is asked for without `targets`, or the lens
+            is of another model.
+        KeyError: The lens has no map for a layer.
         InsideTraceError: Called inside a trace of the same model.
         Unavailable: What this model does after its last layer is not proven.
 
@@ -105,7 +112,14 @@ def logit_lens(
     """
     model.require_no_trace("logit_lens()")
     encoded = encode(model, prompts)
+    if lens is not None and not isinstance(lens, Lens):
+        raise TypeError(f"lens is a Lens, as fit_tuned_lens() returns it, not {lens!r:.80}.")
+    if lens is not None:
+        model.prepare(remote)
+        lens.check(model)
+        layers = (*lens.layers, model.num_layers - 1) if layers is None else layers
     chosen = layers_of(model, layers)
+    maps: Maps = [None] * len(set(chosen)) if lens is None else lens.maps_for(sorted(set(chosen)))
     plain = plain_positions(positions)
     each = per_prompt(-1 if positions is None else plain, len(encoded))
     where = [
@@ -120,11 +134,13 @@ def logit_lens(
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
     asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
+    asked |= {} if lens is None else {"lens": lens.kind}
     settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}
+    settings |= {} if lens is None else {"lens": lens}
     call = Call(model, "logit_lens", {"prompts": ids_of(encoded), "layers": chosen, "top_k": top_k, **settings})
     found = LensRun(resumed(call, resume), prompt_labels(encoded, model), chosen)
     with call.keeping(lambda: found.partial(call, describe_run(model, "logit_lens", **asked))):
-        _run(model, encoded, chosen, where, reduction, remote, batch_size, progress, found)
+        _run(model, encoded, chosen, maps, where, reduction, remote, batch_size, progress, found)
     tensors = found.whole
     if positions is None:
         tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
@@ -149,6 +165,7 @@ def logit_lens_table(
     top_k: int = 5,
     *,
     layers: Indices = None,
+    lens: Lens | None = None,
     positions: Positions = None,
     targets: Any = None,
     remote: bool = False,
@@ -159,7 +176,7 @@ def logit_lens_table(
     """The logit lens at every layer and position, reduced to the numbers that a table or a figure shows.
 
     Args:
-        model, prompts, layers, remote, batch_size, progress, resume: As in `logit_lens`.
+        model, prompts, layers, lens, remote, batch_size, progress, resume: As in `logit_lens`.
         top_k: Most probable tokens to keep.
         positions: Where to read, over each prompt's own tokens; all if None.
         targets: Tokens whose probabilities and ranks to keep.
@@ -173,6 +190,7 @@ def logit_lens_table(
         prompts,
         remote,
         layers=layers,
+        lens=lens,
         positions=slice(None) if positions is None else positions,
         targets=targets,
         top_k=top_k,
@@ -215,6 +233,7 @@ def _run(
     model: StandardizedTransformer,
     prompts: list[Row],
     layers: list[int],
+    maps: Maps,
     where: list[tuple[int, ...]],
     reduction: Reduction,
     remote: bool,
@@ -236,7 +255,7 @@ def _run(
         if not len(spots.row):
             run.done.update(batch.indices)
             return
-        found = _read(model, batch, order, spots, reduction, remote)
+        found = _read(model, batch, order, maps, spots, reduction, remote)
         complete = torch.equal(spots.prompt * width + spots.place, torch.arange(len(prompts) * width))
         for name, flat in found.items():
             tensor = flat.unflatten(0, (len(spots.row), len(order)))
@@ -256,7 +275,13 @@ def _run(
 
 
 def _read(
-    model: StandardizedTransformer, batch: Batch, layers: list[int], spots: _Spots, reduction: Reduction, remote: bool
+    model: StandardizedTransformer,
+    batch: Batch,
+    layers: list[int],
+    maps: Maps,
+    spots: _Spots,
+    reduction: Reduction,
+    remote: bool,
 ) -> dict[str, torch.Tensor]:
     """Run one batch up to the last of these layers; reduced tensors `[spots * layers, ...]`."""
     row, seq, prompt, size = spots.row, spots.seq, spots.prompt, batch.input_ids.shape
@@ -264,9 +289,10 @@ def _read(
     most = max(1, READOUT_NUMBERS // (model.vocab_size or 1 << 16))
     with model.trace(batch.encoding, remote=remote, **forward_flags(model)) as tracer:
         states = []
-        for layer in layers:
+        for layer, own in zip(layers, maps, strict=True):
             stream = model.layers_output[layer]
-            states.append(states_at(model, stream, row, seq, size))
+            state = states_at(model, stream, row, seq, size)
+            states.append(state if own is None else mapped(state, *own))
         hidden = torch.stack([state.to(states[-1].device) for state in states], dim=1)  # [spots, layers, ..., hidden]
         found = nnsight.save(_read_out(model, hidden, prompt, reduction, most))
         tracer.stop()

@@ -185,12 +185,17 @@ class Result:
         return draw(self, **kwargs)
 
 
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+
+
 def describe_run(model: StandardizedTransformer, function: str, **arguments: Any) -> dict[str, Any]:
     """The record of a call for `Result.about`, of values that JSON can hold."""
     return {
         "model": model.repo_id or model.anatomy.model_class,
         "revision": model.revision,
-        "versions": {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS},
+        "versions": versions(),
         "function": function,
         "arguments": {name: _plain(value) for name, value in arguments.items()},
     }

@@ -104,7 +104,7 @@ def _columns(result: LabelledResult, prompt: int) -> _Columns:
     if "positions" not in result.labels or "positions" not in result.axes["top_ids"]:
         indices = list(range(len(prompts)))
         inputs = [str(text) for text in prompts]
-        return _Columns(None, indices, indices, inputs, "prompt", "Logit lens after each prompt")
+        return _Columns(None, indices, indices, inputs, "prompt", f"{_lens_of(result)} after each prompt")
     tokens = tokens_at(result, prompt) or [""] * len(result.labels["positions"])
     indices = [i for i, token in enumerate(tokens) if token or not any(tokens)]
     return _Columns(
@@ -113,8 +113,14 @@ def _columns(result: LabelledResult, prompt: int) -> _Columns:
         labels=[result.labels["positions"][i] for i in indices],
         inputs=[visible(tokens[i]) if tokens[i] else "" for i in indices],
         axis="position (input token)",
-        title=f"Logit lens of {_quoted(prompts[prompt])}",
+        title=f"{_lens_of(result)} of {_quoted(prompts[prompt])}",
     )
+
+
+def _lens_of(result: LabelledResult) -> str:
+    """What the result was read with."""
+    kind = result.about.get("arguments", {}).get("lens")
+    return f"{str(kind).capitalize()} lens" if kind else "Logit lens"
 
 
 def _target_values(

@@ -1,0 +1,189 @@
+"""The Jacobian lens: the average derivative of the stream after the last layer by the stream after an earlier one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.arguments import count
+from nnterp.indices import Indices
+from nnterp.inputs import Batch, batches, left_padded
+from nnterp.interventions._fitted._belonging import Origin
+from nnterp.interventions._fitted._checkpoint import Checkpoint
+from nnterp.interventions._fitted._evaluation import report_of
+from nnterp.interventions._fitted._lens import Lens
+from nnterp.interventions._fitted._streams import graph_of, require_one_stream, states_of, weights_at_rest
+from nnterp.interventions._fitted._texts import SKIP_FIRST, rows_of, sources_of, split
+from nnterp.progress import bar
+from nnterp.resuming import Call
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+TOKENS = 4096  # tokens of a backward pass, if nothing else is asked for
+_TEXTS = 8  # texts of one batch
+
+
+def fit_jacobian_lens(
+    model: StandardizedTransformer,
+    texts: Any,
+    layers: Indices = None,
+    *,
+    skip_first: int = SKIP_FIRST,
+    max_length: int = 128,
+    rank: int | None = None,
+    held_out: Any = 0.1,
+    max_tokens: int = TOKENS,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool | None = None,
+) -> Lens:
+    """Fit a Jacobian lens: for each layer, how the stream after the last layer moves when that layer's stream does.
+
+    The map of layer l is the mean over texts, and over source positions t, of the sum over positions t' ≥ t of
+    ∂h_last[t'] / ∂h_l[t]. Positions count from `skip_first` to the last but one of each text. (Gurnee et al., 2026;
+    their estimator.) A text costs one forward and, beside all texts of its batch, `hidden` vector-Jacobian products,
+    which are computed many at a time and serve all layers at once.
+
+    Args:
+        model: The model, with its weights here: this does not run remotely.
+        texts: Texts, token ids, or a list of these; about a hundred of 128 tokens are customary.
+        layers: The layer or layers; all but the last if None.
+        skip_first: How many first positions of a text do not count.
+        max_length: Tokens of a text that are used.
+        rank: Fit only the part of the maps that leads into the `rank` leading principal directions of the stream after
+            the last layer, at `rank / hidden` of the cost; None for all of it.
+        held_out: The share of the texts, drawn by `seed`, that is kept for `lens.report`; or texts for it; 0 for none.
+        max_tokens: Tokens in one backward pass: more need more memory, and not less time once the cores are busy.
+        seed: Of the texts held out.
+        checkpoint: A file in which the fit is kept after each batch, and from which a killed fit goes on, to the same
+            lens bit for bit (on one thread; with several, rounding varies from run to run). Removed at the end.
+        progress: Show a progress bar; None: after two seconds.
+
+    Returns:
+        A `Lens` of kind "jacobian", float32 on the CPU, whatever the model computes in. `lens.report` says what it is
+        worth beside the logit lens.
+
+    Raises:
+        ValueError: A text is too short, nothing is left to fit on, or `checkpoint` is of another fit.
+        Unavailable: The model has several streams side by side.
+        InsideTraceError: Called inside a trace of this model.
+
+        An error in the middle, KeyboardInterrupt included, carries the lens of the texts so far as `error.partial`.
+
+    Example:
+        lens = fit_jacobian_lens(model, texts)
+        probs = logit_lens(model, "The capital of France is", lens=lens)
+    """
+    model.require_no_trace("fit_jacobian_lens()")
+    width = require_one_stream(model, "A Jacobian lens")
+    chosen = sources_of(model, layers)
+    most = count(max_tokens, "max_tokens")
+    model.prepare()
+    settings = (max_length, skip_first)
+    rows = rows_of(model, texts, *settings, "texts")
+    fitted, kept = split(rows, held_out, seed, model, settings)
+    number = width if rank is None else count(rank, "rank", 1, width)
+    arguments = {"texts": [row.ids for row in fitted], "layers": chosen, "skip_first": skip_first, "rank": number}
+    arguments |= {"max_tokens": most, "held_out": [row.ids for row in kept]}
+    call = Call(model, "fit_jacobian_lens", arguments)
+    fit = _Fit(torch.zeros(len(chosen), number, width), torch.empty(0), set())
+    file = Checkpoint(checkpoint, call)
+    if earlier := file.read():
+        fit = _Fit(earlier["sums"], earlier["basis"], set(earlier["done"].tolist()))
+
+    def lens(report: dict[str, Any] | None = None) -> Lens:
+        mean = fit.sums / len(fit.done)
+        maps = {layer: mean[k] if rank is None else fit.basis.T @ mean[k] for k, layer in enumerate(chosen)}
+        details: dict[str, Any] = {
+            "prompts": len(fit.done),
+            "skip_first": skip_first,
+            "max_length": max_length,
+            "rank": rank,
+        }
+        details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", **({"report": report} if report else {})}
+        return Lens("jacobian", maps, {}, Origin.of(model), details)
+
+    with torch.inference_mode(False), torch.enable_grad(), weights_at_rest(model._module), left_padded(model.tokenizer):
+        try:
+            with bar(len(fitted), "Jacobian lens", progress, "text") as shown:
+                if not len(fit.basis):
+                    fit.basis = torch.eye(width) if rank is None else _principal(model, fitted, number, skip_first)
+                shown.update(len(fit.done))
+                for batch in batches(model, fitted, _TEXTS):
+                    if not fit.done.issuperset(batch.indices):
+                        fit.sums += _products(model, batch, chosen, fit.basis, skip_first, most)
+                        fit.done.update(batch.indices)
+                        file.write({"sums": fit.sums, "basis": fit.basis, "done": torch.tensor(sorted(fit.done))})
+                        shown.update(len(batch))
+        except BaseException as error:
+            if fit.done:
+                error.partial = lens()  # type: ignore[attr-defined]
+                error.add_note(
+                    f"{len(fit.done)} of {len(fitted)} texts are done: their lens is error.partial.{file.hint}"
+                )
+            raise
+    found = lens()
+    if kept:
+        found = lens(report_of(model, found, kept, skip_first))
+    file.remove()
+    return found
+
+
+@dataclass
+class _Fit:
+    """What a fit has so far.
+
+    Attributes:
+        sums: `[layers, basis, hidden]`, the sum over texts.
+        basis: `[basis, hidden]`, orthonormal directions of the stream after the last layer.
+        done: Indices of the texts that are in the sum.
+    """
+
+    sums: torch.Tensor
+    basis: torch.Tensor
+    done: set[int]
+
+
+@torch.no_grad()
+def _principal(model: StandardizedTransformer, rows: list, rank: int, skip_first: int) -> torch.Tensor:
+    """The leading principal directions (about zero) of the stream after the last layer, `[rank, hidden]`."""
+    moment: Any = 0
+    for batch in batches(model, rows, 16):
+        final = states_of(model, batch, [0], skip_first)[1].double().cpu()
+        moment = moment + final.T @ final
+    return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank].T.float().contiguous()
+
+
+def _products(
+    model: StandardizedTransformer, batch: Batch, layers: list[int], basis: torch.Tensor, skip_first: int, most: int
+) -> torch.Tensor:
+    """`basis @ J` of each layer, summed over the batch's texts, `[layers, basis, hidden]`, float32 on the CPU.
+
+    Each text stands in the batch as many times as there are directions in one backward pass.
+    """
+    texts, seq = batch.input_ids.shape
+    copies = max(1, min(len(basis), most // (texts * seq)))
+    inputs = {name: tensor.repeat_interleave(copies, 0) for name, tensor in batch.encoding.items()}
+    graph = graph_of(model, inputs, layers)
+    counts = torch.zeros(texts, seq)
+    for row, (start, own) in enumerate(zip(batch.starts, batch.rows, strict=True)):
+        counts[row, start + skip_first : start + len(own) - 1] = 1
+    mean = (counts / counts.sum(1, keepdim=True)).repeat_interleave(copies, 0)
+    last = graph.last
+    valid = counts.repeat_interleave(copies, 0).to(last)
+    found = torch.zeros(len(layers), len(basis), basis.shape[1])
+    for start in range(0, len(basis), copies):
+        some = basis[start : start + copies]
+        rows = torch.zeros(copies, basis.shape[1])
+        rows[: len(some)] = some
+        cotangent = rows.repeat(texts, 1).to(last)[:, None] * valid[..., None]
+        for k, pulled in enumerate(graph.pulled(cotangent, keep=start + copies < len(basis))):
+            own = torch.einsum(
+                "tcsh,tcs->ch", *(x.unflatten(0, (texts, copies)) for x in (pulled.float(), mean.to(pulled.device)))
+            )
+            found[k, start : start + len(some)] = own[: len(some)].cpu()
+    return found

@@ -1,0 +1,328 @@
+"""`Lens`: affine maps from the residual stream after each layer to the stream after the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.files import read_tensors, write_tensors
+from nnterp.interventions._fitted._belonging import Belonging, Origin
+from nnterp.interventions._fitted._published import (
+    read_jacobian_file,
+    read_tuned_folder,
+    write_jacobian_file,
+    write_tuned_folder,
+)
+from nnterp.interventions._fitted._readout import readout_directions
+from nnterp.interventions._tokens import token_id
+from nnterp.interventions._vectors import SteeringVector
+from nnterp.interventions._vectors._belonging import identity_of
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+_FILE = "lens"
+
+
+class Lens:
+    """Maps the stream after a layer to what it becomes by the end: `hidden @ weight.T + bias`, which the head reads.
+
+    Made by `fit_tuned_lens`, `fit_jacobian_lens`, `Lens.load`, or from published files. `logit_lens(model, prompts,
+    lens=lens)` reads with it. The last layer needs no map; it is read as it is.
+
+    Args:
+        kind: "tuned" or "jacobian".
+        weights: Layer → `[hidden, hidden]`.
+        biases: Layer → `[hidden]`; layers without one have none.
+        origin: The model it was fitted on.
+        details: How it was fitted, as JSON can hold it.
+
+    Attributes:
+        weights, biases: Float32 on the CPU, in the order of layers. Do not change the tensors.
+
+    Raises:
+        ValueError: Maps are missing, not finite, or of different widths, or a layer is the last one or none.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        weights: Mapping[int, torch.Tensor],
+        biases: Mapping[int, torch.Tensor],
+        origin: Origin,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.kind, self.origin, self.details = kind, origin, dict(details or {})
+        self.weights = {layer: weights[layer].detach().float().cpu() for layer in sorted(weights)}
+        self.biases = {layer: biases[layer].detach().float().cpu() for layer in sorted(biases)}
+        self._fits = Belonging(self.origin)
+        self._require_sound()
+
+    def _require_sound(self) -> None:
+        if not self.weights:
+            raise ValueError("A lens needs a map for at least one layer.")
+        width = next(iter(self.weights.values())).shape[-1]
+        for layer, weight in self.weights.items():
+            if tuple(weight.shape) != (width, width):
+                raise ValueError(f"The map of layer {layer} has shape {list(weight.shape)}, not [{width}, {width}].")
+            if not torch.isfinite(weight).all() or not torch.isfinite(self.biases.get(layer, weight)).all():
+                raise ValueError(f"The map of layer {layer} is not finite.")
+            if not 0 <= layer < self.origin.num_layers - 1:
+                raise ValueError(
+                    f"There is a map for layer {layer}, but a model of {self.origin.num_layers} layers takes maps for "
+                    f"layers 0 to {self.origin.num_layers - 2}."
+                )
+        for layer, bias in self.biases.items():
+            if layer not in self.weights or tuple(bias.shape) != (width,):
+                raise ValueError(f"The bias of layer {layer} has shape {list(bias.shape)}, not [{width}].")
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a map."""
+        return tuple(self.weights)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the stream."""
+        return next(iter(self.weights.values())).shape[-1]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the fit was worth on text that was held out: layer → KL in nats, as `evaluate_lens` measures it.
+
+        `{"layers": {"3": {"lens": …, "lens_sd": …, "logit_lens": …, "logit_lens_sd": …}, …}, "texts": …}`; empty if
+        no text was held out.
+        """
+        return self.details.get("report", {})
+
+    @property
+    def worse(self) -> tuple[int, ...]:
+        """Layers at which the logit lens was better on the text that was held out."""
+        return tuple(
+            int(layer) for layer, own in self.report.get("layers", {}).items() if own["lens"] >= own["logit_lens"]
+        )
+
+    def __repr__(self) -> str:
+        worse = f"; worse than the logit lens at layers {', '.join(map(str, self.worse))}" if self.worse else ""
+        return (
+            f"Lens({self.kind}; layers {self.layers[0]} to {self.layers[-1]}; hidden {self.hidden_size}; "
+            f"{self.origin.model or 'model unknown'}{worse})"
+        )
+
+    def __reduce__(self) -> tuple:
+        return Lens, (self.kind, self.weights, self.biases, self.origin, self.details)
+
+    def select(self, layers: int | Iterable[int]) -> Lens:
+        """The same lens with some of its layers only.
+
+        Raises:
+            KeyError: It has no map for one of them.
+        """
+        wanted = list(layers) if isinstance(layers, Iterable) else [layers]
+        for layer in wanted:
+            self._require(layer)
+        biases = {layer: self.biases[layer] for layer in wanted if layer in self.biases}
+        return Lens(self.kind, {i: self.weights[i] for i in wanted}, biases, self.origin, self.details)
+
+    def _require(self, layer: int) -> None:
+        if layer not in self.weights:
+            raise KeyError(
+                f"The lens has no map for layer {layer}; it has maps for {', '.join(map(str, self.layers))}."
+            )
+
+    # -- with a model ----------------------------------------------------------------------------------------------
+
+    def check(self, model: StandardizedTransformer, strict: bool = True) -> None:
+        """Raise if the lens was fitted on another model, another revision, or another forward pass.
+
+        The width, the number of layers and, where they are known, the config and the last stream of a fixed probe are
+        compared. So a lens is refused if the weights were changed, or if transformers computes something else by now.
+
+        Args:
+            model: The model.
+            strict: With False, what is not a matter of shape is a warning.
+
+        Raises:
+            ValueError: It does not fit; says what differs.
+        """
+        self._fits.check(model, self.layers[-1], self.hidden_size, strict)
+
+    def maps_for(self, layers: Iterable[int]) -> list[tuple[torch.Tensor, torch.Tensor | None] | None]:
+        """For each layer its weight and bias; None for the last layer, which is read as it is.
+
+        Raises:
+            KeyError: There is no map for a layer.
+        """
+        found: list[tuple[torch.Tensor, torch.Tensor | None] | None] = []
+        for layer in layers:
+            if layer == self.origin.num_layers - 1:
+                found.append(None)
+                continue
+            self._require(layer)
+            found.append((self.weights[layer], self.biases.get(layer)))
+        return found
+
+    def to_last_layer(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """What a stream after `layer` is mapped to: `[..., hidden]`, in its dtype and on its device.
+
+        Raises:
+            KeyError: There is no map for this layer.
+        """
+        self._require(layer)
+        return mapped(hidden, self.weights[layer], self.biases.get(layer))
+
+    @torch.no_grad()
+    def to_vocab(self, model: StandardizedTransformer, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """Logits `[..., vocab]` of a stream `[..., hidden]` after `layer`, read through the lens.
+
+        Raises:
+            KeyError: There is no map for this layer.
+            ValueError: The lens is of another model.
+        """
+        self.check(model)
+        return model.project_on_vocab(self.to_last_layer(hidden, layer))
+
+    def from_vocab(
+        self, model: StandardizedTransformer, token: int | str, layers: Iterable[int] | None = None
+    ) -> SteeringVector:
+        """At each layer, the direction of the stream along which the lens's logit of a token rises fastest.
+
+        It is `weightᵀ g`, where `g` is the gradient of the token's logit by the stream after the last layer, the mean
+        over 256 orthogonal states of unit root mean square (all, if the stream is narrower). Without a softcap this
+        is the token's row of the head, times the final norm's weight. (Gurnee et al., 2026, call these the token's
+        lens vectors.)
+
+        Args:
+            model: The model.
+            token: A token id, or a text of one token.
+            layers: For which layers; all of the lens if None.
+
+        Returns:
+            A `SteeringVector`: for steering, for projecting out, and for swapping one token's direction for another's.
+
+        Raises:
+            ValueError: The text has several tokens, or the lens is of another model.
+            KeyError: There is no map for a layer.
+        """
+        self.check(model)
+        wanted = self.layers if layers is None else tuple(layers)
+        for layer in wanted:
+            self._require(layer)
+        index = token_id(model, token)
+        gradient = readout_directions(model, [index])[0]
+        directions = {layer: self.weights[layer].T @ gradient for layer in wanted}
+        return SteeringVector(directions, **identity_of(model), method=f"{self.kind} lens", details={"token": index})
+
+    # -- storage ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write `<path>.safetensors`: the maps and the record of the fit, in one file; folders are made.
+
+        Raises:
+            FileExistsError: The file exists and holds no lens; it is not overwritten.
+            OSError: It cannot be written.
+        """
+        write_tensors(path, self._tensors(), self._record(), _FILE)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        maps = {f"weight.{layer}": weight for layer, weight in self.weights.items()}
+        biases = {f"bias.{layer}": bias for layer, bias in self.biases.items()}
+        probe = {} if self.origin.probe is None else {"probe": self.origin.probe}
+        return {**maps, **biases, **probe}
+
+    def _record(self) -> dict[str, Any]:
+        return {"kind": self.kind, "origin": self.origin.record(), "details": self.details}
+
+    @classmethod
+    def load(cls, path: str | Path, model: StandardizedTransformer | None = None, strict: bool = True) -> Lens:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            model: The model it is for: checked at once.
+            strict: As in `check`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is truncated, damaged, no lens, or a lens of another model; names the file or the model.
+        """
+        tensors, record = read_tensors(path, _FILE)
+        parts: dict[str, dict[int, torch.Tensor]] = {"weight": {}, "bias": {}}
+        for name, tensor in tensors.items():
+            part, _, layer = name.partition(".")
+            if part in parts:
+                parts[part][int(layer)] = tensor
+        origin = Origin.read(record["origin"], tensors.get("probe"))
+        lens = cls(record["kind"], parts["weight"], parts["bias"], origin, record["details"])
+        if model is not None:
+            lens.check(model, strict)
+        return lens
+
+    @classmethod
+    def from_tuned_lens(cls, folder: str | Path, model: StandardizedTransformer, strict: bool = True) -> Lens:
+        """Read a folder of the tuned-lens repository: `config.json` and `params.pt`.
+
+        Its translator i reads the stream that enters layer i, so it becomes the map of layer i − 1; the first, which
+        reads the embeddings, has no place here.
+
+        Args:
+            folder: The folder.
+            model: The model it was fitted on.
+            strict: With False, another model's name or revision in the config is a warning.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: The files are damaged, hold code, or are of a model of another name, revision or shape.
+        """
+        weights, biases, details = read_tuned_folder(folder, model, strict)
+        return cls("tuned", weights, biases, Origin.of(model), details)
+
+    def to_tuned_lens(self, folder: str | Path) -> None:
+        """Write `config.json` and `params.pt` as the tuned-lens package reads them.
+
+        Its first translator, for the embeddings, is written as the identity.
+
+        Raises:
+            ValueError: A layer has no map.
+            OSError: The folder cannot be written.
+        """
+        write_tuned_folder(folder, self.weights, self.biases, self.origin)
+
+    @classmethod
+    def from_jacobian_lens(cls, path: str | Path, model: StandardizedTransformer) -> Lens:
+        """Read a Jacobian lens as it is published for Neuronpedia: a `.pt` file with `J`, `n_prompts`, `d_model`.
+
+        The file does not name its model: `lens.report` and `evaluate_lens` say whether it fits.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, holds code, or has another width or more layers than the model.
+        """
+        weights, details = read_jacobian_file(path)
+        lens = cls("jacobian", weights, {}, Origin.of(model), details)
+        lens.check(model)
+        return lens
+
+    def to_jacobian_lens(self, path: str | Path) -> None:
+        """Write a `.pt` file as it is published for Neuronpedia, in half precision, as is the custom there.
+
+        Raises:
+            ValueError: The lens has biases, which the format does not hold.
+            OSError: It cannot be written.
+        """
+        if self.biases:
+            raise ValueError(f"A {self.kind} lens has biases, which the format of Jacobian lenses does not hold.")
+        write_jacobian_file(path, self.weights, int(self.details.get("prompts", 0)))
+
+
+def mapped(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`hidden @ weight.T + bias`, computed in float32, in the dtype and on the device of `hidden`."""
+    found = hidden.float() @ weight.to(hidden.device).T
+    if bias is not None:
+        found = found + bias.to(hidden.device)
+    return found.to(hidden.dtype)

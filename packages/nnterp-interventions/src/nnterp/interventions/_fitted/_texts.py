@@ -1,0 +1,89 @@
+"""Texts that a lens is fitted on and measured on: rows, which positions count, and what is held out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nnterp.arguments import count
+from nnterp.indices import Indices
+from nnterp.inputs import Row, encode
+from nnterp.interventions._layers import layers_of
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+SKIP_FIRST = 16  # Gurnee et al., 2026: the first positions are attention sinks
+
+
+def rows_of(
+    model: StandardizedTransformer, texts: Any, max_length: int | None, skip_first: int, what: str
+) -> list[Row]:
+    """Texts as rows of at most `max_length` tokens; positions from `skip_first` to the last but one count.
+
+    Raises:
+        ValueError: A text is too short to have such a position.
+    """
+    skip_first = count(skip_first, "skip_first", 0)
+    limit = None if max_length is None else count(max_length, "max_length", skip_first + 2)
+    listed = [texts] if isinstance(texts, str) else texts
+    if limit is not None and isinstance(listed, Sequence):
+        listed = [
+            model.tokenizer(text)["input_ids"][:limit] if isinstance(text, str) and len(text) > limit else text
+            for text in listed
+        ]
+    rows = [row if limit is None or len(row) <= limit else Row(row.ids[:limit]) for row in encode(model, listed)]
+    short = [i for i, row in enumerate(rows) if len(row) < skip_first + 2]
+    if short:
+        lengths = ", ".join(str(len(rows[i])) for i in short[:5])
+        raise ValueError(
+            f"{what}: {len(short)} of {len(rows)} texts have fewer than {skip_first + 2} tokens (text {short[0]} and "
+            f"others: {lengths}), so none of their positions counts with skip_first={skip_first}. Leave them out, join "
+            "texts, or give a smaller skip_first."
+        )
+    return rows
+
+
+def split(
+    rows: Sequence[Row], held_out: Any, seed: int, model: Any, settings: tuple[int | None, int]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to fit on, and rows held out: a share of them, drawn by `seed`, or texts of their own.
+
+    Args:
+        rows: The rows.
+        held_out: A share from 0 to below 1, or texts.
+        seed: Of the draw.
+        model, settings: What `rows_of` needs for texts.
+
+    Raises:
+        ValueError: The share leaves nothing to fit on.
+    """
+    if isinstance(held_out, (int, float)) and not isinstance(held_out, bool):
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out={held_out!r}; give a share from 0 to below 1, or texts.")
+        number = 0 if held_out == 0 else max(1, round(held_out * len(rows)))
+        if number >= len(rows):
+            raise ValueError(
+                f"held_out={held_out} of {len(rows)} texts leaves none to fit on: give more texts, or held_out=0."
+            )
+        chosen = set(random.Random(seed).sample(range(len(rows)), number))
+        kept = [row for i, row in enumerate(rows) if i not in chosen]
+        return kept, [row for i, row in enumerate(rows) if i in chosen]
+    max_length, skip_first = settings
+    return list(rows), rows_of(model, held_out, max_length, skip_first, "held_out")
+
+
+def sources_of(model: StandardizedTransformer, layers: Indices) -> list[int]:
+    """The layers to fit a lens at, in order; all but the last if None.
+
+    Raises:
+        ValueError: The last layer is among them, or none.
+    """
+    last = model.num_layers - 1
+    chosen = (
+        [i for i in layers_of(model, None) if i != last] if layers is None else sorted(set(layers_of(model, layers)))
+    )
+    if last in chosen or not chosen:
+        raise ValueError(f"A lens is fitted at layers before the last, 0 to {last - 1}, not at {chosen or 'none'}.")
+    return chosen
