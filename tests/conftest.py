@@ -13,6 +13,25 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """Under `-n`, tests of one model type run in one process, so that its model is built and proven once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    from nnterp.testing import model_types
+
+    types = set(model_types())
+
+    class ByModelType(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            if "packaging" in file:
+                return nodeid
+            parameters = test.partition("[")[2].rstrip("]").split("-")
+            return next((name for name in parameters if name in types), file)
+
+    return ByModelType(config, log) if config.getoption("dist") == "load" else None
+
+
 @cache
 def _tiny(model_type: str):
     from nnterp import StandardizedTransformer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.standing import conditional, standing
 from nnterp.traced import Condition, TracedTransformer, skip_layers, steering_of
 from nnterp.turn import Turn
+
+EDITS = frozenset(["steer", "skip_layer", "skip_layers", "each_step"])  # methods of `Edits`, as blocks name them
+# Whether the remote request that is being made takes the edits along: yes, unless its block was seen to name none.
+mentions_edits: ContextVar[bool] = ContextVar("mentions_edits", default=True)
 
 
 class EditedTransformer(TracedTransformer):

@@ -13,7 +13,7 @@ from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.discovery import ResidualStructure
-from nnterp.editing import EditedTransformer
+from nnterp.editing import EditedTransformer, mentions_edits
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
@@ -45,7 +45,6 @@ SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
     *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing"),
 )
-EDITS = frozenset(["steer", "skip_layer", "skip_layers", "each_step"])  # methods of `Edits`, as blocks name them
 
 
 class SentByName:
@@ -83,7 +82,6 @@ class NamedTransformer(EditedTransformer):
         self._turn = Turn()  # of the thread that runs the model
         self.standing, self.edits = (), Edits()
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
-        self._edited = True  # whether the request that is being made edits the run
         self._envoys_by_path: dict[str, Envoy] = {}
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
@@ -370,7 +368,7 @@ class NamedTransformer(EditedTransformer):
                 f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "
                 "Set model.tokenizer.padding_side = 'left'."
             )
-        self._edited = True
+        mentions_edits.set(True)
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
@@ -395,6 +393,6 @@ class NamedTransformer(EditedTransformer):
             state.pop("tokenizer")  # first, so that any other pickle is refused before it meets the module
             state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
         state["sharing"] = None if self.sharing == Sharing() else self.sharing
-        state["edits"] = self.edits if self._edited else NoEdits()
+        state["edits"] = self.edits if mentions_edits.get() else NoEdits()
         state["directory"] = directory_of(self, self.module_path)
         return arriving, (), state

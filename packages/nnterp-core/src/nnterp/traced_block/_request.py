@@ -12,7 +12,7 @@ from typing import Any
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import nn
 
-from nnterp.named_transformer import EDITS
+from nnterp.editing import EDITS, mentions_edits
 from nnterp.traced import StepTracer
 
 NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy"}  # they know nothing of nnterp
@@ -24,8 +24,9 @@ class RequestTracer(StepTracer):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         model: Any = self.envoy
         scope = {**self.info.frame.f_globals, **self.info.frame.f_locals}  # type: ignore[union-attr]
-        model._edited = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
-        sent = StepTracer if model._edited else InterleavingTracer
+        edits = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
+        mentions_edits.set(edits)
+        sent = StepTracer if edits else InterleavingTracer
         return object.__new__, (sent,), self.__getstate__()  # type: ignore[attr-defined]
 
 

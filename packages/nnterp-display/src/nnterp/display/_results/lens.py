@@ -119,7 +119,7 @@ def _columns(result: LabelledResult, prompt: int) -> _Columns:
 
 def _lens_of(result: LabelledResult) -> str:
     """What the result was read with."""
-    kind = result.about.get("arguments", {}).get("lens")
+    kind = getattr(result, "about", {}).get("arguments", {}).get("lens")
     return f"{str(kind).capitalize()} lens" if kind else "Logit lens"
 
 
