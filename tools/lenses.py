@@ -58,9 +58,9 @@ def written_texts(model: StandardizedTransformer, count: int, length: int) -> li
 def measure(name: str) -> dict:
     model = StandardizedTransformer(nnterp.toy_checkpoint() if name == "toy" else str(REAL / name))
     model.dispatch()
-    texts = toy_texts() if name == "toy" else written_texts(model, 84, 72)
-    skip, fitted, few = 4, texts[:-HELD_OUT], 100 if name == "toy" else 10
-    tuned_kwargs = {"epochs": 10} if name == "toy" else {"epochs": 4}
+    texts = toy_texts() if name == "toy" else written_texts(model, 60, 60)
+    skip, fitted, few = 4, texts[:-HELD_OUT], 100 if name == "toy" else 6
+    tuned_kwargs = {"epochs": 10} if name == "toy" else {"epochs": 3, "batch_size": 4}
     begin = time.perf_counter()
     tuned = fit_tuned_lens(model, fitted, skip_first=skip, max_length=64, held_out=0.1, **tuned_kwargs)
     middle = time.perf_counter()

@@ -1,23 +1,35 @@
 """Tuned and Jacobian lenses: their numbers against plain torch, what they are worth, their files, refusals."""
 
+import contextlib
+import importlib
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.inputs import encode, pad
 from nnterp.interventions import Lens, evaluate_lens, fit_jacobian_lens, fit_tuned_lens, logit_lens, logit_lens_table
-from nnterp.interventions._fitted._lens import mapped
 from nnterp.interventions._fitted._streams import states_of
 from nnterp.interventions._fitted._tuned import tuned_loss
-from nnterp.testing import tiny_model, tiny_tokenizer
+from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 TEXTS = [[11, 42, 57, 93, 130, 7], [60, 77, 101, 15], [9, 12, 31, 40, 8], [60, 78, 101, 15, 33, 2, 90]]
 MORE = [[(13 * i + 7 * j) % 190 + 5 for j in range(4 + i % 5)] for i in range(24)]
 QUIET = {"progress": False}
 TYPES = "gpt2 llama gemma2 gemma3_text mistral qwen3 gpt_neox opt falcon mixtral bloom phi olmo2 cohere mamba".split()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def own(output):
@@ -236,33 +248,69 @@ def test_a_model_in_half_precision_is_fitted_in_float32(fit):
 # -- what it is worth ------------------------------------------------------------------------------------------------
 
 
-def test_the_report_is_the_evaluation(small, lens):
-    held_out = MORE[:5]
-    fitted = fit_tuned_lens(small, MORE[5:], epochs=1, held_out=held_out, **QUIET)
+def slow_kl(model, ids, layer, maps, skip):
+    """KL from HuggingFace's own prediction to the head's reading of a mapped stream, the mean over positions."""
+    with torch.no_grad():
+        logs = model._module(input_ids=torch.tensor([ids])).logits[0, skip:-1].log_softmax(-1)
+    states = model.collect([ids], "layers_output", [layer], slice(None), progress=False)["layers_output"][0, 0, skip:-1]
+    if maps is not None:
+        states = states @ maps[0].T + maps[1]
+    read = head(model, states).log_softmax(-1)
+    return (logs.exp() * (logs - read)).sum(-1).mean().detach()
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_the_evaluation_is_a_slow_loop_and_the_report_is_the_evaluation(small, skip):
+    held_out = MORE[:6]
+    fitted = fit_tuned_lens(small, MORE[6:], epochs=2, held_out=held_out, skip_first=skip, **QUIET)
     found = evaluate_lens(small, fitted, held_out, **QUIET)
     for k, layer in enumerate(fitted.layers):
-        own = fitted.report["layers"][str(layer)]
-        assert own["lens"] == pytest.approx(float(found["kl"][:, k].mean()), rel=1e-4)
-        assert own["logit_lens"] == pytest.approx(float(found["logit_lens_kl"][:, k].mean()), rel=1e-4)
-    assert fitted.worse == found.worse
-    slow = []
-    for ids in held_out:
-        with torch.no_grad():
-            logs = small._module(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        states = small.collect([ids], "layers_output", [0], slice(None), progress=False)["layers_output"][0, 0, :-1]
-        read = head(small, mapped(states, fitted.weights[0], fitted.biases[0])).log_softmax(-1)
-        slow.append((logs.exp() * (logs - read)).sum(-1).mean().detach())
-    torch.testing.assert_close(found["kl"][:, 0], torch.stack(slow), atol=1e-5, rtol=1e-4)
-    assert f"{found['kl'][:, 0].mean():.3f}" in found.summary()
+        maps = fitted.weights[layer], fitted.biases[layer]
+        expected = torch.stack([slow_kl(small, ids, layer, maps, skip) for ids in held_out])
+        plain = torch.stack([slow_kl(small, ids, layer, None, skip) for ids in held_out])
+        torch.testing.assert_close(found["kl"][:, k], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["logit_lens_kl"][:, k], plain, atol=1e-5, rtol=1e-4)
+        own, told = fitted.report["layers"][str(layer)], slice(1, None, 2)  # the other half has chosen the maps
+        assert own["lens"] == pytest.approx(float(expected[told].mean()), rel=1e-4)
+        assert own["lens_sd"] == pytest.approx(float(expected[told].std(unbiased=False)), rel=1e-3)
+        assert own["logit_lens"] == pytest.approx(float(plain[told].mean()), rel=1e-4)
+        assert fitted.details["history"][0][k] == pytest.approx(float(plain[::2].mean()), rel=1e-4)
+        assert f"{found['kl'][:, k].mean():.3f}" in found.summary()
 
 
-def test_no_layer_is_worse_than_where_it_began(small, lens):
+def test_maps_are_kept_where_they_were_best(small):
     wild = fit_tuned_lens(small, MORE, epochs=2, lr=3.0, **QUIET)
-    assert not [i for i, own in wild.report["layers"].items() if own["lens"] > own["logit_lens"] + 1e-6]
-    assert wild.details["epochs"] == 2
+    history = torch.tensor(wild.details["history"])
+    assert history.shape == (3, len(wild.layers))
+    for k, layer in enumerate(wild.layers):
+        if history[:, k].argmin() == 0:
+            assert torch.equal(wild.weights[layer], torch.eye(small.hidden_size))
+    assert (history.argmin(0) == 0).any(), "a learning rate this wild makes some layer worse"
     stopped = fit_tuned_lens(small, MORE, epochs=30, lr=3.0, patience=2, **QUIET)
     assert stopped.details["epochs"] < 30
     assert len(stopped.details["history"]) == stopped.details["epochs"] + 1
+
+
+def test_where_the_logit_lens_is_better_is_said(small, lens):
+    bad = Lens("tuned", {0: -torch.eye(small.hidden_size)}, {}, lens.origin, {"skip_first": 0})
+    found = evaluate_lens(small, bad, TEXTS, **QUIET)
+    assert found.worse == (0,)
+    assert "worse than the logit lens" in found.summary()
+    nan = {"layers": {"0": {"lens": float("nan"), "logit_lens": 1.0}, "1": {"lens": 0.5, "logit_lens": 1.0}}}
+    assert Lens("tuned", bad.weights, {}, lens.origin, {"report": nan}).worse == (0,)
+
+
+def test_no_text_is_on_both_sides(small):
+    same = [MORE[0]] * 10 + MORE[1:6]
+    lens = fit_tuned_lens(small, same, epochs=1, held_out=0.4, **QUIET)
+    assert lens.details["prompts"] + lens.report["texts"] < 15
+    with pytest.raises(ValueError, match="text 1 is among the texts to fit on"):
+        fit_tuned_lens(small, MORE, epochs=1, held_out=[[1, 2, 3], MORE[4]], **QUIET)
+    with pytest.raises(ValueError, match="1 different texts leaves none"):
+        fit_tuned_lens(small, [MORE[0]] * 5, epochs=1, **QUIET)
+    made = fit_jacobian_lens(small, TEXTS, skip_first=1, held_out=0, **QUIET)
+    with pytest.warns(UserWarning, match="fitted on 2 of these 3 texts"):
+        evaluate_lens(small, made, [*TEXTS[:2], MORE[0]], **QUIET)
 
 
 # -- going on, and files ---------------------------------------------------------------------------------------------
@@ -320,6 +368,58 @@ def test_another_fit_does_not_go_on(small, tmp_path):
         FITS["tuned"](small, checkpoint=tmp_path / "fit")
 
 
+@pytest.mark.parametrize("kind", FITS)
+def test_an_interrupt_in_the_report_loses_nothing(small, kind, monkeypatch):
+    module = importlib.import_module(f"nnterp.interventions._fitted._{kind}")
+
+    def interrupted(*_):
+        raise Stop
+
+    monkeypatch.setattr(module, "report_of", interrupted)
+    with pytest.raises(Stop) as caught:
+        FITS[kind](small)
+    assert caught.value.partial.kind == kind
+
+
+def test_batches_of_another_kind_are_another_fit(small, tmp_path):
+    handle = stopped_at(small, 3)
+    with pytest.raises(Stop):
+        FITS["jacobian"](small, checkpoint=tmp_path / "fit")
+    handle.remove()
+    with pytest.raises(ValueError, match=r"Cannot resume"):
+        fit_jacobian_lens(small, MORE, skip_first=1, max_tokens=9, checkpoint=tmp_path / "fit", **QUIET)
+
+
+def test_numpys_numbers_and_other_defaults(small, tmp_path):
+    own = {"skip_first": 1, "held_out": 0, **QUIET}
+    expected = fit_jacobian_lens(small, TEXTS, rank=2, **own)
+    with default_dtype(torch.bfloat16), torch.device("meta"):
+        found = fit_jacobian_lens(small, TEXTS, rank=np.int64(2), **{**own, "skip_first": np.int64(1)})
+        fit_tuned_lens(small, MORE, epochs=1, **QUIET)
+        evaluate_lens(small, found, MORE, **QUIET)
+        assert found.from_vocab(small, 5)[0].dtype == torch.float32
+    torch.testing.assert_close(found.weights[0], expected.weights[0])
+    found.save(tmp_path / "lens")
+
+
+def test_what_is_longer_than_the_context_is_cut(small):
+    limit = small._module.config.max_position_embeddings
+    long = [[(7 * i + k) % 190 + 5 for i in range(limit + 9)] for k in range(3)]
+    lens = fit_jacobian_lens(small, long, 0, max_length=6, skip_first=1, held_out=0, **QUIET)
+    cut = fit_jacobian_lens(small, [ids[:6] for ids in long], 0, skip_first=1, held_out=0, **QUIET)
+    torch.testing.assert_close(lens.weights[0], cut.weights[0])
+
+
+def test_positions_behind_a_soft_prompt():
+    model = StandardizedTransformer(tiny_model("cpmant"), tokenizer=tiny_tokenizer())
+    lens = fit_tuned_lens(model, MORE, epochs=1, **QUIET)
+    found = evaluate_lens(model, lens, TEXTS, **QUIET)
+    for i, ids in enumerate(TEXTS):
+        lensed = logit_lens(model, [ids], positions=list(range(len(ids) - 1)), layers=[0, -1])[0].log()
+        expected = (lensed[1].exp() * (lensed[1] - lensed[0])).sum(-1).mean()
+        torch.testing.assert_close(found["logit_lens_kl"][i, 0], expected, atol=1e-4, rtol=1e-3)
+
+
 def test_saved_and_loaded(small, lens, tmp_path):
     lens.save(tmp_path / "lens")
     again = Lens.load(tmp_path / "lens", small)
@@ -334,7 +434,7 @@ def test_saved_and_loaded(small, lens, tmp_path):
 def test_a_lens_of_another_model_is_refused(small, lens, tmp_path):
     lens.save(tmp_path / "lens")
     other = StandardizedTransformer(tiny_model("llama", seed=1), tokenizer=tiny_tokenizer())
-    with pytest.raises(ValueError, match=r"stream after the last layer differs by"):
+    with pytest.raises(ValueError, match=r"logits after a fixed row of tokens differ by"):
         Lens.load(tmp_path / "lens", other)
     with pytest.raises(ValueError, match=r"fixed row of tokens"):
         logit_lens(other, TEXTS, lens=lens)
@@ -342,15 +442,42 @@ def test_a_lens_of_another_model_is_refused(small, lens, tmp_path):
         warned = Lens.load(tmp_path / "lens", other, strict=False)
     assert logit_lens(other, TEXTS, lens=warned).isfinite().all()
     wide = StandardizedTransformer(tiny_model("gpt2"), tokenizer=tiny_tokenizer())
-    with pytest.raises(ValueError, match=r"(width|layers|class or config)"):
+    with pytest.raises(ValueError, match=r"(width|layers|it is a GPT2LMHeadModel)"):
         lens.check(wide)
     edited = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer())
     lens.check(edited)
-    fresh = Lens.load(tmp_path / "lens")
     with torch.no_grad():
         edited._module.model.layers[1].mlp.down_proj.weight.mul_(0.5)
     with pytest.raises(ValueError, match=r"other weights, an edit, or another forward pass"):
-        fresh.check(edited)
+        lens.check(edited)
+    slightly = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        slightly._module.model.layers[1].mlp.down_proj.weight.mul_(1 + 1e-6)
+    with pytest.raises(ValueError, match=r"its weights are others"):
+        lens.check(slightly)
+
+
+def test_a_model_that_is_steered(small, lens):
+    """A lens may be read under a steering; the model beneath has to be its own, and no lens is fitted there."""
+    vector = torch.linspace(-1, 1, small.hidden_size)
+    other = StandardizedTransformer(tiny_model("llama", seed=1), tokenizer=tiny_tokenizer())
+    with small.steering(vector, 0, 3):
+        steered = logit_lens(small, TEXTS, lens=lens)
+        for fit in (fit_tuned_lens, fit_jacobian_lens):
+            with pytest.raises(ValueError, match="outside of"):
+                fit(small, MORE, skip_first=1, **QUIET)
+    assert (steered - logit_lens(small, TEXTS, lens=lens)).abs().max() > 1e-3
+    with other.steering(vector, 0, 3), pytest.raises(ValueError, match="fixed row of tokens"):
+        logit_lens(other, TEXTS, lens=lens)
+
+
+def test_a_model_without_weights_is_not_loaded(small, lens, tmp_path):
+    folder = str(tiny_checkpoint("llama", tmp_path / "model"))
+    lazy = StandardizedTransformer(folder)
+    fit_jacobian_lens(small, TEXTS, skip_first=1, held_out=0, **QUIET).to_jacobian_lens(tmp_path / "lens.pt")
+    Lens.from_jacobian_lens(tmp_path / "lens.pt", lazy)
+    lens.check(lazy, strict=False)
+    assert not lazy.dispatched
 
 
 def test_damaged_and_foreign_files_are_refused(small, lens, tmp_path):
@@ -443,11 +570,34 @@ def test_bad_arguments_of_the_jacobian_lens(small, change, words):
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"held_out": 0}, {"batch_size": 0}]
+    ("change", "words"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": 0.0}, "lr is a number, and positive"),
+        ({"lr": float("nan")}, "lr is a number"),
+        ({"weight_decay": -1}, "weight_decay is a number, and not negative"),
+        ({"held_out": 0}, "no text to choose maps by"),
+        ({"held_out": None}, "held_out=None"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seed": None}, "seed is None"),
+    ],
 )
-def test_bad_arguments_of_the_tuned_lens(small, change):
-    with pytest.raises((ValueError, TypeError)):
-        fit_tuned_lens(small, TEXTS, **change, **QUIET)
+def test_bad_arguments_of_the_tuned_lens(small, change, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        fit_tuned_lens(small, MORE, **change, **QUIET)
+
+
+def test_layers_of_a_lens(small, lens):
+    last = small.num_layers - 1
+    state = torch.randn(2, small.hidden_size)
+    assert torch.equal(lens.to_last_layer(state, last), state)
+    assert torch.equal(lens.to_last_layer(state, -2), lens.to_last_layer(state, last - 1))
+    assert lens.from_vocab(small, 5, 0).layers == (0,)
+    assert lens.select(-2).layers == (last - 1,)
+    with pytest.raises(IndexError):
+        lens.to_last_layer(state, 99)
+    with pytest.raises(TypeError, match="as fit_tuned_lens"):
+        evaluate_lens(small, "tuned", TEXTS)
 
 
 def test_the_weights_and_their_gradients_stay(small):

@@ -6,7 +6,7 @@ import ast
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from nnsight.intervention.tracer import InterleavingTracer
@@ -76,8 +76,11 @@ def _functions(found: Any) -> Iterator[FunctionType]:
     if isinstance(found, FunctionType):
         if _is_read(found):
             yield found
+    elif isinstance(found, ModuleType):
+        if found.__name__.partition(".")[0] not in NOT_READ:
+            yield from (f for f in vars(found).values() if isinstance(f, FunctionType) and _is_read(f))
     elif not isinstance(found, nn.Module) and _is_read(kind := found if isinstance(found, type) else type(found)):
-        for value in vars(kind).values():
+        for value in [value for base in kind.__mro__ if _is_read(base) for value in vars(base).values()]:
             for function in (value.fget, value.fset) if isinstance(value, property) else (value,):
                 plain = getattr(function, "__func__", function)  # of a static or class method
                 if isinstance(plain, FunctionType):

@@ -11,7 +11,6 @@ import torch
 
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
-from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, encode, forward_flags
 from nnterp.interventions._fitted._lens import Lens, mapped
@@ -22,6 +21,7 @@ from nnterp.interventions._partial import Resume, ids_of, resumed
 from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
+from nnterp.interventions._spots import Spots, spots_of, states_at
 from nnterp.interventions._tokens import groups_per_prompt
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import Positions, per_prompt, plain_positions, resolve
@@ -134,7 +134,7 @@ def logit_lens(
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
     asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
-    asked |= {} if lens is None else {"lens": lens.kind}
+    asked |= {} if lens is None else {"lens": lens.kind, "fitted_on": lens.origin.model}
     settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}
     settings |= {} if lens is None else {"lens": lens}
     call = Call(model, "logit_lens", {"prompts": ids_of(encoded), "layers": chosen, "top_k": top_k, **settings})
@@ -204,31 +204,6 @@ def logit_lens_table(
     return result
 
 
-@dataclass(frozen=True)
-class _Spots:
-    """Where the hidden states of a batch are read, one entry for each position of each prompt.
-
-    Attributes:
-        row: Row of the batch.
-        seq: Position in the padded batch.
-        prompt: Index of the prompt among all prompts.
-        place: Index of the position among those read of this prompt.
-    """
-
-    row: torch.Tensor
-    seq: torch.Tensor
-    prompt: torch.Tensor
-    place: torch.Tensor
-
-
-def _spots(batch: Batch, where: list[tuple[int, ...]]) -> _Spots:
-    own = [[batch.starts[row] + p for p in where[i]] for row, i in enumerate(batch.indices)]
-    row = torch.tensor([row for row, positions in enumerate(own) for _ in positions], dtype=torch.long)
-    seq = torch.tensor([p for positions in own for p in positions], dtype=torch.long)
-    place = torch.tensor([k for positions in own for k in range(len(positions))], dtype=torch.long)
-    return _Spots(row, seq, torch.tensor(batch.indices)[row], place)
-
-
 def _run(
     model: StandardizedTransformer,
     prompts: list[Row],
@@ -249,7 +224,7 @@ def _run(
     whole, finished = run.whole, frozenset(run.done)
 
     def step(batch: Batch) -> None:
-        spots = _spots(batch, where)
+        spots = spots_of(batch, where)
         if finished.issuperset(batch.indices):
             return
         if not len(spots.row):
@@ -279,7 +254,7 @@ def _read(
     batch: Batch,
     layers: list[int],
     maps: Maps,
-    spots: _Spots,
+    spots: Spots,
     reduction: Reduction,
     remote: bool,
 ) -> dict[str, torch.Tensor]:
@@ -316,24 +291,6 @@ def _read_out(
             part.update({INVERSE + name: tensor for name, tensor in inverse.items()})
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def states_at(
-    model: StandardizedTransformer, stream: torch.Tensor, row: torch.Tensor, seq: torch.Tensor, shape: torch.Size
-) -> torch.Tensor:
-    """The hidden states of a residual stream at some positions: `[spots, hidden]`, or `[spots, streams, hidden]`.
-
-    Raises:
-        ShapeError: The stream does not have these batch and sequence axes.
-    """
-    axis = model.readout.layout.batch  # several streams may stand in front of the batch
-    if stream.shape[axis : axis + 2] != shape:
-        raise ShapeError(
-            f"The residual stream of this model has shape {list(stream.shape)}, without the axes {list(shape)} of the "
-            "batch and its tokens, so no position of it can be read out."
-        )
-    row, seq = row.to(stream.device), seq.to(stream.device)
-    return stream[row, seq] if axis == 0 else stream.movedim(0, 2)[row, seq]
 
 
 def project(model: StandardizedTransformer, states: torch.Tensor) -> torch.Tensor:

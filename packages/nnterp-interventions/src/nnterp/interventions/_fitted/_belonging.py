@@ -1,9 +1,8 @@
-"""Which model a lens was fitted on, and whether another is the same: by its config, and by what it computes."""
+"""Which model a lens was fitted on, and whether another is the same: by its weights, and by what it computes."""
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from nnterp.identity import config_digest, settings_of_model
 from nnterp.interventions._fitted._streams import require_one_stream
 from nnterp.interventions._results import versions
+from nnterp.standing import unsteered
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -25,12 +25,12 @@ class Origin:
     """The model that a lens was fitted on.
 
     Attributes:
-        model, revision: Name, and the revision that was asked for.
+        model, revision: Name, and the revision that was asked for; None if unknown.
         num_layers: Layers of its stream.
-        settings: Class, dtype, config and weights, as digests.
+        settings: Class, dtype, config, edits and weights, as digests; empty if unknown.
         versions: Of the packages.
         certified: Whether the certificate was complete and without a failure.
-        probe: `[hidden]`, the last stream of a fixed row of tokens; None if unknown.
+        probe: `[vocab]`, the logits after a fixed row of tokens, float32, on the CPU; None if unknown.
     """
 
     model: str | None
@@ -43,7 +43,7 @@ class Origin:
 
     @classmethod
     def of(cls, model: StandardizedTransformer) -> Origin:
-        """The origin of a lens that is being fitted on this model."""
+        """The origin of a lens that is being fitted on this model, whose weights are loaded."""
         certificate = model.certificate
         return cls(
             str(model.repo_id or model.model_class),
@@ -66,27 +66,24 @@ class Origin:
 
 
 @torch.no_grad()
-def probe_of(model: StandardizedTransformer) -> torch.Tensor | None:
-    """The last stream of a fixed row of tokens, `[hidden]`, float32 on the CPU; None while the model is steered."""
-    if model.standing:
-        return None
+def probe_of(model: StandardizedTransformer) -> torch.Tensor:
+    """The logits after a fixed row of tokens, `[vocab]`, float32, on the CPU, of the model without steerings."""
     size = model.vocab_size or 2
     ids = torch.tensor([[(37 * i + 11) % size for i in range(_PROBE)]])
-    with model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) as tracer:
-        last = model.layers_output[model.num_layers - 1][0, -1].save()
-        tracer.stop()
+    with unsteered(model), model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        last = model.logits[0, -1].save()
     return last.detach().float().cpu()
 
 
 class Belonging:
-    """Checks whether models are the one a lens was fitted on; one that was found to be is not run again."""
+    """Checks whether models are the one a lens was fitted on. A model that has not changed since is not run again."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
-        self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._known: set[tuple] = set()
 
-    def check(self, model: StandardizedTransformer, last: int, width: int, strict: bool) -> None:
-        """See `Lens.check`; `last` is the highest layer of the lens, `width` that of its maps."""
+    def check(self, model: StandardizedTransformer, width: int, strict: bool) -> None:
+        """See `Lens.check`; `width` is that of the maps."""
         origin, name = self.origin, str(model.repo_id or model.model_class)
         of = f"The lens was fitted on {origin.model or 'an unknown model'}"
         own = require_one_stream(model, "A lens")
@@ -94,36 +91,54 @@ class Belonging:
             raise ValueError(f"{of}, whose stream has width {width}; that of {name} has width {own}.")
         if origin.num_layers != model.num_layers:
             raise ValueError(f"{of}, which has {origin.num_layers} layers; {name} has {model.num_layers}.")
-        if model._module in self._known or model.standing:
+        state = _state(model)
+        if state in self._known:
             return
-        differs = self._difference(model)
-        if not differs:
-            if model.dispatched:
-                self._known.add(model._module)
-            return
-        text = f"{of} (revision {origin.revision or 'main'}), and {name} is not the same: {differs}"
-        if strict:
-            raise ValueError(f"{text}. Fit a lens on this model, or load this one with strict=False to be warned only.")
-        self._known.add(model._module)
-        warnings.warn(f"{text}.", stacklevel=4)
-
-    def _difference(self, model: StandardizedTransformer) -> str:
-        """What is another than it was, in words; "" if nothing is known to be."""
-        origin = self.origin
-        config = model.anatomy.model_class, config_digest(model._module.config)
-        known = origin.settings.get("model_class"), origin.settings.get("config")
-        if None not in known and known != config:
-            return f"its class or config is another ({known[0]} then, {config[0]} now)"
-        if origin.probe is None or not model.dispatched:
-            return ""
-        now = probe_of(model)
-        if now is None:
-            return ""
-        off = float((now - origin.probe).norm() / origin.probe.norm().clamp(min=1e-30))
-        if off > _CLOSE or off != off:
-            made = origin.versions.get("transformers", "unknown")
-            return (
-                f"its stream after the last layer differs by {off:.2g} (relative) on a fixed row of tokens: other "
-                f"weights, an edit, or another forward pass (the lens was made with transformers {made})"
+        differs = self._difference(model, name)
+        if differs and strict:
+            raise ValueError(
+                f"{of} (revision {origin.revision or 'main'}), and {name} is not the same: {differs}. Fit a lens on "
+                "this model, or load this one with strict=False to be warned only."
             )
+        if model.dispatched:
+            self._known.add(state)
+        if differs:
+            warnings.warn(f"{of}, and {name} is not the same: {differs}.", stacklevel=4)
+
+    def _difference(self, model: StandardizedTransformer, name: str) -> str:
+        """What differs between the model and the lens's own, in words; "" if nothing is known to."""
+        origin, then = self.origin, self.origin.settings
+        if not then:
+            foreign = origin.model is not None and _short(origin.model) != _short(name)
+            return "its name is another" if foreign else ""
+        if then["model_class"] != model.anatomy.model_class:
+            return f"it is a {model.anatomy.model_class}, and was a {then['model_class']}"
+        if origin.probe is None or not model.dispatched:
+            return "its config is another" if then["config"] != config_digest(model._module.config) else ""
+        if origin.probe.shape[-1] != model.vocab_size:
+            return f"its vocabulary has {model.vocab_size} tokens, and had {origin.probe.shape[-1]}"
+        now = probe_of(model)
+        off = float((now - origin.probe).norm() / origin.probe.norm().clamp(min=1e-30))
+        if not off <= _CLOSE:
+            return (
+                f"its logits after a fixed row of tokens differ by {off:.2g} (relative): other weights, an edit, or "
+                f"another forward pass (the lens was made with transformers {origin.versions.get('transformers')})"
+            )
+        with unsteered(model):
+            here = settings_of_model(model)
+        if then["edits"] != here["edits"]:
+            return "it has other edits (model.edit)"
+        if then["dtype"] == here["dtype"] and then["weights"] != here["weights"]:
+            return f"its weights are others, though its logits differ by {off:.2g} only"
         return ""
+
+
+def _state(model: StandardizedTransformer) -> tuple:
+    """What changes when a model's weights are edited or replaced."""
+    weights = [(id(p), 0 if p.is_inference() else p._version) for p in model._module.parameters()]
+    return id(model._module), hash(tuple(weights)), len(getattr(model, "_edits", ()))
+
+
+def _short(name: str) -> str:
+    """The last part of a hub id or path."""
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

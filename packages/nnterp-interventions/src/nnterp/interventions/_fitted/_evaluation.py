@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.inputs import Row, batches, left_padded
-from nnterp.interventions._fitted._streams import require_one_stream, states_of
-from nnterp.interventions._fitted._texts import SKIP_FIRST, rows_of
+from nnterp.interventions._fitted._streams import states_of
+from nnterp.interventions._fitted._texts import SKIP_FIRST, digests_of, read_limits, rows_of
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._results import Result, describe_run, prompt_labels
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import bar
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ class LensEvaluation(Result):
         return "\n".join(lines)
 
 
+@takes_nnsight_models
+@plain_defaults()
 def evaluate_lens(
     model: StandardizedTransformer,
     lens: Lens,
@@ -75,18 +80,26 @@ def evaluate_lens(
     Raises:
         ValueError: The lens is of another model, or a text is too short.
         KeyError: The lens has no map for a layer.
+        TypeError: `lens` is no lens.
+        Unavailable: The model has several streams side by side.
         InsideTraceError: Called inside a trace of this model.
+
+    Warns:
+        UserWarning: The lens was fitted on some of the texts.
     """
     model.require_no_trace("evaluate_lens()")
-    require_one_stream(model, "A lens")
+    if not hasattr(lens, "maps_for"):
+        raise TypeError(f"lens is a Lens, as fit_tuned_lens() returns it, not {lens!r:.80}.")
     model.prepare()
     lens.check(model)
-    skip = lens.details.get("skip_first", SKIP_FIRST) if skip_first is None else skip_first
+    skip, _ = read_limits(lens.details.get("skip_first", SKIP_FIRST) if skip_first is None else skip_first, max_length)
     rows = rows_of(model, texts, max_length, skip, "texts")
+    if known := set(digests_of(rows)) & set(lens.details.get("fitted", ())):
+        warnings.warn(f"The lens was fitted on {len(known)} of these {len(rows)} texts.", stacklevel=4)
     chosen = list(lens.layers) if layers is None else layers_of(model, layers)
-    lens.select(chosen)
+    lens.maps_for(chosen)
     kl, plain = measured(model, lens, rows, chosen, skip, batch_size, progress)
-    about = describe_run(model, "evaluate_lens", lens=lens.kind, skip_first=skip)
+    about = describe_run(model, "evaluate_lens", lens=lens.kind, fitted_on=lens.origin.model, skip_first=skip)
     labels = {"prompts": prompt_labels(rows, model), "layers": tuple(chosen)}
     axes: dict[str, tuple[str, ...]] = dict.fromkeys(("kl", "logit_lens_kl"), ("prompts", "layers"))
     return LensEvaluation({"kl": kl, "logit_lens_kl": plain}, axes, labels, about=about)
@@ -113,7 +126,7 @@ def measured(
                 where = torch.tensor(batch.indices)[row[own]]
                 for k, layer in enumerate(layers):
                     for which, state in enumerate((lens.to_last_layer(states[own, k], layer), states[own, k])):
-                        sums[which, :, k].index_add_(0, where, divergence(model, logs, state).double().cpu())
+                        sums[which, :, k].index_add_(0, where, divergence(model, logs, state).cpu().double())
             shown.update(len(batch))
     counts = torch.tensor([len(row) - 1 - skip_first for row in rows]).double()
     means = (sums / counts[:, None]).float()
@@ -126,9 +139,11 @@ def divergence(model: StandardizedTransformer, logs: torch.Tensor, states: torch
     return torch.nn.functional.kl_div(read, logs, reduction="none", log_target=True).sum(-1)
 
 
-def report_of(model: StandardizedTransformer, lens: Lens, rows: Sequence[Row], skip_first: int) -> dict[str, Any]:
+def report_of(
+    model: StandardizedTransformer, lens: Lens, rows: Sequence[Row], skip_first: int, batch_size: int
+) -> dict[str, Any]:
     """See `Lens.report`."""
-    kl, plain = measured(model, lens, rows, lens.layers, skip_first, 8, False)
+    kl, plain = measured(model, lens, rows, lens.layers, skip_first, batch_size, False)
     layers = {}
     for k, layer in enumerate(lens.layers):
         ours, theirs = kl[:, k], plain[:, k]

@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.arguments import count
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, batches, left_padded
 from nnterp.interventions._fitted._belonging import Origin
 from nnterp.interventions._fitted._checkpoint import Checkpoint
 from nnterp.interventions._fitted._evaluation import report_of
 from nnterp.interventions._fitted._lens import Lens
-from nnterp.interventions._fitted._streams import graph_of, require_one_stream, states_of, weights_at_rest
-from nnterp.interventions._fitted._texts import SKIP_FIRST, rows_of, sources_of, split
+from nnterp.interventions._fitted._streams import (
+    graph_of,
+    require_one_stream,
+    require_unsteered,
+    states_of,
+    weights_at_rest,
+)
+from nnterp.interventions._fitted._texts import SKIP_FIRST, digests_of, read_limits, rows_of, sources_of, split
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import bar
 from nnterp.resuming import Call
 
@@ -27,6 +35,8 @@ TOKENS = 4096  # tokens of a backward pass, if nothing else is asked for
 _TEXTS = 8  # texts of one batch
 
 
+@takes_nnsight_models
+@plain_defaults()
 def fit_jacobian_lens(
     model: StandardizedTransformer,
     texts: Any,
@@ -45,8 +55,8 @@ def fit_jacobian_lens(
 
     The map of layer l is the mean over texts, and over source positions t, of the sum over positions t' ≥ t of
     ∂h_last[t'] / ∂h_l[t]. Positions count from `skip_first` to the last but one of each text. (Gurnee et al., 2026;
-    their estimator.) A text costs one forward and, beside all texts of its batch, `hidden` vector-Jacobian products,
-    which are computed many at a time and serve all layers at once.
+    their estimator.) A batch of texts costs one forward, and `hidden` vector-Jacobian products, many of which are
+    computed in one backward pass. Each serves all layers and all texts of the batch.
 
     Args:
         model: The model, with its weights here: this does not run remotely.
@@ -57,7 +67,8 @@ def fit_jacobian_lens(
         rank: Fit only the part of the maps that leads into the `rank` leading principal directions of the stream after
             the last layer, at `rank / hidden` of the cost; None for all of it.
         held_out: The share of the texts, drawn by `seed`, that is kept for `lens.report`; or texts for it; 0 for none.
-        max_tokens: Tokens in one backward pass: more need more memory, and not less time once the cores are busy.
+        max_tokens: Most tokens in one backward pass, counting copies; lower it if memory runs out. A single text may
+            have more.
         seed: Of the texts held out.
         checkpoint: A file in which the fit is kept after each batch, and from which a killed fit goes on, to the same
             lens bit for bit (on one thread; with several, rounding varies from run to run). Removed at the end.
@@ -68,7 +79,10 @@ def fit_jacobian_lens(
         worth beside the logit lens.
 
     Raises:
-        ValueError: A text is too short, nothing is left to fit on, or `checkpoint` is of another fit.
+        ValueError: A text is too short, nothing is left to fit on, the derivatives of a text are not finite,
+            `checkpoint` is of another fit, or the model is steered (`model.steering`).
+        TypeError, IndexError: An argument is of another type, or there is no such layer.
+        OSError: `checkpoint` cannot be written.
         Unavailable: The model has several streams side by side.
         InsideTraceError: Called inside a trace of this model.
 
@@ -82,13 +96,17 @@ def fit_jacobian_lens(
     width = require_one_stream(model, "A Jacobian lens")
     chosen = sources_of(model, layers)
     most = count(max_tokens, "max_tokens")
+    skip_first, limit = read_limits(skip_first, max_length)
+    require_unsteered(model, "fit_jacobian_lens()")
     model.prepare()
-    settings = (max_length, skip_first)
+    settings = (limit, skip_first)
     rows = rows_of(model, texts, *settings, "texts")
     fitted, kept = split(rows, held_out, seed, model, settings)
     number = width if rank is None else count(rank, "rank", 1, width)
     arguments = {"texts": [row.ids for row in fitted], "layers": chosen, "skip_first": skip_first, "rank": number}
+    size = max(1, min(_TEXTS, most // max(len(row) for row in fitted)))
     arguments |= {"max_tokens": most, "held_out": [row.ids for row in kept]}
+    arguments |= {"batches": [batch.indices for batch in batches(model, fitted, size)]}
     call = Call(model, "fit_jacobian_lens", arguments)
     fit = _Fit(torch.zeros(len(chosen), number, width), torch.empty(0), set())
     file = Checkpoint(checkpoint, call)
@@ -98,27 +116,31 @@ def fit_jacobian_lens(
     def lens(report: dict[str, Any] | None = None) -> Lens:
         mean = fit.sums / len(fit.done)
         maps = {layer: mean[k] if rank is None else fit.basis.T @ mean[k] for k, layer in enumerate(chosen)}
-        details: dict[str, Any] = {
-            "prompts": len(fit.done),
-            "skip_first": skip_first,
-            "max_length": max_length,
-            "rank": rank,
-        }
+        details: dict[str, Any] = {"prompts": len(fit.done), "skip_first": skip_first, "max_length": limit}
+        details |= {"rank": None if rank is None else number, "fitted": digests_of(fitted)}
         details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", **({"report": report} if report else {})}
-        return Lens("jacobian", maps, {}, Origin.of(model), details)
+        return Lens("jacobian", maps, {}, origin, details)
+
+    origin = Origin.of(model)
 
     with torch.inference_mode(False), torch.enable_grad(), weights_at_rest(model._module), left_padded(model.tokenizer):
         try:
             with bar(len(fitted), "Jacobian lens", progress, "text") as shown:
                 if not len(fit.basis):
-                    fit.basis = torch.eye(width) if rank is None else _principal(model, fitted, number, skip_first)
+                    fit.basis = (
+                        torch.eye(width) if rank is None else _principal(model, fitted, number, chosen[:1], skip_first)
+                    )
                 shown.update(len(fit.done))
-                for batch in batches(model, fitted, _TEXTS):
+                for batch in batches(model, fitted, size):
                     if not fit.done.issuperset(batch.indices):
+                        assert fit.done.isdisjoint(batch.indices)
                         fit.sums += _products(model, batch, chosen, fit.basis, skip_first, most)
                         fit.done.update(batch.indices)
                         file.write({"sums": fit.sums, "basis": fit.basis, "done": torch.tensor(sorted(fit.done))})
                         shown.update(len(batch))
+            found = lens()
+            if kept:
+                found = lens(report_of(model, found, kept, skip_first, size))
         except BaseException as error:
             if fit.done:
                 error.partial = lens()  # type: ignore[attr-defined]
@@ -126,9 +148,6 @@ def fit_jacobian_lens(
                     f"{len(fit.done)} of {len(fitted)} texts are done: their lens is error.partial.{file.hint}"
                 )
             raise
-    found = lens()
-    if kept:
-        found = lens(report_of(model, found, kept, skip_first))
     file.remove()
     return found
 
@@ -149,11 +168,13 @@ class _Fit:
 
 
 @torch.no_grad()
-def _principal(model: StandardizedTransformer, rows: list, rank: int, skip_first: int) -> torch.Tensor:
+def _principal(
+    model: StandardizedTransformer, rows: list, rank: int, layers: list[int], skip_first: int
+) -> torch.Tensor:
     """The leading principal directions (about zero) of the stream after the last layer, `[rank, hidden]`."""
     moment: Any = 0
     for batch in batches(model, rows, 16):
-        final = states_of(model, batch, [0], skip_first)[1].double().cpu()
+        final = states_of(model, batch, layers, skip_first)[1].cpu().double()
         moment = moment + final.T @ final
     return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank].T.float().contiguous()
 
@@ -185,5 +206,10 @@ def _products(
             own = torch.einsum(
                 "tcsh,tcs->ch", *(x.unflatten(0, (texts, copies)) for x in (pulled.float(), mean.to(pulled.device)))
             )
+            if not own.isfinite().all():
+                raise ValueError(
+                    f"The derivatives of texts {list(batch.indices)} are not finite: leave them out, or load the model "
+                    "in float32."
+                )
             found[k, start : start + len(some)] = own[: len(some)].cpu()
     return found

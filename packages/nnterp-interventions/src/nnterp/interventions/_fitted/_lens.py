@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.defaults import plain_defaults
 from nnterp.files import read_tensors, write_tensors
+from nnterp.indices import Indices, read_index, read_indices
 from nnterp.interventions._fitted._belonging import Belonging, Origin
 from nnterp.interventions._fitted._published import (
     read_jacobian_file,
@@ -39,6 +41,7 @@ class Lens:
         biases: Layer → `[hidden]`; layers without one have none.
         origin: The model it was fitted on.
         details: How it was fitted, as JSON can hold it.
+        lenient: Whether `check` warns where it otherwise raises.
 
     Attributes:
         weights, biases: Float32 on the CPU, in the order of layers. Do not change the tensors.
@@ -54,11 +57,12 @@ class Lens:
         biases: Mapping[int, torch.Tensor],
         origin: Origin,
         details: Mapping[str, Any] | None = None,
+        lenient: bool = False,
     ) -> None:
         self.kind, self.origin, self.details = kind, origin, dict(details or {})
         self.weights = {layer: weights[layer].detach().float().cpu() for layer in sorted(weights)}
         self.biases = {layer: biases[layer].detach().float().cpu() for layer in sorted(biases)}
-        self._fits = Belonging(self.origin)
+        self.lenient, self._fits = lenient, Belonging(origin)
         self._require_sound()
 
     def _require_sound(self) -> None:
@@ -93,7 +97,10 @@ class Lens:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the fit was worth on text that was held out: layer → KL in nats, as `evaluate_lens` measures it.
+        """What the fit was worth on text that was held out of it: layer → KL in nats, as `evaluate_lens` measures it.
+
+        A tuned lens chooses its maps on one half of that text, and is measured on the other (on the same, if one text
+        was held out).
 
         `{"layers": {"3": {"lens": …, "lens_sd": …, "logit_lens": …, "logit_lens_sd": …}, …}, "texts": …}`; empty if
         no text was held out.
@@ -103,9 +110,8 @@ class Lens:
     @property
     def worse(self) -> tuple[int, ...]:
         """Layers at which the logit lens was better on the text that was held out."""
-        return tuple(
-            int(layer) for layer, own in self.report.get("layers", {}).items() if own["lens"] >= own["logit_lens"]
-        )
+        each = self.report.get("layers", {})
+        return tuple(int(layer) for layer, own in each.items() if not own["lens"] < own["logit_lens"])
 
     def __repr__(self) -> str:
         worse = f"; worse than the logit lens at layers {', '.join(map(str, self.worse))}" if self.worse else ""
@@ -115,19 +121,25 @@ class Lens:
         )
 
     def __reduce__(self) -> tuple:
-        return Lens, (self.kind, self.weights, self.biases, self.origin, self.details)
+        return Lens, (self.kind, self.weights, self.biases, self.origin, self.details, self.lenient)
 
-    def select(self, layers: int | Iterable[int]) -> Lens:
+    def select(self, layers: Indices) -> Lens:
         """The same lens with some of its layers only.
 
         Raises:
             KeyError: It has no map for one of them.
         """
-        wanted = list(layers) if isinstance(layers, Iterable) else [layers]
-        for layer in wanted:
-            self._require(layer)
+        wanted = self._indices(layers)
         biases = {layer: self.biases[layer] for layer in wanted if layer in self.biases}
-        return Lens(self.kind, {i: self.weights[i] for i in wanted}, biases, self.origin, self.details)
+        maps = {layer: self.weights[layer] for layer in wanted}
+        return Lens(self.kind, maps, biases, self.origin, self.details, self.lenient)
+
+    def _indices(self, layers: Indices) -> list[int]:
+        """The layers asked for, all of which have a map; negative ones count from the model's last."""
+        chosen = read_indices(layers, self.origin.num_layers, "layers", "layers")
+        for layer in chosen:
+            self._require(layer)
+        return chosen
 
     def _require(self, layer: int) -> None:
         if layer not in self.weights:
@@ -137,23 +149,30 @@ class Lens:
 
     # -- with a model ----------------------------------------------------------------------------------------------
 
-    def check(self, model: StandardizedTransformer, strict: bool = True) -> None:
-        """Raise if the lens was fitted on another model, another revision, or another forward pass.
+    @plain_defaults()
+    def check(self, model: StandardizedTransformer, strict: bool | None = None) -> None:
+        """Raise if the lens was fitted on another model, other weights, or another forward pass.
 
-        The width, the number of layers and, where they are known, the config and the last stream of a fixed probe are
-        compared. So a lens is refused if the weights were changed, or if transformers computes something else by now.
+        Compared are the width and the number of layers; the class; the logits after a fixed row of tokens, for which
+        the model is run once; and, if the model has the dtype of the fit, a digest of all weights. Steerings that
+        stand (`model.steering`) are left aside. Of a model whose weights are not loaded, and of a lens from a
+        published file, only shapes and the config, or the name, can be compared.
 
         Args:
             model: The model.
-            strict: With False, what is not a matter of shape is a warning.
+            strict: With False, every difference but one of shape is a warning; None as the lens was loaded.
 
         Raises:
             ValueError: It does not fit; says what differs.
+            Unavailable: The model has several streams side by side.
+
+        Warns:
+            UserWarning: It does not fit, and `strict` is False.
         """
-        self._fits.check(model, self.layers[-1], self.hidden_size, strict)
+        self._fits.check(model, self.hidden_size, not self.lenient if strict is None else strict)
 
     def maps_for(self, layers: Iterable[int]) -> list[tuple[torch.Tensor, torch.Tensor | None] | None]:
-        """For each layer its weight and bias; None for the last layer, which is read as it is.
+        """For each layer its weight and bias, float32 on the CPU; None for the last layer, which is read as it is.
 
         Raises:
             KeyError: There is no map for a layer.
@@ -170,15 +189,25 @@ class Lens:
     def to_last_layer(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """What a stream after `layer` is mapped to: `[..., hidden]`, in its dtype and on its device.
 
+        Args:
+            hidden: `[..., hidden]`.
+            layer: An index from 0, or from −1 backwards. The last layer's stream is returned as it is.
+
         Raises:
             KeyError: There is no map for this layer.
+            IndexError: There is no such layer.
         """
-        self._require(layer)
-        return mapped(hidden, self.weights[layer], self.biases.get(layer))
+        index = read_index(layer, self.origin.num_layers, "layer", "layers")
+        (own,) = self.maps_for([index])
+        return hidden if own is None else mapped(hidden, *own)
 
     @torch.no_grad()
+    @plain_defaults()
     def to_vocab(self, model: StandardizedTransformer, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """Logits `[..., vocab]` of a stream `[..., hidden]` after `layer`, read through the lens.
+        """Logits of a stream `[..., hidden]` after `layer`, read through the lens.
+
+        Returns:
+            `[..., vocab]` in the model's dtype, on the head's device.
 
         Raises:
             KeyError: There is no map for this layer.
@@ -187,9 +216,8 @@ class Lens:
         self.check(model)
         return model.project_on_vocab(self.to_last_layer(hidden, layer))
 
-    def from_vocab(
-        self, model: StandardizedTransformer, token: int | str, layers: Iterable[int] | None = None
-    ) -> SteeringVector:
+    @plain_defaults()
+    def from_vocab(self, model: StandardizedTransformer, token: int | str, layers: Indices = None) -> SteeringVector:
         """At each layer, the direction of the stream along which the lens's logit of a token rises fastest.
 
         It is `weightᵀ g`, where `g` is the gradient of the token's logit by the stream after the last layer, the mean
@@ -203,16 +231,15 @@ class Lens:
             layers: For which layers; all of the lens if None.
 
         Returns:
-            A `SteeringVector`: for steering, for projecting out, and for swapping one token's direction for another's.
+            A `SteeringVector`, float32 on the CPU: for steering, for projecting out, and for swapping one token's
+            direction for another's.
 
         Raises:
             ValueError: The text has several tokens, or the lens is of another model.
             KeyError: There is no map for a layer.
         """
         self.check(model)
-        wanted = self.layers if layers is None else tuple(layers)
-        for layer in wanted:
-            self._require(layer)
+        wanted = list(self.layers) if layers is None else self._indices(layers)
         index = token_id(model, token)
         gradient = readout_directions(model, [index])[0]
         directions = {layer: self.weights[layer].T @ gradient for layer in wanted}
@@ -245,7 +272,7 @@ class Lens:
         Args:
             path: The file.
             model: The model it is for: checked at once.
-            strict: As in `check`.
+            strict: With False, a lens of another model is a warning, now and whenever it is used.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -258,9 +285,9 @@ class Lens:
             if part in parts:
                 parts[part][int(layer)] = tensor
         origin = Origin.read(record["origin"], tensors.get("probe"))
-        lens = cls(record["kind"], parts["weight"], parts["bias"], origin, record["details"])
+        lens = cls(record["kind"], parts["weight"], parts["bias"], origin, record["details"], not strict)
         if model is not None:
-            lens.check(model, strict)
+            lens.check(model)
         return lens
 
     @classmethod
@@ -280,7 +307,9 @@ class Lens:
             ValueError: The files are damaged, hold code, or are of a model of another name, revision or shape.
         """
         weights, biases, details = read_tuned_folder(folder, model, strict)
-        return cls("tuned", weights, biases, Origin.of(model), details)
+        config = details["config"]
+        origin = Origin(config["base_model_name_or_path"], config.get("base_model_revision"), model.num_layers)
+        return cls("tuned", weights, biases, origin, details, not strict)
 
     def to_tuned_lens(self, folder: str | Path) -> None:
         """Write `config.json` and `params.pt` as the tuned-lens package reads them.
@@ -297,14 +326,14 @@ class Lens:
     def from_jacobian_lens(cls, path: str | Path, model: StandardizedTransformer) -> Lens:
         """Read a Jacobian lens as it is published for Neuronpedia: a `.pt` file with `J`, `n_prompts`, `d_model`.
 
-        The file does not name its model: `lens.report` and `evaluate_lens` say whether it fits.
+        The file does not name its model, so only its shape is checked: `evaluate_lens` says whether it fits.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, holds code, or has another width or more layers than the model.
         """
         weights, details = read_jacobian_file(path)
-        lens = cls("jacobian", weights, {}, Origin.of(model), details)
+        lens = cls("jacobian", weights, {}, Origin(None, None, model.num_layers), details)
         lens.check(model)
         return lens
 

@@ -78,13 +78,14 @@ def read_tuned_folder(
     state = read_pickle(folder / _PARAMS)
     weights, biases = {}, {}
     for i in range(1, count):
-        try:
-            weights[i - 1] = torch.eye(width) + state[f"{i}.weight"].float()
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{folder / _PARAMS} has no [{width}, {width}] map {i}.weight ({error!r}).") from error
+        given = state.get(f"{i}.weight") if isinstance(state, dict) else None
+        if not isinstance(given, torch.Tensor) or tuple(given.shape) != (width, width):
+            got = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+            raise ValueError(f"{folder / _PARAMS} has no [{width}, {width}] map {i}.weight: it is {got}.")
+        weights[i - 1] = torch.eye(width) + given.float()
         if f"{i}.bias" in state:
             biases[i - 1] = state[f"{i}.bias"].float()
-    return weights, biases, {"imported": "tuned-lens", "config": config}
+    return weights, biases, {"imported": "tuned-lens", "config": config, "skip_first": 0}
 
 
 def write_tuned_folder(
@@ -132,6 +133,9 @@ def read_jacobian_file(path: str | Path) -> tuple[dict[int, torch.Tensor], dict[
 
 def write_jacobian_file(path: str | Path, weights: Mapping[int, torch.Tensor], prompts: int) -> None:
     """Write Jacobians as they are published."""
+    large = [layer for layer, weight in weights.items() if not weight.half().isfinite().all()]
+    if large:
+        raise ValueError(f"The maps of layers {large} have entries above 65504, which half precision does not hold.")
     content = {
         "J": {layer: weight.half() for layer, weight in weights.items()},
         "n_prompts": prompts,

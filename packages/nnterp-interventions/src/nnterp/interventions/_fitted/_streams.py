@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import nnsight
 import torch
 
-from nnterp.errors import Unavailable
+from nnterp.errors import ShapeError, Unavailable
 from nnterp.inputs import Batch, forward_flags
+from nnterp.interventions._spots import states_at
 from nnterp.values import gradient_reads, when
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ def require_one_stream(model: StandardizedTransformer, what: str) -> int:
             f"{what} maps a stream [batch, seq, hidden], and {model.model_class} has several streams side by side."
         )
     return width
+
+
+def require_unsteered(model: StandardizedTransformer, what: str) -> None:
+    """Raise inside `model.steering(...)`.
+
+    Raises:
+        ValueError: The model is steered.
+    """
+    if model.standing:
+        raise ValueError(f"{what} fits a lens on the model as it is: call it outside of `with model.steering(...)`.")
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,11 @@ def graph_of(model: StandardizedTransformer, inputs: dict[str, Any], layers: Seq
         found = nnsight.save((seen, model.layers_output[last]))
         tracer.stop()
     read, final = found
+    if final.shape[:2] != inputs["input_ids"].shape:
+        raise ShapeError(
+            f"The residual stream of {model.model_class} has shape {list(final.shape)}, without the axes "
+            f"{list(inputs['input_ids'].shape)} of the batch and its tokens."
+        )
     pulls = [([order.index(place) for place in places], pull) for places, pull in sources]
     return Graph(final, read, pulls)
 
@@ -97,15 +113,13 @@ def states_of(
     """
     row = [r for r, own in enumerate(batch.rows) for _ in range(skip_first, len(own) - 1)]
     seq = [batch.starts[r] + p for r, own in enumerate(batch.rows) for p in range(skip_first, len(own) - 1)]
-    rows, columns, last = torch.tensor(row), torch.tensor(seq), model.num_layers - 1
+    rows, columns, last, shape = torch.tensor(row), torch.tensor(seq), model.num_layers - 1, batch.input_ids.shape
     order = sorted(layers)
     with model.trace(batch.encoding, **forward_flags(model)) as tracer:
         states = []
         for layer in order:
-            stream = model.layers_output[layer]
-            states.append(stream[rows.to(stream.device), columns.to(stream.device)])
-        stream = model.layers_output[last]
-        final = stream[rows.to(stream.device), columns.to(stream.device)]
+            states.append(states_at(model, model.layers_output[layer], rows, columns, shape))
+        final = states_at(model, model.layers_output[last], rows, columns, shape)
         found = nnsight.save((torch.stack([state.to(final.device) for state in states], 1), final))
         tracer.stop()
     states, final = found

@@ -6,8 +6,11 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nnterp.arguments import count
-from nnterp.indices import Indices
+from nnterp.identity import digest
+from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._layers import layers_of
 
@@ -25,14 +28,10 @@ def rows_of(
     Raises:
         ValueError: A text is too short to have such a position.
     """
-    skip_first = count(skip_first, "skip_first", 0)
-    limit = None if max_length is None else count(max_length, "max_length", skip_first + 2)
+    skip_first, limit = read_limits(skip_first, max_length)
     listed = [texts] if isinstance(texts, str) else texts
     if limit is not None and isinstance(listed, Sequence):
-        listed = [
-            model.tokenizer(text)["input_ids"][:limit] if isinstance(text, str) and len(text) > limit else text
-            for text in listed
-        ]
+        listed = [_cut(model, text, limit) for text in listed]
     rows = [row if limit is None or len(row) <= limit else Row(row.ids[:limit]) for row in encode(model, listed)]
     short = [i for i, row in enumerate(rows) if len(row) < skip_first + 2]
     if short:
@@ -43,6 +42,29 @@ def rows_of(
             "texts, or give a smaller skip_first."
         )
     return rows
+
+
+def read_limits(skip_first: Any, max_length: Any) -> tuple[int, int | None]:
+    """`skip_first` and `max_length` as plain integers.
+
+    Raises:
+        TypeError, ValueError: They are none, or leave no position.
+    """
+    first = count(skip_first, "skip_first", 0)
+    return first, None if max_length is None else count(max_length, "max_length", first + 2)
+
+
+def _cut(model: StandardizedTransformer, text: Any, limit: int) -> Any:
+    """The first tokens of a text, or of a row of ids: what is longer than the model's context is of use as well."""
+    if isinstance(text, str):
+        return model.tokenizer(text)["input_ids"][:limit] if len(text) > limit else text
+    plain = isinstance(text, (list, tuple)) and all(isinstance(i, int) for i in text)
+    return text[:limit] if plain or (isinstance(text, torch.Tensor) and text.dim() == 1) else text
+
+
+def digests_of(rows: Sequence[Row]) -> list[str]:
+    """A short digest of each row, by which a text that was fitted on is known again."""
+    return sorted({digest(tuple(row.ids)) for row in rows})
 
 
 def split(
@@ -57,21 +79,34 @@ def split(
         model, settings: What `rows_of` needs for texts.
 
     Raises:
-        ValueError: The share leaves nothing to fit on.
+        ValueError: The share leaves nothing to fit on, or a text is on both sides.
+        TypeError: The seed is no integer.
     """
-    if isinstance(held_out, (int, float)) and not isinstance(held_out, bool):
+    seed = integer(seed, "seed")
+    if held_out is None or isinstance(held_out, bool):
+        raise ValueError(f"held_out={held_out!r}; give a share from 0 to below 1, or texts.")
+    if isinstance(held_out, (int, float)):
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out={held_out!r}; give a share from 0 to below 1, or texts.")
-        number = 0 if held_out == 0 else max(1, round(held_out * len(rows)))
-        if number >= len(rows):
+        distinct = list(dict.fromkeys(row.ids for row in rows))  # a text that occurs twice is on one side
+        number = 0 if held_out == 0 else max(1, round(held_out * len(distinct)))
+        if number >= len(distinct):
             raise ValueError(
-                f"held_out={held_out} of {len(rows)} texts leaves none to fit on: give more texts, or held_out=0."
+                f"held_out={held_out} of {len(distinct)} different texts leaves none to fit on: give more texts, or "
+                "held_out=0."
             )
-        chosen = set(random.Random(seed).sample(range(len(rows)), number))
-        kept = [row for i, row in enumerate(rows) if i not in chosen]
-        return kept, [row for i, row in enumerate(rows) if i in chosen]
+        chosen = set(random.Random(seed).sample(distinct, number))
+        kept = [row for row in rows if row.ids not in chosen]
+        return kept, [Row(ids) for ids in distinct if ids in chosen]
     max_length, skip_first = settings
-    return list(rows), rows_of(model, held_out, max_length, skip_first, "held_out")
+    apart = rows_of(model, held_out, max_length, skip_first, "held_out")
+    fitted = {row.ids for row in rows}
+    if both := [i for i, row in enumerate(apart) if row.ids in fitted]:
+        raise ValueError(
+            f"held_out: text {both[0]} is among the texts to fit on ({len(both)} in all), as far as "
+            f"max_length={max_length} tokens go. Hold out other texts, or give a share."
+        )
+    return list(rows), apart
 
 
 def sources_of(model: StandardizedTransformer, layers: Indices) -> list[int]:

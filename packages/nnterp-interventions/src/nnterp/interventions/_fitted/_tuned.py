@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.arguments import count
+from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
 from nnterp.inputs import Row, batches, left_padded
 from nnterp.interventions._fitted._belonging import Origin
 from nnterp.interventions._fitted._checkpoint import Checkpoint
 from nnterp.interventions._fitted._evaluation import NUMBERS, divergence, measured, report_of
 from nnterp.interventions._fitted._lens import Lens
-from nnterp.interventions._fitted._streams import require_one_stream, states_of, weights_at_rest
-from nnterp.interventions._fitted._texts import rows_of, sources_of, split
+from nnterp.interventions._fitted._streams import (
+    require_one_stream,
+    require_unsteered,
+    states_of,
+    weights_at_rest,
+)
+from nnterp.interventions._fitted._texts import digests_of, read_limits, rows_of, sources_of, split
+from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import bar
 from nnterp.resuming import Call
 
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
+@takes_nnsight_models
+@plain_defaults()
 def fit_tuned_lens(
     model: StandardizedTransformer,
     texts: Any,
@@ -46,8 +55,9 @@ def fit_tuned_lens(
 
     The maps minimise KL(model ‖ lens), the mean over positions, with Adam, from the identity, and the learning rate
     falls to zero linearly. (Belrose et al., 2023, section 3, who use SGD with momentum.) After each epoch every layer
-    is measured on the text that is held out, and keeps the map that was best there: at worst the identity, which is the
-    logit lens. An epoch costs a forward of all texts, and for each layer the head forwards and backwards.
+    is measured on half of the text that is held out, and keeps the map that was best there: at worst the identity,
+    which is the logit lens. The other half is for the report. An epoch costs a forward of all texts, and for each
+    layer the head forwards and backwards.
 
     Args:
         model: The model, with its weights here: this does not run remotely.
@@ -72,8 +82,10 @@ def fit_tuned_lens(
         it is worth beside the logit lens; `lens.details["history"]` has the KL of each layer after each epoch.
 
     Raises:
-        ValueError: A text is too short, nothing is left to fit on or held out, the loss is not finite, or `checkpoint`
-            is of another fit.
+        ValueError: A text is too short, nothing is left to fit on or held out, the loss is not finite, `checkpoint` is
+            of another fit, or the model is steered (`model.steering`).
+        TypeError, IndexError: An argument is of another type, or there is no such layer.
+        OSError: `checkpoint` cannot be written.
         Unavailable: The model has several streams side by side.
         InsideTraceError: Called inside a trace of this model.
 
@@ -88,13 +100,16 @@ def fit_tuned_lens(
     chosen = sources_of(model, layers)
     numbers = {"epochs": count(epochs, "epochs"), "batch_size": count(batch_size, "batch_size")}
     numbers["patience"] = count(patience, "patience")
-    if not (isinstance(lr, float) and 0 < lr < float("inf")) or not 0 <= weight_decay < float("inf"):
-        raise ValueError(
-            f"lr is a positive number, and weight_decay is not negative; they are {lr!r} and {weight_decay!r}."
-        )
+    for name, given, least in (("lr", lr, "positive"), ("weight_decay", weight_decay, "not negative")):
+        number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if not number or not (given > 0 if name == "lr" else given >= 0) or not given < float("inf"):
+            raise ValueError(f"{name} is a number, and {least}; it is {given!r}.")
+    skip_first, limit = read_limits(skip_first, max_length)
+    require_unsteered(model, "fit_tuned_lens()")
     model.prepare()
-    settings = (max_length, skip_first)
+    settings = (limit, skip_first)
     fitted, kept = split(rows_of(model, texts, *settings, "texts"), held_out, seed, model, settings)
+    judging, telling = kept[::2], kept[1::2] or kept
     if not kept:
         raise ValueError("held_out leaves no text to choose maps by: give a share above 0, or texts.")
     arguments = {
@@ -104,6 +119,7 @@ def fit_tuned_lens(
         **numbers,
     }
     arguments |= {"lr": lr, "weight_decay": weight_decay, "skip_first": skip_first, "seed": seed}
+    arguments |= {"batches": [batch.indices for batch in batches(model, fitted, numbers["batch_size"])]}
     call = Call(model, "fit_tuned_lens", arguments)
     file = Checkpoint(checkpoint, call)
     fit = _Fit(len(chosen), width, lr, weight_decay)
@@ -113,12 +129,8 @@ def fit_tuned_lens(
     def lens(report: dict[str, Any] | None = None, best: bool = True) -> Lens:
         weights, biases = (fit.best_weights, fit.best_biases) if best else (fit.weights, fit.biases)
         maps = {layer: torch.eye(width) + weights[k].detach() for k, layer in enumerate(chosen)}
-        details: dict[str, Any] = {
-            "prompts": len(fitted),
-            "skip_first": skip_first,
-            "max_length": max_length,
-            "epochs": fit.epoch,
-        }
+        details: dict[str, Any] = {"prompts": len(fitted), "skip_first": skip_first, "max_length": limit}
+        details |= {"epochs": fit.epoch, "fitted": digests_of(fitted)}
         details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", "history": fit.history.tolist()}
         details |= {"report": report} if report else {}
         return Lens("tuned", maps, {layer: biases[k].detach() for k, layer in enumerate(chosen)}, origin, details)
@@ -127,15 +139,18 @@ def fit_tuned_lens(
     with torch.inference_mode(False), weights_at_rest(model._module), left_padded(model.tokenizer):
         try:
             if not len(fit.history):
-                fit.judge(measured(model, lens(), kept, chosen, skip_first, batch_size, False)[0].mean(0))
+                fit.judge(measured(model, lens(), judging, chosen, skip_first, batch_size, False)[0].mean(0))
             with bar(epochs, "tuned lens", progress, "epoch") as shown:
                 shown.update(fit.epoch)
                 while fit.epoch < epochs and fit.idle < patience:
                     _epoch(model, fit, fitted, chosen, numbers, skip_first, seed)
                     fit.epoch += 1
-                    fit.judge(measured(model, lens(best=False), kept, chosen, skip_first, batch_size, False)[0].mean(0))
+                    fit.judge(
+                        measured(model, lens(best=False), judging, chosen, skip_first, batch_size, False)[0].mean(0)
+                    )
                     file.write(fit.state())
                     shown.update(1)
+            found = lens(report_of(model, lens(), telling, skip_first, numbers["batch_size"]))
         except BaseException as error:
             if fit.epoch:
                 error.partial = lens()  # type: ignore[attr-defined]
@@ -143,7 +158,6 @@ def fit_tuned_lens(
                     f"{fit.epoch} of {epochs} epochs are done: the best lens so far is error.partial.{file.hint}"
                 )
             raise
-    found = lens(report_of(model, lens(), kept, skip_first))
     file.remove()
     return found
 
@@ -169,7 +183,13 @@ class _Fit:
 
     @torch.no_grad()
     def judge(self, kl: torch.Tensor) -> None:
-        """Keep the maps of the layers that are better than ever."""
+        """Keep the maps of the layers that are better than ever.
+
+        Raises:
+            ValueError: The logit lens itself is not finite.
+        """
+        if not len(self.history) and not kl.isfinite().all():
+            raise ValueError("The model's own predictions are not finite on the text held out: load it in float32.")
         if len(self.history):
             better = kl < self.history.min(0).values
             self.best_weights[better], self.best_biases[better] = self.weights[better], self.biases[better]
@@ -234,7 +254,7 @@ def tuned_loss(
     weights: torch.Tensor,
     biases: torch.Tensor,
 ) -> float:
-    """The mean over positions of KL(model ‖ lens), summed over layers; its gradients are added to the maps' `.grad`.
+    """The mean over positions of KL(model ‖ lens), summed over layers; its gradients are put into the maps' `.grad`.
 
     Args:
         model: The model.
@@ -253,7 +273,10 @@ def tuned_loss(
                 state = states[own, k].float()
                 weight, bias = weights[k].to(state.device), biases[k].to(state.device)
                 read = (state + state @ weight.T + bias).to(states.dtype)
-                loss = divergence(model, logs, read).sum() / spots
+                loss = divergence(model, logs, read).sum()
             loss.backward()
             total += float(loss.detach())
-    return total
+    for maps in (weights, biases):
+        assert maps.grad is not None
+        maps.grad /= spots  # at the end: in half precision, the gradients of logits would vanish
+    return total / spots
