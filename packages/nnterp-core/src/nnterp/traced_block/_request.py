@@ -24,7 +24,10 @@ class RequestTracer(StepTracer):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         model: Any = self.envoy
         scope = {**self.info.frame.f_globals, **self.info.frame.f_locals}  # type: ignore[union-attr]
-        edits = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
+        try:
+            edits = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
+        except Exception:  # an object that cannot be looked into: then the edits are sent
+            edits = True
         mentions_edits.set(edits)
         sent = StepTracer if edits else InterleavingTracer
         return object.__new__, (sent,), self.__getstate__()  # type: ignore[attr-defined]
@@ -60,8 +63,8 @@ def mentioned(node: ast.AST, scope: Mapping[str, Any]) -> set[str]:
 
 def _held(found: Any) -> list[Any]:
     """What a container, a bound method, a partial or an object of the user's holds."""
-    if isinstance(found, Mapping):
-        return [*found.values()]
+    if isinstance(found, dict):
+        return [*dict.values(found)]
     if isinstance(found, list | tuple | set | frozenset):
         return [*found]
     if isinstance(found, functools.partial):
