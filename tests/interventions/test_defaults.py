@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
@@ -28,31 +26,12 @@ from nnterp.interventions import (
 )
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
 
+from .callers import default_device, default_dtype
+
 FRANCE, ITALY, LONG = "The capital of France is", "The capital of Italy is", "The Eiffel Tower is in the city of"
 BOTH = [FRANCE, LONG]
 PARIS = logit_difference(" Paris", " Rome")
 HEAD, MLP = Component("attention_head_outputs", 1, 0), Component("mlps_output", 3)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-        assert torch.get_default_dtype() == dtype, "the caller's default was changed"
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-        assert torch.get_default_device() == torch.device(device), "the caller's default was changed"
-    finally:
-        torch.set_default_device(None)
 
 
 SETTINGS = {

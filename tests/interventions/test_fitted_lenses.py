@@ -1,6 +1,5 @@
 """Tuned and Jacobian lenses: their numbers against plain torch, what they are worth, their files, refusals."""
 
-import contextlib
 import importlib
 import json
 import random
@@ -16,20 +15,12 @@ from nnterp.interventions._fitted._streams import states_of
 from nnterp.interventions._fitted._tuned import tuned_loss
 from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
 
+from .callers import default_dtype
+
 TEXTS = [[11, 42, 57, 93, 130, 7], [60, 77, 101, 15], [9, 12, 31, 40, 8], [60, 78, 101, 15, 33, 2, 90]]
 MORE = [[(13 * i + 7 * j) % 190 + 5 for j in range(4 + i % 5)] for i in range(24)]
 QUIET = {"progress": False}
 TYPES = "gpt2 llama gemma2 gemma3_text mistral qwen3 gpt_neox opt falcon mixtral bloom phi olmo2 cohere mamba".split()
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def own(output):

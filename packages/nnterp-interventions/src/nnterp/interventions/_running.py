@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -101,3 +102,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return "out of memory" in text or "can't allocate memory" in text
+
+
+@contextlib.contextmanager
+def weights_at_rest(module: torch.nn.Module) -> Iterator[None]:
+    """No parameter takes part in gradients inside the block."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

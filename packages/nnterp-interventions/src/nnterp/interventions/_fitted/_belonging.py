@@ -11,6 +11,7 @@ import torch
 from nnterp.identity import config_digest, settings_of_model
 from nnterp.interventions._fitted._streams import require_one_stream
 from nnterp.interventions._results import versions
+from nnterp.interventions._vectors._belonging import identity_of, short_name
 from nnterp.standing import unsteered
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Origin:
         """The origin of a lens that is being fitted on this model, whose weights are loaded."""
         certificate = model.certificate
         return cls(
-            str(model.repo_id or model.model_class),
+            identity_of(model)["model"],
             model.revision,
             model.num_layers,
             {name: value for name, value in settings_of_model(model).items() if name not in ("model", "revision")},
@@ -84,7 +85,7 @@ class Belonging:
 
     def check(self, model: StandardizedTransformer, width: int, strict: bool) -> None:
         """See `Lens.check`; `width` is that of the maps."""
-        origin, name = self.origin, str(model.repo_id or model.model_class)
+        origin, name = self.origin, identity_of(model)["model"]
         of = f"The lens was fitted on {origin.model or 'an unknown model'}"
         own = require_one_stream(model, "A lens")
         if width != own:
@@ -109,7 +110,7 @@ class Belonging:
         """What differs between the model and the lens's own, in words; "" if nothing is known to."""
         origin, then = self.origin, self.origin.settings
         if not then:
-            foreign = origin.model is not None and _short(origin.model) != _short(name)
+            foreign = origin.model is not None and short_name(origin.model) != short_name(name)
             return "its name is another" if foreign else ""
         if then["model_class"] != model.anatomy.model_class:
             return f"it is a {model.anatomy.model_class}, and was a {then['model_class']}"
@@ -137,8 +138,3 @@ def _state(model: StandardizedTransformer) -> tuple:
     """What changes when a model's weights are edited or replaced."""
     weights = [(id(p), 0 if p.is_inference() else p._version) for p in model._module.parameters()]
     return id(model._module), hash(tuple(weights)), len(getattr(model, "_edits", ()))
-
-
-def _short(name: str) -> str:
-    """The last part of a hub id or path."""
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

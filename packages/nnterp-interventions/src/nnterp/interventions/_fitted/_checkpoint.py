@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,10 +51,7 @@ class Checkpoint:
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what there is now, in place of what was kept before."""
         if self.path is not None:
-            write_tensors(self.path, tensors, self._record(), _KIND)
-
-    def _record(self) -> dict[str, Any]:
-        return self.settings
+            write_tensors(self.path, tensors, self.settings, _KIND)
 
     def remove(self) -> None:
         """Delete the file: the fit is complete."""

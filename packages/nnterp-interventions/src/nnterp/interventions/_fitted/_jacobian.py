@@ -21,9 +21,9 @@ from nnterp.interventions._fitted._streams import (
     require_one_stream,
     require_unsteered,
     states_of,
-    weights_at_rest,
 )
 from nnterp.interventions._fitted._texts import SKIP_FIRST, digests_of, read_limits, rows_of, sources_of, split
+from nnterp.interventions._running import weights_at_rest
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import bar
 from nnterp.resuming import Call
@@ -106,7 +106,9 @@ def fit_jacobian_lens(
     arguments = {"texts": [row.ids for row in fitted], "layers": chosen, "skip_first": skip_first, "rank": number}
     size = max(1, min(_TEXTS, most // max(len(row) for row in fitted)))
     arguments |= {"max_tokens": most, "held_out": [row.ids for row in kept]}
-    arguments |= {"batches": [batch.indices for batch in batches(model, fitted, size)]}
+    with left_padded(model.tokenizer):
+        parts = list(batches(model, fitted, size))
+    arguments |= {"batches": [batch.indices for batch in parts]}
     call = Call(model, "fit_jacobian_lens", arguments)
     fit = _Fit(torch.zeros(len(chosen), number, width), torch.empty(0), set())
     file = Checkpoint(checkpoint, call)
@@ -131,7 +133,7 @@ def fit_jacobian_lens(
                         torch.eye(width) if rank is None else _principal(model, fitted, number, chosen[:1], skip_first)
                     )
                 shown.update(len(fit.done))
-                for batch in batches(model, fitted, size):
+                for batch in parts:
                     if not fit.done.issuperset(batch.indices):
                         assert fit.done.isdisjoint(batch.indices)
                         fit.sums += _products(model, batch, chosen, fit.basis, skip_first, most)
@@ -196,20 +198,23 @@ def _products(
     mean = (counts / counts.sum(1, keepdim=True)).repeat_interleave(copies, 0)
     last = graph.last
     valid = counts.repeat_interleave(copies, 0).to(last)
-    found = torch.zeros(len(layers), len(basis), basis.shape[1])
+    products: list[list[torch.Tensor]] = [[] for _ in layers]  # on the layers' devices
     for start in range(0, len(basis), copies):
         some = basis[start : start + copies]
         rows = torch.zeros(copies, basis.shape[1])
         rows[: len(some)] = some
         cotangent = rows.repeat(texts, 1).to(last)[:, None] * valid[..., None]
-        for k, pulled in enumerate(graph.pulled(cotangent, keep=start + copies < len(basis))):
+        for rows_of_layer, pulled in zip(
+            products, graph.pulled(cotangent, keep=start + copies < len(basis)), strict=True
+        ):
             own = torch.einsum(
                 "tcsh,tcs->ch", *(x.unflatten(0, (texts, copies)) for x in (pulled.float(), mean.to(pulled.device)))
             )
-            if not own.isfinite().all():
-                raise ValueError(
-                    f"The derivatives of texts {list(batch.indices)} are not finite: leave them out, or load the model "
-                    "in float32."
-                )
-            found[k, start : start + len(some)] = own[: len(some)].cpu()
+            rows_of_layer.append(own[: len(some)])
+    found = torch.stack([torch.cat(rows_of_layer).cpu() for rows_of_layer in products])
+    if not found.isfinite().all():
+        raise ValueError(
+            f"The derivatives of texts {list(batch.indices)} are not finite: leave them out, or load the model in "
+            "float32."
+        )
     return found

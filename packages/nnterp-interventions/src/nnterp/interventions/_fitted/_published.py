@@ -15,6 +15,7 @@ import torch
 
 from nnterp.arguments import path_of
 from nnterp.files import write_whole
+from nnterp.interventions._vectors._belonging import identity_of, short_name
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -59,10 +60,10 @@ def read_tuned_folder(
         count, width, name = (config[key] for key in ("num_hidden_layers", "d_model", "base_model_name_or_path"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _CONFIG} is no config of a tuned lens ({error!r}).") from error
-    own = str(model.repo_id or model.model_class), model.revision
+    own = identity_of(model)["model"], model.revision
     revision = config.get("base_model_revision")
     wrong = []
-    if _short(str(name)) != _short(own[0]):
+    if short_name(str(name)) != short_name(own[0]):
         wrong.append(f"it was fitted on {name}, and this is {own[0]}")
     if (revision or "main") != (own[1] or "main"):
         wrong.append(f"it was fitted on revision {revision or 'main'}, and this is {own[1] or 'main'}")
@@ -143,7 +144,3 @@ def write_jacobian_file(path: str | Path, weights: Mapping[int, torch.Tensor], p
         "d_model": next(iter(weights.values())).shape[0],
     }
     write_pickle(path_of(path), content)
-
-
-def _short(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

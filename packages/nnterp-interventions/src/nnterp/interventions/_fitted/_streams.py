@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,6 @@ from nnterp.values import gradient_reads, when
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
     from nnterp.traced import Place
-
-
-@contextlib.contextmanager
-def weights_at_rest(module: torch.nn.Module) -> Iterator[None]:
-    """No parameter takes part in gradients inside the block."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 def require_one_stream(model: StandardizedTransformer, what: str) -> int:

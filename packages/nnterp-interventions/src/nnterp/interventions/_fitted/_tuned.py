@@ -21,9 +21,9 @@ from nnterp.interventions._fitted._streams import (
     require_one_stream,
     require_unsteered,
     states_of,
-    weights_at_rest,
 )
 from nnterp.interventions._fitted._texts import digests_of, read_limits, rows_of, sources_of, split
+from nnterp.interventions._running import weights_at_rest
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import bar
 from nnterp.resuming import Call

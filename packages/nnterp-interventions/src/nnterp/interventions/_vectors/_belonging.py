@@ -81,7 +81,7 @@ def require_same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     name, other = mine["model"], others["model"]
     hint = "If it is the same model under another name, say so: vector.for_model(model)."
     if name is not None and other is not None:
-        if _short(name) != _short(other):
+        if short_name(name) != short_name(other):
             raise ValueError(f"The vector is of {name}, not of {other}. {hint}")
         if (mine["revision"] or "main") != (others["revision"] or "main"):
             warnings.warn(
@@ -99,6 +99,6 @@ def require_same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         )
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """The last part of a hub id or path."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded, token_ids
-from nnterp.interventions._running import bar
+from nnterp.interventions._running import bar, weights_at_rest
 from nnterp.interventions._vectors._belonging import identity_of
 from nnterp.interventions._vectors._directions import hash_of, number
 from nnterp.interventions._vectors._vector import SteeringVector
@@ -79,7 +78,7 @@ def optimize_vector(
         found = {chosen: value.detach().cpu()}
         return SteeringVector(found, **identity_of(model), method="optimized", prompts=hash_of(rows), details=details)
 
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(model._module), left_padded(model.tokenizer):
+    with torch.inference_mode(False), torch.enable_grad(), weights_at_rest(model._module), left_padded(model.tokenizer):
         parts = list(batches(model, rows, batch_size))
         value = _start(model, chosen, seed, limit)
         adam = torch.optim.Adam([value], lr=rate)
@@ -199,16 +198,3 @@ def continuation_loss(logits: torch.Tensor, ids: torch.Tensor, lengths: list[int
         own = ids[row, -length:].to(logs.device)
         total = total - logs.gather(-1, own[:, None]).sum().to(total.device)
     return total
-
-
-@contextlib.contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """No parameter takes part in gradients inside the block."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
