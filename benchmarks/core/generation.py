@@ -2,14 +2,18 @@
 
     python benchmarks/core/generation.py            # SmolLM2-135M's shape, 32 new tokens
     python benchmarks/core/generation.py --rounds 9 --tokens 64
+    python benchmarks/core/generation.py --cpu      # CPU time of one thread, for a machine that others use too
 
-All ways alternate in one process; the figures are medians of the ratios of each round. The model is random.
+All ways alternate in one process; the figures are medians of the ratios of each round. The model is random. repeng and
+interp-engine run beside nnterp where they are installed.
 """
 
 import argparse
+import importlib.util
 import statistics
 import time
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +76,7 @@ def ways(model, args):
     def untouched():
         return model.generate(encoding, **settings)
 
-    return {
+    return peers(module, layer, vector, encoding, settings) | {
         "plain HuggingFace": plain,
         "plain hook": hooks,
         "nnterp, no edit": untouched,
@@ -83,11 +87,45 @@ def ways(model, args):
     }
 
 
+def peers(module, layer, vector, encoding, settings):
+    found = {}
+    if importlib.util.find_spec("repeng"):
+        np.float_ = np.float64  # repeng 0.4 reads the name that NumPy 2 removed
+        from repeng import ControlModel
+
+        def repeng():
+            wrapped = ControlModel(module, [layer])
+            try:
+                wrapped.set_raw_control({layer: vector})
+                return wrapped.generate(**encoding, **settings)
+            finally:
+                wrapped.unwrap()
+
+        found["repeng"] = repeng
+    if importlib.util.find_spec("interp_engine"):
+        from interp_engine.model import EagerModel
+        from interp_engine.steer import SteerSpec
+        from interp_engine.steer import steer as steering
+
+        engine = EagerModel("benchmark", hf_model=module, tokenizer=tiny_tokenizer())
+
+        def interp_engine():
+            with steering(engine, [SteerSpec(vector, layer)]):
+                return module.generate(**encoding, **settings)
+
+        found["interp-engine"] = interp_engine
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"hidden": 576, "layers": 30, "vocab": 49152, "prompt": 16, "tokens": 32, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
+    if args.cpu:
+        torch.set_num_threads(1)
+    clock = time.process_time if args.cpu else time.perf_counter
     model = build(args)
     found = ways(model, args)
     ratios = {name: [] for name in found}
@@ -98,12 +136,12 @@ def main():
         for _ in range(args.rounds):
             times = {}
             for name, run in found.items():
-                start = time.perf_counter()
+                start = clock()
                 run()
-                times[name] = time.perf_counter() - start
+                times[name] = clock() - start
             for name, taken in times.items():
                 ratios[name].append(taken / times["plain HuggingFace"])
-    for name in ("model.steer", "with model.steering"):
+    for name in ("model.steer", "with model.steering", *({"repeng", "interp-engine"} & results.keys())):
         assert torch.equal(results[name], results["plain hook"]), name
     print(
         f"{args.layers} × {args.hidden}, {args.tokens} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds"
