@@ -53,11 +53,9 @@ def lens_from_hub(
     alone = PurePosixPath(path).suffix == ".pt"
     names = [path] if alone else [str(PurePosixPath(path) / name) for name in (CONFIG, PARAMS)]
     files = [_downloaded(repo, name, revision, repo_type) for name in names]
-    if alone:
-        lens = Lens.from_jacobian_lens(files[0], model)
-    else:
-        lens = Lens.from_tuned_lens(files[0].parent, model, strict)
-    commit = files[0].parents[len(PurePosixPath(names[0]).parts) - 1].name
+    at = files[0]
+    lens = Lens.from_jacobian_lens(at, model) if alone else Lens.from_tuned_lens(at.parent, model, strict)
+    commit = at.parents[len(PurePosixPath(names[0]).parts) - 1].name
     lens.details["hub"] = {"repo": repo, "path": path, "repo_type": repo_type, "commit": commit}
     return lens
 

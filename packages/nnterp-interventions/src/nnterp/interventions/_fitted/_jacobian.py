@@ -192,9 +192,12 @@ def _products(
     skip_first: int,
     most: int,
 ) -> torch.Tensor:
-    """`basis @ J` of each layer, from it to `target`, summed over the batch's texts, `[layers, basis, hidden]`, float32 on the CPU.
+    """`basis @ J` of each layer, from it to `target`, summed over the batch's texts.
 
     Each text stands in the batch as many times as there are directions in one backward pass.
+
+    Returns:
+        `[layers, basis, hidden]`, float32 on the CPU.
     """
     texts, seq = batch.input_ids.shape
     copies = max(1, min(len(basis), most // (texts * seq)))
