@@ -1,7 +1,7 @@
 """Fit both lenses and compare them on text that neither has seen: the table of `docs/lenses.md`.
 
     uv run python tools/lenses.py                   # the toy checkpoint
-    uv run python tools/lenses.py toy smollm2       # a real model too; about half an hour each on two cores
+    uv run python tools/lenses.py smollm2 gemma3    # the real models of tools/real_models.py; about a quarter hour each
 
 A table is printed, and written to the page where the page has a place for it. The texts of a real model are written by
 the model itself, from a fixed seed: they need no download, and they are what it predicts best.
@@ -15,7 +15,10 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +30,32 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "lenses.md"
 REAL = Path(os.environ.get("NNTERP_REAL_MODELS", "~/.cache/nnterp/real-models")).expanduser()
 NAMES = {"toy": "toy checkpoint", "smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
-HELD_OUT = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model's lenses are fitted on and measured on.
+
+    Attributes:
+        fitted, held_out: Texts of the fits, and of the table.
+        few: Texts of the Jacobian lens.
+        length: Tokens of a text that are used.
+        tuned: Arguments of `fit_tuned_lens`.
+    """
+
+    fitted: int
+    held_out: int
+    few: int
+    length: int
+    tuned: dict[str, Any]
+
+
+PLANS = {
+    "toy": Plan(1000, 12, 100, 64, {"epochs": 10, "held_out": 0.1}),
+    "smollm2": Plan(30, 8, 3, 48, {"epochs": 3, "batch_size": 2, "held_out": 0.17}),
+    "gemma3": Plan(20, 6, 3, 32, {"epochs": 2, "batch_size": 2, "held_out": 0.2}),
+}
+SKIP = 4
 
 
 def toy_texts() -> list[str]:
@@ -55,34 +83,47 @@ def written_texts(model: StandardizedTransformer, count: int, length: int) -> li
 
 
 def measure(name: str) -> dict:
+    plan = PLANS[name]
     model = StandardizedTransformer(nnterp.toy_checkpoint() if name == "toy" else str(REAL / name))
     model.dispatch()
-    texts = toy_texts() if name == "toy" else written_texts(model, 60, 60)
-    skip, fitted, few = 4, texts[:-HELD_OUT], 100 if name == "toy" else 6
-    tuned_kwargs = {"epochs": 10} if name == "toy" else {"epochs": 3, "batch_size": 4}
-    begin = time.perf_counter()
-    tuned = fit_tuned_lens(model, fitted, skip_first=skip, max_length=64, held_out=0.1, **tuned_kwargs)
-    middle = time.perf_counter()
-    jacobian = fit_jacobian_lens(model, fitted[:few], skip_first=skip, max_length=64, held_out=0)
-    end = time.perf_counter()
-    found = [
-        evaluate_lens(model, lens, texts[-HELD_OUT:], skip_first=skip, max_length=64) for lens in (tuned, jacobian)
-    ]
+    texts = toy_texts() if name == "toy" else written_texts(model, plan.fitted + plan.held_out, plan.length)
+    fitted, others = texts[: -plan.held_out][: plan.fitted], texts[-plan.held_out :]
+    some = {"skip_first": SKIP, "max_length": plan.length, "progress": False}
+    tuned, tuned_seconds = timed(lambda: fit_tuned_lens(model, fitted, **some, **plan.tuned))
+    print(f"{name}: tuned lens, {tuned_seconds:.0f} s", flush=True)
+    jacobian, jacobian_seconds = timed(lambda: fit_jacobian_lens(model, fitted[: plan.few], **some, held_out=0))
+    print(f"{name}: Jacobian lens, {jacobian_seconds:.0f} s", flush=True)
+    found = [evaluate_lens(model, lens, others, **some) for lens in (tuned, jacobian)]
     layers = list(tuned.layers)
-    chosen = sorted({layers[round(k * (len(layers) - 1) / 5)] for k in range(6)})
+    chosen = layers if len(layers) < 8 else sorted({layers[round(k * (len(layers) - 1) / 9)] for k in range(10)})
     rows = {
         layer: [cell(found[0]["logit_lens_kl"], i), cell(found[0]["kl"], i), cell(found[1]["kl"], i)]
         for layer in chosen
         for i in [layers.index(layer)]
     }
+    ids = model.tokenizer(fitted[0]).input_ids if isinstance(fitted[0], str) else fitted[0]
+    one = torch.tensor([ids[: plan.length]])
+    forward = min(timed(lambda: model._module(input_ids=one))[1] for _ in range(5))
     return {
         "name": NAMES[name],
         "rows": rows,
-        "worse": {"tuned": found[0].worse, "jacobian": found[1].worse},
-        "seconds": [round(middle - begin), round(end - middle)],
-        "texts": [len(fitted), few],
+        "worse": [evaluation.worse for evaluation in found],
+        "seconds": [tuned_seconds, jacobian_seconds],
+        "forward": forward,
+        "texts": [len(fitted), plan.few, plan.held_out],
+        "epochs": tuned.details["epochs"],
+        "length": plan.length,
+        "hidden": model.hidden_size,
         "layers": len(layers),
     }
+
+
+@torch.no_grad()
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and its CPU time in seconds."""
+    begin = time.process_time()
+    found = call()
+    return found, time.process_time() - begin
 
 
 def cell(values: torch.Tensor, index: int) -> str:
@@ -91,14 +132,20 @@ def cell(values: torch.Tensor, index: int) -> str:
 
 
 def table(found: dict) -> str:
-    lines = ["| layer | logit lens | tuned lens | Jacobian lens |", "|---|---|---|---|"]
+    lines = [f"{found['name']}:\n", "| layer | logit lens | tuned lens | Jacobian lens |", "|---|---|---|---|"]
     lines += [f"| {layer} | {' | '.join(cells)} |" for layer, cells in found["rows"].items()]
-    worse = {kind: ", ".join(map(str, own)) or "none" for kind, own in found["worse"].items()}
+    tuned_worse, jacobian_worse = (", ".join(map(str, own)) or "none" for own in found["worse"])
+    tuned, jacobian = (
+        f"{seconds:.0f} s of CPU time, as long as {seconds / found['forward']:.0f} forward passes of one text"
+        for seconds in found["seconds"]
+    )
+    fitted, few, others = found["texts"]
     return (
         "\n".join(lines)
-        + f"\n\nWorse than the logit lens: tuned at {worse['tuned']}, Jacobian at {worse['jacobian']} of the "
-        + f"{found['layers']} layers. Fitted in {found['seconds'][0]} s on {found['texts'][0]} texts and in "
-        + f"{found['seconds'][1]} s on {found['texts'][1]} texts, on two cores.\n"
+        + f"\n\nWorse than the logit lens, of all {found['layers']} layers: tuned at {tuned_worse}; Jacobian at "
+        + f"{jacobian_worse}. Measured on {others} texts; texts have up to {found['length']} tokens.\n"
+        + f"Tuned: {fitted} texts, {found['epochs']} epochs, {tuned}.\n"
+        + f"Jacobian: {few} texts, {found['hidden']} vector-Jacobian products of each, {jacobian}.\n"
     )
 
 

@@ -10,7 +10,15 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.inputs import encode, pad
-from nnterp.interventions import Lens, evaluate_lens, fit_jacobian_lens, fit_tuned_lens, logit_lens, logit_lens_table
+from nnterp.interventions import (
+    Lens,
+    evaluate_lens,
+    fit_jacobian_lens,
+    fit_tuned_lens,
+    lens_from_hub,
+    logit_lens,
+    logit_lens_table,
+)
 from nnterp.interventions._fitted._streams import states_of
 from nnterp.interventions._fitted._tuned import tuned_loss
 from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -542,6 +550,55 @@ def test_the_files_of_published_jacobian_lenses(small, lens, tmp_path, capsys):
     torch.save({"J": {0: torch.eye(4)}}, tmp_path / "poor.pt")
     with pytest.raises(ValueError, match="needs J, d_model and n_prompts"):
         Lens.from_jacobian_lens(tmp_path / "poor.pt", small)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Folders of the hub's cache, offline: `published("models--owner--lenses")` is where a snapshot's files go."""
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def made(name):
+        (tmp_path / name / "refs").mkdir(parents=True)
+        (tmp_path / name / "refs" / "main").write_text(COMMIT)
+        (tmp_path / name / "snapshots" / COMMIT / "lens" / "tiny").mkdir(parents=True)
+        return tmp_path / name / "snapshots" / COMMIT / "lens"
+
+    return made
+
+
+def test_lenses_of_the_hub(small, lens, published, capsys):
+    lens.to_tuned_lens(published("spaces--owner--lenses") / "tiny")
+    for revision in (None, "main", COMMIT):
+        again = lens_from_hub("owner/lenses", "lens/tiny", small, revision=revision, repo_type="space")
+        assert all(torch.allclose(again.weights[i], lens.weights[i], atol=1e-6) for i in lens.layers)
+        assert again.details["hub"]["commit"] == COMMIT
+    made = fit_jacobian_lens(small, TEXTS, skip_first=1, held_out=0, **QUIET)
+    folder = published("models--owner--lenses")
+    made.to_jacobian_lens(folder / "own.pt")
+    again = lens_from_hub("owner/lenses", "lens/own.pt", small)
+    torch.testing.assert_close(again.weights[1], made.weights[1], atol=1e-2, rtol=2e-3)
+    assert again.details["hub"] == {
+        "repo": "owner/lenses",
+        "path": "lens/own.pt",
+        "repo_type": "model",
+        "commit": COMMIT,
+    }
+    torch.save({"J": Hostile(), "d_model": 4, "n_prompts": 1}, folder / "hostile.pt")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        lens_from_hub("owner/lenses", "lens/hostile.pt", small)
+    assert "code ran" not in capsys.readouterr().out
+    for name, revision in (("lens/own.pt", "other"), ("lens/none.pt", None), ("lens/tiny", None)):
+        with pytest.raises(FileNotFoundError, match=r"of the model owner/lenses at revision"):
+            lens_from_hub("owner/lenses", name, small, revision=revision)
+    with pytest.raises(ValueError, match="repo is owner/name"):
+        lens_from_hub("not a repository", "lens/own.pt", small)
+    with pytest.raises(ValueError, match="repo_type is"):
+        lens_from_hub("owner/lenses", "lens/own.pt", small, repo_type="bucket")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,14 @@
 
 from nnterp.interventions._ablation import AblationResult, ablate
 from nnterp.interventions._components import Component, components
-from nnterp.interventions._fitted import Lens, LensEvaluation, evaluate_lens, fit_jacobian_lens, fit_tuned_lens
+from nnterp.interventions._fitted import (
+    Lens,
+    LensEvaluation,
+    evaluate_lens,
+    fit_jacobian_lens,
+    fit_tuned_lens,
+    lens_from_hub,
+)
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
 from nnterp.interventions._metrics import Metric, kl_divergence, logit_difference, target_probability
 from nnterp.interventions._patching import PatchingResult, activation_patching
@@ -44,6 +51,7 @@ __all__ = [
     "fit_tuned_lens",
     "it_repeat_prompt",
     "kl_divergence",
+    "lens_from_hub",
     "logit_difference",
     "logit_lens",
     "logit_lens_table",

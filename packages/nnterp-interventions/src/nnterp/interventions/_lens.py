@@ -11,6 +11,7 @@ import torch
 
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
+from nnterp.devices import device_of
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, encode, forward_flags
 from nnterp.interventions._fitted._lens import Lens, mapped
@@ -102,7 +103,7 @@ def logit_lens(
     Raises:
         IndexError: There is no such layer or position.
         ValueError: There are no prompts, targets do not fit them, `ranks` is asked for without `targets`, or the lens
-            is of another model.
+            is of another model, or does not lead to the last layer.
         KeyError: The lens has no map for a layer.
         InsideTraceError: Called inside a trace of the same model.
         Unavailable: What this model does after its last layer is not proven.
@@ -115,6 +116,7 @@ def logit_lens(
     if lens is not None and not isinstance(lens, Lens):
         raise TypeError(f"lens is a Lens, as fit_tuned_lens() returns it, not {lens!r:.80}.")
     if lens is not None:
+        lens.require_last("logit_lens()")
         model.prepare(remote)
         lens.check(model)
         layers = (*lens.layers, model.num_layers - 1) if layers is None else layers
@@ -220,6 +222,7 @@ def _run(
     model.prepare(remote)
     width = max(len(w) for w in where)
     order = sorted(set(layers))
+    maps = maps if remote else _placed(model, order, maps)
     back = None if order == layers else torch.tensor([order.index(layer) for layer in layers])
     whole, finished = run.whole, frozenset(run.done)
 
@@ -247,6 +250,18 @@ def _run(
         run.done.update(batch.indices)
 
     in_batches(model, prompts, batch_size, step, "logit lens", progress)
+
+
+def _placed(model: StandardizedTransformer, layers: list[int], maps: Maps) -> Maps:
+    """The maps on the devices of their layers: copied once, and not for each batch."""
+    found: Maps = []
+    for layer, own in zip(layers, maps, strict=True):
+        if own is not None:
+            weight, bias = own
+            device = device_of(model._module, [model._module.get_submodule(model.layer_paths[layer])])
+            own = weight.to(device), None if bias is None else bias.to(device)
+        found.append(own)
+    return found
 
 
 def _read(

@@ -15,6 +15,7 @@ from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Cell, Edit, Kept, Reduce, sweep
+from nnterp.interventions._fitted import Lens
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._partial import Resume, cells_of, ids_of, kept_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
@@ -22,7 +23,7 @@ from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, vocabulary_of
 from nnterp.interventions._running import BatchSize
 from nnterp.interventions._states import last_states
-from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
+from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt, require_last_token
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 from nnterp.resuming import Call
@@ -51,6 +52,7 @@ def patchscope_lens(
     remote: bool = False,
     *,
     layer_to_patch: Indices = None,
+    lens: Lens | None = None,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     resume: Resume = None,
@@ -69,6 +71,12 @@ def patchscope_lens(
             written to the k-th of `layers`; surplus ones are not used.
         remote: Run on a remote service.
         layer_to_patch: Another name of `layers`.
+        lens: A fitted lens: the state of each of `layers` goes through its map, and is written to the layer that the
+            map leads to, `lens.maps_to`, instead of to its own. (The paper's mapping f between a source layer and
+            another target layer.) `fit_jacobian_lens(to_layer=...)` makes one. With it, `layers` are those that it has
+            a map for if None. What is written after the last layer can be seen at its own position only, so a lens
+            to the last layer is for target prompts that are patched at their last token, where the result is that of
+            `logit_lens(lens=lens)` whatever the prompt.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
@@ -78,7 +86,10 @@ def patchscope_lens(
         `[sources, layers, vocab]`, float32, on the CPU.
 
     Raises:
-        ValueError: Neither or both of `source_prompts` and `latents` were given, or numbers do not match.
+        ValueError: Neither or both of `source_prompts` and `latents` were given, numbers do not match, or the lens is
+            of another model, or leads to the last layer while an earlier token is patched.
+        KeyError: The lens has no map for a layer.
+        TypeError: `lens` is no lens.
         IndexError: There is no such layer, or a target prompt has no such position (its tokens are shown).
         ShapeError: `latents` is not `[layers, sources, hidden]`.
         InsideTraceError: Called inside a trace of the same model.
@@ -88,7 +99,7 @@ def patchscope_lens(
     """
     layers = _one_of(layers, layer_to_patch)
     reduction = Reduction(probs=True)
-    run = _Patchscope(model, "patchscope_lens", source_prompts, target_patch_prompts, layers, latents, remote)
+    run = _Patchscope(model, "patchscope_lens", source_prompts, target_patch_prompts, layers, latents, remote, lens)
     return run.found(reduction, {"reduction": "probs"}, resume, batch_size, progress)["probs"]
 
 
@@ -101,6 +112,7 @@ def patchscope_table(
     layers: Indices = None,
     *,
     top_k: int = 5,
+    lens: Lens | None = None,
     remote: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
@@ -109,7 +121,7 @@ def patchscope_table(
     """`patchscope_lens`, reduced inside the model to the `top_k` most probable tokens, with labels.
 
     Args:
-        model, source_prompts, target_patch_prompts, layers: As in `patchscope_lens`.
+        model, source_prompts, target_patch_prompts, layers, lens: As in `patchscope_lens`.
         remote, batch_size, progress, resume: As in `patchscope_lens`.
         top_k: Number of most probable tokens to keep.
 
@@ -117,10 +129,11 @@ def patchscope_table(
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
     """
     top_k = count(top_k, "top_k", 1, model.vocab_size)
-    run = _Patchscope(model, "patchscope_table", source_prompts, target_patch_prompts, layers, None, remote)
+    run = _Patchscope(model, "patchscope_table", source_prompts, target_patch_prompts, layers, None, remote, lens)
     found = run.found(Reduction(top_k=top_k), {"top_k": top_k}, resume, batch_size, progress)
     targets = repeat_prompt() if target_patch_prompts is None else target_patch_prompts
-    about = describe_run(model, "patchscope_table", target_patch_prompts=repr(targets), top_k=top_k)
+    through = {} if lens is None else {"lens": lens.kind, "fitted_on": lens.origin.model, "maps_to": lens.maps_to}
+    about = describe_run(model, "patchscope_table", target_patch_prompts=repr(targets), top_k=top_k, **through)
     return labelled(model, {name: found[name] for name in ("top_probs", "top_ids")}, run.labels(), about)
 
 
@@ -207,7 +220,7 @@ class _Patchscope:
 
     Attributes:
         sources: The source prompts; empty if latents were given.
-        layers: The layers that are patched.
+        layers: The layers that states are taken from, and written to if there is no lens.
         count: Number of sources.
     """
 
@@ -220,16 +233,26 @@ class _Patchscope:
         layers: Indices,
         latents: torch.Tensor | None,
         remote: bool,
+        lens: Lens | None,
     ) -> None:
         model.require_no_trace(f"{function}()")
+        if lens is not None and not isinstance(lens, Lens):
+            raise TypeError(f"lens is a Lens, as fit_jacobian_lens() returns it, not {lens!r:.80}.")
         if (source_prompts is None) == (latents is None):
             raise ValueError(f"{function}(): give either source_prompts or latents, to say what is patched in.")
         self.model, self.function, self.remote = model, function, remote
-        self.layers = layers_of(model, layers)
+        self.lens = lens
+        self.layers = layers_of(model, lens.layers if lens is not None and layers is None else layers)
         self.sources = [] if source_prompts is None else encode(model, source_prompts)
         self.latents = None if latents is None else _checked_latents(model, latents, self.layers)
         self.count = len(self.sources) if self.latents is None else self.latents.shape[1]
         self.targets, self.at = _encode_targets(model, target_patch_prompts, self.count)
+        if lens is not None:
+            model.prepare(remote)
+            lens.check(model)
+            lens.maps_for(self.layers)
+            if lens.maps_to == model.num_layers - 1:
+                require_last_token(self.targets, self.at)
 
     def found(
         self, reduction: Reduction, kind: dict[str, Any], resume: Resume, batch_size: BatchSize, progress: bool | None
@@ -237,17 +260,22 @@ class _Patchscope:
         """For each tensor of `reduction`, which `kind` describes, `[sources, layers, ...]`."""
         model, remote = self.model, self.remote
         asked = {"prompts": ids_of(self.sources, self.targets), "positions": self.at, "layers": self.layers, **kind}
+        asked |= {} if self.lens is None else {"lens": self.lens}
         call = Call(model, self.function, {**asked, "latents": self.latents})
         kept = kept_of(resumed(call, resume))
         latents = self.latents
         if latents is None:
             latents = last_states(model, self.sources, self.layers, "layers_output", remote, batch_size, False)
+        written = self.layers
+        if self.lens is not None:
+            latents = [self.lens.apply(states, layer) for states, layer in zip(latents, self.layers, strict=True)]
+            written = [self.lens.maps_to] * len(self.layers)
         distinct = list({target.ids: target for target in self.targets}.values())
         place = {target.ids: i for i, target in enumerate(distinct)}
         cells = [
-            Cell(place[self.targets[source].ids], (Edit("layers_output", layer, self.at[source], latents[k, source]),))
+            Cell(place[self.targets[source].ids], (Edit("layers_output", layer, self.at[source], latents[k][source]),))
             for source in range(self.count)
-            for k, layer in enumerate(self.layers)
+            for k, layer in enumerate(written)
         ]
         with call.keeping(lambda: partial_grid(model, call, kept, self.labels())):
             sweep(

@@ -10,6 +10,7 @@ import torch
 
 from nnterp.arguments import listed
 from nnterp.indices import integer, integers
+from nnterp.inputs import Row
 
 
 @dataclass
@@ -178,3 +179,18 @@ def it_repeat_prompt(
     if start and whole.startswith(start) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         whole = whole.removeprefix(start)  # the tokenizer adds it itself
     return TargetPrompt(whole, -1)
+
+
+def require_last_token(targets: Sequence[Row], at: Sequence[tuple[int, ...]]) -> None:
+    """Raise if a state that is written after the last layer cannot reach the prediction of a target prompt.
+
+    Raises:
+        ValueError: It is written at an earlier token than the last.
+    """
+    for i, (target, places) in enumerate(zip(targets, at, strict=True)):
+        if len(target) - 1 not in places:
+            raise ValueError(
+                f"The lens leads to the last layer, after which no token reads another, and target prompt {i} is "
+                f"patched at token {places[0]} of {len(target)}: nothing would change. Fit a lens to an earlier layer "
+                "(fit_jacobian_lens(to_layer=...)), or patch the last token (index_to_patch=-1)."
+            )

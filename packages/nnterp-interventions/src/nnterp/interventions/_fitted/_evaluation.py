@@ -78,7 +78,7 @@ def evaluate_lens(
         A `LensEvaluation`: `kl` and `logit_lens_kl`, `[prompts, layers]`, float32, on the CPU; `summary()` shows them.
 
     Raises:
-        ValueError: The lens is of another model, or a text is too short.
+        ValueError: The lens is of another model, or does not lead to the last layer, or a text is too short.
         KeyError: The lens has no map for a layer.
         TypeError: `lens` is no lens.
         Unavailable: The model has several streams side by side.
@@ -90,6 +90,7 @@ def evaluate_lens(
     model.require_no_trace("evaluate_lens()")
     if not hasattr(lens, "maps_for"):
         raise TypeError(f"lens is a Lens, as fit_tuned_lens() returns it, not {lens!r:.80}.")
+    lens.require_last("evaluate_lens()")
     model.prepare()
     lens.check(model)
     skip, _ = read_limits(lens.details.get("skip_first", SKIP_FIRST) if skip_first is None else skip_first, max_length)

@@ -1,4 +1,4 @@
-"""The Jacobian lens: the average derivative of the stream after the last layer by the stream after an earlier one."""
+"""The Jacobian lens: the average derivative of the stream after the last layer, or a given one, by an earlier one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
-from nnterp.indices import Indices
+from nnterp.indices import Indices, read_index
 from nnterp.inputs import Batch, batches, left_padded
 from nnterp.interventions._fitted._belonging import Origin
 from nnterp.interventions._fitted._checkpoint import Checkpoint
@@ -42,6 +42,7 @@ def fit_jacobian_lens(
     texts: Any,
     layers: Indices = None,
     *,
+    to_layer: int = -1,
     skip_first: int = SKIP_FIRST,
     max_length: int = 128,
     rank: int | None = None,
@@ -61,11 +62,13 @@ def fit_jacobian_lens(
     Args:
         model: The model, with its weights here: this does not run remotely.
         texts: Texts, token ids, or a list of these; about a hundred of 128 tokens are customary.
-        layers: The layer or layers; all but the last if None.
+        layers: The layer or layers; all before `to_layer` if None.
+        to_layer: The layer whose stream is derived, in place of h_last. The head reads the last one only: a lens to an
+            earlier layer is for `patchscope_lens(lens=...)`; it has no report, and no text is held out for one.
         skip_first: How many first positions of a text do not count.
         max_length: Tokens of a text that are used.
         rank: Fit only the part of the maps that leads into the `rank` leading principal directions of the stream after
-            the last layer, at `rank / hidden` of the cost; None for all of it.
+            that layer, at `rank / hidden` of the cost; None for all of it.
         held_out: The share of the texts, drawn by `seed`, that is kept for `lens.report`; or texts for it; 0 for none.
         max_tokens: Most tokens in one backward pass, counting copies; lower it if memory runs out. A single text may
             have more.
@@ -79,8 +82,8 @@ def fit_jacobian_lens(
         worth beside the logit lens.
 
     Raises:
-        ValueError: A text is too short, nothing is left to fit on, the derivatives of a text are not finite,
-            `checkpoint` is of another fit, or the model is steered (`model.steering`).
+        ValueError: A text is too short, nothing is left to fit on, the derivatives of a text are not finite, a layer
+            is not before `to_layer`, `checkpoint` is of another fit, or the model is steered (`model.steering`).
         TypeError, IndexError: An argument is of another type, or there is no such layer.
         OSError: `checkpoint` cannot be written.
         Unavailable: The model has several streams side by side.
@@ -94,18 +97,19 @@ def fit_jacobian_lens(
     """
     model.require_no_trace("fit_jacobian_lens()")
     width = require_one_stream(model, "A Jacobian lens")
-    chosen = sources_of(model, layers)
+    target = read_index(to_layer, model.num_layers, "to_layer", "layers")
+    chosen = sources_of(model, layers, target)
     most = count(max_tokens, "max_tokens")
     skip_first, limit = read_limits(skip_first, max_length)
     require_unsteered(model, "fit_jacobian_lens()")
     model.prepare()
     settings = (limit, skip_first)
     rows = rows_of(model, texts, *settings, "texts")
-    fitted, kept = split(rows, held_out, seed, model, settings)
+    fitted, kept = split(rows, held_out if target == model.num_layers - 1 else 0, seed, model, settings)
     number = width if rank is None else count(rank, "rank", 1, width)
     arguments = {"texts": [row.ids for row in fitted], "layers": chosen, "skip_first": skip_first, "rank": number}
     size = max(1, min(_TEXTS, most // max(len(row) for row in fitted)))
-    arguments |= {"max_tokens": most, "held_out": [row.ids for row in kept]}
+    arguments |= {"max_tokens": most, "held_out": [row.ids for row in kept], "to_layer": target}
     with left_padded(model.tokenizer):
         parts = list(batches(model, fitted, size))
     arguments |= {"batches": [batch.indices for batch in parts]}
@@ -120,7 +124,7 @@ def fit_jacobian_lens(
         maps = {layer: mean[k] if rank is None else fit.basis.T @ mean[k] for k, layer in enumerate(chosen)}
         details: dict[str, Any] = {"prompts": len(fit.done), "skip_first": skip_first, "max_length": limit}
         details |= {"rank": None if rank is None else number, "fitted": digests_of(fitted)}
-        details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", **({"report": report} if report else {})}
+        details |= {"maps_to": target, **({"report": report} if report else {})}
         return Lens("jacobian", maps, {}, origin, details)
 
     origin = Origin.of(model)
@@ -130,13 +134,13 @@ def fit_jacobian_lens(
             with bar(len(fitted), "Jacobian lens", progress, "text") as shown:
                 if not len(fit.basis):
                     fit.basis = (
-                        torch.eye(width) if rank is None else _principal(model, fitted, number, chosen[:1], skip_first)
+                        torch.eye(width) if rank is None else _principal(model, fitted, number, target, skip_first)
                     )
                 shown.update(len(fit.done))
                 for batch in parts:
                     if not fit.done.issuperset(batch.indices):
                         assert fit.done.isdisjoint(batch.indices)
-                        fit.sums += _products(model, batch, chosen, fit.basis, skip_first, most)
+                        fit.sums += _products(model, batch, chosen, target, fit.basis, skip_first, most)
                         fit.done.update(batch.indices)
                         file.write({"sums": fit.sums, "basis": fit.basis, "done": torch.tensor(sorted(fit.done))})
                         shown.update(len(batch))
@@ -160,7 +164,7 @@ class _Fit:
 
     Attributes:
         sums: `[layers, basis, hidden]`, the sum over texts.
-        basis: `[basis, hidden]`, orthonormal directions of the stream after the last layer.
+        basis: `[basis, hidden]`, orthonormal directions of the stream that is derived.
         done: Indices of the texts that are in the sum.
     """
 
@@ -170,28 +174,35 @@ class _Fit:
 
 
 @torch.no_grad()
-def _principal(
-    model: StandardizedTransformer, rows: list, rank: int, layers: list[int], skip_first: int
-) -> torch.Tensor:
-    """The leading principal directions (about zero) of the stream after the last layer, `[rank, hidden]`."""
+def _principal(model: StandardizedTransformer, rows: list, rank: int, layer: int, skip_first: int) -> torch.Tensor:
+    """The leading principal directions (about zero) of the stream after `layer`, `[rank, hidden]`."""
     moment: Any = 0
     for batch in batches(model, rows, 16):
-        final = states_of(model, batch, layers, skip_first)[1].cpu().double()
-        moment = moment + final.T @ final
+        states = states_of(model, batch, [layer], skip_first)[0][:, 0].cpu().double()
+        moment = moment + states.T @ states
     return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank].T.float().contiguous()
 
 
 def _products(
-    model: StandardizedTransformer, batch: Batch, layers: list[int], basis: torch.Tensor, skip_first: int, most: int
+    model: StandardizedTransformer,
+    batch: Batch,
+    layers: list[int],
+    target: int,
+    basis: torch.Tensor,
+    skip_first: int,
+    most: int,
 ) -> torch.Tensor:
-    """`basis @ J` of each layer, summed over the batch's texts, `[layers, basis, hidden]`, float32 on the CPU.
+    """`basis @ J` of each layer, from it to `target`, summed over the batch's texts.
 
     Each text stands in the batch as many times as there are directions in one backward pass.
+
+    Returns:
+        `[layers, basis, hidden]`, float32 on the CPU.
     """
     texts, seq = batch.input_ids.shape
     copies = max(1, min(len(basis), most // (texts * seq)))
     inputs = {name: tensor.repeat_interleave(copies, 0) for name, tensor in batch.encoding.items()}
-    graph = graph_of(model, inputs, layers)
+    graph = graph_of(model, inputs, layers, target)
     counts = torch.zeros(texts, seq)
     for row, (start, own) in enumerate(zip(batch.starts, batch.rows, strict=True)):
         counts[row, start + skip_first : start + len(own) - 1] = 1

@@ -1,4 +1,4 @@
-"""`Lens`: affine maps from the residual stream after each layer to the stream after the last one."""
+"""`Lens`: affine maps from the residual stream after each layer to the stream after a later one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ class Lens:
     Made by `fit_tuned_lens`, `fit_jacobian_lens`, `Lens.load`, or from published files. `logit_lens(model, prompts,
     lens=lens)` reads with it. The last layer needs no map; it is read as it is.
 
+    `fit_jacobian_lens(to_layer=...)` makes one that leads to the stream after an earlier layer, `maps_to`. The head
+    does not read that; `patchscope_lens(lens=lens)` writes it into another prompt.
+
     Args:
         kind: "tuned" or "jacobian".
         weights: Layer → `[hidden, hidden]`.
@@ -47,7 +50,7 @@ class Lens:
         weights, biases: Float32 on the CPU, in the order of layers. Do not change the tensors.
 
     Raises:
-        ValueError: Maps are missing, not finite, or of different widths, or a layer is the last one or none.
+        ValueError: Maps are missing, not finite, or of different widths, or a layer is not before `maps_to`.
     """
 
     def __init__(
@@ -74,10 +77,10 @@ class Lens:
                 raise ValueError(f"The map of layer {layer} has shape {list(weight.shape)}, not [{width}, {width}].")
             if not torch.isfinite(weight).all() or not torch.isfinite(self.biases.get(layer, weight)).all():
                 raise ValueError(f"The map of layer {layer} is not finite.")
-            if not 0 <= layer < self.origin.num_layers - 1:
+            if not 0 <= layer < self.maps_to < self.origin.num_layers:
                 raise ValueError(
-                    f"There is a map for layer {layer}, but a model of {self.origin.num_layers} layers takes maps for "
-                    f"layers 0 to {self.origin.num_layers - 2}."
+                    f"There is a map for layer {layer}, but a lens to layer {self.maps_to} of {self.origin.num_layers} "
+                    f"takes maps for layers 0 to {self.maps_to - 1}."
                 )
         for layer, bias in self.biases.items():
             if layer not in self.weights or tuple(bias.shape) != (width,):
@@ -89,6 +92,24 @@ class Lens:
     def layers(self) -> tuple[int, ...]:
         """The layers that have a map."""
         return tuple(self.weights)
+
+    @property
+    def maps_to(self) -> int:
+        """The layer to whose stream the maps lead: the last one, unless the fit was given another."""
+        return int(self.details.get("maps_to", self.origin.num_layers - 1))
+
+    def require_last(self, what: str) -> None:
+        """Raise if the maps lead to a layer that the head does not read.
+
+        Raises:
+            ValueError: They do; says what can be done with this lens.
+        """
+        if self.maps_to != self.origin.num_layers - 1:
+            raise ValueError(
+                f"{what} needs a lens to the last layer ({self.origin.num_layers - 1}), and this one leads to the "
+                f"stream after layer {self.maps_to}: write it into a prompt with patchscope_lens(lens=...), or fit one "
+                "without to_layer."
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -116,7 +137,8 @@ class Lens:
     def __repr__(self) -> str:
         worse = f"; worse than the logit lens at layers {', '.join(map(str, self.worse))}" if self.worse else ""
         return (
-            f"Lens({self.kind}; layers {self.layers[0]} to {self.layers[-1]}; hidden {self.hidden_size}; "
+            f"Lens({self.kind}; layers {self.layers[0]} to {self.layers[-1]}, mapped to layer {self.maps_to}; "
+            f"hidden {self.hidden_size}; "
             f"{self.origin.model or 'model unknown'}{worse})"
         )
 
@@ -172,14 +194,14 @@ class Lens:
         self._fits.check(model, self.hidden_size, not self.lenient if strict is None else strict)
 
     def maps_for(self, layers: Iterable[int]) -> list[tuple[torch.Tensor, torch.Tensor | None] | None]:
-        """For each layer its weight and bias, float32 on the CPU; None for the last layer, which is read as it is.
+        """For each layer its weight and bias, float32 on the CPU; None for layer `maps_to`, which needs no map.
 
         Raises:
             KeyError: There is no map for a layer.
         """
         found: list[tuple[torch.Tensor, torch.Tensor | None] | None] = []
         for layer in layers:
-            if layer == self.origin.num_layers - 1:
+            if layer == self.maps_to:
                 found.append(None)
                 continue
             self._require(layer)
@@ -187,11 +209,20 @@ class Lens:
         return found
 
     def to_last_layer(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """What a stream after `layer` is mapped to by a lens to the last layer; see `apply`.
+
+        Raises:
+            ValueError: The lens leads to an earlier layer.
+        """
+        self.require_last("Lens.to_last_layer()")
+        return self.apply(hidden, layer)
+
+    def apply(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """What a stream after `layer` is mapped to: `[..., hidden]`, in its dtype and on its device.
 
         Args:
             hidden: `[..., hidden]`.
-            layer: An index from 0, or from −1 backwards. The last layer's stream is returned as it is.
+            layer: An index from 0, or from −1 backwards. The stream of layer `maps_to` is returned as it is.
 
         Raises:
             KeyError: There is no map for this layer.
@@ -211,8 +242,9 @@ class Lens:
 
         Raises:
             KeyError: There is no map for this layer.
-            ValueError: The lens is of another model.
+            ValueError: The lens is of another model, or leads to an earlier layer than the last.
         """
+        self.require_last("Lens.to_vocab()")
         self.check(model)
         return model.project_on_vocab(self.to_last_layer(hidden, layer))
 
@@ -235,9 +267,10 @@ class Lens:
             direction for another's.
 
         Raises:
-            ValueError: The text has several tokens, or the lens is of another model.
+            ValueError: The text has several tokens, or the lens is of another model, or leads to an earlier layer.
             KeyError: There is no map for a layer.
         """
+        self.require_last("Lens.from_vocab()")
         self.check(model)
         wanted = list(self.layers) if layers is None else self._indices(layers)
         index = token_id(model, token)
@@ -317,9 +350,10 @@ class Lens:
         Its first translator, for the embeddings, is written as the identity.
 
         Raises:
-            ValueError: A layer has no map.
+            ValueError: A layer has no map, or the lens leads to an earlier layer than the last.
             OSError: The folder cannot be written.
         """
+        self.require_last("The format of the tuned-lens package")
         write_tuned_folder(folder, self.weights, self.biases, self.origin)
 
     @classmethod
@@ -341,9 +375,10 @@ class Lens:
         """Write a `.pt` file as it is published for Neuronpedia, in half precision, as is the custom there.
 
         Raises:
-            ValueError: The lens has biases, which the format does not hold.
+            ValueError: The lens has biases, which the format does not hold, or leads to an earlier layer than the last.
             OSError: It cannot be written.
         """
+        self.require_last("The format of Jacobian lenses")
         if self.biases:
             raise ValueError(f"A {self.kind} lens has biases, which the format of Jacobian lenses does not hold.")
         write_jacobian_file(path, self.weights, int(self.details.get("prompts", 0)))

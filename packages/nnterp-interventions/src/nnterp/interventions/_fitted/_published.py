@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
     from nnterp.interventions._fitted._belonging import Origin
 
-_CONFIG, _PARAMS = "config.json", "params.pt"
+CONFIG, PARAMS = "config.json", "params.pt"
 
 
 def read_pickle(path: Path) -> Any:
@@ -53,13 +53,13 @@ def read_tuned_folder(
 ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor], dict[str, Any]]:
     """The maps and biases of a folder of the tuned-lens repository, by nnterp's layers, and what its config says."""
     folder = path_of(folder)
-    if not (folder / _CONFIG).is_file():
-        raise FileNotFoundError(f"There is no {_CONFIG} in {folder}: give a folder with {_CONFIG} and {_PARAMS}.")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"There is no {CONFIG} in {folder}: give a folder with {CONFIG} and {PARAMS}.")
     try:
-        config = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
         count, width, name = (config[key] for key in ("num_hidden_layers", "d_model", "base_model_name_or_path"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _CONFIG} is no config of a tuned lens ({error!r}).") from error
+        raise ValueError(f"{folder / CONFIG} is no config of a tuned lens ({error!r}).") from error
     own = identity_of(model)["model"], model.revision
     revision = config.get("base_model_revision")
     wrong = []
@@ -76,13 +76,13 @@ def read_tuned_folder(
             f"The lens in {folder} is for {count} layers of width {width}; {own[0]} has {model.num_layers} of width "
             f"{model.hidden_size}."
         )
-    state = read_pickle(folder / _PARAMS)
+    state = read_pickle(folder / PARAMS)
     weights, biases = {}, {}
     for i in range(1, count):
         given = state.get(f"{i}.weight") if isinstance(state, dict) else None
         if not isinstance(given, torch.Tensor) or tuple(given.shape) != (width, width):
             got = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-            raise ValueError(f"{folder / _PARAMS} has no [{width}, {width}] map {i}.weight: it is {got}.")
+            raise ValueError(f"{folder / PARAMS} has no [{width}, {width}] map {i}.weight: it is {got}.")
         weights[i - 1] = torch.eye(width) + given.float()
         if f"{i}.bias" in state:
             biases[i - 1] = state[f"{i}.bias"].float()
@@ -111,8 +111,8 @@ def write_tuned_folder(
         "unembed_hash": None,
         "lens_type": "linear_tuned_lens",
     }
-    write_pickle(folder / _PARAMS, state)
-    write_whole(folder / _CONFIG, json.dumps(config, indent=2).encode())
+    write_pickle(folder / PARAMS, state)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
 def read_jacobian_file(path: str | Path) -> tuple[dict[int, torch.Tensor], dict[str, Any]]:

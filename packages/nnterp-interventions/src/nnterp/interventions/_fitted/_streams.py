@@ -48,7 +48,7 @@ class Graph:
     """Streams of one forward pass, and the graph between them.
 
     Attributes:
-        last: The stream after the last layer, `[batch, seq, hidden]`.
+        last: The stream to which the graph leads, `[batch, seq, hidden]`.
         read: The tensors of the model that the sources are made of.
         pulls: For each source, which of `read` it is made of, and the function that makes its gradient of theirs.
     """
@@ -64,11 +64,11 @@ class Graph:
         return [pull([whole[i] for i in indices]) for indices, pull in self.pulls]
 
 
-def graph_of(model: StandardizedTransformer, inputs: dict[str, Any], layers: Sequence[int]) -> Graph:
-    """Run a batch up to the last layer, with the graph from the streams leaving `layers`."""
+def graph_of(model: StandardizedTransformer, inputs: dict[str, Any], layers: Sequence[int], last: int) -> Graph:
+    """Run a batch up to layer `last`, with the graph from the streams leaving `layers`."""
     sources = [gradient_reads(model, model.place("layers_output", i), f"layers_output[{i}]") for i in layers]
     order: list[Place] = sorted({p for places, _ in sources for p in places}, key=lambda p: when(model, p))
-    names, last, flags = [str(place) for place in order], model.num_layers - 1, forward_flags(model)
+    names, flags = [str(place) for place in order], forward_flags(model)
     with model.trace(inputs, **flags) as tracer:
         seen = []
         for place, name in zip(order, names, strict=True):

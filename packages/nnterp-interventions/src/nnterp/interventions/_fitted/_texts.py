@@ -109,16 +109,16 @@ def split(
     return list(rows), apart
 
 
-def sources_of(model: StandardizedTransformer, layers: Indices) -> list[int]:
-    """The layers to fit a lens at, in order; all but the last if None.
+def sources_of(model: StandardizedTransformer, layers: Indices, to_layer: int | None = None) -> list[int]:
+    """The layers to fit a lens at, in order; all before `to_layer` if None, which is the last if it is None.
 
     Raises:
-        ValueError: The last layer is among them, or none.
+        ValueError: One of them is not before `to_layer`, or there is none.
     """
     last = model.num_layers - 1
-    chosen = (
-        [i for i in layers_of(model, None) if i != last] if layers is None else sorted(set(layers_of(model, layers)))
-    )
-    if last in chosen or not chosen:
-        raise ValueError(f"A lens is fitted at layers before the last, 0 to {last - 1}, not at {chosen or 'none'}.")
+    target = last if to_layer is None else to_layer
+    chosen = [i for i in range(target) if layers is None] or sorted(set(layers_of(model, layers)))
+    if any(layer >= target for layer in chosen):
+        before = "the last" if target == last else f"layer {target}"
+        raise ValueError(f"A lens is fitted at layers before {before}, from 0 to {target - 1}, not at {chosen}.")
     return chosen

@@ -131,7 +131,7 @@ def fit_tuned_lens(
         maps = {layer: torch.eye(width) + weights[k].detach() for k, layer in enumerate(chosen)}
         details: dict[str, Any] = {"prompts": len(fitted), "skip_first": skip_first, "max_length": limit}
         details |= {"epochs": fit.epoch, "fitted": digests_of(fitted)}
-        details |= {"maps_to": f"layers_output[{model.num_layers - 1}]", "history": fit.history.tolist()}
+        details |= {"maps_to": model.num_layers - 1, "history": fit.history.tolist()}
         details |= {"report": report} if report else {}
         return Lens("tuned", maps, {layer: biases[k].detach() for k, layer in enumerate(chosen)}, origin, details)
 
