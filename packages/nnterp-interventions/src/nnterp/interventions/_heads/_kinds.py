@@ -106,7 +106,7 @@ def on_prompts(kind: str, rows: list[Row], draws: int, rng: random.Random, shown
                 found.append((query, keys, others))
         if not found:
             raise ValueError(
-                f"Prompt {i} has no token from which a {kind} head could be told: for that kind it has to "
+                f"Prompt {i} has no token from which {kind!r} could be told: for that kind it has to "
                 f"{'repeat a token' if kind in REPEATING else 'have more tokens'}. {shown[i]}"
             )
         for query, keys, others in found:

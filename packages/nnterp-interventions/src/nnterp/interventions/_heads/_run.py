@@ -239,5 +239,5 @@ def copied(model: Any, messages: torch.Tensor, tokens: torch.Tensor, most: int) 
     for start in range(0, len(flat), most):
         logits = model.project_on_vocab(flat[start : start + most]).float()
         own = logits.gather(-1, ids[start : start + most, None].to(logits.device))
-        parts.append((logits > own).sum(-1) < COPIED)
+        parts.append((logits >= own).sum(-1) <= COPIED)  # what promotes nothing copies nothing
     return torch.cat(parts).view(spots, heads)
