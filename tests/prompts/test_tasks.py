@@ -1,4 +1,4 @@
-"""Tasks: equal lengths, and answers that are the very tokens with which the text goes on, on tokenizers of every kind."""
+"""Tasks: equal lengths, and answers that are the tokens with which the text goes on, for several tokenizers."""
 
 import os
 import re
@@ -57,7 +57,6 @@ def test_indirect_objects(name, corrupted):
         assert len(re.findall(rf" {once}\b", other)) == (1 if corrupted == "abc" else 2)
         a, b = ids(tokens, clean), ids(tokens, other)
         assert sum(x != y for x, y in zip(a, b, strict=True)) == 1
-    assert {clean.index(f" {tokens.decode([w]).strip()}") > 12 for clean, (w,) in zip(task.clean, task.wrong)}
     assert ioi(tokens, 20, corrupted=corrupted) == task
     assert ioi(tokens, 20, seed=1, corrupted=corrupted) != task
 
