@@ -62,7 +62,7 @@ def toy():
 
 
 @cache
-def _real(name: str):
+def _real(name: str, **options):
     import os
     from pathlib import Path
 
@@ -71,12 +71,13 @@ def _real(name: str):
     folder = Path(os.environ.get("NNTERP_REAL_MODELS", "~/.cache/nnterp/real-models")).expanduser() / name
     if not folder.exists():
         pytest.skip(f"{folder} is not there: make it with `uv run --with gguf python tools/real_models.py {name}`")
-    model = nnterp.StandardizedTransformer(str(folder))
+    model = nnterp.StandardizedTransformer(str(folder), **options)
     model.dispatch()
     return model
 
 
 @pytest.fixture
 def real():
-    """`real("smollm2")`, `real("gemma3")`: a small trained model, loaded once a worker; skips where it was not made."""
+    """`real("smollm2")`, `real("gemma3")`: a small trained model, loaded once a worker for each set of options of
+    `StandardizedTransformer`; skips where it was not made."""
     return _real

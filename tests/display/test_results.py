@@ -39,7 +39,7 @@ def lens(model):
 
 def test_every_figure_is_registered():
     expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths"}
-    expected |= {"patchscope", "certificate", "steering"}
+    expected |= {"patchscope", "certificate", "steering", "heads"}
     assert set(plugins.names(plugins.FIGURES)) >= expected
     for name in expected:
         assert callable(plugins.load(plugins.FIGURES, name))

@@ -8,6 +8,7 @@ from nnterp.display._attention import plot_attention
 from nnterp.display._certificate import plot_certificate
 from nnterp.display._components import plot_components
 from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
+from nnterp.display._heads import plot_heads
 from nnterp.display._lens import plot_lens
 from nnterp.display._patching import plot_patching
 from nnterp.display._patchscope import plot_patchscope
@@ -29,6 +30,7 @@ __all__ = [
     "plot_attention",
     "plot_certificate",
     "plot_components",
+    "plot_heads",
     "plot_lens",
     "plot_patching",
     "plot_patchscope",

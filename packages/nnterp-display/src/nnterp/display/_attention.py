@@ -31,9 +31,10 @@ def plot_attention(
     heads: Sequence[Any] | None = None,
     title: str | None = None,
     prompt: int | None = None,
+    weighted: bool = False,
     show: bool = False,
 ) -> go.Figure:
-    """Attention probabilities: query position down, key position across.
+    """Attention probabilities, or these weighted by value norms: query position down, key position across.
 
     Args:
         pattern: `[query, key]` for one head with its tokens on both axes, `[heads, query, key]` for a wall of one
@@ -44,6 +45,8 @@ def plot_attention(
         layers, heads: Labels; 0, 1, … if None.
         title: Plain text.
         prompt: For a result of several prompts, which one to draw, by its index.
+        weighted: The numbers are probabilities times value norms; colours then go up to the largest. A result of
+            `value_weighted_attention` says so itself.
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
@@ -60,21 +63,25 @@ def plot_attention(
         read = patterns(pattern, prompt)
         pattern = read.values
         tokens = read.tokens if tokens is None else tokens
+        weighted = weighted or read.weighted
         layers = read.layers if layers is None else layers
         heads = read.heads if heads is None else heads
     probs = as_array(pattern, "pattern ([query, key], [heads, query, key] or [layers, heads, query, key])", 2, 3, 4)
-    _check_pattern(probs)
+    _check_pattern(probs, weighted)
     keys = probs.shape[-1]
     names = [str(i) for i in range(keys)] if tokens is None else as_names(tokens, tokenizer)
     check_same("tokens", len(names), keys, "the key axis of pattern")
     probs = _blank_future(probs)
     figure = _one_head(probs, names, title) if probs.ndim == 2 else _wall(probs, names, layers, heads, title)
+    if weighted:
+        bar = {"title": {"text": "attention × value norm"}}
+        figure.update_traces(zmax=float(np.nanmax(probs)) or 1.0, colorbar=bar, selector={"type": "heatmap"})
     return shown(figure, show)
 
 
-def _check_pattern(probs: np.ndarray) -> None:
+def _check_pattern(probs: np.ndarray, weighted: bool) -> None:
     low, high = float(np.nanmin(probs)), float(np.nanmax(np.nansum(probs, -1)))
-    if low < 0 or high > 1.02:
+    if low < 0 or (high > 1.02 and not weighted):
         found = f"the smallest number is {low:.3g}" if low < 0 else f"one query's probabilities sum to {high:.3g}"
         raise ValueError(f"pattern must hold attention probabilities (after the softmax), but {found}.")
     queries, keys = probs.shape[-2:]

@@ -10,8 +10,15 @@ from nnterp.interventions._fitted import (
     fit_tuned_lens,
     lens_from_hub,
 )
+from nnterp.interventions._heads import HeadScores, WeightedAttention, head_scores, value_weighted_attention
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
-from nnterp.interventions._metrics import Metric, kl_divergence, logit_difference, target_probability
+from nnterp.interventions._metrics import (
+    Metric,
+    kl_divergence,
+    logit_difference,
+    probability_difference,
+    target_probability,
+)
 from nnterp.interventions._patching import PatchingResult, activation_patching
 from nnterp.interventions._patchscope import (
     PatchscopeResult,
@@ -30,6 +37,7 @@ from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_
 __all__ = [
     "AblationResult",
     "Component",
+    "HeadScores",
     "Lens",
     "LensEvaluation",
     "LensResult",
@@ -43,12 +51,14 @@ __all__ = [
     "SteeringVector",
     "TargetPrompt",
     "TargetPromptBatch",
+    "WeightedAttention",
     "ablate",
     "activation_patching",
     "components",
     "evaluate_lens",
     "fit_jacobian_lens",
     "fit_tuned_lens",
+    "head_scores",
     "it_repeat_prompt",
     "kl_divergence",
     "lens_from_hub",
@@ -61,10 +71,12 @@ __all__ = [
     "patchscope_lens",
     "patchscope_table",
     "path_patching",
+    "probability_difference",
     "probe",
     "repeat_prompt",
     "steer",
     "steering_sweep",
     "steering_vectors",
     "target_probability",
+    "value_weighted_attention",
 ]

@@ -21,7 +21,7 @@ Bound: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]  # from logits [n
 class Metric:
     """A number computed from next-token logits, which may depend on the prompt.
 
-    Made by `logit_difference`, `target_probability` and `kl_divergence`.
+    Made by `logit_difference`, `probability_difference`, `target_probability` and `kl_divergence`.
 
     Attributes:
         name: What results call it.
@@ -67,6 +67,28 @@ def target_probability(target: Any) -> Metric:
     return Metric("target_probability", bind)
 
 
+def probability_difference(greater: Any, smaller: Any) -> Metric:
+    """Probability of some tokens minus that of others, each summed (Hanna et al., 2023, for greater-than); −1 to 1.
+
+    Args:
+        greater, smaller: A token id or a text that is one token, or a list with one entry (or list of entries) for each
+            prompt.
+    """
+
+    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
+        more = ids_per_prompt(model, greater, prompts, "probability_difference(greater=...)")
+        less = ids_per_prompt(model, smaller, prompts, "probability_difference(smaller=...)")
+
+        def difference(logits: torch.Tensor, prompt: int) -> torch.Tensor:
+            probs = logits.softmax(-1)
+            own, other = (probs[:, _real(ids[prompt], logits)].sum(-1) for ids in (more, less))
+            return own - other
+
+        return difference
+
+    return Metric("probability_difference", bind)
+
+
 def kl_divergence() -> Metric:
     """KL(reference ‖ run) of the next-token distributions, in nats; the reference is the clean, unedited run."""
 
@@ -100,8 +122,8 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
             return metric(logits)
     else:
         raise TypeError(
-            f"A metric is made by logit_difference, target_probability or kl_divergence, or is a function of logits "
-            f"[n, vocab]; not a {type(metric).__name__}."
+            f"A metric is made by logit_difference, target_probability, ..., or is a "
+            f"function of logits [n, vocab]; not a {type(metric).__name__}."
         )
 
     def checked(logits: torch.Tensor, prompt: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnterp.display._results.labelled import describe_tensors, require_result, tokens_at
+from nnterp.display._results.labelled import describe_tensors, require_result, token_rows, tokens_at
 from nnterp.display._results.picking import at_prompt, pick
 
 
@@ -20,12 +20,14 @@ class Patterns:
         values: `[query, key]`, with heads and layers in front of them if the result has several.
         tokens: The token at each key.
         layers, heads: Labels of these axes, None if `values` does not have them.
+    weighted: Whether `values` are probabilities times something, and no probabilities themselves.
     """
 
     values: np.ndarray
     tokens: list[str]
     layers: Sequence[Any] | None
     heads: Sequence[Any] | None
+    weighted: bool = False
 
 
 def patterns(given: Any, prompt: int | None = None) -> Patterns:
@@ -46,5 +48,10 @@ def patterns(given: Any, prompt: int | None = None) -> Patterns:
     query, key = tuple(result.axes[name])[-2:]
     picked = pick(result, name, at_prompt(prompt), "layers", "heads", query, key)
     labels = {axis: list(result.labels[axis]) for axis in picked.axes}
-    tokens = tokens_at(result, picked.taken.get("prompts", 0)) or list(map(str, result.labels[key]))
-    return Patterns(picked.array, tokens, labels.get("layers"), labels.get("heads"))
+    at, array = picked.taken.get("prompts", 0), picked.array
+    tokens = tokens_at(result, at) or list(map(str, result.labels[key]))
+    rows = token_rows(result)
+    if rows and array.shape[-2:] == (len(tokens), len(tokens)):  # a shorter prompt than another
+        size = len(tokens) - rows[min(at, len(rows) - 1)].count(None)
+        array, tokens = array[..., :size, :size], tokens[:size]
+    return Patterns(array, tokens, labels.get("layers"), labels.get("heads"), name == "weighted")
