@@ -121,9 +121,9 @@ class Shares:
                 return found
         name, layer = self.contribution
         raise Unavailable(
-            f"{name}[{layer}] of {self.model.model_class} cannot be split: the shares of {self.units[0]} and the biases "
-            f"do not add up to it (relative error {error:.1e}, {allowed:.0e} is rounding). Something that is not linear "
-            "stands between its last projection and the stream."
+            f"{name}[{layer}] of {self.model.model_class} cannot be split: the shares of {self.units[0]} and the "
+            f"biases do not add up to it (relative error {error:.1e}, {allowed:.0e} is rounding). Something that is "
+            "not linear stands between its last projection and the stream."
         )
 
     def _error(self, given: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> float:
