@@ -11,7 +11,7 @@ from nnterp.errors import RemoteModelError, Unavailable
 from nnterp.inputs import Batch, Row, encode
 from nnterp.interventions._attribution._parts import BY, WHAT, By, Parts, Plan
 from nnterp.interventions._attribution._reading import read_batch
-from nnterp.interventions._attribution._readout import Targets, direction_of, softcap_of, targets_of
+from nnterp.interventions._attribution._readout import Targets, Unembedding, softcap_of, targets_of
 from nnterp.interventions._attribution._result import DirectAttribution
 from nnterp.interventions._attribution._terms import tolerance
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
@@ -118,7 +118,7 @@ def direct_logit_attribution(
     about = describe_run(model, "direct_logit_attribution", by=by, targets=targets, position=position)
     about["softcap"] = softcap_of(model.readout)
     run = _Run(model, rows, at, wanted, plan, about, resumed(call, resume))
-    with call.keeping(lambda: run.partial(call)):
+    with call.keeping(lambda: run.partial(call)), torch.inference_mode(False), torch.no_grad():
         in_batches(model, rows, batch_size, run.step, "direct logit attribution", progress)
     return run.result()
 
@@ -162,6 +162,7 @@ class _Run:
         earlier: Result | None,
     ) -> None:
         self.model, self.rows, self.at, self.targets, self.plan, self.about = model, rows, at, targets, plan, about
+        self.unembedding = Unembedding(model, targets)
         self.whole: dict[str, torch.Tensor] = {}
         self.labels: tuple[str, ...] = ()
         self.done: set[int] = set()
@@ -178,7 +179,7 @@ class _Run:
         reading = read_batch(
             self.model, batch, [batch.starts[k] + self.at[i] for k, i in enumerate(batch.indices)], self.plan.reads
         )
-        direction = direction_of(self.model, reading.stream, self.targets, indices, reading.logits)
+        direction = self.unembedding.direction(reading.stream, indices, reading.logits)
         parts = self.plan.parts(reading, direction)
         scores, logits = parts.scores.cpu(), direction.logits.cpu()
         residue = logits - scores.sum(1)

@@ -58,6 +58,7 @@ class Plan:
     Attributes:
         terms: The addends of the stream after the last layer.
         ways: For each of them that is split, how.
+        biases: For each of these, what its projection returns for zeros; filled by the first batch.
         reads: The values to read.
 
     Raises:
@@ -69,6 +70,7 @@ class Plan:
         self.terms = terms_of(model, WHAT)
         self.by_source = by in ("position", "token")
         self.ways: dict[Term, Shares] = {}
+        self.biases: dict[Term, torch.Tensor] = {}
         if by == "head" or self.by_source:
             self.ways = {term: shares_of(model, "attention", term.layer) for term in self._of("attention")}
             if not self.ways:
@@ -146,11 +148,14 @@ class Plan:
         """The scores of a term's heads or neurons `[rows, units]`, of its biases `[rows]`, and by source."""
         way = self.ways[term]
         units = values[way.units][:, None]
-        given, bias = way.given(units), way.bias(units)
+        given, back = way.traced(units)
+        if term not in self.biases:
+            self.biases[term] = way.bias(units)
+        bias = self.biases[term]
         way = way.fitted(given, bias, values[way.contribution][:, None])
         rest = way.rest(given, bias)
         along = times(vectors, term.factor)[:, None].to(given.device)
-        slopes = way.slopes(units, given, along)
+        slopes = back(way.pull(given, along))
         products = (accumulated(units) * slopes)[:, 0]
         scores = products if products.dim() == 2 else products.sum(-1)
         biased = bool(bias.any()) or bool(way.norm.bias(given).any()) or way.constant is not None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nnterp.devices import device_of
 from nnterp.errors import Unavailable
@@ -38,10 +39,9 @@ class Targets:
     correct: torch.Tensor
     wrong: torch.Tensor | None
 
-    def of(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The logit (difference) of each prompt, `[rows]`, from logits `[rows, vocab]`."""
-        picked = accumulated(logits.gather(1, self.ids[rows].to(logits.device)))
-        return (picked * self.weights[rows].to(picked)).sum(1)
+    def of(self, picked: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The logit (difference) of each row, `[rows]`, from the logits of its `ids`, `[rows, tokens]`."""
+        return (accumulated(picked) * self.weights[rows].to(picked.device)).sum(1)
 
 
 def targets_of(model: StandardizedTransformer, targets: Any, prompts: int) -> Targets:
@@ -89,51 +89,83 @@ class Direction:
     logits: torch.Tensor
 
 
-def direction_of(
-    model: StandardizedTransformer, stream: torch.Tensor, targets: Targets, rows: torch.Tensor, real: torch.Tensor
-) -> Direction:
-    """The direction of each row's target, at that row's own scale of the final norm.
+class Unembedding:
+    """What a model does after its last layer, with the scale of the final norm held still.
 
     Args:
         model: The model.
-        stream: The stream after the last layer, `[rows, hidden]`.
         targets: The targets of all prompts.
-        rows: For each row the index of its prompt.
-        real: The model's own logits there, `[rows, vocab]`.
 
-    Raises:
-        Unavailable: Logits are not affine in the stream when the final norm's scale is held, or it is not known how
-            they are made.
+    Attributes:
+        head: The unembedding, where the rows of its matrix can be used alone: a plain linear layer.
     """
-    readout, module = _uncapped(model.readout), model._module
-    paths = [path for path in (readout.ln_final, readout.lm_head) if path is not None]
-    device = device_of(module, [module.get_submodule(path) for path in paths])
-    with held_norms(model, *([readout.ln_final] if readout.ln_final is not None else [])):
-        x = leaf(stream.to(device))
-        logits = readout.project(module, x[:, None])[:, 0]
-        found = targets.of(logits, rows)
-        (slopes,) = torch.autograd.grad(found.sum(), x)
-        zero = readout.project(module, torch.zeros_like(x[:1, None]))[:, 0].detach()
-    vectors, found, logits = accumulated(slopes), found.detach(), logits.detach()
-    bias = targets.of(zero.expand(len(rows), -1), rows)
-    products = vectors * accumulated(stream.to(device))
-    made = (products.sum(-1) + bias - found).abs()
-    capped = targets.of(model.readout.chain.finish(logits), rows) if _is_capped(model.readout) else found
-    own = (capped - targets.of(real.to(device), rows)).abs()
-    size = products.norm(dim=-1) + bias.abs() + found.abs()
-    allowed = tolerance(model)
-    if not bool((own <= allowed * (size + logits.abs().amax(-1))).all()):
-        raise Unavailable(
-            f"direct_logit_attribution() is not served for {model.model_class} on this prompt: what it does after its "
-            f"last layer ({model.readout}) does not give its own logits (they differ by {float(own.max()):.1e})."
-        )
-    if not bool((made <= allowed * size).all()):
-        raise Unavailable(
-            f"direct_logit_attribution() is not served for {model.model_class}: with the scale of its final norm held "
-            f"still, its logits are no linear function of the stream and a bias (they differ by {float(made.max()):.1e}"
-            f"): what it does after its last layer is {model.readout}."
-        )
-    return Direction(vectors, bias, found)
+
+    def __init__(self, model: StandardizedTransformer, targets: Targets) -> None:
+        self.model, self.targets = model, targets
+        self.readout = _uncapped(model.readout)
+        head = None if self.readout.lm_head is None else model._module.get_submodule(self.readout.lm_head)
+        weight = getattr(head, "weight", None)
+        plain = type(head) is nn.Linear and type(weight) is nn.Parameter and weight.device.type != "meta"
+        self.head = head if plain and self.readout.way == "chain" else None
+
+    def direction(self, stream: torch.Tensor, rows: torch.Tensor, real: torch.Tensor) -> Direction:
+        """The direction of each row's target, at that row's own scale of the final norm.
+
+        Args:
+            stream: The stream after the last layer, `[rows, hidden]`.
+            rows: For each row the index of its prompt.
+            real: The model's own logits there, `[rows, vocab]`.
+
+        Raises:
+            Unavailable: Logits are not affine in the stream when the final norm's scale is held, or it is not known
+                how they are made.
+        """
+        norm, head, module = self.readout.ln_final, self.readout.lm_head, self.model._module
+        first = [module.get_submodule(path) for path in (norm, head) if path is not None]
+        with held_norms(self.model, *([norm] if norm is not None else [])):
+            x = leaf(stream.to(device_of(module, first)))
+            logits = self._picked(x, self.targets.ids[rows])
+            found = self.targets.of(logits, rows)
+            (slopes,) = torch.autograd.grad(found.sum(), x)
+            bias = self.targets.of(self._picked(torch.zeros_like(x), self.targets.ids[rows]), rows).detach()
+        vectors, found = accumulated(slopes), found.detach()
+        own = accumulated(real.gather(1, self.targets.ids[rows].to(real.device))).to(logits.device)
+        self._check(vectors * accumulated(x.detach()), bias, found, logits.detach(), own)
+        return Direction(vectors, bias, found)
+
+    def _picked(self, stream: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The logits of some tokens, `[rows, tokens]`, before a softcap, of streams `[rows, hidden]`."""
+        module, readout = self.model._module, self.readout
+        ids = ids.to(stream.device)
+        if self.head is None:
+            logits = readout.project(module, stream[:, None])[:, 0]
+            return accumulated(logits).gather(1, ids.to(logits.device))
+        if readout.ln_final is not None:
+            stream = module.get_submodule(readout.ln_final)(stream)
+        weight, bias = self.head.weight, self.head.bias
+        ids = ids.to(weight.device)
+        logits = torch.einsum("rh,rth->rt", accumulated(stream).to(weight.device), accumulated(weight[ids]))
+        return (logits if bias is None else logits + accumulated(bias[ids])) * readout.chain.scale
+
+    def _check(
+        self, products: torch.Tensor, bias: torch.Tensor, found: torch.Tensor, logits: torch.Tensor, real: torch.Tensor
+    ) -> None:
+        """Raise unless the logits found are the model's own, `[rows, tokens]`, and affine in the stream."""
+        model, size = self.model, products.norm(dim=-1) + bias.abs() + found.abs()
+        allowed = tolerance(model)
+        capped = Chain(1.0, softcap_of(model.readout)).finish(logits)
+        own, made = (capped - real).abs().amax(-1), (products.sum(-1) + bias - found).abs()
+        if not bool((own <= allowed * (size + logits.abs().amax(-1))).all()):
+            raise Unavailable(
+                f"direct_logit_attribution() is not served for {model.model_class} on this prompt: what it does after "
+                f"its last layer ({model.readout}) does not give its own logits (they differ by {own.max():.1e})."
+            )
+        if not bool((made <= allowed * size).all()):
+            raise Unavailable(
+                f"direct_logit_attribution() is not served for {model.model_class}: with the scale of its final norm "
+                f"held still, its logits are no linear function of the stream and a bias (they differ by "
+                f"{float(made.max()):.1e}): what it does after its last layer is {model.readout}."
+            )
 
 
 def _is_capped(readout: Readout) -> bool:

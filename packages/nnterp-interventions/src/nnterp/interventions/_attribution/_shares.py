@@ -78,23 +78,29 @@ class Shares:
         rest = pushed + times(self.norm.bias(given), self.scale)
         return rest if self.constant is None else rest + self.constant.to(rest)
 
-    def slopes(self, units: torch.Tensor, given: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-        """What each entry of the units is multiplied by in the product of `direction` with what the part adds.
+    def traced(self, units: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """What the projection returns in the run, and the way back through it.
 
         Args:
             units: Heads `[batch, seq, heads, head_dim]` or neurons `[batch, seq, neurons]` of the run.
-            given: What the projection returns of them.
-            direction: `[batch, seq, hidden]`.
 
         Returns:
-            The shape of `units`, float32: `(units * slopes)` is summed over `head_dim` for the score of a head.
+            `given`, and a function from a direction `[batch, seq, hidden]` at the projection's output to what each
+            entry of the units is multiplied by in the product with it: the shape of `units`, float32.
         """
-        pulled = self.norm.pull(given, times(direction, self.scale))
         with torch.inference_mode(False), torch.enable_grad(), Apart(self.model.interleaver):
             x = leaf(units)
             y = self.project(x)
-            (made,) = torch.autograd.grad(y, x, pulled.to(y))
-        return accumulated(made)
+
+        def back(direction: torch.Tensor) -> torch.Tensor:
+            (made,) = torch.autograd.grad(y, x, direction.detach().to(y))
+            return accumulated(made)
+
+        return accumulated(y.detach()), back
+
+    def pull(self, given: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        """The direction at the projection's output whose product with an addend is `direction · push(addend)`."""
+        return self.norm.pull(given, times(direction, self.scale))
 
     def fitted(self, given: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> Shares:
         """This way, if the shares and the rest add up to what the part added in this run, at every position.
