@@ -79,6 +79,11 @@ def terms_of(model: StandardizedTransformer, what: str = "direct_logit_attributi
     if layout.batch != 0 or layout.width not in (None, model.hidden_size):
         raise Unavailable(f"{what} needs one residual stream, and {model.model_class} keeps several side by side.")
     layers = [layer for layer in range(model.num_layers) if layer not in model.facts.only_with_image]
+    if model.anatomy.between:
+        raise Unavailable(
+            f"{what} is not served for {model.model_class}: {', '.join(model.anatomy.between[:3])} add to the stream "
+            "between its layers."
+        )
     factor: Factor = 1.0
     terms: list[Term] = []
     for layer in reversed(layers):
