@@ -47,7 +47,7 @@ def read_batch(model: StandardizedTransformer, batch: Batch, at: Sequence[int], 
         at: For each row an index along the padded axis of positions.
         reads: Names of values, with their layers.
     """
-    last = ("layers_output", model.num_layers - 1)
+    last = ("layers_output", max(set(range(model.num_layers)) - set(model.facts.only_with_image)))
     steps = forward_steps(model, [*reads, last])
     count, width = batch.input_ids.shape
     rows, seq = torch.arange(count), torch.tensor(at)

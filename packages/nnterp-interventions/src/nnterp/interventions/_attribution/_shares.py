@@ -165,7 +165,7 @@ def shares_of(model: StandardizedTransformer, part: Part, layer: int) -> Shares:
     (term,) = terms
     project = _through_out(model, layer) if part == "attention" else _down(model, layer)
     inside = bool(own.leaves) or term.path == own.exit or term.path.startswith(f"{own.exit}.")
-    norm = HeldNorm(model, None if inside else term.path)
+    norm = HeldNorm(model, None if inside else _norm_at(model, term.path, f"{added}[{layer}]"))
     return Shares(model, (units, layer), (added, layer), project, norm, term.scale, contribution.constant)
 
 
@@ -199,6 +199,23 @@ def head_shares(
     given, bias = way.given(heads.detach()), way.bias(heads.detach())
     way = way.fitted(given, bias, whole)
     return way.push(given, alone), way.rest(given, bias)
+
+
+def _norm_at(model: StandardizedTransformer, path: str, label: str) -> str | None:
+    """The norm that stands between a part and the stream; None for a module without weights, such as a dropout.
+
+    Raises:
+        Unavailable: It is another module: a convolution moves information between positions.
+    """
+    module = model._module.get_submodule(path)
+    if next(module.parameters(), None) is None and "norm" not in type(module).__name__.lower():
+        return None
+    if "norm" in type(module).__name__.lower():
+        return path
+    raise Unavailable(
+        f"{label} of {model.model_class} cannot be split: {path}, a {type(module).__name__}, stands between its last "
+        "projection and the stream, and is no norm."
+    )
 
 
 def _through_out(model: StandardizedTransformer, layer: int) -> Project:
