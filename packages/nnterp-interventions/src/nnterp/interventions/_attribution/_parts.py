@@ -100,7 +100,7 @@ class Plan:
             try:
                 ways[term] = shares_of(self.model, "mlp", term.layer)
             except Unavailable as error:
-                reason = error
+                reason = reason or error
         if not ways:
             raise reason or Unavailable(f"{WHAT}: no layer of {self.model.model_class} has a feed-forward.")
         return ways

@@ -104,7 +104,7 @@ class Unembedding:
         self.model, self.targets = model, targets
         self.readout = _uncapped(model.readout)
         head = None if self.readout.lm_head is None else model._module.get_submodule(self.readout.lm_head)
-        weight = getattr(head, "weight", None)
+        weight: Any = getattr(head, "weight", None)
         plain = type(head) is nn.Linear and type(weight) is nn.Parameter and weight.device.type != "meta"
         self.head = head if plain and self.readout.way == "chain" else None
 
