@@ -12,6 +12,7 @@ from nnterp.interventions import (
     ablate,
     activation_patching,
     components,
+    direct_logit_attribution,
     logit_lens,
     logit_lens_table,
     patchscope_lens,
@@ -40,6 +41,7 @@ def lens(model):
 def test_every_figure_is_registered():
     expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths"}
     expected |= {"patchscope", "certificate", "steering", "heads"}
+    expected |= {"patchscope", "certificate", "steering", "direct_attribution"}
     assert set(plugins.names(plugins.FIGURES)) >= expected
     for name in expected:
         assert callable(plugins.load(plugins.FIGURES, name))
@@ -225,3 +227,46 @@ def test_steering_sweep_is_effect_against_damage(model):
     assert other.layout.shapes[0].x0 == pytest.approx(result["plain_perplexity"].item())
     with pytest.raises(ValueError, match="measured kl, perplexity"):
         result.plot(damage="length")
+
+
+def test_direct_attribution_of_heads_is_a_map_with_the_rest_of_each_layer(model):
+    result = direct_logit_attribution(model, PROMPTS, (40, 41), "head")
+    figure = display.plot_direct_attribution(result, prompt=1)
+    named = dict(zip(result.labels["parts"], result["scores"][1].tolist(), strict=True))
+    z = np.array(figure.data[0].z)
+    assert z.shape == (model.num_layers, model.num_heads + 1)
+    for layer in range(model.num_layers):
+        assert z[layer, 2] == pytest.approx(named[f"L{layer}.H2"], abs=1e-6)
+        assert z[layer, -1] == pytest.approx(named[f"L{layer} mlp"], abs=1e-6)
+    assert list(figure.layout.xaxis.ticktext)[-1] == "mlp"
+    assert figure.layout.title.text.startswith("Direct attribution of the logit difference (prompt The Eiffel")
+    assert f"embeddings {display._arrays.number(named['embeddings'])}" in figure.layout.title.text
+    mean = display.plot_direct_attribution(result, prompts="mean")
+    grid = result.grid().mean(0).numpy()
+    assert np.allclose(np.array(mean.data[0].z)[:, : model.num_heads], grid, atol=1e-6)
+    with pytest.raises(ValueError, match="2 prompts: draw one"):
+        display.plot_direct_attribution(result)
+
+
+def test_direct_attribution_of_other_parts(model):
+    by_layer = direct_logit_attribution(model, PROMPTS[0], 40, "layer")
+    bars = display.plot_direct_attribution(by_layer).data[0]
+    assert np.allclose(bars.x, by_layer["scores"][0], atol=1e-7)
+    by_sublayer = direct_logit_attribution(model, PROMPTS[0], 40, "sublayer")
+    cells = display.plot_direct_attribution(by_sublayer).data[0]
+    assert np.allclose(cells.z, by_sublayer.grid()[0], atol=1e-7)
+    by_neuron = direct_logit_attribution(model, PROMPTS[0], 40, "neuron")
+    figure = display.plot_direct_attribution(by_neuron, most=12)
+    largest = by_neuron["scores"][0].abs().sort(descending=True).values[:12]
+    assert np.allclose(sorted(np.abs(figure.data[0].x)), sorted(largest.numpy()), atol=1e-7)
+    assert "the 12 largest of" in figure.layout.title.text
+    with pytest.raises(ValueError, match="most is the number of bars"):
+        display.plot_direct_attribution(by_neuron, most=0)
+
+
+def test_direct_attribution_of_plain_numbers_and_positions(model):
+    figure = display.plot_direct_attribution(torch.tensor([1.0, -2.0]), ["<b>a</b>", "c"], score="nats")
+    assert list(figure.data[0].x) == [1.0, -2.0]
+    assert figure.data[0].hovertext[0] == "&lt;b&gt;a&lt;/b&gt;<br>added to the nats 1.0000"
+    with pytest.raises(ValueError, match="parts has 1 entries"):
+        display.plot_direct_attribution(torch.rand(2), ["a"])

@@ -23,6 +23,17 @@ def test_snippets_run(tmp_path, monkeypatch):
     assert text.startswith("The capital of Spain is Paris")
 
 
+def test_the_page_on_attribution_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "attribution.md").read_text(encoding="utf-8")
+    file = tmp_path / "attribution.py"
+    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
+    names = runpy.run_path(str(file), run_name="page")
+    assert names["heads"].shape == (2, names["model"].num_layers, names["model"].num_heads)
+    assert names["found"]["residue"].abs().max() < 1e-4 * names["found"]["logits"].abs().max()
+    assert names["by_position"].tokens[0][-1] == " is"
+
+
 @pytest.mark.parametrize("name", interventions.__all__)
 def test_every_public_name_is_documented(name):
     documented = getattr(interventions, name).__doc__

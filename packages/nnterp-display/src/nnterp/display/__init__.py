@@ -7,6 +7,7 @@ Every figure is a `plotly.graph_objects.Figure`. Functions take plain tensors wi
 from nnterp.display._attention import plot_attention
 from nnterp.display._certificate import plot_certificate
 from nnterp.display._components import plot_components
+from nnterp.display._direct import plot_direct_attribution
 from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
 from nnterp.display._heads import plot_heads
 from nnterp.display._lens import plot_lens
@@ -30,6 +31,7 @@ __all__ = [
     "plot_attention",
     "plot_certificate",
     "plot_components",
+    "plot_direct_attribution",
     "plot_heads",
     "plot_lens",
     "plot_patching",

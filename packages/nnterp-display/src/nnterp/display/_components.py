@@ -71,7 +71,11 @@ def plot_components(
     names = axis_labels(components, len(values), "components", "scores")
     placed = _map_of(names)
     if placed is None:
-        return shown(_bars(names, values, changes, score, title), show)
+        label = f"change of {score}"
+        details = [
+            f"{label} {number(change)}\n{score} {number(value)}" for value, change in zip(values, changes, strict=True)
+        ]
+        return shown(bars(names, changes, label, title, details), show)
     cells = np.full((len(placed.layers), len(placed.columns)), np.nan)
     for place, change in zip(placed.places, changes, strict=True):
         cells[place] = change
@@ -129,14 +133,18 @@ def _columns_of(parts: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
     return keys, f"part ({same[1:]})" if same else "part"
 
 
-def _bars(names: Sequence[str], values: np.ndarray, changes: np.ndarray, score: str, title: str | None) -> go.Figure:
-    """A bar for each component's change, the first at the top."""
+def bars(names: Sequence[str], changes: np.ndarray, label: str, title: str | None, details: Sequence[str]) -> go.Figure:
+    """A bar for each named number, the first at the top, coloured from −m to m around zero.
+
+    Args:
+        names: Their names.
+        changes: The numbers.
+        label: What they are.
+        title: Plain text.
+        details: What hovering says below each name, plain text in lines.
+    """
     limit = float(np.nanmax(np.abs(changes))) or 1.0 if not np.isnan(changes).all() else 1.0
-    label = f"change of {score}"
-    hover = [
-        f"{escape(name)}<br>{escape(label)} {number(change)}<br>{escape(score)} {number(value)}"
-        for name, value, change in zip(names, values, changes, strict=True)
-    ]
+    hover = ["<br>".join(map(escape, (name, *detail.split("\n")))) for name, detail in zip(names, details, strict=True)]
     colours = {"color": changes, "colorscale": DIVERGING, "reversescale": True, "cmin": -limit, "cmax": limit}
     figure = new_figure(title)
     figure.add_trace(

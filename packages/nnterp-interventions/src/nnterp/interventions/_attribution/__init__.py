@@ -1,0 +1,17 @@
+"""Attribution: how much each part of a model adds to what it predicts."""
+
+from nnterp.interventions._attribution._direct import direct_logit_attribution
+from nnterp.interventions._attribution._result import DirectAttribution
+from nnterp.interventions._attribution._shares import Shares, head_shares, shares_of
+from nnterp.interventions._attribution._terms import Term, check_sum, terms_of
+
+__all__ = [
+    "DirectAttribution",
+    "Shares",
+    "Term",
+    "check_sum",
+    "direct_logit_attribution",
+    "head_shares",
+    "shares_of",
+    "terms_of",
+]
