@@ -1,0 +1,1 @@
+"""Attribution: what parts of a model give to a prediction, estimated from one run and its gradient."""
