@@ -133,11 +133,11 @@ def gradients(
             seen.append(tensor)
         found = nnsight.save(_differentiated(metric, model.logits, seen, wanted, names))
     score, logits, slopes, kept = found
-    shown = [
+    values_, gradients_ = (
         {key: _shaped(tensor, key[0], len(rows)).to(device) for key, tensor in tensors.items()}
         for tensors in to_read.combined(kept, slopes)
-    ]
-    return Gradients(score.to(device), logits.to(device), batch, plan.layers, *shown, model.num_layers)
+    )
+    return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_, model.num_layers)
 
 
 def _shaped(tensor: torch.Tensor, name: str, rows: int) -> torch.Tensor:

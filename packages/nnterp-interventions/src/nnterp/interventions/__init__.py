@@ -1,6 +1,7 @@
 """Interventions on any HuggingFace causal language model: lenses, patchscopes, patching, steering and ablation."""
 
 from nnterp.interventions._ablation import AblationResult, ablate
+from nnterp.interventions._attribution import AttributionResult, Audit, attribution_patching
 from nnterp.interventions._components import Component, components
 from nnterp.interventions._fitted import Lens, LensEvaluation, evaluate_lens, fit_jacobian_lens, fit_tuned_lens
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
@@ -22,6 +23,8 @@ from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_
 
 __all__ = [
     "AblationResult",
+    "AttributionResult",
+    "Audit",
     "Component",
     "Lens",
     "LensEvaluation",
@@ -38,6 +41,7 @@ __all__ = [
     "TargetPromptBatch",
     "ablate",
     "activation_patching",
+    "attribution_patching",
     "components",
     "evaluate_lens",
     "fit_jacobian_lens",

@@ -17,8 +17,8 @@ class Audit:
     """Estimates of an attribution beside exact effects, measured in runs that make the change.
 
     Attributes:
-        cells: One entry for each that was computed: the labels of its axes, "estimate", "exact", and "chosen": "top" for
-            those with the largest estimates, "random" for a random sample of the others. Top ones first, by estimate.
+        cells: One entry for each that was computed: the labels of its axes, "estimate", "exact", and "chosen": "top"
+            for those with the largest estimates, "random" for a random sample of the others. Top ones first.
         seed: Of the random sample.
     """
 
@@ -68,8 +68,8 @@ class Audit:
         )
         errors = f"{self.sign_errors} sign error{'' if self.sign_errors == 1 else 's'}"
         return (
-            f"audited: {len(self)} exact, rank correlation {self.rank_correlation:.2f}, {errors}, worst miss at {where}: "
-            f"{furthest['estimate']:.3g} for {furthest['exact']:.3g}"
+            f"audited: {len(self)} exact, rank correlation {self.rank_correlation:.2f}, {errors}, worst miss at {where}"
+            f": {furthest['estimate']:.3g} for {furthest['exact']:.3g}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def audited(
 
 
 def chosen_cells(estimates: torch.Tensor, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """The cells to audit: those of the largest estimates, largest first, and a random sample of the others, in order."""
+    """The cells to audit: those of the largest estimates, largest first, and a random sample of the others."""
     there = (~estimates.isnan()).nonzero()[:, 0]
     order = there[estimates[there].abs().argsort(descending=True, stable=True)]
     count = min(count, len(order))
@@ -132,15 +132,3 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts.double() - 1) / 2)[place]
-
-
-def check_audit(audit: Any, seed: Any = 0) -> None:
-    """Raise unless `audit` is a number of cells, 0 for none, and `seed` an integer.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    for name, value in (("audit", audit), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            what = "the number of scores to compute exactly, 0 for none" if name == "audit" else "an integer from 0"
-            raise ValueError(f"{name} is {what}, not {value!r:.80}.")
