@@ -18,6 +18,7 @@ from nnterp.interventions._paths import PathResult, path_patching
 from nnterp.interventions._results import Result
 from nnterp.interventions._steer import steer
 from nnterp.interventions._steering import SteeringSweep, steering_sweep
+from nnterp.interventions._subspace import SubspaceResult, fit_subspace, patch_subspace
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_repeat_prompt, repeat_prompt
 from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_vector, probe, steering_vectors
 
@@ -37,6 +38,7 @@ __all__ = [
     "Result",
     "SteeringSweep",
     "SteeringVector",
+    "SubspaceResult",
     "TargetPrompt",
     "TargetPromptBatch",
     "ablate",
@@ -45,6 +47,7 @@ __all__ = [
     "components",
     "evaluate_lens",
     "fit_jacobian_lens",
+    "fit_subspace",
     "fit_tuned_lens",
     "it_repeat_prompt",
     "kl_divergence",
@@ -53,6 +56,7 @@ __all__ = [
     "logit_lens_table",
     "optimize_vector",
     "patch_object_attn_lens",
+    "patch_subspace",
     "patchscope_generate",
     "patchscope_lens",
     "patchscope_table",
