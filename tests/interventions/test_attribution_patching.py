@@ -1,6 +1,10 @@
 """Attribution patching against torch.autograd on the plain HuggingFace model with hooks; its audit against patching."""
 
+import re
+import runpy
+from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +29,7 @@ from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.values import get_value, read_value, write_value
 
 from .hooked import hooked, run, value
-from .reference import ARCHITECTURES
+from .reference import ARCHITECTURES, hooks
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
 CORRUPTED = [[11, 42, 99, 93, 130, 201], [60, 31, 101, 180]]
@@ -50,8 +54,6 @@ def by_autograd(model, prompt, keys, metric=number):
     def copy(x, key):
         copies[key] = x.clone()
         return copies[key]
-
-    from contextlib import ExitStack
 
     with ExitStack() as stack:
         for name, layer in keys:
@@ -239,6 +241,36 @@ def test_scores_that_are_no_multiple_of_queries_and_keys_are_refused():
         attribution_patching(
             eager("gpt_oss"), CLEAN, CORRUPTED, METRIC, "attention_keys", method="attention-aware", audit=0
         )
+
+    with pytest.raises(Unavailable, match=r"later layers \(2\) of Gemma3n.* borrow the keys of layer 0"):
+        attribution_patching(
+            eager("gemma3n_text"), CLEAN, CORRUPTED, METRIC, "attention_keys", method="attention-aware", audit=0
+        )
+
+
+def test_several_streams_side_by_side(tiny):
+    """Gemma 3n keeps its stream as [streams, batch, seq, hidden]."""
+    model = tiny("gemma3n_text")
+    found = attribution_patching(model, CLEAN[0], CORRUPTED[0], METRIC, layers=[1], audit=6)
+    kept = []
+
+    def copy(x):
+        kept.append(x.clone())
+        return kept[-1]
+
+    scores = []
+    for prompt in (CORRUPTED[0], CLEAN[0]):
+        with hooks(model, [("layers_output", 1, copy)]):
+            logits = model._module(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].float()
+        scores.append(number(logits))
+    assert kept[0].dim() == 4
+    (slope,) = torch.autograd.grad(scores[0], kept[0])
+    each = ((kept[1] - kept[0]) * slope).detach()
+    close(found["scores"][0, 0], each.sum((0, 1, 3)), each.abs().sum())
+    exact = activation_patching(model, CLEAN[0], CORRUPTED[0], METRIC, layers=[1])
+    for cell in found.audit.cells:
+        expected = exact["scores"][0, 0, cell["positions"]] - exact["corrupted"][0]
+        assert cell["exact"] == pytest.approx(expected.item(), abs=1e-3)
 
 
 def integrated_by_hooks(model, into, source, name, layer, points):
@@ -442,3 +474,27 @@ def test_what_was_computed_outlives_an_error(toy):
     torch.testing.assert_close(again["scores"], expected["scores"])
     together = attribution_patching(toy, clean, corrupted, PARIS, audit=0)
     torch.testing.assert_close(together["scores"], whole["scores"], atol=1e-3, rtol=1e-3)
+
+
+def test_the_page_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "attribution.md").read_text(encoding="utf-8")
+    file = tmp_path / "page.py"
+    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
+    names = runpy.run_path(str(file), run_name="page")
+    whole = names["whole"]
+    assert whole["scores"].sum().item() == pytest.approx((whole["clean"] - whole["corrupted"]).item(), rel=0.02)
+    assert names["country"].recovered() > 0.7 > 0.3 > names["country"].recovered("control")
+
+
+def test_the_figure_has_the_signs_of_the_effects_and_says_that_they_are_estimates(toy):
+    found = attribution_patching(toy, ITALY, FRANCE, PARIS, audit=0)
+    heatmap = found.plot().data[0]
+    scores = found["scores"][0].numpy()
+    assert scores.min() < 0
+    assert (heatmap.z == scores).all()
+    assert heatmap.zmin == -heatmap.zmax == -abs(scores).max()
+    assert heatmap.colorbar.title.text.replace("<br>", " ") == "estimated change of logit difference"
+    assert found.plot().layout.title.text.startswith("Attribution patching of layers_output")
+    assert (
+        found.normalized().plot().data[0].colorbar.title.text.replace("<br>", " ") == "estimated part of the difference"
+    )

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
+from nnterp.errors import Unavailable
 from nnterp.huggingface import dtype_of
 from nnterp.interventions._attribution._effects import first_order, is_recomputed, through_softmax
 from nnterp.interventions._attribution._slopes import EMBEDDINGS, Slopes, slopes_of
-from nnterp.interventions._attribution._softmax import PATTERN, attention_of, inside_of, scales
+from nnterp.interventions._attribution._softmax import KEYS, PATTERN, attention_of, inside_of, scales
 from nnterp.interventions._engine import Key, Shortcuts
 from nnterp.interventions._grid import Grid
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 Method: TypeAlias = Literal["gradient", "integrated", "attention-aware"]
+
+
+def _check_borrowed(model: StandardizedTransformer, keys: Sequence[Key]) -> None:
+    """Raise if keys whose effect on their own layer's pattern is recomputed make patterns of other layers, too.
+
+    Raises:
+        Unavailable: They do; names the layers.
+    """
+    for lender, borrowers, _ in model.lenders:
+        if (KEYS, lender) in keys:
+            others = ", ".join(map(str, borrowers))
+            raise Unavailable(
+                f'method="attention-aware" recomputes the pattern of the layer that has the keys, and later layers '
+                f"({others}) of {model.model_class} borrow the keys of layer {lender}. Leave that layer out, or take "
+                'method="gradient", which follows the keys wherever they go.'
+            )
 
 
 class PairsRun:
@@ -48,6 +65,7 @@ class PairsRun:
         self.keys: list[Key] = [(name, layer) for name in grid.names for layer in grid.layers]
         self.recomputed = [k for k in self.keys if method == "attention-aware" and is_recomputed(k[0])]
         layers = list(dict.fromkeys(layer for _, layer in self.recomputed if layer is not None))
+        _check_borrowed(model, self.recomputed)
         self.inside = inside_of(layers)
         self.wrt = [k for k in self.keys if k not in self.recomputed] + [(PATTERN, layer) for layer in layers]
         self.wrt = list(dict.fromkeys(self.wrt))

@@ -49,8 +49,17 @@ class Attention:
 
 
 def attention_of(states: States, layer: int) -> Attention:
-    """One layer's attention in one run."""
+    """One layer's attention in one run.
+
+    Raises:
+        Unavailable: There is not one pattern for each head of the queries.
+    """
     queries, keys, scores, pattern = (states[name, layer] for name in INSIDE)
+    if queries.shape[1] != scores.shape[0] or scores.shape[0] % keys.shape[1]:
+        raise Unavailable(
+            f'method="attention-aware" needs one pattern for each head, and layer {layer} has {scores.shape[0]} '
+            f'patterns for {queries.shape[1]} heads of queries and {keys.shape[1]} of keys. Take method="gradient".'
+        )
     live = scores > torch.finfo(scores.dtype).min / 4
     queries, keys = (repeated(tensor.float(), scores.shape[0]).transpose(0, 1) for tensor in (queries, keys))
     return Attention(queries, keys, scores.float(), pattern.float(), live)
