@@ -1,11 +1,12 @@
 """What attribution patching costs, in forward passes of the plain HuggingFace model on the same prompts.
 
     python benchmarks/interventions/attribution_patching.py [--rounds 7] [--threads 1] [--memory]
+                                                            [--peer-python PYTHON]...
 
 A GPT-2-small shape with random weights on the CPU: plain model and attribution take turns in one process, and the
 median over rounds of their ratio is printed, with the shortest and the longest beside it. The audit is what
 `audit=50` adds to `audit=0`. `--memory` prints instead how the process grows with the number of pairs, on a smaller
-model.
+model. `--peer-python` is the Python of an environment with TransformerLens, as for `costs.py`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from functools import partial
 
 import torch
+from costs import peers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nnterp import StandardizedTransformer
@@ -48,6 +50,12 @@ def lines(model):
         heads = {"heads": "all", "positions": list(range(16))}
         yield what + "heads, by position", "4", pairs, 1, partial(attribute, "attention_head_outputs", **heads)
         yield what + "neurons, by position", "4", pairs, 1, partial(attribute, "mlp_neurons", **heads)
+
+        def both(attribute=attribute, heads=heads):
+            attribute("attention_head_outputs", **heads)
+            attribute("mlp_contributions")
+
+        yield what + "heads and feed-forwards, two calls", "", pairs, 1, both
         for value in ("attention_queries", "attention_keys"):
             through = partial(attribute, value, method="attention-aware", **heads)
             yield f"{what}{value.removeprefix('attention_')} through the softmax", "", pairs, 1, through
@@ -93,6 +101,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peer-python", action="append", default=[], help="Python of an environment with a peer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
@@ -109,6 +118,9 @@ def main():
     for what, aim, pairs, times, work in lines(model):
         plain(pairs), work()
         shown(what, [timed(work) / timed(partial(plain, pairs)) / times for _ in range(options.rounds)], aim)
+    for what, measured in (peers(module, options.peer_python, options) if options.peer_python else {}).items():
+        for peer, found in measured if what.startswith("attribution") else ():
+            shown(f"{peer}, 1 pair × 16 tokens, 12 layers: {what}", found, "")
     for what, pairs, call in audits(model):
         call()
         found = []

@@ -493,8 +493,10 @@ def test_the_figure_has_the_signs_of_the_effects_and_says_that_they_are_estimate
     assert scores.min() < 0
     assert (heatmap.z == scores).all()
     assert heatmap.zmin == -heatmap.zmax == -abs(scores).max()
-    assert heatmap.colorbar.title.text.replace("<br>", " ") == "estimated change of logit difference"
+    assert colours_of(found) == "estimated change of logit difference"
+    assert colours_of(found.normalized()) == "estimated part of the difference"
     assert found.plot().layout.title.text.startswith("Attribution patching of layers_output")
-    assert (
-        found.normalized().plot().data[0].colorbar.title.text.replace("<br>", " ") == "estimated part of the difference"
-    )
+
+
+def colours_of(found):
+    return found.plot().data[0].colorbar.title.text.replace("<br>", " ")
