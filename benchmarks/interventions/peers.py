@@ -108,6 +108,13 @@ def lens_lines(folder):
 
     yield "layer × position, 16 tokens", forward(module, corrupted), patch, 192
 
+    from transformer_lens.tools.analysis.attribution_patching import attribution_patch
+
+    def attribute():
+        attribution_patch(model, clean, corrupted, lambda logits: (logits[:, -1, 7] - logits[:, -1, 8]).sum())
+
+    yield "attribution of heads and feed-forwards", forward(module, corrupted), attribute, 1
+
 
 PEERS = {"nnterp": nnterp_lines, "transformer_lens": lens_lines}
 

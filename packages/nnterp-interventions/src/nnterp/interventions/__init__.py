@@ -1,7 +1,13 @@
 """Interventions on any HuggingFace causal language model: lenses, patchscopes, patching, steering and ablation."""
 
 from nnterp.interventions._ablation import AblationResult, ablate
-from nnterp.interventions._attribution import DirectAttribution, direct_logit_attribution
+from nnterp.interventions._attribution import (
+    AttributionResult,
+    Audit,
+    DirectAttribution,
+    attribution_patching,
+    direct_logit_attribution,
+)
 from nnterp.interventions._components import Component, components
 from nnterp.interventions._fitted import (
     Lens,
@@ -32,11 +38,14 @@ from nnterp.interventions._paths import PathResult, path_patching
 from nnterp.interventions._results import Result
 from nnterp.interventions._steer import steer
 from nnterp.interventions._steering import SteeringSweep, steering_sweep
+from nnterp.interventions._subspace import SubspaceResult, fit_subspace, patch_subspace
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_repeat_prompt, repeat_prompt
 from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_vector, probe, steering_vectors
 
 __all__ = [
     "AblationResult",
+    "AttributionResult",
+    "Audit",
     "Component",
     "DirectAttribution",
     "HeadScores",
@@ -51,15 +60,18 @@ __all__ = [
     "Result",
     "SteeringSweep",
     "SteeringVector",
+    "SubspaceResult",
     "TargetPrompt",
     "TargetPromptBatch",
     "WeightedAttention",
     "ablate",
     "activation_patching",
+    "attribution_patching",
     "components",
     "direct_logit_attribution",
     "evaluate_lens",
     "fit_jacobian_lens",
+    "fit_subspace",
     "fit_tuned_lens",
     "head_scores",
     "it_repeat_prompt",
@@ -70,6 +82,7 @@ __all__ = [
     "logit_lens_table",
     "optimize_vector",
     "patch_object_attn_lens",
+    "patch_subspace",
     "patchscope_generate",
     "patchscope_lens",
     "patchscope_table",

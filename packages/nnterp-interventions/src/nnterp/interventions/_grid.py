@@ -100,19 +100,29 @@ class Grid:
             states: The value's states in the run patched from.
             shortcuts: Those proven for the model.
         """
-        same = self._same_prefix(pair, shortcuts)
-        for (a, layer), (b, unit), (c, (at, at_source)) in product(
-            enumerate(self.layers), enumerate(self.units), enumerate(self.where[pair])
+        columns = self.differing(pair, shortcuts)
+        for (a, layer), (b, unit), (c, column) in product(
+            enumerate(self.layers), enumerate(self.units), enumerate(columns)
         ):
-            kept = [k for k, position in enumerate(at) if position >= same or at != at_source]
-            if not kept:  # both runs are equal up to here
-                yield (a, b, c), Cell(prompt, ())
-                continue
-            heads = None if unit is None else (unit,)
-            there = Edit(name, layer, tuple(at_source[k] for k in kept), lambda x: x, heads)
-            source = states[name, layer]
-            new = source[index_of(there, 0, source.device)]
-            yield (a, b, c), Cell(prompt, (Edit(name, layer, tuple(at[k] for k in kept), new, heads),))
+            yield (a, b, c), self.cell(prompt, (name, layer), unit, column, states)
+
+    def differing(self, pair: int, shortcuts: Shortcuts) -> list[Column]:
+        """A pair's columns without the positions up to which both runs are equal, of which some are then empty."""
+        same = self._same_prefix(pair, shortcuts)
+        kept = []
+        for at, at_source in self.where[pair]:
+            own = [k for k, position in enumerate(at) if position >= same or at != at_source]
+            kept.append((tuple(at[k] for k in own), tuple(at_source[k] for k in own)))
+        return kept
+
+    def cell(self, prompt: int, key: tuple[str, int], unit: int | None, column: Column, states: States) -> Cell:
+        """The cell of one value and layer, one head (or all) and one column; arguments as for `cells`."""
+        at, at_source = column
+        if not at:  # both runs are equal up to here
+            return Cell(prompt, ())
+        heads = None if unit is None else (unit,)
+        there, source = Edit(*key, at_source, lambda x: x, heads), states[key]
+        return Cell(prompt, (Edit(*key, at, source[index_of(there, 0, source.device)], heads),))
 
     def _same_prefix(self, pair: int, shortcuts: Shortcuts) -> int:
         """Number of first positions at which both runs are equal, in a model proven not to look ahead; else 0."""

@@ -140,9 +140,9 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
 
 
 def bind_some(
-    metric: Any, model: StandardizedTransformer, prompts: int, reference: torch.Tensor, chosen: range
+    metric: Any, model: StandardizedTransformer, prompts: int, reference: torch.Tensor, chosen: Sequence[int]
 ) -> Bound:
-    """`bind_metric` for a range of the prompts.
+    """`bind_metric` for some of the prompts.
 
     Args:
         metric: The metric.
@@ -152,12 +152,12 @@ def bind_some(
         chosen: Indices of the chosen prompts.
 
     Returns:
-        The bound metric, which counts prompts from the first chosen one.
+        The bound metric, to which the first chosen prompt is prompt 0, and so on.
     """
-    whole = reference.new_zeros(chosen.stop, reference.shape[1])
-    whole[chosen.start :] = reference
+    whole = reference.new_zeros(max(chosen) + 1, reference.shape[1])
+    whole[list(chosen)] = reference
     bound = bind_metric(metric, model, prompts, whole)
-    return lambda logits, prompt: bound(logits, prompt + chosen.start)
+    return lambda logits, prompt: bound(logits, chosen[prompt])
 
 
 def metric_name(metric: Any) -> str:

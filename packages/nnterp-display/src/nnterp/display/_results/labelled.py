@@ -107,6 +107,6 @@ def title_of(result: LabelledResult, what: str) -> str:
 
 
 def score_name(result: LabelledResult, name: str) -> str:
-    """The metric's name in words, or that of the tensor if the metric has none (a lambda)."""
-    metric = arguments(result).get("metric")
+    """What the call says that its scores are, or the metric's name in words, or that of the tensor (for a lambda)."""
+    metric = arguments(result).get("score", arguments(result).get("metric"))
     return str(metric).replace("_", " ") if isinstance(metric, str) and "<" not in metric else name.replace("_", " ")

@@ -9,6 +9,7 @@ from nnterp.interventions._engine._batch import Reduce
 from nnterp.interventions._engine._cache import new_cache
 from nnterp.interventions._engine._edits import (
     POSITION_AXES,
+    UNIT_AXES,
     Cell,
     Edit,
     axes_of,
@@ -24,6 +25,7 @@ from nnterp.interventions._engine._sweep import sweep
 
 __all__ = [
     "POSITION_AXES",
+    "UNIT_AXES",
     "Cell",
     "Edit",
     "Kept",
