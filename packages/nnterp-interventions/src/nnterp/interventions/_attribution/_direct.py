@@ -9,10 +9,10 @@ import torch
 from nnterp.defaults import plain_defaults
 from nnterp.errors import RemoteModelError, Unavailable
 from nnterp.inputs import Batch, Row, encode
+from nnterp.interventions._attribution._direct_result import DirectAttribution
 from nnterp.interventions._attribution._parts import BY, WHAT, By, Parts, Plan
 from nnterp.interventions._attribution._reading import read_batch
 from nnterp.interventions._attribution._readout import Targets, Unembedding, softcap_of, targets_of
-from nnterp.interventions._attribution._result import DirectAttribution
 from nnterp.interventions._attribution._terms import tolerance
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
