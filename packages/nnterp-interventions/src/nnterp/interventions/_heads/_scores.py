@@ -216,7 +216,8 @@ def _result(
         **{name: by_draw[name][0].mean(0) for name in ("attention", "copying") if name in whole},
         "by_prompt": by_draw["scores"][0],
     }
-    axes = dict.fromkeys(tensors, ("layers", "heads")) | {"by_prompt": ("prompts", "layers", "heads")}
+    axes: dict[str, tuple[str, ...]] = dict.fromkeys(tensors, ("layers", "heads"))
+    axes["by_prompt"] = ("prompts", "layers", "heads")
     labels = {
         "layers": tuple(layers),
         "heads": tuple(range(tensors["scores"].shape[1])),
