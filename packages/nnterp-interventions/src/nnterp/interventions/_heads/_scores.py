@@ -209,7 +209,7 @@ def _result(
     """Means over prompts and draws of `[groups, layers, heads]`."""
     by_draw = {name: t.unflatten(0, (1 + plan.draws, len(plan.prompts))) for name, t in whole.items()}
     control = by_draw["scores"][1:].mean(1)  # [draws, layers, heads]
-    tensors = {
+    tensors: dict[str, torch.Tensor] = {
         "scores": by_draw["scores"][0].mean(0),
         "control": control.mean(0),
         "control_std": control.std(0),
