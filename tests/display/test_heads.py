@@ -41,7 +41,7 @@ def test_heads_are_a_map_with_rings_around_those_beyond_the_control(model):
 
 def test_plain_numbers_are_a_map_without_rings():
     scores = torch.rand(3, 5)
-    figure = display.plot_heads(scores, heads="abcde")
+    figure = display.plot_heads(scores, heads=list("abcde"))
     assert len(figure.data) == 1
     assert np.allclose(figure.data[0].z, scores)
 

@@ -209,14 +209,15 @@ def _result(
     """Means over prompts and draws of `[groups, layers, heads]`."""
     by_draw = {name: t.unflatten(0, (1 + plan.draws, len(plan.prompts))) for name, t in whole.items()}
     control = by_draw["scores"][1:].mean(1)  # [draws, layers, heads]
-    tensors = {
+    tensors: dict[str, torch.Tensor] = {
         "scores": by_draw["scores"][0].mean(0),
         "control": control.mean(0),
         "control_std": control.std(0),
         **{name: by_draw[name][0].mean(0) for name in ("attention", "copying") if name in whole},
         "by_prompt": by_draw["scores"][0],
     }
-    axes = dict.fromkeys(tensors, ("layers", "heads")) | {"by_prompt": ("prompts", "layers", "heads")}
+    axes: dict[str, tuple[str, ...]] = dict.fromkeys(tensors, ("layers", "heads"))
+    axes["by_prompt"] = ("prompts", "layers", "heads")
     labels = {
         "layers": tuple(layers),
         "heads": tuple(range(tensors["scores"].shape[1])),

@@ -190,6 +190,7 @@ def _read(
                 passing.hold(step)
                 continue
             name, layer = step.key
+            assert layer is not None
             read[name] = passing.read(step.key)
             if len(read) < count:
                 continue
