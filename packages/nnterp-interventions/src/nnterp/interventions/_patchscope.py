@@ -268,12 +268,14 @@ class _Patchscope:
             latents = last_states(model, self.sources, self.layers, "layers_output", remote, batch_size, False)
         written = self.layers
         if self.lens is not None:
-            latents = [self.lens.apply(states, layer) for states, layer in zip(latents, self.layers, strict=True)]
+            latents = torch.stack(
+                [self.lens.apply(own, layer) for own, layer in zip(latents, self.layers, strict=True)]
+            )
             written = [self.lens.maps_to] * len(self.layers)
         distinct = list({target.ids: target for target in self.targets}.values())
         place = {target.ids: i for i, target in enumerate(distinct)}
         cells = [
-            Cell(place[self.targets[source].ids], (Edit("layers_output", layer, self.at[source], latents[k][source]),))
+            Cell(place[self.targets[source].ids], (Edit("layers_output", layer, self.at[source], latents[k, source]),))
             for source in range(self.count)
             for k, layer in enumerate(written)
         ]
