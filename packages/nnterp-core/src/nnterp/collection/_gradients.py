@@ -10,16 +10,16 @@ import nnsight
 import torch
 
 from nnterp.arguments import device_of
+from nnterp.collection._differentiation import GradientReads, gradients_at
 from nnterp.collection._keys import read_key
-from nnterp.collection._plan import Plan, make_plan
+from nnterp.collection._plan import make_plan
 from nnterp.defaults import plain_defaults
 from nnterp.errors import PaddingError, RemoteModelError
 from nnterp.frozen import freeze, frozen_kinds, require_frozen
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
 from nnterp.named_transformer import NamedTransformer
-from nnterp.traced import Place
-from nnterp.values import Combine, gradient_reads, when
+from nnterp.values import get_value
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def gradients(
         )
     with left_padded(model.tokenizer):
         batch = pad(model, rows)
-    sources = [gradient_reads(model, model.place(t.value.name, t.layer), t.label) for t in plan.targets]
-    order = sorted({*plan.reads, *(place for places, _ in sources for place in places)}, key=lambda p: when(model, p))
-    wanted = sorted({order.index(place) for places, _ in sources for place in places})
-    names, inputs = [str(place) for place in order], {**batch.encoding, **forward_flags(model)}
+    keys = [(target.value.name, target.layer) for target in plan.targets]
+    to_read = GradientReads(model, keys)
+    order, wanted, names = to_read.places, to_read.wanted, to_read.names
+    inputs = {**batch.encoding, **forward_flags(model)}
     with freeze(model, held), model.trace(inputs, remote=remote):
         seen: list[torch.Tensor] = []
         for place, name in zip(order, names, strict=True):
@@ -133,34 +133,16 @@ def gradients(
             seen.append(tensor)
         found = nnsight.save(_differentiated(metric, model.logits, seen, wanted, names))
     score, logits, slopes, kept = found
-    by_place = dict(zip(order, kept, strict=True))
-    slope_of = {order[i]: slope for i, slope in zip(wanted, slopes, strict=True)}
-    values_, gradients_ = _by_target(plan, sources, by_place, slope_of, len(rows), device)
-    return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_, model.num_layers)
+    shown = [
+        {key: _shaped(tensor, key[0], len(rows)).to(device) for key, tensor in tensors.items()}
+        for tensors in to_read.combined(kept, slopes)
+    ]
+    return Gradients(score.to(device), logits.to(device), batch, plan.layers, *shown, model.num_layers)
 
 
-By = dict[tuple[str, int | None], torch.Tensor]  # (value, layer) → tensor
-
-
-@torch.no_grad()
-def _by_target(
-    plan: Plan,
-    sources: list[tuple[list[Place], Combine]],
-    by_place: dict[Place, torch.Tensor],
-    slope_of: dict[Place, torch.Tensor],
-    rows: int,
-    device: str | torch.device,
-) -> tuple[By, By]:
-    """Values and gradients of what was asked for, from those of the places it is made of."""
-    values: By = {}
-    gradients: By = {}
-    for target, (places, pull) in zip(plan.targets, sources, strict=True):
-        key = (target.value.name, target.layer)
-        values[key] = target.combine([by_place[plan.reads[p]] for p in target.parts]).to(device)
-        gradients[key] = pull([slope_of[p] for p in places]).to(device)
-        if values[key].dim() < target.value.axes:  # batch and positions in one axis
-            values[key], gradients[key] = (t.unflatten(0, (rows, -1)) for t in (values[key], gradients[key]))
-    return values, gradients
+def _shaped(tensor: torch.Tensor, name: str, rows: int) -> torch.Tensor:
+    """`[rows, seq, ...]`, where a model may keep batch and positions in one axis."""
+    return tensor.unflatten(0, (rows, -1)) if tensor.dim() < get_value(name).axes else tensor
 
 
 def _differentiated(
@@ -175,17 +157,5 @@ def _differentiated(
     if not isinstance(score, torch.Tensor) or score.numel() != 1:
         got = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
         raise ValueError(f"The metric must make one number of the logits {list(logits.shape)}; it made {got}.")
-    if not score.requires_grad:
-        raise ValueError(
-            "The metric does not depend on any of the values through differentiable operations: it was detached, "
-            "computed under no_grad, or made of integers (argmax, comparisons)."
-        )
-    frozen = [i for i in wanted if not seen[i].requires_grad]
-    if frozen:
-        raise ValueError(
-            f"{names[frozen[0]]} does not require a gradient: its dtype is {seen[frozen[0]].dtype}, or the weights "
-            "before it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
-        )
-    made = torch.autograd.grad(score.reshape(()), [seen[i] for i in wanted], allow_unused=True)
-    slopes = [torch.zeros_like(seen[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]
+    slopes = gradients_at(score, seen, wanted, names)
     return score.detach(), logits.detach(), slopes, [tensor.detach() for tensor in seen]

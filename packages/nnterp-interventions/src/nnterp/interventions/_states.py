@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import nnsight
 import torch
 
 from nnterp.inputs import Batch, Row, forward_flags
-from nnterp.interventions._engine import POSITION_AXES, Passing, Shortcuts, Step, axes_of, forward_steps, rows_of
+from nnterp.interventions._engine import POSITION_AXES, Key, Passing, Shortcuts, Step, axes_of, forward_steps, rows_of
 from nnterp.interventions._running import BatchSize, filled, in_batches
 from nnterp.values import get_label, get_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-States: TypeAlias = dict[tuple[str, int], torch.Tensor]
+States: TypeAlias = dict[Key, torch.Tensor]
 
 
 @torch.no_grad()
 def states_of(
     model: StandardizedTransformer,
     prompts: Sequence[Row],
-    keys: Sequence[tuple[str, int]],
+    keys: Sequence[Key],
     shortcuts: Shortcuts,
     remote: Any = False,
 ) -> tuple[list[States], torch.Tensor]:
@@ -44,20 +44,24 @@ def states_of(
     steps = forward_steps(model, keys)
     found: list[States] = [{} for _ in prompts]
     logits: dict[int, torch.Tensor] = {}
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        side = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
-        groups.setdefault(side, []).append(i)
-    for chosen in groups.values():
+    for chosen in sharing_groups(model, prompts, shortcuts):
         some = [prompts[i] for i in chosen]
         kept, last = _run(model, some, steps, shortcuts.readout, remote)
         width = max(len(prompt) for prompt in some)
         for k, i in enumerate(chosen):
             for (name, layer), tensor in zip((step.key for step in steps if step.term is None), kept, strict=True):
-                assert layer is not None
                 found[i][name, layer] = own_part(tensor[k], name, len(prompts[i]), width)
             logits[i] = last[k]
     return found, torch.stack([logits[i] for i in range(len(prompts))])
+
+
+def sharing_groups(model: StandardizedTransformer, prompts: Sequence[Row], shortcuts: Shortcuts) -> Iterable[list[int]]:
+    """Indices of prompts by which of them may share a batch: of any lengths only with the `ragged` shortcut."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        side = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
+        groups.setdefault(side, []).append(i)
+    return groups.values()
 
 
 def _run(

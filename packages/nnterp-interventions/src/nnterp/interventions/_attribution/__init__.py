@@ -1,6 +1,21 @@
-"""Attribution: how much each part of a model adds to what it predicts."""
+"""Attribution: how much each part of a model adds to what it predicts, exactly or by its gradient."""
 
+from nnterp.interventions._attribution._audit import AUDIT, Audit, audited, check_audit
 from nnterp.interventions._attribution._shares import Shares, head_shares, shares_of
-from nnterp.interventions._attribution._terms import Term, check_sum, terms_of
+from nnterp.interventions._attribution._slopes import require_gradients_on
+from nnterp.interventions._attribution._terms import Term, check_sum, terms_of, tolerance
 
-__all__ = ["Shares", "Term", "check_sum", "head_shares", "shares_of", "terms_of"]
+__all__ = [
+    "AUDIT",
+    "Audit",
+    "Shares",
+    "Term",
+    "audited",
+    "check_audit",
+    "check_sum",
+    "head_shares",
+    "require_gradients_on",
+    "shares_of",
+    "terms_of",
+    "tolerance",
+]

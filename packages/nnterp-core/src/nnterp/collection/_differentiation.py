@@ -1,0 +1,98 @@
+"""Values of one forward pass and the gradients with respect to them: where both are read, and how they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from nnterp.named_transformer import NamedTransformer
+from nnterp.traced import Place
+from nnterp.values import Combine, gradient_reads, reads, when
+
+ValueKey: TypeAlias = tuple[str, int | None]  # name and layer of a value; None for a value that is not per layer
+ByKey: TypeAlias = dict[ValueKey, torch.Tensor]
+
+
+class GradientReads:
+    """Where to read values, and what the gradients with respect to them are made of, in forward order.
+
+    In a trace, read `places` in order, and give what was read to `gradients_at`, and then to `combined`.
+
+    Args:
+        model: The model.
+        keys: Names and layers of values.
+        slopes: Those of them whose gradients are wanted; all if None.
+
+    Attributes:
+        places: Where to read, in the order in which the model computes.
+        names: What errors call them.
+        wanted: Indices of the places whose gradients are needed.
+
+    Raises:
+        Unavailable: The model does not have a value, or no gradient with respect to it can be had.
+    """
+
+    def __init__(self, model: NamedTransformer, keys: Iterable[ValueKey], slopes: Iterable[ValueKey] | None = None):
+        once = list(dict.fromkeys(keys))
+        self._values: dict[ValueKey, tuple[list[Place], Combine]] = {}
+        self._slopes: dict[ValueKey, tuple[list[Place], Combine]] = {}
+        for key in once:
+            self._values[key] = reads(model, model.place(*key))
+        for key in once if slopes is None else dict.fromkeys(slopes):
+            self._slopes[key] = gradient_reads(model, model.place(*key), key_label(key))
+        every = [place for places, _ in (*self._values.values(), *self._slopes.values()) for place in places]
+        self.places = sorted(set(every), key=lambda place: when(model, place))
+        self.names = [str(place) for place in self.places]
+        self.wanted = sorted({self.places.index(place) for places, _ in self._slopes.values() for place in places})
+
+    @torch.no_grad()
+    def combined(self, seen: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor]) -> tuple[ByKey, ByKey]:
+        """Values, and gradients with respect to them, by name and layer; detached.
+
+        Args:
+            seen: What was read at `places`.
+            slopes: The gradients with respect to those that are `wanted`.
+        """
+        values = dict(zip(self.places, (tensor.detach() for tensor in seen), strict=True))
+        by_place = {self.places[i]: slope for i, slope in zip(self.wanted, slopes, strict=True)}
+        return (
+            {key: combine([values[p] for p in places]) for key, (places, combine) in self._values.items()},
+            {key: combine([by_place[p] for p in places]) for key, (places, combine) in self._slopes.items()},
+        )
+
+
+def key_label(key: ValueKey) -> str:
+    """How errors call a value: "layers_output[3]"."""
+    name, layer = key
+    return name if layer is None else f"{name}[{layer}]"
+
+
+def gradients_at(
+    score: torch.Tensor, seen: Sequence[torch.Tensor], wanted: Sequence[int], names: Sequence[str]
+) -> list[torch.Tensor]:
+    """The gradients of a score with respect to some of the tensors seen on the way to it; 0 where it ignores one.
+
+    Args:
+        score: One number.
+        seen: The tensors.
+        wanted: Indices of those whose gradients are wanted.
+        names: What errors call the tensors.
+
+    Raises:
+        ValueError: The score does not depend on them through differentiable operations, or one requires no gradient.
+    """
+    if not score.requires_grad:
+        raise ValueError(
+            "The metric does not depend on any of the values through differentiable operations: it was detached, "
+            "computed under no_grad, or made of integers (argmax, comparisons)."
+        )
+    frozen = [i for i in wanted if not seen[i].requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{names[frozen[0]]} does not require a gradient: its dtype is {seen[frozen[0]].dtype}, or the weights "
+            "before it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
+        )
+    made = torch.autograd.grad(score.reshape(()), [seen[i] for i in wanted], allow_unused=True)
+    return [torch.zeros_like(seen[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]

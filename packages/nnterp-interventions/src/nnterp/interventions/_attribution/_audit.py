@@ -1,0 +1,146 @@
+"""The audit of an attribution: some of its estimates computed exactly, and how far both agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+AUDIT = "audit"  # where `Result.about` keeps the record
+FLOOR = 1e-3  # effects below this part of the largest exact one have no sign
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Estimates of an attribution beside exact effects, measured in runs that make the change.
+
+    Attributes:
+        cells: One entry for each that was computed: the labels of its axes, "estimate", "exact", and "chosen": "top" for
+            those with the largest estimates, "random" for a random sample of the others. Top ones first, by estimate.
+        seed: Of the random sample.
+    """
+
+    cells: tuple[Mapping[str, Any], ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def estimates(self) -> torch.Tensor:
+        """The estimated effects, float64 `[cells]`, on the CPU."""
+        return torch.tensor([cell["estimate"] for cell in self.cells], dtype=torch.float64)
+
+    @property
+    def exact(self) -> torch.Tensor:
+        """The exact effects, float64 `[cells]`, on the CPU."""
+        return torch.tensor([cell["exact"] for cell in self.cells], dtype=torch.float64)
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's rank correlation of estimates and exact effects; NaN if either are all equal."""
+        return spearman(self.estimates, self.exact)
+
+    def among(self, chosen: str) -> Audit:
+        """The audit of the "top" or of the "random" cells alone."""
+        return Audit(tuple(cell for cell in self.cells if cell["chosen"] == chosen), self.seed)
+
+    @property
+    def sign_errors(self) -> int:
+        """How many estimates have the wrong sign. Effects below a thousandth of the largest exact one do not count."""
+        estimates, exact = self.estimates, self.exact
+        least = FLOOR * exact.abs().max() if len(self) else 0.0
+        return int(((estimates * exact < 0) & (exact.abs() > least) & (estimates.abs() > least)).sum())
+
+    def worst(self, k: int = 5) -> list[dict[str, Any]]:
+        """The `k` cells whose estimates are furthest from the exact effects, worst first, with their "error"."""
+        missed = [{**cell, "error": cell["estimate"] - cell["exact"]} for cell in self.cells]
+        return sorted(missed, key=lambda cell: -abs(cell["error"]))[:k]
+
+    def __str__(self) -> str:
+        if not self.cells:
+            return "audited: there was nothing to audit"
+        furthest = self.worst(1)[0]
+        where = ", ".join(
+            f"{axis} {furthest[axis]}" for axis in furthest if axis not in ("estimate", "exact", "chosen", "error")
+        )
+        errors = f"{self.sign_errors} sign error{'' if self.sign_errors == 1 else 's'}"
+        return (
+            f"audited: {len(self)} exact, rank correlation {self.rank_correlation:.2f}, {errors}, worst miss at {where}: "
+            f"{furthest['estimate']:.3g} for {furthest['exact']:.3g}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        return {"cells": [dict(cell) for cell in self.cells], "seed": self.seed}
+
+    @staticmethod
+    def of(about: Mapping[str, Any]) -> Audit | None:
+        """The audit in the record of a result; None if it was not audited."""
+        found = about.get(AUDIT)
+        return None if found is None else Audit(tuple(found["cells"]), found["seed"])
+
+
+def audited(
+    estimates: torch.Tensor,
+    exact: Callable[[list[int]], torch.Tensor],
+    labels: Callable[[int], Mapping[str, Any]],
+    count: int,
+    seed: int = 0,
+) -> Audit:
+    """Compute some estimated effects exactly: those of the largest magnitude, and a random sample of the others.
+
+    Args:
+        estimates: `[cells]`; those that are NaN do not exist.
+        exact: From indices of cells to their exact effects, `[n]`.
+        labels: From the index of a cell to the labels of its axes, which JSON can hold.
+        count: How many: half of them (one more if it is odd) are those of the largest magnitude.
+        seed: Of the random sample.
+    """
+    top, random = chosen_cells(estimates, count, seed)
+    found = exact([*top, *random]).double().tolist() if top else []
+    cells = [
+        {**labels(i), "estimate": float(estimates[i]), "exact": effect, "chosen": "top" if k < len(top) else "random"}
+        for k, (i, effect) in enumerate(zip([*top, *random], found, strict=True))
+    ]
+    return Audit(tuple(cells), seed)
+
+
+def chosen_cells(estimates: torch.Tensor, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The cells to audit: those of the largest estimates, largest first, and a random sample of the others, in order."""
+    there = (~estimates.isnan()).nonzero()[:, 0]
+    order = there[estimates[there].abs().argsort(descending=True, stable=True)]
+    count = min(count, len(order))
+    top, rest = order[: (count + 1) // 2], order[(count + 1) // 2 :]
+    picked = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[: count // 2]
+    return top.tolist(), rest[picked].sort().values.tolist()
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's rank correlation of two vectors, ties sharing their mean rank; NaN if either has one value only."""
+    if len(a) < 2:
+        return float("nan")
+    x, y = (_ranks(values) for values in (a.double(), b.double()))
+    x, y = x - x.mean(), y - y.mean()
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return float((x * y).sum() / scale) if scale > 0 else float("nan")
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[place]
+
+
+def check_audit(audit: Any, seed: Any = 0) -> None:
+    """Raise unless `audit` is a number of cells, 0 for none, and `seed` an integer.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    for name, value in (("audit", audit), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            what = "the number of scores to compute exactly, 0 for none" if name == "audit" else "an integer from 0"
+            raise ValueError(f"{name} is {what}, not {value!r:.80}.")
