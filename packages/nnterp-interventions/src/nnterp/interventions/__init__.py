@@ -1,6 +1,7 @@
 """Interventions on any HuggingFace causal language model: lenses, patchscopes, patching, steering and ablation."""
 
 from nnterp.interventions._ablation import AblationResult, ablate
+from nnterp.interventions._attribution import DirectAttribution, direct_logit_attribution
 from nnterp.interventions._components import Component, components
 from nnterp.interventions._fitted import Lens, LensEvaluation, evaluate_lens, fit_jacobian_lens, fit_tuned_lens
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
@@ -23,6 +24,7 @@ from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_
 __all__ = [
     "AblationResult",
     "Component",
+    "DirectAttribution",
     "Lens",
     "LensEvaluation",
     "LensResult",
@@ -39,6 +41,7 @@ __all__ = [
     "ablate",
     "activation_patching",
     "components",
+    "direct_logit_attribution",
     "evaluate_lens",
     "fit_jacobian_lens",
     "fit_tuned_lens",

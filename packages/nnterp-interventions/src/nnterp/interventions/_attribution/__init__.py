@@ -1,6 +1,8 @@
 """Attribution: how much each part of a model adds to what it predicts, exactly or by its gradient."""
 
 from nnterp.interventions._attribution._audit import AUDIT, Audit, audited, check_audit
+from nnterp.interventions._attribution._direct import direct_logit_attribution
+from nnterp.interventions._attribution._result import DirectAttribution
 from nnterp.interventions._attribution._shares import Shares, head_shares, shares_of
 from nnterp.interventions._attribution._slopes import require_gradients_on
 from nnterp.interventions._attribution._terms import Term, check_sum, terms_of, tolerance
@@ -8,11 +10,13 @@ from nnterp.interventions._attribution._terms import Term, check_sum, terms_of, 
 __all__ = [
     "AUDIT",
     "Audit",
+    "DirectAttribution",
     "Shares",
     "Term",
     "audited",
     "check_audit",
     "check_sum",
+    "direct_logit_attribution",
     "head_shares",
     "require_gradients_on",
     "shares_of",

@@ -9,7 +9,7 @@ shares and the biases add up to the contribution (Elhage et al., "A Mathematical
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -96,20 +96,39 @@ class Shares:
             (made,) = torch.autograd.grad(y, x, pulled.to(y))
         return accumulated(made)
 
-    def check(self, found: torch.Tensor, contribution: torch.Tensor) -> None:
-        """Raise unless shares and rest add up to what the part added in this run, at every position.
+    def fitted(self, given: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> Shares:
+        """This way, if the shares and the rest add up to what the part added in this run, at every position.
+
+        Where a part multiplies what its last projection returns before it returns it itself (Falcon-H1's feed-forward),
+        the multiplier is found from the run first: one number, for all positions and channels.
+
+        Args:
+            given: What the projection returned in the run, `[batch, seq, hidden]`.
+            bias: What it returns for zeros.
+            whole: What the part added, `[batch, seq, hidden]`.
 
         Raises:
-            Unavailable: They do not; names the part.
+            Unavailable: They do not add up; names the part.
         """
-        error = apart(found, contribution)
-        if not error <= (allowed := tolerance(self.model)):
-            name, layer = self.contribution
-            raise Unavailable(
-                f"{name}[{layer}] of {self.model.model_class} cannot be split: the shares of {self.units[0]} and the "
-                f"biases do not add up to it (relative error {error:.1e}, {allowed:.0e} is rounding). Something that "
-                "is not linear stands between its last projection and the stream."
-            )
+        error, allowed = self._error(given, bias, whole), tolerance(self.model)
+        if error <= allowed:
+            return self
+        if self.norm.path is None and isinstance(self.scale, float) and self.constant is None:
+            numbers, target = given.double().flatten(), whole.double().flatten().to(given.device)
+            factor = float(numbers @ target / (numbers @ numbers))
+            found = replace(self, scale=factor)
+            if factor and found._error(given, bias, whole) <= allowed:
+                return found
+        name, layer = self.contribution
+        raise Unavailable(
+            f"{name}[{layer}] of {self.model.model_class} cannot be split: the shares of {self.units[0]} and the "
+            f"biases do not add up to it (relative error {error:.1e}, {allowed:.0e} is rounding). Something that is "
+            "not linear stands between its last projection and the stream."
+        )
+
+    def _error(self, given: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> float:
+        shares = self.push(given, (given - bias).unsqueeze(-2)).squeeze(-2)
+        return apart(shares + self.rest(given, bias), whole.detach())
 
 
 def shares_of(model: StandardizedTransformer, part: Part, layer: int) -> Shares:
@@ -172,9 +191,8 @@ def head_shares(
     with torch.no_grad():
         alone = accumulated(place.through(model, heads.detach()))
     given, bias = way.given(heads.detach()), way.bias(heads.detach())
-    shares, rest = way.push(given, alone), way.rest(given, bias)
-    way.check(shares.sum(-2) + rest, whole.detach())
-    return shares, rest
+    way = way.fitted(given, bias, whole)
+    return way.push(given, alone), way.rest(given, bias)
 
 
 def _through_out(model: StandardizedTransformer, layer: int) -> Project:
