@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 
 from nnterp.errors import Unavailable
@@ -90,27 +91,31 @@ def read_run(
         blocks: Its layers.
         ids: `[rows, seq]`.
         embeddings: Token embeddings to write, `[rows, seq, hidden]`; None to leave them as they are.
-        gradients: Whether a graph of gradients is kept; it begins at what enters the first layer.
+        gradients: Whether a graph of gradients is kept; it begins at the token embeddings.
     """
     keys = keys_of(blocks, gradients)
     sources = [reads(model, model.place(*key))[0] for key in keys]
     if gradients:
         sources += [gradient_reads(model, model.place(*key), f"{key[0]}[{key[1]}]")[0] for key in _differentiated(keys)]
-    first = reads(model, model.place("layers_input", blocks[0].layer))[0]
     try:
         order = sorted({place for some in sources for place in some}, key=lambda place: when(model, place))
     except (KeyError, TypeError) as error:
         raise Unavailable(f"{model.model_class}: in which order its values are computed is not known.") from error
     names, inputs = [str(place) for place in order], {"input_ids": ids, **forward_flags(model)}
+    begin, label = model.place("token_embeddings"), "token_embeddings"
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), model.trace(inputs):
-        if embeddings is not None:
-            model.token_embeddings = embeddings.to(model.token_embeddings)
+        if gradients or embeddings is not None:
+            start = begin.read(model, label)
+            given = start if embeddings is None else embeddings.to(start).view(start.shape)
+            # A copy, because a model may edit it in place.
+            begin.write(model, given.detach().requires_grad_(gradients).clone(), label)
         seen: list[Any] = []
         for place, name in zip(order, names, strict=True):
             tensor = place.read(model, name)
-            if gradients and place in first and not tensor.requires_grad:
+            if gradients and not tensor.requires_grad:
                 tensor.requires_grad_(True)
             seen.append(tensor)
+        nnsight.save(seen)
         logits = model.logits[:, -1].float().save()
     return Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), logits)
 
