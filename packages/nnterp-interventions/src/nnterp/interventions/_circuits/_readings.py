@@ -30,12 +30,14 @@ class Reading:
         size: Rows and positions of the batch.
         tensors: The model's own tensors, by place.
         logits: At the last position, `[rows, vocab]`, float32.
+        embeddings: The token embeddings, as the model has them.
     """
 
     model: StandardizedTransformer
     size: tuple[int, int]
     tensors: dict[Place, torch.Tensor]
     logits: torch.Tensor
+    embeddings: torch.Tensor
     shown: dict[Key, torch.Tensor] = field(default_factory=dict)
 
     def value(self, name: str, layer: int) -> torch.Tensor:
@@ -95,8 +97,11 @@ def read_run(
     """
     keys = keys_of(blocks, gradients)
     sources = [reads(model, model.place(*key))[0] for key in keys]
+    roots: set[Place] = set()
     if gradients:
-        sources += [gradient_reads(model, model.place(*key), f"{key[0]}[{key[1]}]")[0] for key in _differentiated(keys)]
+        for name, layer in _differentiated(keys):
+            sources.append(gradient_reads(model, model.place(name, layer), f"{name}[{layer}]")[0])
+            roots.update(sources[-1])
     try:
         order = sorted({place for some in sources for place in some}, key=lambda place: when(model, place))
     except (KeyError, TypeError) as error:
@@ -104,8 +109,9 @@ def read_run(
     names, inputs = [str(place) for place in order], {"input_ids": ids, **forward_flags(model)}
     begin, label = model.place("token_embeddings"), "token_embeddings"
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), model.trace(inputs):
+        start = begin.read(model, label)
+        own = start.detach().clone().save()
         if gradients or embeddings is not None:
-            start = begin.read(model, label)
             given = start if embeddings is None else embeddings.to(start).view(start.shape)
             # A copy, because a model may edit it in place.
             begin.write(model, given.detach().requires_grad_(gradients).clone(), label)
@@ -114,10 +120,10 @@ def read_run(
             tensor = place.read(model, name)
             if gradients and not tensor.requires_grad:
                 tensor.requires_grad_(True)
-            seen.append(tensor)
+            seen.append(tensor if place in roots else tensor.clone())  # a model may add to it in place (Falcon)
         nnsight.save(seen)
         logits = model.logits[:, -1].float().save()
-    return Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), logits)
+    return Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), logits, own)
 
 
 def _differentiated(keys: Sequence[Key]) -> list[Key]:
@@ -156,7 +162,7 @@ def attention_parts(
     model: StandardizedTransformer, block: Block, heads: torch.Tensor, whole: torch.Tensor
 ) -> list[torch.Tensor]:
     """What each head writes, and what the bias does where that is a node: `[nodes, rows, seq, hidden]` each."""
-    shares, rest = head_shares(model, block.layer, heads.detach(), whole.detach())
+    shares, rest = head_shares(model, block.layer, heads.detach().contiguous(), whole.detach())
     return [shares.movedim(2, 0), *([rest[None]] if block.bias else [])]
 
 
