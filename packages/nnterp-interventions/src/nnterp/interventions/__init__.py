@@ -2,6 +2,7 @@
 
 from nnterp.interventions._ablation import AblationResult, ablate
 from nnterp.interventions._attribution import DirectAttribution, direct_logit_attribution
+from nnterp.interventions._circuits import Circuit, Edge, Faithfulness, edge_attribution, faithfulness
 from nnterp.interventions._components import Component, components
 from nnterp.interventions._fitted import Lens, LensEvaluation, evaluate_lens, fit_jacobian_lens, fit_tuned_lens
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
@@ -23,8 +24,11 @@ from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_
 
 __all__ = [
     "AblationResult",
+    "Circuit",
     "Component",
     "DirectAttribution",
+    "Edge",
+    "Faithfulness",
     "Lens",
     "LensEvaluation",
     "LensResult",
@@ -42,7 +46,9 @@ __all__ = [
     "activation_patching",
     "components",
     "direct_logit_attribution",
+    "edge_attribution",
     "evaluate_lens",
+    "faithfulness",
     "fit_jacobian_lens",
     "fit_tuned_lens",
     "it_repeat_prompt",

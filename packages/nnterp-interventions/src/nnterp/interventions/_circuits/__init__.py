@@ -2,5 +2,6 @@
 
 from nnterp.interventions._circuits._circuit import Circuit, Edge
 from nnterp.interventions._circuits._edges import edge_attribution
+from nnterp.interventions._circuits._faithfulness import Faithfulness, faithfulness
 
-__all__ = ["Circuit", "Edge", "edge_attribution"]
+__all__ = ["Circuit", "Edge", "Faithfulness", "edge_attribution", "faithfulness"]

@@ -72,8 +72,7 @@ def both_runs(
     """The unedited runs of the prompts patched from and of those patched into, of some pairs."""
     with torch.no_grad():
         source, into = (
-            read_run(model, graph.blocks, ids_of_rows([rows[i] for i in chosen]))
-            for rows in (pairs.source, pairs.into)
+            read_run(model, graph.blocks, ids_of_rows([rows[i] for i in chosen])) for rows in (pairs.source, pairs.into)
         )
     return source, into
 

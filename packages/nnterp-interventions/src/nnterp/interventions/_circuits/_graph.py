@@ -176,7 +176,9 @@ def blocks_of(model: StandardizedTransformer, what: str) -> tuple[Block, ...]:
         scale = structure.stream_scale
         scaled = bool((scale != 1).any()) if isinstance(scale, torch.Tensor) else abs(scale - 1) > 1e-4
         if structure.kind == "silent" or "other" in roles or scaled:
-            why = structure.reason or "further modules than its mixer and its feed-forward read the stream and add to it"
+            why = (
+                structure.reason or "further modules than its mixer and its feed-forward read the stream and add to it"
+            )
             why = "it multiplies the stream" if scaled else why
             raise Unavailable(f"{what} is not served for {name}: layer {layer}: {why}.")
         found.append(_block(model, layer, roles, structure.kind, what))

@@ -110,6 +110,6 @@ def _check_ends(model: StandardizedTransformer, graph: Graph, ids: torch.Tensor,
     error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max())
     if not error <= (allowed := 5 * tolerance(model)):
         raise Unavailable(
-            f"{what} is not served for {model.model_class}: with all edges kept, or with all cut, a run is off from the "
-            f"prompt's own by {error:.1e} ({allowed:.0e} is rounding)."
+            f"{what} is not served for {model.model_class}: with all edges kept, or with all cut, a run is off from "
+            f"the prompt's own by {error:.1e} ({allowed:.0e} is rounding)."
         )
