@@ -191,7 +191,7 @@ class Slow:
         return dict(zip(leaves, made, strict=True))
 
     def cut(self, ids, other, kept):
-        """Logits of a run in which the edges not in `kept` (a set of pairs of names) carry the other prompt's writes."""
+        """Logits of a run in which edges not in `kept`, a set of pairs of names, carry the other prompt's writes."""
         _, theirs, streams = self.plain(other)
 
         def reads(name, _, writes):

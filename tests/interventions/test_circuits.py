@@ -36,9 +36,7 @@ def linear(model):
 
 def scores_of(circuit, pair=None):
     values = circuit.scores if pair is None else circuit.by_pair[pair]
-    return {
-        (str(e.sender), str(e.receiver)): float(s) for e, s in zip(circuit.edges, values.tolist(), strict=True)
-    }
+    return {(str(e.sender), str(e.receiver)): float(s) for e, s in zip(circuit.edges, values.tolist(), strict=True)}
 
 
 def expected_scores(slow, metric, into, source, points=0):
@@ -90,8 +88,11 @@ def test_the_edges_are_those_before_each_reader(tiny, kind):
     heads, layers = model.num_heads, model.num_layers
     for edge in found.edges:
         u, v = edge.sender, edge.receiver
-        assert v.role == "logits" or u.role == "embeddings" or u.layer < v.layer or (
-            u.layer == v.layer and u.role == "head" and v.role == "mlp" and not parallel
+        assert (
+            v.role == "logits"
+            or u.role == "embeddings"
+            or u.layer < v.layer
+            or (u.layer == v.layer and u.role == "head" and v.role == "mlp" and not parallel)
         )
     readers = layers * (heads + 2 * model.num_kv_heads)
     before = [1 + layer * (heads + 1) for layer in range(layers)]
@@ -225,7 +226,7 @@ def test_refusals(tiny):
         edge_attribution(model, CLEAN, CORRUPTED, lambda logits: logits.argmax(-1).float())
     with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
         edge_attribution(model, CLEAN, CORRUPTED, metric)
-    with model.steering(1, torch.randn(model.hidden_size)), pytest.raises(Unavailable, match="steered"):
+    with model.steering(torch.ones(model.hidden_size), 1), pytest.raises(Unavailable, match="steered"):
         edge_attribution(model, CLEAN, CORRUPTED, metric)
     with pytest.raises(InsideTraceError), model.trace([CLEAN]):
         edge_attribution(model, CLEAN, CORRUPTED, metric)
@@ -274,7 +275,8 @@ def test_what_was_computed_is_not_lost(tiny):
     with pytest.raises(KeyboardInterrupt) as caught:
         faithfulness(model, whole, *BOTH, later, sizes=(0.1, 1.0), controls=0, batch_size=1)
     partial = caught.value.partial["by_prompt"]
-    assert partial[0].isfinite().all() and partial[1].isnan().all()
+    assert partial[0].isfinite().all()
+    assert partial[1].isnan().all()
 
 
 def test_weights_and_their_gradients_stay(tiny):
@@ -293,7 +295,8 @@ def test_choosing_edges(tiny):
     own = circuit.top(60)
     strongest = {(str(e.sender), str(e.receiver)) for e in circuit.edges[:60]}
     assert set(scores_of(own)) <= strongest
-    assert len(own) + own.dropped == 60 and own.dropped > 0
+    assert len(own) + own.dropped == 60
+    assert own.dropped > 0
 
     def on_a_path(edges):
         graph = networkx.DiGraph()
@@ -302,14 +305,13 @@ def test_choosing_edges(tiny):
                 graph.add_edge(str(u), str(node))
         above = networkx.ancestors(graph, "logits") | {"logits"}
         below = networkx.descendants(graph, "embeddings") | {"embeddings"}
-        return {
-            (str(u), str(v)) for u, v in edges if str(u) in below and any(str(node) in above for node in v.nodes)
-        }
+        return {(str(u), str(v)) for u, v in edges if str(u) in below and any(str(node) in above for node in v.nodes)}
 
     assert set(scores_of(own)) == on_a_path([(e.sender, e.receiver) for e in circuit.edges[:60]])
     least = float(circuit.scores[59].abs())
     assert set(scores_of(circuit.threshold(least))) == set(scores_of(own))
-    assert len(circuit.top(0)) == 0 and circuit.top(10**9).total == len(circuit)
+    assert len(circuit.top(0)) == 0
+    assert circuit.top(10**9).total == len(circuit)
     with pytest.raises(KeyError, match="Nodes are called embeddings"):
         own.score("L9 H9", "logits")
     first = own.edges[0]
@@ -338,7 +340,9 @@ def test_saved_and_loaded(tiny, tmp_path):
     circuit.save(tmp_path / "folder" / "circuit")
     again = Circuit.load(tmp_path / "folder" / "circuit.json")
     assert scores_of(again) == scores_of(circuit)
-    assert again.audit == circuit.audit and again.dropped == circuit.dropped and again.nodes == circuit.nodes
+    assert again.audit == circuit.audit
+    assert again.dropped == circuit.dropped
+    assert again.nodes == circuit.nodes
     torch.testing.assert_close(again.by_pair, circuit.by_pair, atol=0, rtol=0)
     sizes = {"sizes": 0.05, "controls": 0}
     assert torch.equal(
@@ -398,7 +402,8 @@ def test_the_circuit_of_a_capital(toy):
     assert circuit.completeness < 1e-5
     assert circuit.audit.rank_correlation > 0.6
     found = faithfulness(toy, circuit, clean, corrupted, metric, controls=3)
-    assert found["clean"].mean() > 5 and found["corrupted"].mean() < -5
+    assert found["clean"].mean() > 5
+    assert found["corrupted"].mean() < -5
     half = found.labels["sizes"].index(0.1)
     assert found.normalized[half] > 0.6
     assert found.normalized[half] > found.normalized_random[:, half].max() + 0.2

@@ -98,8 +98,8 @@ def require_whole(model: StandardizedTransformer, worst: float, allowed: float, 
     if not worst <= allowed:
         raise Unavailable(
             f"{what} is not served for {model.model_class}: the gradients through queries, keys, values and MLPs do "
-            f"not add up to the gradient of the stream (relative error {worst:.1e}, {allowed:.0e} is rounding). A layer "
-            "reads the stream in another way too, such as a gate on its heads."
+            f"not add up to the gradient of the stream (relative error {worst:.1e}, {allowed:.0e} is rounding). A "
+            "layer reads the stream in another way too, such as a gate on its heads."
         )
 
 
