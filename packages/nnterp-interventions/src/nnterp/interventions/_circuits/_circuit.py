@@ -308,7 +308,10 @@ def _read(path: Path) -> Circuit:
         by_pair = content["by_pair"]
         return Circuit(
             tuple(Node(*node) for node in content["writers"]),
-            tuple(Input(*own[:3], tuple(Node(*node) for node in own[3])) for own in content["inputs"]),
+            tuple(
+                Input(role, layer, head, tuple(Node(*node) for node in nodes))
+                for role, layer, head, nodes in content["inputs"]
+            ),
             tuple(content["before"]),
             torch.tensor(content["senders"], dtype=torch.long),
             torch.tensor(content["receivers"], dtype=torch.long),

@@ -112,7 +112,7 @@ class _Slots:
         self.sets: dict[int, torch.Tensor] = {}
         self.slot: dict[int, int] = {}
         for block in graph.blocks:
-            roles: list[str] = [*HEAD_INPUTS, "mixer"] + ["mlp"] * (block.mlp == "input")
+            roles: list[str] = [*HEAD_INPUTS, "mixer", *["mlp"] * (block.mlp == "input")]
             own = [i for role in roles for i in graph.inputs_of.get((block.layer, role), ())]
             if own:
                 self.sets[block.layer], where = kept[own].unique(dim=0, return_inverse=True)

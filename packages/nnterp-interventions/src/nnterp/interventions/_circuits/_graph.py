@@ -164,15 +164,15 @@ def blocks_of(model: StandardizedTransformer, what: str) -> tuple[Block, ...]:
         raise Unavailable(
             f"{what} is not served for {name}: {model.anatomy.between[0]} adds to the stream between its layers."
         )
-    if model.lenders:
+    for lender, _, lent in model.lenders:
         raise Unavailable(
-            f"{what} is not served for {name}: later layers borrow keys and values of layer {model.lenders[0].layer}, "
+            f"{what} is not served for {name}: layer {lender} lends {lent} to later layers, "
             "so what a head reads is not the stream of its own layer alone."
         )
     found = []
     for layer in dict.fromkeys(term.layer for term in terms):
         structure = model.facts.residual_of(layer)
-        roles = {term.role for term in terms if term.layer == layer and term.role != "embeddings"}
+        roles: set[str] = {term.role for term in terms if term.layer == layer and term.role != "embeddings"}
         scale = structure.stream_scale
         scaled = bool((scale != 1).any()) if isinstance(scale, torch.Tensor) else abs(scale - 1) > 1e-4
         if structure.kind == "silent" or "other" in roles or scaled:
