@@ -271,6 +271,50 @@ def test_components_from_numbers():
     assert same.data[0].marker.cmax == 1.0
 
 
+def test_a_circuit_is_nodes_by_layer_and_head():
+    edges = [
+        ("embeddings", "L0 H1", 0.5),
+        ("L0 H1", "L2 mlp", -2.0),
+        ("L2 mlp", "logits", 1.9),
+        ("L0 H1", "logits", 0.1),
+    ]
+    figure = display.plot_circuit(edges)
+    nodes = next(trace for trace in figure.data if trace.name == "nodes")
+    at = dict(zip(nodes.hovertext, zip(nodes.x, nodes.y, strict=True), strict=True))
+    assert at["L0 H1"] == (1.0, 0.0)
+    assert at["embeddings"][1] < at["L0 H1"][1] < at["L2 mlp"][1] < at["logits"][1]
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    widest = max((trace for trace in lines if trace.name == "lowers the metric"), key=lambda trace: trace.line.width)
+    assert list(widest.x)[:2] == [at["L0 H1"][0], at["L2 mlp"][0]]
+    assert list(widest.y)[:2] == [at["L0 H1"][1], at["L2 mlp"][1]]
+    raising = [trace for trace in lines if trace.name == "raises the metric"]
+    assert sum(list(trace.x).count(None) for trace in raising) == 3
+    assert len({trace.line.width for trace in raising}) == 3
+    hover = next(trace for trace in figure.data if trace.name == "edges").hovertext
+    assert hover[0] == "L0 H1 → L2 mlp<br>score -2.0000"
+    assert "strongest" not in (figure.layout.title.text or "")
+    assert "the 2 strongest of 4 edges" in display.plot_circuit(edges, edges=2).layout.title.text
+    with pytest.raises(ValueError, match="'head 3' is no node"):
+        display.plot_circuit([("head 3", "logits", 1.0)])
+    with pytest.raises(ValueError, match="no edges"):
+        display.plot_circuit([])
+    with pytest.raises(TypeError, match="plot_circuit"):
+        display.plot_circuit(3)
+
+
+def test_faithfulness_is_a_curve_beside_random_circuits():
+    figure = display.plot_faithfulness([1.0, 0.2, 0.7], [1.0, 0.01, 0.1], random=[[1.0, 0.0, 0.1]])
+    assert [trace.name for trace in figure.data] == ["random circuits", "circuit"]
+    assert np.allclose(figure.data[1].x, [0.01, 0.1, 1.0])
+    assert np.allclose(figure.data[1].y, [0.2, 0.7, 1.0])
+    assert np.allclose(figure.data[0].y, [0.0, 0.1, 1.0])
+    assert figure.layout.xaxis.type == "log"
+    assert display.plot_faithfulness([0.0, 1.0], [0, 1]).layout.xaxis.type == "linear"
+    for arguments, message in [(([1.0],), "Give sizes"), (([1.0, 2.0], [0.1]), "sizes has 1 entries")]:
+        with pytest.raises(ValueError, match=message):
+            display.plot_faithfulness(*arguments)
+
+
 def test_steering_lines_run_by_factor():
     effect, damage = torch.tensor([[3.0, 1.0, 2.0], [6.0, 4.0, 5.0]]), torch.tensor([[0.3, 0.1, 0.2], [0.6, 0.4, 0.5]])
     figure = display.plot_steering(effect, damage, layers=[3, 7], factors=[4.0, 0.5, 2.0], plain=0.05)

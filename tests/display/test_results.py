@@ -13,6 +13,9 @@ from nnterp.interventions import (
     activation_patching,
     components,
     direct_logit_attribution,
+    edge_attribution,
+    faithfulness,
+    logit_difference,
     logit_lens,
     logit_lens_table,
     patchscope_lens,
@@ -40,8 +43,7 @@ def lens(model):
 
 def test_every_figure_is_registered():
     expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths"}
-    expected |= {"patchscope", "certificate", "steering", "heads"}
-    expected |= {"patchscope", "certificate", "steering", "direct_attribution"}
+    expected |= {"patchscope", "certificate", "steering", "heads", "direct_attribution", "circuit", "faithfulness"}
     assert set(plugins.names(plugins.FIGURES)) >= expected
     for name in expected:
         assert callable(plugins.load(plugins.FIGURES, name))
@@ -200,6 +202,25 @@ def test_paths_are_measured_from_the_run_patched_into(model, direction):
     figure = result.plot()
     assert np.allclose(figure.data[0].x, result["scores"][0] - into, atol=1e-7)
     assert list(figure.layout.yaxis.ticktext) == ["mlps_output[0]", "attention_head_outputs[1] head 2 at -1"]
+
+
+def test_circuit_and_faithfulness_of_results(model):
+    clean, corrupted = [[5, 9, 12, 7], [3, 4, 5, 6]], [[5, 9, 40, 7], [3, 9, 5, 8]]
+    circuit = edge_attribution(model, clean, corrupted, logit_difference(40, 41), audit=0)
+    figure = display.plot_circuit(circuit.top(60), edges=10)
+    kept = circuit.top(60)
+    total = sum(len(edge.receiver.nodes) for edge in kept.edges)
+    assert f"the 10 strongest of {total} edges" in figure.layout.title.text
+    hover = next(trace for trace in figure.data if trace.name == "edges").hovertext
+    first = kept.edges[0]
+    assert len(hover) == 10
+    assert hover[0].startswith(f"{first.sender} → {first.receiver}<br>")
+    found = faithfulness(model, circuit, clean, corrupted, logit_difference(40, 41), (0.1, 0.5, 1.0), controls=2)
+    curves = display.plot_faithfulness(found).data
+    assert [trace.name for trace in curves] == ["random circuits", "random circuits", "circuit"]
+    assert np.allclose(curves[2].y, found.normalized)
+    assert np.allclose(curves[0].y, found.normalized_random[0])
+    assert np.allclose(curves[2].x, [0.1, 0.5, 1.0])
 
 
 def test_steering_sweep_is_effect_against_damage(model):

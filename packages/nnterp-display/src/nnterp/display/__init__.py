@@ -6,6 +6,7 @@ Every figure is a `plotly.graph_objects.Figure`. Functions take plain tensors wi
 
 from nnterp.display._attention import plot_attention
 from nnterp.display._certificate import plot_certificate
+from nnterp.display._circuit import plot_circuit, plot_faithfulness
 from nnterp.display._components import plot_components
 from nnterp.display._direct import plot_direct_attribution
 from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
@@ -30,8 +31,10 @@ __all__ = [
     "escape",
     "plot_attention",
     "plot_certificate",
+    "plot_circuit",
     "plot_components",
     "plot_direct_attribution",
+    "plot_faithfulness",
     "plot_heads",
     "plot_lens",
     "plot_patching",

@@ -8,6 +8,7 @@ from nnterp.interventions._attribution import (
     attribution_patching,
     direct_logit_attribution,
 )
+from nnterp.interventions._circuits import Circuit, Edge, Faithfulness, edge_attribution, faithfulness
 from nnterp.interventions._components import Component, components
 from nnterp.interventions._fitted import (
     Lens,
@@ -46,8 +47,11 @@ __all__ = [
     "AblationResult",
     "AttributionResult",
     "Audit",
+    "Circuit",
     "Component",
     "DirectAttribution",
+    "Edge",
+    "Faithfulness",
     "HeadScores",
     "Lens",
     "LensEvaluation",
@@ -69,7 +73,9 @@ __all__ = [
     "attribution_patching",
     "components",
     "direct_logit_attribution",
+    "edge_attribution",
     "evaluate_lens",
+    "faithfulness",
     "fit_jacobian_lens",
     "fit_subspace",
     "fit_tuned_lens",

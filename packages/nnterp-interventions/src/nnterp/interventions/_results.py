@@ -173,16 +173,21 @@ class Result:
             ModuleNotFoundError: nnterp-display is not installed.
             NotImplementedError: It has no figure for this class of result.
         """
-        draw = plugins.load(plugins.FIGURES, self.figure)
-        if draw is None:
-            there = plugins.names(plugins.FIGURES)
-            if there:
-                raise NotImplementedError(
-                    f"There is no figure of a {type(self).__name__} (there are: {', '.join(there)}); "
-                    f"draw its to_dataframe()."
-                )
-            raise ModuleNotFoundError("Figures are drawn by another package: pip install nnterp-display")
-        return draw(self, **kwargs)
+        return drawn(self, self.figure, **kwargs)
+
+
+def drawn(result: Any, figure: str, **kwargs: Any) -> Any:
+    """What the figure of that name makes of a result; see `Result.plot`."""
+    draw = plugins.load(plugins.FIGURES, figure)
+    if draw is None:
+        there = plugins.names(plugins.FIGURES)
+        if there:
+            raise NotImplementedError(
+                f"There is no figure of a {type(result).__name__} (there are: {', '.join(there)}); draw its "
+                "to_dataframe()."
+            )
+        raise ModuleNotFoundError("Figures are drawn by another package: pip install nnterp-display")
+    return draw(result, **kwargs)
 
 
 def versions() -> dict[str, str]:
