@@ -1,7 +1,7 @@
 """Fit both lenses and compare them on text that neither has seen: the table of `docs/lenses.md`.
 
     uv run python tools/lenses.py                   # the toy checkpoint
-    uv run python tools/lenses.py smollm2 gemma3    # the real models of tools/real_models.py; about a quarter hour each
+    uv run python tools/lenses.py smollm2 gemma3    # the real models of tools/real_models.py: minutes to an hour
 
 A table is printed, and written to the page where the page has a place for it. The texts of a real model are written by
 the model itself, from a fixed seed: they need no download, and they are what it predicts best.
