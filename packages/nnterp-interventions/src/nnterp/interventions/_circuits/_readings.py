@@ -129,7 +129,7 @@ def read_run(
     reading = Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), own, own)
     if readout:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            logits = model.project_on_vocab(reading.value(*keys[-1])[:, -1]).float()
+            logits = model.project_on_vocab(reading.value("layers_output", blocks[-1].layer)[:, -1]).float()
     reading.logits = logits
     return reading
 
