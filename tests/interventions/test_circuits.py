@@ -240,7 +240,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
         ("qwen3_next", "a gate on its heads"),
         ("diffllama", "do not add up"),
         ("hy_v4", "lends"),
-        ("gemma3n_text", "several side by side"),
+        ("gemma3n_text", "lends its keys and values"),
     ],
 )
 def test_what_does_not_decompose_is_refused(tiny, kind, reason):

@@ -59,8 +59,8 @@ def edge_attribution(
     the attention and the MLP of a layer do not read each other. Under post-norms what a head writes is its share of
     what the norm makes of the sum, the norm's scale held at its value in the run.
 
-    It costs two forwards, and a forward and a backward a step; and the audit two forwards for each edge that it
-    recomputes.
+    It costs two forwards, a backward, and vector-Jacobian products through every projection of a head; "integrated" a
+    forward and a backward more for each step. The audit costs two forwards for each edge that it recomputes.
 
     Args:
         model: The model, with its weights here: this does not run remotely.
@@ -175,13 +175,13 @@ class _Edges:
     def some(self, chosen: list[int]) -> None:
         """Score some pairs of one length."""
         model, graph, pairs = self.model, self.graph, self.pairs
-        source, into = both_runs(model, graph, pairs, chosen)
+        ids, others = (ids_of_rows([rows[i] for i in chosen]) for rows in (pairs.into, pairs.source))
+        source = read_run(model, graph.blocks, others)
+        into = read_run(model, graph.blocks, ids, gradients=not self.points)
         clean = source.logits if pairs.denoising else into.logits
         scoring = Scoring(self.metric, model, len(pairs), chosen, clean)
-        with torch.no_grad():
-            changes = written(graph, source) - written(graph, into)
-        ids = ids_of_rows([pairs.into[i] for i in chosen])
         slopes = self.slopes(ids, source, into, scoring)
+        changes = written(graph, source) - written(graph, into)
         scores = self.scores(changes, slopes, source, into)
         self.into_scores[chosen] = scoring(into.logits).detach().double().cpu()
         if not scores.isfinite().all():
@@ -196,17 +196,17 @@ class _Edges:
     def slopes(self, ids: torch.Tensor, source: Reading, into: Reading, scoring: Scoring) -> torch.Tensor:
         """The gradient through each input alone, `[inputs, pairs, seq, hidden]`; the mean over steps."""
         if not self.points:
-            return self.slopes_at(ids, None, scoring)
+            return self.slopes_in(into, scoring)
         total: Any = 0
         for k in range(self.points):
             part = (k + 0.5) / self.points
             between = into.embeddings + part * (source.embeddings - into.embeddings)
-            total = total + self.slopes_at(ids, between, scoring)
+            reading = read_run(self.model, self.graph.blocks, ids, between, gradients=True)
+            total = total + self.slopes_in(reading, scoring)
         return total / self.points
 
-    def slopes_at(self, ids: torch.Tensor, embeddings: torch.Tensor | None, scoring: Scoring) -> torch.Tensor:
-        """The same in one run."""
-        reading = read_run(self.model, self.graph.blocks, ids, embeddings, gradients=True)
+    def slopes_in(self, reading: Reading, scoring: Scoring) -> torch.Tensor:
+        """The same in one run, which was read with gradients."""
         score = scoring(reading.logits).sum()
         if not score.requires_grad:
             raise ValueError(

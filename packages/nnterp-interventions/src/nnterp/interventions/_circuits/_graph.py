@@ -158,7 +158,6 @@ def blocks_of(model: StandardizedTransformer, what: str) -> tuple[Block, ...]:
         Unavailable: The stream is no sum of what the parts add, something beside mixers and MLPs reads or writes it, a
             layer borrows keys and values, or the inside of its attention is not served; says why.
     """
-    terms = terms_of(model, what)
     name = model.model_class
     if model.anatomy.between:
         raise Unavailable(
@@ -169,7 +168,7 @@ def blocks_of(model: StandardizedTransformer, what: str) -> tuple[Block, ...]:
             f"{what} is not served for {name}: layer {lender} lends {lent} to later layers, "
             "so what a head reads is not the stream of its own layer alone."
         )
-    found = []
+    found, terms = [], terms_of(model, what)
     for layer in dict.fromkeys(term.layer for term in terms):
         structure = model.facts.residual_of(layer)
         roles: set[str] = {term.role for term in terms if term.layer == layer and term.role != "embeddings"}

@@ -107,8 +107,8 @@ def read_run(
     except (KeyError, TypeError) as error:
         raise Unavailable(f"{model.model_class}: in which order its values are computed is not known.") from error
     names, inputs = [str(place) for place in order], {"input_ids": ids, **forward_flags(model)}
-    begin, label = model.place("token_embeddings"), "token_embeddings"
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), model.trace(inputs):
+    begin, label, readout = model.place("token_embeddings"), "token_embeddings", model.readout.proven
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), model.trace(inputs) as tracer:
         start = begin.read(model, label)
         own = start.detach().clone().save()
         if gradients or embeddings is not None:
@@ -122,8 +122,16 @@ def read_run(
                 tensor.requires_grad_(True)
             seen.append(tensor if place in roots else tensor.clone())  # a model may add to it in place (Falcon)
         nnsight.save(seen)
-        logits = model.logits[:, -1].float().save()
-    return Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), logits, own)
+        if readout:
+            tracer.stop()
+        else:
+            logits = model.logits[:, -1].float().save()
+    reading = Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), own, own)
+    if readout:
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            logits = model.project_on_vocab(reading.value("layers_output", blocks[-1].layer)[:, -1]).float()
+    reading.logits = logits
+    return reading
 
 
 def _differentiated(keys: Sequence[Key]) -> list[Key]:
