@@ -64,6 +64,24 @@ def test_equal_autograd_on_the_plain_model(model_type):
     assert got.layers[have[0]] == (2, 1)
 
 
+@pytest.mark.parametrize("value", ["mlps_output", "mlp_contributions"])
+def test_what_the_model_adds_to_in_place_is_kept_as_it_was(value):
+    """Falcon adds its attention's output to its feed-forward's in place."""
+    model, tokens, seen = wrapped("falcon", eager=False, check=True), ids(), {}
+
+    def keep(_, args, out):
+        seen["value"] = out.detach().clone()
+        out.register_hook(lambda gradient: seen.update(gradient=gradient.clone()))
+
+    handle = model._module.transformer.h[1].mlp.register_forward_hook(keep)
+    metric(model._module(**arguments(model._module, tokens)).logits).backward()
+    handle.remove()
+    model._module.zero_grad()
+    got = model.gradients(tokens, metric, value)
+    assert torch.allclose(got.value((value, 1)), seen["value"], atol=1e-5)
+    assert torch.allclose(got[value, 1], seen["gradient"], atol=1e-5)
+
+
 def test_derived_values():
     """What is no tensor of the model: its gradient is that of what a change of it changes."""
     model, tokens = wrapped("granite", check=True), ids()  # contributions are scaled by 0.7

@@ -2,7 +2,7 @@
 
 from nnterp.collection._collect import collect
 from nnterp.collection._collected import Collected
-from nnterp.collection._differentiation import GradientReads, gradients_at
+from nnterp.collection._differentiation import GradientReads, gradients_at, note
 from nnterp.collection._gradients import Gradients, gradients
 
-__all__ = ["Collected", "GradientReads", "Gradients", "collect", "gradients", "gradients_at"]
+__all__ = ["Collected", "GradientReads", "Gradients", "collect", "gradients", "gradients_at", "note"]

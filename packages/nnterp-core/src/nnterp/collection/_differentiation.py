@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
@@ -18,7 +19,7 @@ ByKey: TypeAlias = dict[ValueKey, torch.Tensor]
 class GradientReads:
     """Where to read values, and what the gradients with respect to them are made of, in forward order.
 
-    In a trace, read `places` in order, and give what was read to `gradients_at`, and then to `combined`.
+    In a trace, read `places` in order and `note` what was read; then come `gradients_at` and `combined`.
 
     Args:
         model: The model.
@@ -48,14 +49,14 @@ class GradientReads:
         self.wanted = sorted({self.places.index(place) for places, _ in self._slopes.values() for place in places})
 
     @torch.no_grad()
-    def combined(self, seen: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor]) -> tuple[ByKey, ByKey]:
+    def combined(self, kept: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor]) -> tuple[ByKey, ByKey]:
         """Values, and gradients with respect to them, by name and layer; detached.
 
         Args:
-            seen: What was read at `places`.
+            kept: Copies of what was read at `places`.
             slopes: The gradients with respect to those that are `wanted`.
         """
-        values = dict(zip(self.places, (tensor.detach() for tensor in seen), strict=True))
+        values = dict(zip(self.places, kept, strict=True))
         by_place = {self.places[i]: slope for i, slope in zip(self.wanted, slopes, strict=True)}
         return (
             {key: combine([values[p] for p in places]) for key, (places, combine) in self._values.items()},
@@ -69,14 +70,30 @@ def key_label(key: ValueKey) -> str:
     return name if layer is None else f"{name}[{layer}]"
 
 
+def note(tensor: torch.Tensor, edges: list[GradientEdge | None], kept: list[torch.Tensor]) -> None:
+    """Keep a tensor that was read, and where it stands in the graph, as both are now: a model may add to it in place.
+
+    Args:
+        tensor: What was read.
+        edges: Gets its place in autograd's graph, None where it requires no gradient.
+        kept: Gets a detached copy.
+    """
+    edges.append(torch.autograd.graph.get_gradient_edge(tensor) if tensor.requires_grad else None)
+    kept.append(tensor.detach().clone())
+
+
 def gradients_at(
-    score: torch.Tensor, seen: Sequence[torch.Tensor], wanted: Sequence[int], names: Sequence[str]
+    score: torch.Tensor,
+    edges: Sequence[GradientEdge | None],
+    kept: Sequence[torch.Tensor],
+    wanted: Sequence[int],
+    names: Sequence[str],
 ) -> list[torch.Tensor]:
-    """The gradients of a score with respect to some of the tensors seen on the way to it; 0 where it ignores one.
+    """The gradients of a score with respect to some of the tensors read on the way to it; 0 where it ignores one.
 
     Args:
         score: One number.
-        seen: The tensors.
+        edges, kept: What `note` kept of the tensors.
         wanted: Indices of those whose gradients are wanted.
         names: What errors call the tensors.
 
@@ -88,11 +105,11 @@ def gradients_at(
             "The metric does not depend on any of the values through differentiable operations: it was detached, "
             "computed under no_grad, or made of integers (argmax, comparisons)."
         )
-    frozen = [i for i in wanted if not seen[i].requires_grad]
+    frozen = [i for i in wanted if edges[i] is None]
     if frozen:
         raise ValueError(
-            f"{names[frozen[0]]} does not require a gradient: its dtype is {seen[frozen[0]].dtype}, or the weights "
+            f"{names[frozen[0]]} does not require a gradient: its dtype is {kept[frozen[0]].dtype}, or the weights "
             "before it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
         )
-    made = torch.autograd.grad(score.reshape(()), [seen[i] for i in wanted], allow_unused=True)
-    return [torch.zeros_like(seen[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]
+    made = torch.autograd.grad(score.reshape(()), [edges[i] for i in wanted], allow_unused=True)
+    return [torch.zeros_like(kept[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]

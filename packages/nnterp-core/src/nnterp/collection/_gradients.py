@@ -8,9 +8,10 @@ from typing import Any
 
 import nnsight
 import torch
+from torch.autograd.graph import GradientEdge
 
 from nnterp.arguments import device_of
-from nnterp.collection._differentiation import GradientReads, gradients_at
+from nnterp.collection._differentiation import GradientReads, gradients_at, note
 from nnterp.collection._keys import read_key
 from nnterp.collection._plan import make_plan
 from nnterp.defaults import plain_defaults
@@ -125,17 +126,18 @@ def gradients(
     order, wanted, names = to_read.places, to_read.wanted, to_read.names
     inputs = {**batch.encoding, **forward_flags(model)}
     with freeze(model, held), model.trace(inputs, remote=remote):
-        seen: list[torch.Tensor] = []
+        edges: list[GradientEdge | None] = []
+        kept: list[torch.Tensor] = []
         for place, name in zip(order, names, strict=True):
             tensor = place.read(model, name)
-            if (held or not seen) and not tensor.requires_grad and tensor.is_floating_point():
+            if (held or not kept) and not tensor.requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_(True)  # frozen weights, or a value that is held still: the graph begins here
-            seen.append(tensor)
-        found = nnsight.save(_differentiated(metric, model.logits, seen, wanted, names))
-    score, logits, slopes, kept = found
+            note(tensor, edges, kept)
+        found = nnsight.save((*_differentiated(metric, model.logits, edges, kept, wanted, names), kept))
+    score, logits, slopes, copies = found
     values_, gradients_ = (
         {key: _shaped(tensor, key[0], len(rows)).to(device) for key, tensor in tensors.items()}
-        for tensors in to_read.combined(kept, slopes)
+        for tensors in to_read.combined(copies, slopes)
     )
     return Gradients(score.to(device), logits.to(device), batch, plan.layers, values_, gradients_, model.num_layers)
 
@@ -148,14 +150,14 @@ def _shaped(tensor: torch.Tensor, name: str, rows: int) -> torch.Tensor:
 def _differentiated(
     metric: Callable[[torch.Tensor], torch.Tensor],
     logits: torch.Tensor,
-    seen: list[torch.Tensor],
+    edges: list[GradientEdge | None],
+    kept: list[torch.Tensor],
     wanted: list[int],
     names: list[str],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """The score, the logits, the gradients with respect to what is wanted of what was seen, and all that was seen."""
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The score, the logits, and the gradients with respect to what is wanted of what was read."""
     score = metric(logits)
     if not isinstance(score, torch.Tensor) or score.numel() != 1:
         got = list(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
         raise ValueError(f"The metric must make one number of the logits {list(logits.shape)}; it made {got}.")
-    slopes = gradients_at(score, seen, wanted, names)
-    return score.detach(), logits.detach(), slopes, [tensor.detach() for tensor in seen]
+    return score.detach(), logits.detach(), gradients_at(score, edges, kept, wanted, names)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import nnsight
 import torch
+from torch.autograd.graph import GradientEdge
 
-from nnterp.collection import GradientReads, gradients_at
+from nnterp.collection import GradientReads, gradients_at, note
 from nnterp.inputs import Row, forward_flags
 from nnterp.interventions._engine import Key, Passing, Shortcuts, rows_of
 from nnterp.interventions._running import filled, weights_at_rest
@@ -116,13 +117,15 @@ def _run(
         start = begin.read(model, EMBEDDINGS[0])
         given = start if own is None else own.to(start).view(start.shape)
         begin.write(model, given.detach().requires_grad_(True).clone(), EMBEDDINGS[0])  # a model may edit it in place
-        seen = []
+        edges: list[GradientEdge | None] = []
+        kept: list[torch.Tensor] = []
         for place, name in zip(places, names, strict=True):
             tensor = place.read(model, name)
             if not tensor.requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_(True)  # it depends on nothing that is differentiated: the graph begins here
-            seen.append(tensor)
-        nnsight.save(seen)
+            note(tensor, edges, kept)
+        nnsight.save(edges)
+        nnsight.save(kept)
         if readout:
             whole = Passing(model).read(("layers_output", leaving))
             last = whole[row.to(whole.device), at.to(whole.device)].save()
@@ -132,7 +135,7 @@ def _run(
             last = whole[row.to(whole.device), at.to(whole.device)].save()
     logits = (model.project_on_vocab(last) if readout else last).float()
     scores = metric(logits, indices)
-    values, slopes = plan.combined(seen, gradients_at(scores.sum(), seen, plan.wanted, names))
+    values, slopes = plan.combined(kept, gradients_at(scores.sum(), edges, kept, plan.wanted, names))
 
     def split(tensors: States) -> list[States]:
         rows = {key: _by_row(model, key[0], tensor, (count, width)) for key, tensor in tensors.items()}
