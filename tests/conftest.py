@@ -1,5 +1,6 @@
 """What every test needs: no network, one thread a worker, models built once a worker."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    """What the imports made stays: the collector need not walk it again and again during the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config, log):

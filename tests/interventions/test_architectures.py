@@ -30,7 +30,9 @@ from nnterp.interventions import (
 )
 from nnterp.testing import tiny_model, tiny_tokenizer
 
-from .hooked import before, queries_projection, run, setting, value
+from .hooked import before, queries_projection, setting
+from .hooked import run as run_anew
+from .hooked import value as read_anew
 from .reference import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
@@ -65,6 +67,27 @@ def eager(kind):
     return StandardizedTransformer(
         tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=kind not in NO_ATTENTION
     )
+
+
+KEPT = {}  # what the plain runs of this file's models gave: neither the models nor these tensors are changed
+
+
+def run(model, prompt, edits=()):
+    """As `hooked.run`; a run without edits is made once."""
+    if edits:
+        return run_anew(model, prompt, edits)
+    key = id(model), tuple(prompt)
+    if key not in KEPT:
+        KEPT[key] = run_anew(model, prompt)
+    return KEPT[key]
+
+
+def value(model, prompt, name, layer):
+    """As `hooked.value`, read once."""
+    key = id(model), tuple(prompt), name, layer
+    if key not in KEPT:
+        KEPT[key] = read_anew(model, prompt, name, layer)
+    return KEPT[key]
 
 
 @pytest.fixture(params=ALL)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Callable
-from functools import cache
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._evidence import Claimed, Evidence, gather, gather_shapes, is_large, skipped
@@ -26,6 +24,7 @@ from nnterp.discovery import BETWEEN_PROBE, Probe, Silent, find_between, quiet, 
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import dtype_of
 from nnterp.named_transformer import NamedTransformer
+from nnterp.versions import version_of
 
 Claim = Callable[[Evidence, Facts], Claimed]
 
@@ -60,17 +59,11 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
         model_class=facts.anatomy.model_class,
         dtype=str(dtype_of(model._module)).removeprefix("torch."),
         device=str(input_device(model._module)) if model.dispatched else "meta",
-        versions={name: _version(name) for name in ("nnterp-core", "nnsight", "transformers", "torch")},
+        versions={name: version_of(name) for name in ("nnterp-core", "nnsight", "transformers", "torch")},
         lines=tuple(lines),
         seconds=time.perf_counter() - started,
     )
     return certificate, facts
-
-
-@cache
-def _version(name: str) -> str:
-    """The version of an installed distribution; cached, because looking it up reads files."""
-    return importlib.metadata.version(name)
 
 
 def _with_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line], Facts]:

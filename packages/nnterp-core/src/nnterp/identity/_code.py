@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import CodeType, EllipsisType, FunctionType, NoneType
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 SIMPLE = (bool, int, float, complex, str, bytes, NoneType, EllipsisType, range, torch.dtype, torch.device)
 
 
-def names_read(code: CodeType) -> list[str]:
+@lru_cache(4096)
+def names_read(code: CodeType) -> tuple[str, ...]:
     """Return the global names that code reads, also in the functions defined inside it; sorted."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names |= set(names_read(constant))
-    return sorted(names)
+    return tuple(sorted(names))
 
 
 def closure_of(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from nnterp import plugins
 from nnterp.files import read_tensors, write_tensors
+from nnterp.versions import version_of
 
 if TYPE_CHECKING:
     import pandas
@@ -192,7 +192,7 @@ def drawn(result: Any, figure: str, **kwargs: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+    return {name: version_of(name) for name in _DISTRIBUTIONS}
 
 
 def describe_run(model: StandardizedTransformer, function: str, **arguments: Any) -> dict[str, Any]:

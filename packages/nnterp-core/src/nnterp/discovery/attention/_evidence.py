@@ -50,6 +50,7 @@ class Evidence:
         self.tolerance = tolerance
         self.operations: list[Operation] = [o for path in paths for o in eager.operations_of(path)]
         self.operations.sort(key=lambda o: o.began)
+        self._compared: dict[tuple[int, int], bool] = {}
         self._current = {(o.path, o.labels): o for path in paths for o in current.operations_of(path)}
 
     def beside(self, operation: Operation) -> list[Operation]:
@@ -97,7 +98,13 @@ class Evidence:
             yield from self.returned(operation)
 
     def _alike(self, mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
-        return theirs is not None and same(mine, theirs, max(self.tolerance * 100, 1e-3))
+        """Whether the two runs hold the same numbers; each pair is compared once, though searches ask for it often."""
+        if theirs is None:
+            return False
+        pair = id(mine), id(theirs)  # of recordings, which outlive this object
+        if pair not in self._compared:
+            self._compared[pair] = same(mine, theirs, max(self.tolerance * 100, 1e-3))
+        return self._compared[pair]
 
 
 class _Seen(Protocol):
