@@ -30,7 +30,7 @@ def test_the_page_on_attribution_runs(tmp_path, monkeypatch):
     file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
     names = runpy.run_path(str(file), run_name="page")
     assert names["heads"].shape == (2, names["model"].num_layers, names["model"].num_heads)
-    assert names["found"]["residue"].abs().max() < 1e-4 * names["found"]["logits"].abs().max()
+    assert names["direct"]["residue"].abs().max() < 1e-4 * names["direct"]["logits"].abs().max()
     assert names["by_position"].tokens[0][-1] == " is"
 
 
