@@ -188,6 +188,50 @@ SECTIONS = [
         """,
     ),
     (
+        "direct-attribution",
+        "What each head adds to a logit",
+        "Direct logit attribution: the parts add up to the logit difference.",
+        """\
+        from nnterp.interventions import direct_logit_attribution
+        from nnterp.prompts.tasks import capitals
+
+        task = capitals(model, 8)
+        direct = direct_logit_attribution(model, task.clean, (task.correct, task.wrong), by="head")
+        figure = direct.plot(prompts="mean")
+        """,
+    ),
+    (
+        "circuit",
+        "A circuit",
+        "The edges that carry capitals, by their gradients; every score is checked against exact runs in the audit.",
+        """\
+        from nnterp.interventions import edge_attribution, faithfulness
+
+        metric = logit_difference(task.correct, task.wrong)
+        circuit = edge_attribution(model, task.clean, task.corrupted, metric, method="integrated", progress=False)
+        figure = circuit.top(40).plot()
+        """,
+    ),
+    (
+        "faithfulness",
+        "Is the circuit faithful?",
+        "The metric when all edges but the strongest are cut, beside random circuits of the same size.",
+        """\
+        found = faithfulness(model, circuit, task.clean, task.corrupted, metric, progress=False)
+        figure = found.plot()
+        """,
+    ),
+    (
+        "heads",
+        "Kinds of heads",
+        "How far each head attends to the token before; rings mark heads beyond the null control.",
+        """\
+        from nnterp.interventions import head_scores
+
+        figure = head_scores(model, "previous_token", progress=False).plot()
+        """,
+    ),
+    (
         "topk",
         "Top tokens of each layer",
         "The figure of nnterp 1.x, one panel per prompt.",
