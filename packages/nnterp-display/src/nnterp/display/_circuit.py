@@ -57,7 +57,15 @@ def plot_circuit(circuit: Any, *, edges: int = 100, title: str | None = None, sh
     figure.update_yaxes(
         tickvals=[y for y, _ in ticks], ticktext=[label for _, label in ticks], title_text="layer", zeroline=False
     )
-    figure.update_xaxes(title_text="head", zeroline=False, showgrid=False, dtick=1, range=[-0.7, heads + 1.7])
+    columns = [*range(0, heads + 1, 1 + heads // 16), heads + 1]
+    figure.update_xaxes(
+        tickvals=columns,
+        ticktext=[*map(str, columns[:-1]), "other"],
+        title_text="head",
+        zeroline=False,
+        showgrid=False,
+        range=[-0.7, heads + 1.7],
+    )
     figure.update_layout(
         width=max(560, 90 * (heads + 2)),
         height=max(420, 110 + 64 * (len(layers) + 2)),

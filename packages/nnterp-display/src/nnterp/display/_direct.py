@@ -71,7 +71,9 @@ def plot_direct_attribution(
     if drawn := _map(names, values):
         cells, columns, axis, rest = drawn
         whole = f"{title or ''}{': ' if title and rest else ''}{rest}"
-        return plot_patching(cells, columns, column_axis=axis, score=label, title=whole or None, show=show)
+        figure = plot_patching(cells, columns, column_axis=axis, score=label, title=whole or None)
+        figure.update_layout(width=max(figure.layout.width, 100 + 9 * len(whole)))  # the title says what is in no cell
+        return shown(figure, show)
     if len(names) > most:
         kept = np.sort(np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:most])
         title = f"{title or 'Direct attribution'}: the {most} largest of {len(names)} parts"
