@@ -94,13 +94,18 @@ def mean_top(scores: torch.Tensor, k: int) -> str:
 def curve(found: Faithfulness) -> str:
     random = found.normalized_random
     rows = [
-        f"| {size:g} | {int(edges):,} | {own:.2f} | {low:.2f} to {high:.2f} |"
+        f"| {size:g} | {int(edges):,} | {rounded(own)} | {rounded(low)} to {rounded(high)} |"
         for size, edges, own, low, high in zip(
             SIZES, found["edges"], found.normalized, random.min(0).values, random.max(0).values, strict=True
         )
     ]
     head = ["| part of the edges | kept | faithfulness | random circuits |", "|---|---|---|---|"]
     return "\n".join([*head, *rows]) + f"\n\nCPR {found.cpr:.2f}, CMD {found.cmd:.2f}."
+
+
+def rounded(value: torch.Tensor) -> str:
+    """Two decimals, and no minus before a zero."""
+    return f"{round(float(value), 2) + 0.0:.2f}"
 
 
 def kinds(model: StandardizedTransformer) -> str:
