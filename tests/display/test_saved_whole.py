@@ -93,6 +93,7 @@ ENDS = {
     "interrupted": """
         save(0)
         last = n = stopped = 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it waits until there is something to interrupt
         print("ready", flush=True)
         while stopped < 8:

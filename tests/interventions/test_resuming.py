@@ -286,6 +286,7 @@ def test_a_metric_that_counts_its_calls_can_go_on(model):
 
 
 PROGRAM = """
+import signal
 import sys
 import torch
 from nnterp import StandardizedTransformer
@@ -297,6 +298,7 @@ clean, corrupted = [[i + 11, 42, 57, 93, 130] for i in range(16)], [[i + 11, 42,
 call = lambda **more: activation_patching(model, clean, corrupted, logit_difference(5, 9), batch_size=5, **more)
 whole = call()
 model._module.register_forward_pre_hook(lambda *_: print("forward", flush=True))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 try:
     call()
 except KeyboardInterrupt as error:
