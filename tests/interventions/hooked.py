@@ -199,3 +199,8 @@ def setting(index, new):
         return x
 
     return function
+
+
+def gradients_of_weights(module):
+    """What a call leaves as it was: whether each weight takes part in gradients, and the gradient that it holds."""
+    return [(p.requires_grad, None if p.grad is None else (id(p.grad), p.grad._version)) for p in module.parameters()]

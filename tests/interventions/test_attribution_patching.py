@@ -28,7 +28,7 @@ from nnterp.positions import last_of
 from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.values import get_value, read_value, write_value
 
-from .hooked import hooked, run, value
+from .hooked import gradients_of_weights, hooked, run, value
 from .reference import ARCHITECTURES, hooks
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
@@ -317,6 +317,7 @@ def test_integrated_attributions_of_the_embeddings_sum_to_the_difference(toy, di
 def test_slopes_of_interpolated_embeddings(tiny):
     """What edges use: gradients by the embeddings themselves, of prompts of different lengths in one batch."""
     model = tiny("llama")
+    before = gradients_of_weights(model._module)
     rows, other = encode(model, CORRUPTED), encode(model, CLEAN)
     embed = model._module.get_submodule(model.anatomy.embed_tokens)
     ends = [[embed(torch.tensor(row.ids)).detach() for row in side] for side in (rows, other)]
@@ -331,7 +332,7 @@ def test_slopes_of_interpolated_embeddings(tiny):
         torch.testing.assert_close(own.values[EMBEDDINGS], given)
         close(own.gradients[EMBEDDINGS], expected[0], expected.abs().max())
         assert own.score.item() == pytest.approx(score.item(), abs=1e-3)
-    assert all(p.requires_grad and p.grad is None for p in model._module.parameters())
+    assert gradients_of_weights(model._module) == before
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])

@@ -6,7 +6,7 @@ import torch
 from nnterp.errors import InsideTraceError, ShapeError
 from nnterp.interventions import Result, SubspaceResult, fit_subspace, logit_difference, patch_subspace
 
-from .hooked import run, value
+from .hooked import gradients_of_weights, run, value
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
 CORRUPTED = [[11, 42, 99, 93, 130, 201], [60, 31, 101, 180]]
@@ -99,6 +99,7 @@ def test_what_is_recovered():
 
 
 def test_a_fitted_subspace_recovers_what_random_ones_do_not(toy, tmp_path):
+    before = gradients_of_weights(toy._module)
     found = fit_subspace(toy, *COUNTRIES, "layers_output", 3, 8, positions=[3, -1], steps=40)
     losses = found["losses"]
     assert losses.shape == (40,)
@@ -116,7 +117,7 @@ def test_a_fitted_subspace_recovers_what_random_ones_do_not(toy, tmp_path):
     assert "8 of 128 dimensions, 5 pairs" in repr(loaded)
     same = fit_subspace(toy, *COUNTRIES, "layers_output", 3, 8, positions=[3, -1], steps=3)
     torch.testing.assert_close(same["losses"], losses[:3])
-    assert all(p.requires_grad and p.grad is None for p in toy._module.parameters())
+    assert gradients_of_weights(toy._module) == before
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
