@@ -10,9 +10,9 @@ process grows with the number of prompts.
 import argparse
 import resource
 import statistics
-import time
 
 import torch
+from costs import ids, ratios
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nnterp import StandardizedTransformer
@@ -32,23 +32,6 @@ def built(eager=False):
     torch.manual_seed(0)
     module = LlamaForCausalLM(config).eval()
     return StandardizedTransformer(module, tokenizer=tiny_tokenizer(), enable_attention_probs=eager)
-
-
-def ids(rows, length, seed=0):
-    return torch.randint(10, 500, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def ratios(plain, work, rounds):
-    plain()
-    work()
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        plain()
-        middle = time.perf_counter()
-        work()
-        found.append((time.perf_counter() - middle) / (middle - start))
-    return found
 
 
 def direct(args):

@@ -132,15 +132,3 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts.double() - 1) / 2)[place]
-
-
-def check_audit(audit: Any, seed: Any = 0) -> None:
-    """Raise unless `audit` is a number of cells, 0 for none, and `seed` an integer.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    for name, value in (("audit", audit), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            what = "the number of scores to compute exactly, 0 for none" if name == "audit" else "an integer from 0"
-            raise ValueError(f"{name} is {what}, not {value!r:.80}.")

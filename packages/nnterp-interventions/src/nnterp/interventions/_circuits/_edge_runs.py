@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.inputs import forward_flags
+from nnterp.interventions._attribution import accumulated
 from nnterp.interventions._circuits._graph import HEAD_INPUTS, Block, Graph
-from nnterp.interventions._circuits._readings import Reading, accumulated, attention_parts, keys_of, stream_of
+from nnterp.interventions._circuits._readings import Reading, attention_parts, keys_of, stream_of
 from nnterp.interventions._engine import Passing, forward_steps, rows_of
 from nnterp.interventions._running import AUTO_ROWS, within_memory
 from nnterp.values import get_label, write_value

@@ -10,13 +10,13 @@ import torch
 
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
-from nnterp.interventions._attribution import audited, check_audit, require_gradients_on
+from nnterp.interventions._attribution import accumulated, audited, require_gradients_on
 from nnterp.interventions._circuits._chunks import Chunks, Scoring, both_runs, check_lengths, ids_of_rows
 from nnterp.interventions._circuits._circuit import Circuit, circuit_of, with_audit
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Graph
 from nnterp.interventions._circuits._proof import graph_of
-from nnterp.interventions._circuits._readings import Reading, accumulated, read_run, stream_of, written
+from nnterp.interventions._circuits._readings import Reading, read_run, stream_of, written
 from nnterp.interventions._circuits._slopes import Slopes
 from nnterp.interventions._metrics import metric_name
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
@@ -101,7 +101,7 @@ def edge_attribution(
     """
     model.require_no_trace(_WHAT)
     check_batch_size(batch_size)
-    check_audit(audit, seed)
+    audit, seed = count(audit, "audit", 0), count(seed, "seed", 0)
     require_gradients_on(_WHAT)
     if method not in ("gradient", "integrated"):
         raise ValueError(f'method is "gradient" or "integrated", not {method!r:.80}.')

@@ -10,10 +10,10 @@ import torch
 from nnterp.discovery import probe_ids
 from nnterp.errors import Unavailable
 from nnterp.huggingface import dtype_of
-from nnterp.interventions._attribution import head_shares, tolerance
+from nnterp.interventions._attribution import accumulated, head_shares, tolerance
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Block, Graph, blocks_of, graph_from
-from nnterp.interventions._circuits._readings import Reading, accumulated, read_run, stream_of, written
+from nnterp.interventions._circuits._readings import Reading, read_run, stream_of, written
 from nnterp.interventions._circuits._slopes import Slopes, feeds_of, require_whole
 from nnterp.interventions._running import weights_at_rest
 

@@ -11,7 +11,7 @@ import torch
 
 from nnterp.errors import Unavailable
 from nnterp.inputs import forward_flags
-from nnterp.interventions._attribution import head_shares
+from nnterp.interventions._attribution import accumulated, head_shares
 from nnterp.interventions._circuits._graph import HEAD_INPUTS, Block, Graph
 from nnterp.interventions._engine import Key, rows_of
 from nnterp.traced import Place
@@ -179,8 +179,3 @@ def stream_of(reading: Reading, block: Block, role: str) -> torch.Tensor:
     if role == "logits":
         return reading.value("layers_output", block.layer)
     return reading.value("layers_mid" if role == "mlp" and block.mlp == "mid" else "layers_input", block.layer)
-
-
-def accumulated(tensor: torch.Tensor) -> torch.Tensor:
-    """In the dtype in which streams are added up."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

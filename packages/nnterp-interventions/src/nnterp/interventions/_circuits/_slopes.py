@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnterp.errors import Unavailable
+from nnterp.interventions._attribution import accumulated
 from nnterp.interventions._circuits._graph import HEAD_INPUTS, Graph
-from nnterp.interventions._circuits._readings import Reading, accumulated
+from nnterp.interventions._circuits._readings import Reading
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
