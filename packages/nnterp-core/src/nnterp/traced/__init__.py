@@ -19,6 +19,7 @@ from nnterp.traced._apart import Apart, is_apart
 from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._conditions import Chosen, Condition
+from nnterp.traced._dictionary import Activation, Dictionary, Gated, JumpRelu, TopK
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edits import Edits, NoEdits
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
@@ -40,17 +41,21 @@ __all__ = [
     "PARTS",
     "PROMPTED",
     "PROMPTED_QUERIES",
+    "Activation",
     "Apart",
     "CachedState",
     "Chain",
     "Chosen",
     "Condition",
     "Declared",
+    "Dictionary",
     "Directory",
     "Edits",
     "Everywhere",
+    "Gated",
     "Inside",
     "Item",
+    "JumpRelu",
     "LayerAccessor",
     "Layout",
     "Lender",
@@ -68,6 +73,7 @@ __all__ = [
     "StreamLayout",
     "Sum",
     "ThroughOut",
+    "TopK",
     "TracedTransformer",
     "View",
     "Way",
