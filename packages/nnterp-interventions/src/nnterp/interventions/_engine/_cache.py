@@ -41,17 +41,54 @@ def continuing(
         counts: Layer i runs the first `counts[i]` rows; at least one (dummy) row always runs. All rows if None.
     """
     filled = new_cache(model)
-    same_prompt = bool((which == which[0]).all())
+    one = int(which[0]) if bool((which == which[0]).all()) else None
     for index, (keys, values) in enumerate(cache):
         own = (which if counts is None else which[: max(1, counts[index])]).to(keys.device)
-        if same_prompt:  # a view: nothing is copied before the model appends its own keys
-            own_keys, own_values = (kept[own[0], :, :length].expand(len(own), -1, -1, -1) for kept in (keys, values))
-        else:
-            own_keys, own_values = keys[own, :, :length], values[own, :, :length]
+        prefix = Prefix(keys[:, :, :length], values[:, :, :length], own, one)
         layer = filled.layers[index] if index < len(filled.layers) else None
-        if isinstance(layer, DynamicLayer) and type(layer) is DynamicLayer:
-            layer.lazy_initialization(own_keys, own_values)
-            layer.keys, layer.values = own_keys, own_values
+        if type(layer) is not DynamicLayer:
+            filled.update(*prefix.rows(), index)
+        elif model.lenders:  # later layers read what this one stores
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = prefix.rows()
         else:
-            filled.update(own_keys, own_values, index)
+            filled.layers[index] = Continued(prefix)
     return {"past_key_values": filled, "use_cache": True}
+
+
+class Prefix:
+    """The keys and values of the positions before the edits, which rows of one prompt share.
+
+    Attributes:
+        keys, values: `[prompts, heads, seq, head_dim]`.
+        which: For each row the index of its prompt.
+        one: The prompt of all rows, if they have the same.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, which: torch.Tensor, one: int | None) -> None:
+        self.keys, self.values, self.which, self.one = keys, values, which, one
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[rows, heads, seq, head_dim]` each; views if all rows have one prompt."""
+        if self.one is None:
+            return self.keys[self.which], self.values[self.which]
+        keys, values = (t[self.one].expand(len(self.which), -1, -1, -1) for t in (self.keys, self.values))
+        return keys, values
+
+
+class Continued(DynamicLayer):
+    """A layer of a cache for one forward pass: it returns prefix and new positions and stores neither for each row.
+
+    transformers' own layer stores what it returns, so that a batch would hold a copy of the prefix for each row in every
+    layer at once; here that copy lives as long as one layer runs.
+    """
+
+    def __init__(self, prefix: Prefix) -> None:
+        super().__init__()
+        self.lazy_initialization(prefix.keys, prefix.values)
+        self.keys, self.values, self.prefix = prefix.keys, prefix.values, prefix
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Keys and values `[rows, heads, prefix and new positions, head_dim]`."""
+        keys, values = self.prefix.rows()
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
