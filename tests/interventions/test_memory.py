@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from nnterp import StandardizedTransformer
 from nnterp.interventions import (
     TargetPrompt,
     ablate,
     activation_patching,
     components,
     logit_difference,
+    logit_lens,
     patchscope_table,
 )
+from nnterp.testing import tiny_model, tiny_tokenizer
 
 
 class Held(TorchDispatchMode):
@@ -95,3 +99,45 @@ def test_no_more_rows_than_asked_for(tiny, model_type):
         for handle in handles:
             handle.remove()
     assert max(rows) == 5
+
+
+def test_rows_of_a_long_prompt_share_what_stands_before_their_edits():
+    """Rows at the last position copy the prefix's keys and values in the layer that runs, and not in all layers."""
+    layers, rows, length = 12, 32, 400
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=512
+    )
+    model = StandardizedTransformer(LlamaForCausalLM(config).eval(), tokenizer=tiny_tokenizer())
+    clean, corrupted = prompts(1, length), prompts(1, length, first=90)
+    metric = logit_difference(5, 9)
+
+    def run(batch_size):
+        return lambda: activation_patching(
+            model,
+            clean,
+            corrupted,
+            metric,
+            heads="all",
+            values="attention_head_outputs",
+            positions=[-2, -1],
+            batch_size=batch_size,
+            progress=False,
+        )
+
+    run(2)()  # what is found out once
+    few, many = peak(run(2)), peak(run(rows))
+    one_layer = (rows - 2) * length * 2 * config.hidden_size * 4
+    assert many - few < 4 * one_layer < layers * one_layer
+
+
+def test_what_does_not_fit_is_refused_with_its_size_before_it_is_computed(monkeypatch):
+    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    monkeypatch.setattr("nnterp.memory.free_memory", lambda device: 3 << 20)
+    with pytest.raises(MemoryError, match=r"whole vocabulary .* would take \d+ MiB, and 3 MiB are free"):
+        logit_lens(model, prompts(400))
+    logit_lens(model, prompts(400), top_k=1)
+    with pytest.raises(MemoryError, match=r"200 prompts would take \d+ MiB, and 3 MiB .*fewer layers"):
+        model.collect(prompts(200, 40), "layers_output")
+    eager = StandardizedTransformer(model._module, tokenizer=model.tokenizer, enable_attention_probs=True)
+    with pytest.raises(MemoryError, match=r"Attention of 16 prompts of 200 tokens, \d+ heads.*Lower batch_size"):
+        eager.collect(prompts(16, 200), "attention_scores", positions=-1)

@@ -17,8 +17,10 @@ from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce, reduced
 from nnterp.collection._select import last_of, select
 from nnterp.defaults import plain_defaults
+from nnterp.devices import input_device
 from nnterp.indices import Indices
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
+from nnterp.memory import require_memory, size_of
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
 from nnterp.progress import bar, check_progress
@@ -83,6 +85,8 @@ def collect(
         for batch in batches(model, rows, batch_size):
             left = still_to_run(model, batch, result.done)
             if left is not None:
+                if not remote:
+                    require_room_for_patterns(model, plan, left)
                 result.put(left, _one_batch(model, plan, result, left, remote))
             shown.update(len(batch))
     return result.collected(model.num_layers)
@@ -128,6 +132,19 @@ def positions_of(model: NamedTransformer, rows: Sequence[Row], positions: Any) -
     each = per_prompt(plain, len(rows))
     chosen = [resolve(model, row, mine, f"Prompt {i}") for i, (row, mine) in enumerate(zip(rows, each, strict=True))]
     return chosen, is_one_position(plain)
+
+
+def require_room_for_patterns(model: NamedTransformer, plan: Plan, batch: Batch) -> None:
+    """Raise MemoryError if the attention of one layer does not fit, where attention probabilities or scores are read.
+
+    Eager attention holds scores, probabilities and their float32 copies of `[batch, heads, query, key]` at once.
+    """
+    if not any(target.value.is_pattern for target in plan.targets) or model.num_heads is None:
+        return
+    rows, width = batch.input_ids.shape
+    needed = 3 * size_of((rows, model.num_heads, width, width), torch.float32)
+    what = f"Attention of {rows} prompts of {width} tokens, {model.num_heads} heads, in one layer"
+    require_memory(needed, input_device(model._module), what, "Lower batch_size, or shorten the prompts.")
 
 
 def _one_batch(

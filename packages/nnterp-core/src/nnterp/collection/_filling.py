@@ -11,6 +11,7 @@ from nnterp.collection._plan import Plan
 from nnterp.collection._reduce import Reduce
 from nnterp.collection._select import Selection
 from nnterp.inputs import Batch, Row, pad
+from nnterp.memory import require_memory, size_of
 from nnterp.named_transformer import NamedTransformer
 
 
@@ -62,6 +63,8 @@ class Filling:
             self.filled, self.done = self.summed
             return
         indices = torch.tensor(batch.indices, device=self.device)
+        if not self.filled:
+            self.require_memory(taken)
         for t, read in taken.items():
             target, tensor = self.plan.targets[t], read.to(self.device)
             into = self.filled.get(t)
@@ -79,8 +82,14 @@ class Filling:
                 into[indices] = tensor
         self.done.update(batch.indices)
 
-    def allocate(self, t: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Room for all prompts; of one value, the layers lie in one tensor as long as their shapes agree."""
+    def require_memory(self, taken: dict[int, torch.Tensor]) -> None:
+        """Raise MemoryError if there is no room for all prompts, told by the first batch."""
+        needed = sum(size_of(self.shape(t, tensor), tensor.dtype) for t, tensor in taken.items())
+        instead = "Ask for fewer layers or positions, give reduce= or a smaller dtype=, or collect in parts."
+        require_memory(needed, self.device, f"What was asked for of {len(self.rows)} prompts", instead)
+
+    def shape(self, t: int, tensor: torch.Tensor) -> list[int]:
+        """The shape of one target of all prompts, `tensor` being that of a batch."""
         target = self.plan.targets[t]
         shape = list(tensor.shape)
         shape[0] = len(self.rows)
@@ -90,6 +99,11 @@ class Filling:
                 shape[axis] = self.width
             if target.value.is_pattern:
                 shape[-1] = max(shape[-1], self.keys)
+        return shape
+
+    def allocate(self, t: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Room for all prompts; of one value, the layers lie in one tensor as long as their shapes agree."""
+        target, shape = self.plan.targets[t], self.shape(t, tensor)
         name = target.value.name
         if target.layer is None:
             return tensor.new_zeros(shape)

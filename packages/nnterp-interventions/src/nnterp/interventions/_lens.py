@@ -24,6 +24,7 @@ from nnterp.interventions._results import Result, describe_run, prompt_labels, t
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
 from nnterp.interventions._spots import Spots, spots_of, states_at
 from nnterp.interventions._tokens import groups_per_prompt
+from nnterp.memory import require_memory, size_of
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import Positions, per_prompt, plain_positions, resolve
 from nnterp.resuming import Call
@@ -135,6 +136,11 @@ def logit_lens(
     check_batch_size(batch_size)
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
     reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
+    if not reduced:
+        whole = (1 + return_inv_logits, len(encoded), len(chosen), max(map(len, where)), model.vocab_size or 0)
+        smaller = "Ask for targets=, top_k= or entropy= instead of all probabilities, or for fewer layers or positions."
+        what = f"Probabilities of the whole vocabulary at {len(chosen)} layers of {len(encoded)} prompts"
+        require_memory(size_of(whole, torch.float32), torch.device("cpu"), what, smaller)
     asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
     asked |= {} if lens is None else {"lens": lens.kind, "fitted_on": lens.origin.model}
     settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}

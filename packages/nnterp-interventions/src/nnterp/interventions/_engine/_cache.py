@@ -79,8 +79,8 @@ class Prefix:
 class Continued(DynamicLayer):
     """A layer of a cache for one forward pass: it returns prefix and new positions and stores neither for each row.
 
-    transformers' own layer stores what it returns, so that a batch would hold a copy of the prefix for each row in every
-    layer at once; here that copy lives as long as one layer runs.
+    transformers' own layer stores what it returns, so that a batch would hold a copy of the prefix for each row in
+    every layer at once; here that copy lives as long as one layer runs.
     """
 
     def __init__(self, prefix: Prefix) -> None:
