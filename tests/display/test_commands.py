@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,39 @@ def test_lens_refuses_in_one_line(checkpoint, capsys, tmp_path):
     assert "its suffix must be one of .html" in capsys.readouterr().err
     assert main(["lens", str(tmp_path / "nothing"), "The"]) == 1
     assert capsys.readouterr().err.startswith("nnterp lens: ")
+
+
+@pytest.mark.parametrize("command", [["check"], ["lens", "--", "prompt"], ["demo", "--model"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "MODEL is empty"),
+        ("./nofolder", "There is no folder ./nofolder"),
+        ("tests", "The folder tests holds no config.json"),
+        ("llamma", "'llamma' is no folder here, and the hub did not give it"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_is_one_line(command, name, told, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    words = [command[0], name, "prompt"] if command[0] == "lens" else [*command, name]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"nnterp {command[0]}: {told}")
+    assert error.count("\n") == 1
+    if name == "llamma":
+        assert "Names that are near: llama" in error
+
+
+def test_every_command_takes_the_toy_and_shows_examples(capsys):
+    assert main(["check", "toy"]) == 0
+    assert "model.layers.*.self_attn" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert re.search(r"nnterp-core \d+\.\d+.*nnsight \d.*torch \d", capsys.readouterr().out)
+    for command in plugins.names(plugins.COMMANDS):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"examples:\n  nnterp {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["lens", "x", "The", "--html", "f.html"], ["demo", "--html", "f.html"]])

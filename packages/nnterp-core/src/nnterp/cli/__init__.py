@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from importlib.metadata import PackageNotFoundError
 from typing import Protocol
 
 from nnterp import plugins
+from nnterp.versions import version_of
+
+PACKAGES = ("nnterp-core", "nnterp-interventions", "nnterp-prompts", "nnterp-display")
 
 
 class Command(Protocol):
     """A subcommand: an object with these, registered under its name in the entry point group `nnterp.commands`."""
 
     help: str
+    examples: tuple[str, ...]
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the subcommand's arguments."""
@@ -26,14 +32,33 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nnterp", description="One interface to the inside of any causal language model."
     )
+    parser.add_argument("--version", action="version", version=versions())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands: dict[str, Command] = {}
     for name in plugins.names(plugins.COMMANDS):
         command: Command = plugins.load(plugins.COMMANDS, name)
         commands[name] = command
-        command.configure(subparsers.add_parser(name, help=command.help, description=command.help))
+        shown = "\n".join(f"  nnterp {example}" for example in command.examples)
+        command.configure(
+            subparsers.add_parser(
+                name,
+                help=command.help,
+                description=command.help,
+                epilog=f"examples:\n{shown}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
     arguments = parser.parse_args(argv)
     return commands[arguments.command].run(arguments)
+
+
+def versions() -> str:
+    """The versions of nnterp's packages that are installed, and of what they are built on."""
+    found = []
+    for package in (*PACKAGES, "nnsight", "transformers", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version_of(package)}")
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 from nnterp.certificate import Certificate
+from nnterp.cli.models import HELP, not_loaded, source_of
 from nnterp.errors import AnatomyError, CertificateError
 from nnterp.files import require_writable
 
 help = "prove that nnterp names a model's parts rightly, and print the certificate"
+examples = ("check toy", "check Qwen/Qwen3-0.6B", "check ./my-model --json certificate.json", "check llama")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp check`."""
-    parser.add_argument(
-        "model", help="a hub id, a folder, or a model type of transformers (checked on a tiny random model of it)"
-    )
+    parser.add_argument("model", help=f"{HELP}; or a model type of transformers (checked on a tiny random model of it)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
     )
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(error)
         return 1
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"nnterp check: {error}", file=sys.stderr)
+        print(f"nnterp check: {not_loaded(arguments.model, error)}", file=sys.stderr)
         return 1
     if arguments.json is not None:
         certificate.save(arguments.json)
@@ -66,7 +66,7 @@ def _certificate(arguments: argparse.Namespace) -> Certificate:
     if not os.path.exists(arguments.model) and arguments.model in model_types():
         model = StandardizedTransformer(tiny_model(arguments.model), tokenizer=tiny_tokenizer())
     else:
-        model = StandardizedTransformer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        model = StandardizedTransformer(source_of(arguments.model), trust_remote_code=arguments.trust_remote_code)
         if not arguments.no_weights:
             model.dispatch()
     print(model.anatomy, end="\n\n")

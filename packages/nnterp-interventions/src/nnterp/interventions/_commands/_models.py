@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nnterp.cli.models import source_of
 from nnterp.files import require_writable
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from nnterp import StandardizedTransformer
-
-TOY = "toy"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +48,10 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 def load_model(arguments: argparse.Namespace) -> StandardizedTransformer:
     """Load the model that was named (a hub id, a folder or "toy") with its weights."""
-    from nnterp import StandardizedTransformer, toy_checkpoint
+    from nnterp import StandardizedTransformer
 
     placed = {"device_map": arguments.device} if arguments.device else {}
-    source = toy_checkpoint() if arguments.model == TOY else arguments.model
-    model = StandardizedTransformer(source, trust_remote_code=arguments.trust_remote_code, **placed)
+    model = StandardizedTransformer(source_of(arguments.model), trust_remote_code=arguments.trust_remote_code, **placed)
     model.dispatch()
     return model
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from nnterp import plugins
+from nnterp.cli.models import HELP, TOY, not_loaded
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands import lens
 from nnterp.interventions._commands._models import (
-    TOY,
     add_model_arguments,
     check_outputs,
     load_model,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 help = "load a small model that comes with nnterp and show what can be done with it"
+examples = ("demo", "demo --html lens.html", "demo --model openai-community/gpt2")
 
 PROMPT = "The capital of France is"
 SOURCE = "The capital of France"
@@ -60,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=TOY,
-        help="a hub id or a folder (default: the toy model that comes with nnterp)",
+        help=f"{HELP} (default)",
     )
     parser.add_argument("--prompt", default=PROMPT, help=f"the text that the layers go on with (default: {PROMPT!r})")
     parser.add_argument(
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             progress.update(task, advance=1)
     except (RenamingError, OSError, ValueError, RuntimeError) as error:
-        print(f"nnterp demo: {error}", file=sys.stderr)
+        print(f"nnterp demo: {not_loaded(arguments.model, error)}", file=sys.stderr)
         return 1
     show(console, model, read, steering, readings, path)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnterp import plugins
+from nnterp.cli.models import HELP, not_loaded
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands._models import add_model_arguments, check_outputs, load_model, progress_bar, quiet
 
@@ -21,11 +22,15 @@ WRITERS = "nnterp.writers"
 INSTALL = "Figures need nnterp-display: pip install nnterp-display"
 
 help = "print what every layer of a model would say next after a prompt (logit lens)"
+examples = (
+    'lens toy "The capital of France is"',
+    'lens openai-community/gpt2 "The Eiffel Tower is in" --html lens.html',
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp lens`."""
-    parser.add_argument("model", help="a hub id, a folder, or 'toy', the model that comes with nnterp")
+    parser.add_argument("model", help=HELP)
     parser.add_argument("prompt", help="the text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the figure of all layers and positions")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to keep of each layer (default: 5)")
@@ -49,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             result = read_lens(model, arguments.prompt, arguments.top_k)
             written = None if arguments.html is None else write_lens(model, result, arguments.html)
     except (RenamingError, OSError, ValueError, RuntimeError) as error:
-        print(f"nnterp lens: {error}", file=sys.stderr)
+        print(f"nnterp lens: {not_loaded(arguments.model, error)}", file=sys.stderr)
         return 1
     print_lens(console, model, result)
     if written is not None:
