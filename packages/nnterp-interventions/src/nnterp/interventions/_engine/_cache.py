@@ -45,7 +45,7 @@ def continuing(
     for index, (keys, values) in enumerate(cache):
         own = (which if counts is None else which[: max(1, counts[index])]).to(keys.device)
         prefix = Prefix(keys[:, :, :length], values[:, :, :length], own, one)
-        layer = filled.layers[index] if index < len(filled.layers) else None
+        layer: Any = filled.layers[index] if index < len(filled.layers) else None
         if type(layer) is not DynamicLayer:
             filled.update(*prefix.rows(), index)
         elif model.lenders:  # later layers read what this one stores
