@@ -239,7 +239,7 @@ class Lens:
         """
         self.require_last("Lens.to_vocab()")
         self.check(model)
-        return model.project_on_vocab(self.to_last_layer(hidden, layer))
+        return model.project_on_vocab(self.to_last_layer(hidden, layer).to(model._module.dtype))
 
     @plain_defaults()
     def from_vocab(self, model: StandardizedTransformer, token: int | str, layers: Indices = None) -> SteeringVector:
