@@ -62,7 +62,8 @@ def fit_jacobian_lens(
 
     A derivative says how the last stream changes, and not where it stands: what the layers between add to every text
     alike is lost. Where most of the stream is its own mean (Gemma 3), the lens is then worse than the logit lens.
-    `offset=True` adds the constant that sends the mean stream to the mean stream.
+    `offset=True` adds the constant that sends the mean stream to the mean stream. It does not help on every model:
+    `lens.report` and `evaluate_lens` say what a lens is worth.
 
     Args:
         model: The model, with its weights here: this does not run remotely.

@@ -95,12 +95,13 @@ def read_tuned_folder(
     if not isinstance(state, dict):
         raise ValueError(f"{folder / PARAMS} holds no maps by name but {type(state).__name__}.")
     for i in range(1, model.num_layers):
-        own = f"{folder / PARAMS}: {i}"
-        require_map(given := state.get(f"{i}.weight"), (width, width), f"{own}.weight")
-        weights[i - 1] = torch.eye(width) + given.float()
+        weight: Any = state.get(f"{i}.weight")
+        require_map(weight, (width, width), f"{folder / PARAMS}: {i}.weight")
+        weights[i - 1] = torch.eye(width) + weight.float()
         if f"{i}.bias" in state:
-            require_map(given := state[f"{i}.bias"], (width,), f"{own}.bias")
-            biases[i - 1] = given.float()
+            bias: Any = state[f"{i}.bias"]
+            require_map(bias, (width,), f"{folder / PARAMS}: {i}.bias")
+            biases[i - 1] = bias.float()
     return weights, biases, {"imported": "tuned-lens", "config": config, "skip_first": 0}
 
 
