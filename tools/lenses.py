@@ -1,10 +1,11 @@
-"""Fit both lenses and compare them on text that neither has seen: the table of `docs/lenses.md`.
+"""Fit the lenses and compare them on text that none has seen: the tables of `docs/lenses.md`.
 
     uv run python tools/lenses.py                   # the toy checkpoint
     uv run python tools/lenses.py smollm2 gemma3    # the real models of tools/real_models.py: minutes to an hour
 
 A table is printed, and written to the page where the page has a place for it. The texts of a real model are written by
-the model itself, from a fixed seed: they need no download, and they are what it predicts best.
+the model itself, from a fixed seed: they need no download, and they are what it predicts best. With the environment
+variable NNTERP_LENSES, a folder, lenses are kept there, and a run that was cut short goes on from it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import torch
 
 import nnterp
 from nnterp import StandardizedTransformer
-from nnterp.interventions import evaluate_lens, fit_jacobian_lens, fit_tuned_lens
+from nnterp.interventions import Lens, evaluate_lens, fit_jacobian_lens, fit_tuned_lens
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "lenses.md"
 REAL = Path(os.environ.get("NNTERP_REAL_MODELS", "~/.cache/nnterp/real-models")).expanduser()
+KEPT = os.environ.get("NNTERP_LENSES")
 NAMES = {"toy": "toy checkpoint", "smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 
 
@@ -89,15 +91,15 @@ def measure(name: str) -> dict:
     texts = toy_texts() if name == "toy" else written_texts(model, plan.fitted + plan.held_out, plan.length)
     fitted, others = texts[: -plan.held_out][: plan.fitted], texts[-plan.held_out :]
     some = {"skip_first": SKIP, "max_length": plan.length, "progress": False}
-    tuned, tuned_seconds = timed(lambda: fit_tuned_lens(model, fitted, **some, **plan.tuned))
-    print(f"{name}: tuned lens, {tuned_seconds:.0f} s", flush=True)
-    jacobian, jacobian_seconds = timed(lambda: fit_jacobian_lens(model, fitted[: plan.few], **some, held_out=0))
-    print(f"{name}: Jacobian lens, {jacobian_seconds:.0f} s", flush=True)
-    found = [evaluate_lens(model, lens, others, **some) for lens in (tuned, jacobian)]
+    few = {"texts": fitted[: plan.few], **some, "offset": True, "held_out": 0}
+    affine, jacobian_seconds = kept(f"{name}-jacobian", model, fit_jacobian_lens, few)
+    tuned, tuned_seconds = kept(f"{name}-tuned", model, fit_tuned_lens, {"texts": fitted, **some, **plan.tuned})
+    jacobian = Lens(affine.kind, affine.weights, {}, affine.origin, affine.details)
+    found = [evaluate_lens(model, lens, others, **some) for lens in (tuned, jacobian, affine)]
     layers = list(tuned.layers)
     chosen = layers if len(layers) < 8 else sorted({layers[round(k * (len(layers) - 1) / 9)] for k in range(10)})
     rows = {
-        layer: [cell(found[0]["logit_lens_kl"], i), cell(found[0]["kl"], i), cell(found[1]["kl"], i)]
+        layer: [cell(found[0]["logit_lens_kl"], i), *(cell(own["kl"], i) for own in found)]
         for layer in chosen
         for i in [layers.index(layer)]
     }
@@ -118,6 +120,21 @@ def measure(name: str) -> dict:
     }
 
 
+def kept(name: str, model: StandardizedTransformer, fit: Callable, arguments: dict) -> tuple[Lens, float]:
+    """A lens and the CPU time of its fit in seconds; read from the folder NNTERP_LENSES if the same fit is there."""
+    file = None if KEPT is None else Path(KEPT) / f"{name}.safetensors"
+    if file is not None and file.exists():
+        lens = Lens.load(file, model)
+        if lens.details["arguments"] == repr(arguments):
+            return lens, lens.details["seconds"]
+    lens, seconds = timed(lambda: fit(model, **arguments))
+    print(f"{name}: {seconds:.0f} s", flush=True)
+    lens.details.update(arguments=repr(arguments), seconds=seconds)
+    if file is not None:
+        lens.save(file)
+    return lens, seconds
+
+
 @torch.no_grad()
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """What a call returns, and its CPU time in seconds."""
@@ -132,9 +149,10 @@ def cell(values: torch.Tensor, index: int) -> str:
 
 
 def table(found: dict) -> str:
-    lines = [f"{found['name']}:\n", "| layer | logit lens | tuned lens | Jacobian lens |", "|---|---|---|---|"]
+    lines = [f"{found['name']}:\n", "| layer | logit lens | tuned lens | Jacobian lens | with offset |"]
+    lines += ["|---|---|---|---|---|"]
     lines += [f"| {layer} | {' | '.join(cells)} |" for layer, cells in found["rows"].items()]
-    tuned_worse, jacobian_worse = (", ".join(map(str, own)) or "none" for own in found["worse"])
+    tuned_worse, jacobian_worse, affine_worse = (", ".join(map(str, own)) or "none" for own in found["worse"])
     tuned, jacobian = (
         f"{seconds:.0f} s of CPU time, as long as {seconds / found['forward']:.0f} forward passes of one text"
         for seconds in found["seconds"]
@@ -143,7 +161,8 @@ def table(found: dict) -> str:
     return (
         "\n".join(lines)
         + f"\n\nWorse than the logit lens, of all {found['layers']} layers: tuned at {tuned_worse}; Jacobian at "
-        + f"{jacobian_worse}. Measured on {others} texts; texts have up to {found['length']} tokens.\n"
+        + f"{jacobian_worse}; with offset at {affine_worse}. Measured on {others} texts; texts have up to "
+        + f"{found['length']} tokens.\n"
         + f"Tuned: {fitted} texts, {found['epochs']} epochs, {tuned}.\n"
         + f"Jacobian: {few} texts, {found['hidden']} vector-Jacobian products of each, {jacobian}.\n"
     )

@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from nnterp.interventions import (
+    Lens,
     TargetPrompt,
     evaluate_lens,
     fit_jacobian_lens,
     fit_tuned_lens,
     logit_lens,
+    patchscope_generate,
     patchscope_lens,
     patchscope_table,
 )
 
-from .reference import overwrite, probs_with, states
+from .reference import ids_of, logits_with, overwrite, probs_with, states
 
 SOURCES = ["The capital of England is", "Hi", "When Mary and John went"]
 INNER = TargetPrompt("Hello there, who are you and what is it", 1)
@@ -82,6 +84,50 @@ def test_equals_one_forward_per_source_and_layer(tiny, model_type):
     table = patchscope_table(model, SOURCES, [LAST, INNER, INNER], top_k=2, lens=lens)
     torch.testing.assert_close(table["top_probs"], found.topk(2).values, atol=1e-5, rtol=1e-3)
     assert table.about["arguments"]["maps_to"] == str(target) or table.about["arguments"]["maps_to"] == target
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_generating_equals_a_greedy_loop_with_one_hook(tiny, model_type):
+    model = tiny(model_type)
+    target, width = model.num_layers - 2, model.hidden_size
+    fitted = fit_jacobian_lens(model, TEXTS[:1], to_layer=target, rank=1, **QUIET)
+    torch.manual_seed(0)
+    maps = {layer: torch.randn(width, width) for layer in range(target)}
+    biases = {layer: torch.randn(width) for layer in range(target)}
+    lens = Lens("jacobian", maps, biases, fitted.origin, fitted.details)  # unlike the identity, so that it shows
+    options = {"max_length": 3, "min_new_tokens": 3, "do_sample": False, "max_batch_size": 2}
+    for where in (INNER, LAST):
+        found = patchscope_generate(model, SOURCES, where, lens=lens, **options)
+        assert tuple(found) == lens.layers == tuple(range(target))
+        end = model._module.generation_config.eos_token_id
+        for layer in lens.layers:
+            for source, row in zip(SOURCES, found[layer], strict=True):
+                state = maps[layer] @ states(model, source)[layer][-1] + biases[layer]
+                ids = ids_of(model, where.prompt)[0].tolist()
+                edits = [("layers_output", target, overwrite(where.index_to_patch % len(ids), state))]
+                for _ in range(3):
+                    logits = logits_with(model, ids, edits)[-1]
+                    logits[end] = -torch.inf
+                    ids.append(int(logits.argmax()))
+                assert row.tolist() == ids
+    plain = patchscope_generate(model, SOURCES, LAST, layers=list(lens.layers), **options)
+    assert any(not torch.equal(plain[layer], found[layer]) for layer in lens.layers)
+
+
+def test_generating_through_a_lens_to_the_last_layer(tiny, tmp_path):
+    model = tiny("llama")
+    lens = fit_tuned_lens(model, TEXTS, epochs=1, lr=1e-2, held_out=0.3, **QUIET)
+    read = logit_lens(model, SOURCES, lens=lens, layers=lens.layers).argmax(-1)
+    found = patchscope_generate(model, SOURCES, LAST, 1, lens=lens, do_sample=False)
+    assert torch.equal(torch.stack([rows[:, -1] for rows in found.values()], 1), read)
+    with pytest.raises(ValueError, match="no token reads another"):
+        patchscope_generate(model, SOURCES, INNER, 1, lens=lens)
+    with pytest.raises(KeyError, match="no map for layer 1; it has maps for 0"):
+        patchscope_generate(model, SOURCES, LAST, 1, layers=[0, 1], lens=lens.select(0))
+    with pytest.raises(TypeError, match="lens is a Lens"):
+        patchscope_generate(model, SOURCES, LAST, 1, lens=str(tmp_path))
+    with pytest.raises(ValueError, match="The lens was fitted on"):
+        patchscope_generate(tiny("gpt2"), SOURCES, LAST, 1, lens=lens)
 
 
 def test_into_the_last_layer_it_is_the_logit_lens(tiny):

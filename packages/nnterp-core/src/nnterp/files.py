@@ -71,7 +71,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     marks = _marks(path)
-    if marks.get(_KIND) != kind:
+    if marks.get(_KIND) != kind or _RECORD not in marks:
         raise ValueError(f"{path} holds no {kind} of nnterp: it is {marks.get(_KIND) or 'another file, or damaged'}.")
     try:
         tensors = load_file(path)
@@ -79,7 +79,10 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} is truncated or damaged ({error}).") from error
     if marks.get(_SUM) != _checksum(marks[_RECORD], tensors):
         raise ValueError(f"{path} is damaged: its contents are not those that were written.")
-    return tensors, json.loads(marks[_RECORD])
+    try:
+        return tensors, json.loads(marks[_RECORD])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its record is no JSON ({error!s:.200}).") from error
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

@@ -23,7 +23,8 @@ from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import Result, describe_run, prompt_labels, vocabulary_of
 from nnterp.interventions._running import BatchSize
 from nnterp.interventions._states import last_states
-from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt, require_last_token
+from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
+from nnterp.interventions._through import require_lens, source_layers, written_states
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 from nnterp.resuming import Call
@@ -236,23 +237,16 @@ class _Patchscope:
         lens: Lens | None,
     ) -> None:
         model.require_no_trace(f"{function}()")
-        if lens is not None and not isinstance(lens, Lens):
-            raise TypeError(f"lens is a Lens, as fit_jacobian_lens() returns it, not {lens!r:.80}.")
         if (source_prompts is None) == (latents is None):
             raise ValueError(f"{function}(): give either source_prompts or latents, to say what is patched in.")
         self.model, self.function, self.remote = model, function, remote
         self.lens = lens
-        self.layers = layers_of(model, lens.layers if lens is not None and layers is None else layers)
+        self.layers = source_layers(model, layers, lens)
         self.sources = [] if source_prompts is None else encode(model, source_prompts)
         self.latents = None if latents is None else _checked_latents(model, latents, self.layers)
         self.count = len(self.sources) if self.latents is None else self.latents.shape[1]
         self.targets, self.at = _encode_targets(model, target_patch_prompts, self.count)
-        if lens is not None:
-            model.prepare(remote)
-            lens.check(model)
-            lens.maps_for(self.layers)
-            if lens.maps_to == model.num_layers - 1:
-                require_last_token(self.targets, self.at)
+        require_lens(model, lens, self.layers, self.targets, self.at, remote)
 
     def found(
         self, reduction: Reduction, kind: dict[str, Any], resume: Resume, batch_size: BatchSize, progress: bool | None
@@ -266,12 +260,7 @@ class _Patchscope:
         latents = self.latents
         if latents is None:
             latents = last_states(model, self.sources, self.layers, "layers_output", remote, batch_size, False)
-        written = self.layers
-        if self.lens is not None:
-            latents = torch.stack(
-                [self.lens.apply(own, layer) for own, layer in zip(latents, self.layers, strict=True)]
-            )
-            written = [self.lens.maps_to] * len(self.layers)
+        latents, written = written_states(self.lens, latents, self.layers)
         distinct = list({target.ids: target for target in self.targets}.values())
         place = {target.ids: i for i, target in enumerate(distinct)}
         cells = [

@@ -12,12 +12,13 @@ from nnterp.generation import check_generation, sequences_of
 from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._engine import Edit, Passing
-from nnterp.interventions._layers import layers_of
+from nnterp.interventions._fitted import Lens
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import bar, within_memory
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt
+from nnterp.interventions._through import require_lens, source_layers, written_states
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 from nnterp.resuming import Call
@@ -38,6 +39,7 @@ def patchscope_generate(
     remote: bool = False,
     max_batch_size: int = 32,
     *,
+    lens: Lens | None = None,
     progress: bool | None = None,
     resume: Resume = None,
     **generation: Any,
@@ -52,16 +54,23 @@ def patchscope_generate(
         layers: The layer or layers to patch, each once; all if None.
         remote: Run on a remote service.
         max_batch_size: Rows of a batch; there is one row for each source and layer.
+        lens: A fitted lens, as in `patchscope_lens`: the state of each of `layers` goes through its map, and is written
+            to the layer that the map leads to. With it, `layers` are those that it has a map for if None. With a lens
+            to the last layer, the target prompt has to be patched at its last token: the first new token is then what
+            `logit_lens(lens=lens)` reads, and the later ones are continued from the prompt's own states.
         progress: Show a progress bar; with None, only if the work lasts.
         resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
             to: what is `done` in it is not run again.
         **generation: Passed to HuggingFace's `generate`.
 
     Returns:
-        For each layer the token ids of the target prompt and of what was generated, int64 `[sources, length]`, on the
-        CPU, padded on the right where a row ended before others.
+        For each of `layers`, the token ids of the target prompt and of what was generated, int64 `[sources, length]`,
+        on the CPU, padded on the right where a row ended before others.
 
     Raises:
+        ValueError: The lens is of another model, or leads to the last layer while an earlier token is patched.
+        KeyError: The lens has no map for a layer.
+        TypeError: `lens` is no lens.
         IndexError: There is no such layer, or the target prompt has no such position.
         InsideTraceError: Called inside a trace of the same model.
 
@@ -76,14 +85,17 @@ def patchscope_generate(
     if integer(max_batch_size, "max_batch_size") < 1:
         raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}.")
     check_generation(max_length, generation, "max_length")
-    chosen, sources = list(dict.fromkeys(layers_of(model, layers))), encode(model, prompts)
+    chosen, sources = list(dict.fromkeys(source_layers(model, layers, lens))), encode(model, prompts)
     (target,) = encode(model, target_patch_prompt.prompt)
     at = resolve(model, target, int(target_patch_prompt.index_to_patch), "the target prompt")
+    require_lens(model, lens, chosen, [target], [at], remote)
     given = {name: value for name, value in generation.items() if not callable(value)}
     asked = {"prompts": ids_of(sources, [target]), "position": at, "layers": chosen, "max_length": max_length}
+    asked |= {} if lens is None else {"lens": lens}
     call = Call(model, "patchscope_generate", {**asked, "generation": given})
     earlier = resumed(call, resume)
-    latents = last_states(model, sources, chosen, "layers_output", remote, "auto", False)
+    states = last_states(model, sources, chosen, "layers_output", remote, "auto", False)
+    latents, written_to = written_states(lens, states, chosen)
     cells = [(k, source) for k in range(len(chosen)) for source in range(len(sources))]
     made = {} if earlier is None else _made(earlier)
     finished = frozenset(made)
@@ -92,8 +104,8 @@ def patchscope_generate(
     def step(some: list[tuple[int, int]]) -> None:
         edits: dict[int, list[tuple[int, Edit]]] = {}
         for row, (k, source) in enumerate(some):
-            edit = Edit("layers_output", chosen[k], at, latents[k, source])
-            edits.setdefault(chosen[k], []).append((row, edit))
+            edit = Edit("layers_output", written_to[k], at, latents[k, source])
+            edits.setdefault(written_to[k], []).append((row, edit))
         written = _generate(model, target, len(some), edits, {"max_new_tokens": max_length, **generation}, remote)
         made.update({cell: row.cpu() for cell, row in zip(some, written, strict=True)})
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 _PROBE = 12  # tokens
+_COMPARED = {"model_class", "config", "edits", "dtype", "weights"}  # of the settings of a model
 _CLOSE = 0.03  # relative distance of two computations of the probe, which half precision does not exceed
 
 
@@ -62,8 +64,23 @@ class Origin:
 
     @classmethod
     def read(cls, record: dict[str, Any], probe: torch.Tensor | None) -> Origin:
-        """What `record` wrote."""
-        return cls(**record, probe=probe)
+        """What `record` wrote.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if not isinstance(record, dict) or set(record) != {own.name for own in fields(cls)} - {"probe"}:
+            raise ValueError("It does not say which model it was fitted on.")
+        origin = cls(**record, probe=probe)
+        texts = all(value is None or isinstance(value, str) for value in (origin.model, origin.revision))
+        number = isinstance(origin.num_layers, int) and not isinstance(origin.num_layers, bool)
+        tables = isinstance(origin.settings, dict) and isinstance(origin.versions, dict)
+        known = tables and (not origin.settings or origin.settings.keys() >= _COMPARED)
+        if not (texts and number and known and origin.certified in (None, True, False)):
+            raise ValueError(f"What it says of the model it was fitted on has another form: {record!r:.200}.")
+        if probe is not None and (probe.dim() != 1 or not probe.is_floating_point()):
+            raise ValueError(f"The logits of its model are {probe.dtype} {list(probe.shape)}, not one row of numbers.")
+        return origin
 
 
 @torch.no_grad()
@@ -81,7 +98,7 @@ class Belonging:
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
-        self._known: set[tuple] = set()
+        self._known: WeakKeyDictionary[torch.nn.Module, set[tuple]] = WeakKeyDictionary()
 
     def check(self, model: StandardizedTransformer, width: int, strict: bool) -> None:
         """See `Lens.check`; `width` is that of the maps."""
@@ -92,8 +109,8 @@ class Belonging:
             raise ValueError(f"{of}, whose stream has width {width}; that of {name} has width {own}.")
         if origin.num_layers != model.num_layers:
             raise ValueError(f"{of}, which has {origin.num_layers} layers; {name} has {model.num_layers}.")
-        state = _state(model)
-        if state in self._known:
+        known, state = self._known.setdefault(model._module, set()), _state(model)
+        if state in known:
             return
         differs = self._difference(model, name)
         if differs and strict:
@@ -102,7 +119,7 @@ class Belonging:
                 "this model, or load this one with strict=False to be warned only."
             )
         if model.dispatched:
-            self._known.add(state)
+            known.add(state)
         if differs:
             warnings.warn(f"{of}, and {name} is not the same: {differs}.", stacklevel=4)
 
@@ -136,5 +153,5 @@ class Belonging:
 
 def _state(model: StandardizedTransformer) -> tuple:
     """What changes when a model's weights are edited or replaced."""
-    weights = [(id(p), 0 if p.is_inference() else p._version) for p in model._module.parameters()]
-    return id(model._module), hash(tuple(weights)), len(getattr(model, "_edits", ()))
+    weights = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in model._module.parameters()]
+    return hash(tuple(weights)), len(getattr(model, "_edits", ()))

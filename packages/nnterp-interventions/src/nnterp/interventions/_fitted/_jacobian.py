@@ -46,6 +46,7 @@ def fit_jacobian_lens(
     skip_first: int = SKIP_FIRST,
     max_length: int = 128,
     rank: int | None = None,
+    offset: bool = False,
     held_out: Any = 0.1,
     max_tokens: int = TOKENS,
     seed: int = 0,
@@ -59,6 +60,11 @@ def fit_jacobian_lens(
     their estimator.) A batch of texts costs one forward, and `hidden` vector-Jacobian products, many of which are
     computed in one backward pass. Each serves all layers and all texts of the batch.
 
+    A derivative says how the last stream changes, and not where it stands: what the layers between add to every text
+    alike is lost. Where most of the stream is its own mean (Gemma 3), the lens is then worse than the logit lens.
+    `offset=True` adds the constant that sends the mean stream to the mean stream. It does not help on every model:
+    `lens.report` and `evaluate_lens` say what a lens is worth.
+
     Args:
         model: The model, with its weights here: this does not run remotely.
         texts: Texts, token ids, or a list of these; about a hundred of 128 tokens are customary.
@@ -69,6 +75,9 @@ def fit_jacobian_lens(
         max_length: Tokens of a text that are used.
         rank: Fit only the part of the maps that leads into the `rank` leading principal directions of the stream after
             that layer, at `rank / hidden` of the cost; None for all of it.
+        offset: Give each map the bias E[h_last] − J E[h_l], the mean over the same texts and positions: the expansion
+            to first order about the mean. The lens of the paper has none. (Hernandez et al., 2024, section 3, add an
+            offset to an averaged Jacobian too.) Costs another forward of each text.
         held_out: The share of the texts, drawn by `seed`, that is kept for `lens.report`; or texts for it; 0 for none.
         max_tokens: Most tokens in one backward pass, counting copies; lower it if memory runs out. A single text may
             have more.
@@ -106,6 +115,8 @@ def fit_jacobian_lens(
     settings = (limit, skip_first)
     rows = rows_of(model, texts, *settings, "texts")
     fitted, kept = split(rows, held_out if target == model.num_layers - 1 else 0, seed, model, settings)
+    if not isinstance(offset, bool):
+        raise TypeError(f"offset is True or False, not {offset!r:.80}.")
     number = width if rank is None else count(rank, "rank", 1, width)
     arguments = {"texts": [row.ids for row in fitted], "layers": chosen, "skip_first": skip_first, "rank": number}
     size = max(1, min(_TEXTS, most // max(len(row) for row in fitted)))
@@ -113,19 +124,22 @@ def fit_jacobian_lens(
     with left_padded(model.tokenizer):
         parts = list(batches(model, fitted, size))
     arguments |= {"batches": [batch.indices for batch in parts]}
+    arguments |= {"offset": True} if offset else {}
     call = Call(model, "fit_jacobian_lens", arguments)
-    fit = _Fit(torch.zeros(len(chosen), number, width), torch.empty(0), set())
+    fit = _Fit(torch.zeros(len(chosen), number, width), torch.zeros(len(chosen) + 1, width), torch.empty(0), set())
     file = Checkpoint(checkpoint, call)
     if earlier := file.read():
-        fit = _Fit(earlier["sums"], earlier["basis"], set(earlier["done"].tolist()))
+        fit = _Fit(earlier["sums"], earlier["means"], earlier["basis"], set(earlier["done"].tolist()))
 
     def lens(report: dict[str, Any] | None = None) -> Lens:
         mean = fit.sums / len(fit.done)
         maps = {layer: mean[k] if rank is None else fit.basis.T @ mean[k] for k, layer in enumerate(chosen)}
         details: dict[str, Any] = {"prompts": len(fit.done), "skip_first": skip_first, "max_length": limit}
         details |= {"rank": None if rank is None else number, "fitted": digests_of(fitted)}
-        details |= {"maps_to": target, **({"report": report} if report else {})}
-        return Lens("jacobian", maps, {}, origin, details)
+        details |= {"maps_to": target, "offset": offset, **({"report": report} if report else {})}
+        *means, last = fit.means / len(fit.done)
+        biases = {layer: last - maps[layer] @ own for layer, own in zip(chosen, means, strict=True)} if offset else {}
+        return Lens("jacobian", maps, biases, origin, details)
 
     origin = Origin.of(model)
 
@@ -140,9 +154,12 @@ def fit_jacobian_lens(
                 for batch in parts:
                     if not fit.done.issuperset(batch.indices):
                         assert fit.done.isdisjoint(batch.indices)
-                        fit.sums += _products(model, batch, chosen, target, fit.basis, skip_first, most)
+                        products = _products(model, batch, chosen, target, fit.basis, skip_first, most)
+                        means = _means(model, batch, [*chosen, target], skip_first) if offset else 0
+                        fit.sums += products
+                        fit.means += means
                         fit.done.update(batch.indices)
-                        file.write({"sums": fit.sums, "basis": fit.basis, "done": torch.tensor(sorted(fit.done))})
+                        file.write(fit.state())
                         shown.update(len(batch))
             found = lens()
             if kept:
@@ -164,13 +181,29 @@ class _Fit:
 
     Attributes:
         sums: `[layers, basis, hidden]`, the sum over texts.
+        means: `[layers + 1, hidden]`, the sum over texts of the mean stream, of the one that is derived last; zero
+            without an offset.
         basis: `[basis, hidden]`, orthonormal directions of the stream that is derived.
         done: Indices of the texts that are in the sum.
     """
 
     sums: torch.Tensor
+    means: torch.Tensor
     basis: torch.Tensor
     done: set[int]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that going on needs."""
+        done = torch.tensor(sorted(self.done))
+        return {"sums": self.sums, "means": self.means, "basis": self.basis, "done": done}
+
+
+@torch.no_grad()
+def _means(model: StandardizedTransformer, batch: Batch, layers: list[int], skip_first: int) -> torch.Tensor:
+    """The mean stream of each text over the positions that count, summed over texts: `[layers, hidden]`."""
+    states, _, row = states_of(model, batch, layers, skip_first)
+    each = [states[row == i].float().mean(0) for i in range(len(batch))]
+    return torch.stack(each).sum(0).cpu()
 
 
 @torch.no_grad()

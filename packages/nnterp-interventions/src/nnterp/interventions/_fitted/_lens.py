@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.defaults import plain_defaults
+from nnterp.errors import ShapeError
 from nnterp.files import read_tensors, write_tensors
 from nnterp.indices import Indices, read_index, read_indices
 from nnterp.interventions._fitted._belonging import Belonging, Origin
@@ -19,6 +20,7 @@ from nnterp.interventions._fitted._published import (
     write_tuned_folder,
 )
 from nnterp.interventions._fitted._readout import readout_directions
+from nnterp.interventions._fitted._sound import read_maps, require_details, require_sound
 from nnterp.interventions._tokens import token_id
 from nnterp.interventions._vectors import SteeringVector
 from nnterp.interventions._vectors._belonging import identity_of
@@ -50,7 +52,9 @@ class Lens:
         weights, biases: Float32 on the CPU, in the order of layers. Do not change the tensors.
 
     Raises:
-        ValueError: Maps are missing, not finite, or of different widths, or a layer is not before `maps_to`.
+        ValueError: Maps are missing, not finite, no dense floating point tensors, or of different widths; a layer is
+            not before `maps_to`; or `kind` is another.
+        TypeError: A layer is no integer.
     """
 
     def __init__(
@@ -63,28 +67,9 @@ class Lens:
         lenient: bool = False,
     ) -> None:
         self.kind, self.origin, self.details = kind, origin, dict(details or {})
-        self.weights = {layer: weights[layer].detach().float().cpu() for layer in sorted(weights)}
-        self.biases = {layer: biases[layer].detach().float().cpu() for layer in sorted(biases)}
+        self.weights, self.biases = read_maps(weights, "map"), read_maps(biases, "bias")
         self.lenient, self._fits = lenient, Belonging(origin)
-        self._require_sound()
-
-    def _require_sound(self) -> None:
-        if not self.weights:
-            raise ValueError("A lens needs a map for at least one layer.")
-        width = next(iter(self.weights.values())).shape[-1]
-        for layer, weight in self.weights.items():
-            if tuple(weight.shape) != (width, width):
-                raise ValueError(f"The map of layer {layer} has shape {list(weight.shape)}, not [{width}, {width}].")
-            if not torch.isfinite(weight).all() or not torch.isfinite(self.biases.get(layer, weight)).all():
-                raise ValueError(f"The map of layer {layer} is not finite.")
-            if not 0 <= layer < self.maps_to < self.origin.num_layers:
-                raise ValueError(
-                    f"There is a map for layer {layer}, but a lens to layer {self.maps_to} of {self.origin.num_layers} "
-                    f"takes maps for layers 0 to {self.maps_to - 1}."
-                )
-        for layer, bias in self.biases.items():
-            if layer not in self.weights or tuple(bias.shape) != (width,):
-                raise ValueError(f"The bias of layer {layer} has shape {list(bias.shape)}, not [{width}].")
+        require_sound(kind, self.weights, self.biases, self.maps_to, origin.num_layers)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -227,7 +212,14 @@ class Lens:
         Raises:
             KeyError: There is no map for this layer.
             IndexError: There is no such layer.
+            TypeError, ShapeError: `hidden` is no tensor of floating point numbers, or of another width.
         """
+        if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
+            raise TypeError(
+                f"hidden is a tensor of floating point numbers, [..., {self.hidden_size}], not {hidden!r:.80}."
+            )
+        if hidden.shape[-1:] != (self.hidden_size,):
+            raise ShapeError(f"hidden has shape {list(hidden.shape)}; it must be [..., {self.hidden_size}].")
         index = read_index(layer, self.origin.num_layers, "layer", "layers")
         (own,) = self.maps_for([index])
         return hidden if own is None else mapped(hidden, *own)
@@ -243,10 +235,11 @@ class Lens:
         Raises:
             KeyError: There is no map for this layer.
             ValueError: The lens is of another model, or leads to an earlier layer than the last.
+            TypeError, ShapeError: `hidden` is no tensor of floating point numbers, or of another width.
         """
         self.require_last("Lens.to_vocab()")
         self.check(model)
-        return model.project_on_vocab(self.to_last_layer(hidden, layer))
+        return model.project_on_vocab(self.to_last_layer(hidden, layer).to(model._module.dtype))
 
     @plain_defaults()
     def from_vocab(self, model: StandardizedTransformer, token: int | str, layers: Indices = None) -> SteeringVector:
@@ -312,13 +305,17 @@ class Lens:
             ValueError: It is truncated, damaged, no lens, or a lens of another model; names the file or the model.
         """
         tensors, record = read_tensors(path, _FILE)
-        parts: dict[str, dict[int, torch.Tensor]] = {"weight": {}, "bias": {}}
-        for name, tensor in tensors.items():
-            part, _, layer = name.partition(".")
-            if part in parts:
-                parts[part][int(layer)] = tensor
-        origin = Origin.read(record["origin"], tensors.get("probe"))
-        lens = cls(record["kind"], parts["weight"], parts["bias"], origin, record["details"], not strict)
+        try:
+            require_details(record["details"])
+            parts: dict[str, dict[int, torch.Tensor]] = {"weight": {}, "bias": {}}
+            for name, tensor in tensors.items():
+                part, _, layer = name.partition(".")
+                if part in parts:
+                    parts[part][int(layer)] = tensor
+            origin = Origin.read(record["origin"], tensors.get("probe"))
+            lens = cls(record["kind"], parts["weight"], parts["bias"], origin, record["details"], not strict)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} holds no sound lens ({type(error).__name__}: {error!s:.300}).") from error
         if model is not None:
             lens.check(model)
         return lens
@@ -366,7 +363,7 @@ class Lens:
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, holds code, or has another width or more layers than the model.
         """
-        weights, details = read_jacobian_file(path)
+        weights, details = read_jacobian_file(path, model)
         lens = cls("jacobian", weights, {}, Origin(None, None, model.num_layers), details)
         lens.check(model)
         return lens

@@ -15,6 +15,8 @@ import torch
 
 from nnterp.arguments import path_of
 from nnterp.files import write_whole
+from nnterp.indices import integer
+from nnterp.interventions._fitted._sound import require_map
 from nnterp.interventions._vectors._belonging import identity_of, short_name
 
 if TYPE_CHECKING:
@@ -34,11 +36,21 @@ def read_pickle(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
+        if zipfile.is_zipfile(path) and _unpacks_to_more(path):
+            raise ValueError("it is compressed, and torch.save compresses nothing")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and numbers, so it is not opened: {error!s:.200}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # the reader of a damaged file fails in any way
         raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}: {error!s:.200}).") from error
+
+
+def _unpacks_to_more(path: Path) -> bool:
+    """Whether a zip file holds more than its own bytes."""
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    return not stored or sum(entry.file_size for entry in entries) > path.stat().st_size
 
 
 def write_pickle(path: Path, content: Any) -> None:
@@ -58,12 +70,14 @@ def read_tuned_folder(
     try:
         config = json.loads((folder / CONFIG).read_text())
         count, width, name = (config[key] for key in ("num_hidden_layers", "d_model", "base_model_name_or_path"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is no config of a tuned lens ({error!r}).") from error
+        revision = config.get("base_model_revision")
+        if not isinstance(name, str) or not (revision is None or isinstance(revision, str)):
+            raise TypeError("the model's name and revision are texts")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} is no config of a tuned lens ({error!r:.200}).") from error
     own = identity_of(model)["model"], model.revision
-    revision = config.get("base_model_revision")
     wrong = []
-    if short_name(str(name)) != short_name(own[0]):
+    if short_name(name) != short_name(own[0]):
         wrong.append(f"it was fitted on {name}, and this is {own[0]}")
     if (revision or "main") != (own[1] or "main"):
         wrong.append(f"it was fitted on revision {revision or 'main'}, and this is {own[1] or 'main'}")
@@ -78,14 +92,16 @@ def read_tuned_folder(
         )
     state = read_pickle(folder / PARAMS)
     weights, biases = {}, {}
-    for i in range(1, count):
-        given = state.get(f"{i}.weight") if isinstance(state, dict) else None
-        if not isinstance(given, torch.Tensor) or tuple(given.shape) != (width, width):
-            got = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-            raise ValueError(f"{folder / PARAMS} has no [{width}, {width}] map {i}.weight: it is {got}.")
-        weights[i - 1] = torch.eye(width) + given.float()
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder / PARAMS} holds no maps by name but {type(state).__name__}.")
+    for i in range(1, model.num_layers):
+        weight: Any = state.get(f"{i}.weight")
+        require_map(weight, (width, width), f"{folder / PARAMS}: {i}.weight")
+        weights[i - 1] = torch.eye(width) + weight.float()
         if f"{i}.bias" in state:
-            biases[i - 1] = state[f"{i}.bias"].float()
+            bias: Any = state[f"{i}.bias"]
+            require_map(bias, (width,), f"{folder / PARAMS}: {i}.bias")
+            biases[i - 1] = bias.float()
     return weights, biases, {"imported": "tuned-lens", "config": config, "skip_first": 0}
 
 
@@ -115,21 +131,38 @@ def write_tuned_folder(
     write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def read_jacobian_file(path: str | Path) -> tuple[dict[int, torch.Tensor], dict[str, Any]]:
+def read_jacobian_file(
+    path: str | Path, model: StandardizedTransformer
+) -> tuple[dict[int, torch.Tensor], dict[str, Any]]:
     """The Jacobians of a published file, by layer, and what else it says."""
-    path = path_of(path)
+    path, last = path_of(path), model.num_layers - 1
     state = read_pickle(path)
     try:
-        jacobians = {int(layer): matrix.float() for layer, matrix in state["J"].items()}
-        width, prompts = int(state["d_model"]), int(state["n_prompts"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no Jacobian lens: it needs J, d_model and n_prompts ({error!r}).") from error
-    for layer, matrix in jacobians.items():
-        if tuple(matrix.shape) != (width, width):
-            raise ValueError(
-                f"{path}: the Jacobian of layer {layer} has shape {list(matrix.shape)}, not [{width}, {width}]."
-            )
-    return jacobians, {"imported": "jacobian-lens", "prompts": prompts}
+        jacobians, width, prompts = state["J"], integer(state["d_model"], "d_model"), state["n_prompts"]
+        prompts, layers = integer(prompts, "n_prompts"), [integer(layer, "a layer") for layer in jacobians]
+        matrices = [jacobians[layer] for layer in jacobians]
+        told = [state.get("source_layers"), state.get("target_layer")]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} is no Jacobian lens: it needs J, d_model and n_prompts ({error!r:.200}).") from error
+    name = identity_of(model)["model"]
+    if width != model.hidden_size:
+        raise ValueError(
+            f"{path}: the lens is for a stream of width {width}; that of {name} has width {model.hidden_size}."
+        )
+    if surplus := [layer for layer in layers if not 0 <= layer < last]:
+        raise ValueError(
+            f"{path} has maps for layers {surplus[:5]}; {name} has layers 0 to {last - 1} before its last."
+        )
+    if told[0] is not None and told[0] != sorted(layers):
+        raise ValueError(f"{path} is damaged: it has maps for layers {sorted(layers)}, and says {told[0]!r:.80}.")
+    if told[1] not in (None, -1, last):
+        raise ValueError(
+            f"{path} leads to layer {told[1]!r:.80} and not to the last one, {last}: that is not read here."
+        )
+    for layer, matrix in zip(layers, matrices, strict=True):
+        require_map(matrix, (width, width), f"{path}: the Jacobian of layer {layer}")
+    found = {layer: matrix.float() for layer, matrix in zip(layers, matrices, strict=True)}
+    return found, {"imported": "jacobian-lens", "prompts": prompts}
 
 
 def write_jacobian_file(path: str | Path, weights: Mapping[int, torch.Tensor], prompts: int) -> None:
