@@ -3,13 +3,11 @@
 import re
 import runpy
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.inputs import encode
 from nnterp.interventions import (
@@ -25,11 +23,11 @@ from nnterp.interventions._attribution._audit import Audit, audited, spearman
 from nnterp.interventions._attribution._slopes import EMBEDDINGS, slopes_of
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.positions import last_of
-from nnterp.testing import tiny_model, tiny_tokenizer
+from nnterp.testing import tiny_model
 from nnterp.values import get_value, read_value, write_value
 
 from .hooked import gradients_of_weights, hooked, run, value
-from .reference import ARCHITECTURES, hooks
+from .reference import ARCHITECTURES, eager, hooks
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
 CORRUPTED = [[11, 42, 99, 93, 130, 201], [60, 31, 101, 180]]
@@ -40,11 +38,6 @@ PARIS = logit_difference(" Paris", " Rome")
 
 def number(logits):
     return logits[..., 5] - logits[..., 9]
-
-
-@cache
-def eager(kind):
-    return StandardizedTransformer(tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
 
 
 def by_autograd(model, prompt, keys, metric=number):
