@@ -10,6 +10,7 @@ import pkgutil
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import entry_points, packages_distributions, requires
 from pathlib import Path
 
@@ -40,7 +41,14 @@ def fresh(processes):
     return run
 
 
-def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False) -> set[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A file's syntax, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False) -> frozenset[str]:
     """Modules a file imports, absolute; optionally not those inside functions, and those for type checkers too."""
     found: set[str] = set()
     package = path.relative_to(path.parents[[p.name for p in path.parents].index("src")]).parent.parts
@@ -64,8 +72,8 @@ def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    visit(tree_of(path))
+    return frozenset(found)
 
 
 def short(value: object) -> str:
@@ -142,6 +150,7 @@ def room(module: str) -> str:
 MODULES = {dotted(path): (package, path) for package, path in FILES}
 
 
+@cache
 def arrows(path: Path) -> set[str]:
     """The modules of this workspace that a file imports, every import counted."""
     named = imports(path, for_types=True) & MODULES.keys()
@@ -240,7 +249,7 @@ def test_public_names_are_listed_and_documented(name):
 
 @pytest.mark.parametrize(("package", "path"), FILES, ids=short)
 def test_every_module_says_what_it_holds(package, path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert ast.get_docstring(tree_of(path))
 
 
 def test_py_typed_and_licence_are_in_every_package():

@@ -1,9 +1,6 @@
 """Attribution patching against torch.autograd on the plain HuggingFace model with hooks; its audit against patching."""
 
-import re
-import runpy
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
@@ -468,16 +465,6 @@ def test_what_was_computed_outlives_an_error(toy):
     torch.testing.assert_close(again["scores"], expected["scores"])
     together = attribution_patching(toy, clean, corrupted, PARIS, audit=0)
     torch.testing.assert_close(together["scores"], whole["scores"], atol=1e-3, rtol=1e-3)
-
-
-def test_the_page_runs(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "attribution.md").read_text(encoding="utf-8")
-    file = tmp_path / "page.py"
-    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
-    names = runpy.run_path(str(file), run_name="page")
-    whole = names["whole"]
-    assert whole["scores"].sum().item() == pytest.approx((whole["clean"] - whole["corrupted"]).item(), rel=0.02)
-    assert names["country"].recovered() > 0.7 > 0.3 > names["country"].recovered("control")
 
 
 def test_the_figure_has_the_signs_of_the_effects_and_says_that_they_are_estimates(toy):
