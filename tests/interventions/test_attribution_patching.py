@@ -23,7 +23,7 @@ from nnterp.positions import last_of
 from nnterp.testing import tiny_model
 from nnterp.values import get_value, read_value, write_value
 
-from .hooked import gradients_of_weights, hooked, run, value
+from .hooked import gradients_of_weights, hooked, run, value, values_of
 from .reference import ARCHITECTURES, eager, hooks
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
@@ -69,11 +69,11 @@ def test_streams_and_contributions_equal_autograd(tiny, kind):
     assert found.axes["scores"] == ("prompts", "values", "layers", "positions")
     assert found["scores"][1, ..., 4:].isnan().all()
     for i, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
+        into, slopes, score = by_autograd(model, corrupted, [(name, layer) for name in names for layer in layers])
         for v, name in enumerate(names):
+            source = values_of(model, clean, name, layers)
             for a, layer in enumerate(layers):
-                into, slopes, score = by_autograd(model, corrupted, [(name, layer)])
-                source = value(model, clean, name, layer)
-                each = (source - into[name, layer]) * slopes[name, layer]
+                each = (source[layer] - into[name, layer]) * slopes[name, layer]
                 close(found["scores"][i, v, a, : len(clean)], each.sum(-1), each.abs().sum())
         assert found["corrupted"][i].item() == pytest.approx(score, abs=1e-3)
         assert found["clean"][i].item() == pytest.approx(number(run(model, clean)).item(), abs=1e-3)
