@@ -20,23 +20,68 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+# One model type for each way of building a model. Without the slow tests, a test that is repeated over model types runs
+# on these of them.
+BUILDS = frozenset("gpt2 llama gemma2 mixtral opt bloom falcon mamba jamba deepseek_v3 qwen3_next bert llava".split())
+
+
+def pytest_collection_modifyitems(items):
+    """Repeats of a test on model types beside `BUILDS` are slow, if one of `BUILDS` is among the types of that test."""
+    from nnterp.testing import model_types, multimodal_model_types
+
+    known = {*model_types(), *multimodal_model_types()}
+    repeats = {}
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for name in known.intersection(value for value in given if isinstance(value, str)):
+            repeats.setdefault((item.path, item.originalname), {}).setdefault(name, []).append(item)
+    for by_type in repeats.values():
+        if by_type.keys() & BUILDS:
+            for name in by_type.keys() - BUILDS:
+                for item in by_type[name]:
+                    item.add_marker(pytest.mark.slow)
+
+
+# Folders whose tests share what is slow to make: built wheels with compiled bytecode, workers.
+TOGETHER = ("packaging/", "remote/")
+# Files with few tests that are long: run first, so that no process ends long before the others.
+LONG = (*TOGETHER, "test_browser", "test_readme", "test_probe", "_real", "test_toy", "test_saved_whole")
+
+
 def pytest_xdist_make_scheduler(config, log):
     """Under `-n`, tests of one model type run in one process, so that its model is built and proven once."""
     from xdist.scheduler import LoadScopeScheduling
 
-    from nnterp.testing import model_types
+    from nnterp.testing import model_types, multimodal_model_types
 
-    types = set(model_types())
+    types = sorted({*model_types(), *multimodal_model_types()}, key=len, reverse=True)  # xlm-roberta before xlm
 
     class ByModelType(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
-            if "packaging" in file:
-                return nodeid
-            parameters = test.partition("[")[2].rstrip("]").split("-")
-            return next((name for name in parameters if name in types), file)
+            together = next((folder for folder in TOGETHER if folder in file), None)
+            if together is not None:
+                return together
+            parameters = f"-{test.partition('[')[2].rstrip(']')}-"
+            return next((name for name in types if f"-{name}-" in parameters), file)
+
+        def _assign_work_unit(self, node):
+            long = next((scope for scope in self.workqueue if any(name in scope for name in LONG)), None)
+            if long is not None:
+                self.workqueue.move_to_end(long, last=False)
+            super()._assign_work_unit(node)
 
     return ByModelType(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """`processes.run(program)`: runs it in a process of its own, without the seconds that importing torch takes."""
+    from .processes import Launcher
+
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @cache

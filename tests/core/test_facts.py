@@ -51,6 +51,7 @@ def test_nothing_but_the_constructor_and_the_proof_sets_attributes(model_type):
     assert {name for _, name in changed(loaded, attributes(model))} == {"facts", "certificate"}
 
 
+@pytest.mark.slow
 def test_nor_does_a_model_without_weights(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path)
     model = StandardizedTransformer(folder, remote=True)

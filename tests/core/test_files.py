@@ -1,6 +1,7 @@
 """What is saved is there whole or not at all: killed, on a full disk, with a record that cannot be written."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -74,7 +75,7 @@ def test_damage_is_found(tmp_path):
         read_tensors(path, "thing")
 
 
-def test_a_killed_write_leaves_the_old_or_the_new(tmp_path):
+def test_a_killed_write_leaves_the_old_or_the_new(processes, tmp_path):
     path = tmp_path / "file.safetensors"
     size = 4_000_000
     write_tensors(path, {"x": torch.zeros(size)}, {"n": 0}, "thing")
@@ -88,11 +89,11 @@ def test_a_killed_write_leaves_the_old_or_the_new(tmp_path):
             write_tensors({str(path)!r}, {{"x": torch.full(({size},), float(n))}}, {{"n": n}}, "thing")
     """)
     for wait in (0.02, 0.06, 0.11):
-        child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-        assert child.stdout.readline() == b"ready\n"
-        time.sleep(wait)
-        child.kill()
-        child.communicate()
+        with processes.running(program) as child:
+            assert child.stdout.readline() == "ready\n", child.said
+            time.sleep(wait)
+            child.send(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL
         tensors, record = read_tensors(path, "thing")
         assert bool((tensors["x"] == record["n"]).all())
 

@@ -6,12 +6,11 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import entry_points, packages_distributions, requires
 from pathlib import Path
 
@@ -30,15 +29,26 @@ SIBLINGS = {module: name for name, modules in PACKAGES.items() for module in mod
 FILES = [(name, path) for name in PACKAGES for path in sorted((ROOT / "packages" / name / "src").rglob("*.py"))]
 
 
-def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """A program run in an interpreter of its own."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def fresh(processes):
+    """`fresh(code)`: (what it prints, what it writes to stderr) of a program that has not imported nnterp before."""
+
+    def run(code: str) -> tuple[str, str]:
+        out, said, failed = processes.run(code)
+        assert not failed, said
+        return out, said
+
+    return run
 
 
-def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False) -> set[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A file's syntax, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False) -> frozenset[str]:
     """Modules a file imports, absolute; optionally not those inside functions, and those for type checkers too."""
     found: set[str] = set()
     package = path.relative_to(path.parents[[p.name for p in path.parents].index("src")]).parent.parts
@@ -62,39 +72,34 @@ def imports(path: Path, *, at_import_only: bool = False, for_types: bool = False
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    visit(tree_of(path))
+    return frozenset(found)
 
 
 def short(value: object) -> str:
     return str(value.relative_to(ROOT / "packages")) if isinstance(value, Path) else str(value)
 
 
-def test_importing_nnterp_is_light():
-    """No plotly, no pandas, no modelling code; most of the time is torch's, transformers' and nnsight's own."""
-    done = fresh(
-        "import json, sys, time; start = time.perf_counter(); import torch, transformers, nnsight\n"
-        "middle = time.perf_counter(); import nnterp; end = time.perf_counter()\n"
-        "print(json.dumps([sorted(sys.modules), middle - start, end - middle]))"
-    )
-    modules, theirs, ours = json.loads(done.stdout)
-    print(f"import nnterp: {theirs:.2f} s for torch, transformers and nnsight, {ours:.2f} s for nnterp")
+def test_importing_nnterp_is_light(fresh):
+    """No plotly, no pandas, no modelling code; nothing is said."""
+    out, said = fresh("import json, sys, nnterp; print(json.dumps(sorted(sys.modules)))")
+    modules = json.loads(out)
     assert "nnterp.standardized_transformer" in modules
     heavy = re.compile(r"(plotly|pandas)(\.|$)|transformers\.models\..*\bmodeling_")
     assert [module for module in modules if heavy.match(module)] == []
-    assert not done.stderr
+    assert not said
 
 
 @pytest.mark.parametrize("sibling", [module for module in SIBLINGS if module != "nnterp.display"])
-def test_a_sibling_brings_no_other_sibling_and_nothing_to_draw_with(sibling):
-    modules = json.loads(fresh(f"import sys, json, {sibling}; print(json.dumps(sorted(sys.modules)))").stdout)
+def test_a_sibling_brings_no_other_sibling_and_nothing_to_draw_with(fresh, sibling):
+    modules = json.loads(fresh(f"import sys, json, {sibling}; print(json.dumps(sorted(sys.modules)))")[0])
     others = {module for module, name in SIBLINGS.items() if name != SIBLINGS[sibling]}
     assert others & set(modules) == set()
     assert {"plotly", "pandas"} & set(modules) == set()
 
 
-def test_display_brings_no_other_sibling():
-    modules = json.loads(fresh("import sys, json, nnterp.display; print(json.dumps(sorted(sys.modules)))").stdout)
+def test_display_brings_no_other_sibling(fresh):
+    modules = json.loads(fresh("import sys, json, nnterp.display; print(json.dumps(sorted(sys.modules)))")[0])
     assert {module for module in SIBLINGS if module != "nnterp.display"} & set(modules) == set()
 
 
@@ -145,6 +150,7 @@ def room(module: str) -> str:
 MODULES = {dotted(path): (package, path) for package, path in FILES}
 
 
+@cache
 def arrows(path: Path) -> set[str]:
     """The modules of this workspace that a file imports, every import counted."""
     named = imports(path, for_types=True) & MODULES.keys()
@@ -243,7 +249,7 @@ def test_public_names_are_listed_and_documented(name):
 
 @pytest.mark.parametrize(("package", "path"), FILES, ids=short)
 def test_every_module_says_what_it_holds(package, path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert ast.get_docstring(tree_of(path))
 
 
 def test_py_typed_and_licence_are_in_every_package():
@@ -277,8 +283,8 @@ def test_what_packages_offer_each_other_can_be_loaded(group):
             assert callable(offered.run)
 
 
-def test_the_log_is_silent_until_it_is_enabled():
-    done = fresh(
+def test_the_log_is_silent_until_it_is_enabled(fresh):
+    _, said = fresh(
         "from loguru import logger\n"
         "import nnterp\n"
         "inside = {'__name__': 'nnterp.somewhere', 'logger': logger}\n"
@@ -286,5 +292,5 @@ def test_the_log_is_silent_until_it_is_enabled():
         "logger.enable('nnterp')\n"
         "exec('logger.warning(\"second\")', inside)\n"
     )
-    assert "first" not in done.stderr
-    assert "second" in done.stderr
+    assert "first" not in said
+    assert "second" in said

@@ -14,7 +14,9 @@ import nnterp
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-REMOTE = ROOT / "docs" / "remote.md"  # runs against a worker: tests/remote/test_page.py
+# Run elsewhere, with more to prove of them: tests/remote/test_page.py, tests/interventions/test_pages.py.
+ELSEWHERE = ("remote.md", "interventions.md", "attribution.md")
+LONG = ("gallery.md", "lenses.md")
 PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]  # pages go on with a model and prompts
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
 
@@ -28,9 +30,14 @@ def name(readme: Path) -> str:
     return readme.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize(
-    "readme", [*READMES, *(page for page in PAGES if snippets(page) and page.name != "remote.md")], ids=name
-)
+def pages_with_code():
+    """The pages that are run here."""
+    for page in [*READMES, *PAGES]:
+        if page in READMES or (snippets(page) and page.name not in ELSEWHERE):
+            yield pytest.param(page, id=name(page), marks=[pytest.mark.slow] if page.name in LONG else [])
+
+
+@pytest.mark.parametrize("readme", pages_with_code())
 def test_snippets_run(readme, tmp_path, capsys, monkeypatch, toy):
     program = snippets(readme)
     assert program, f"{name(readme)} shows no code"

@@ -1,7 +1,5 @@
 """StandardizedTransformer on GPT-2 and Llama, from a module and from a folder, against HuggingFace and plain hooks."""
 
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -438,11 +436,12 @@ def test_remote_models_load_no_weights():
     assert model.certificate.ok
 
 
-def test_no_modelling_file_is_imported_before_a_model_is_loaded():
+def test_no_modelling_file_is_imported_before_a_model_is_loaded(processes):
     code = (
         "import sys, nnterp; "
         "print([m for m in sys.modules if m.split('.')[0] in ('plotly', 'pandas') or '.modeling_' in m and "
         "'transformers.models' in m])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert found == "[]"
+    out, said, failed = processes.run(code)
+    assert not failed, said
+    assert out.strip() == "[]"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,10 +80,11 @@ def test_readers_of_results_do_not_draw():
 
 
 @pytest.mark.parametrize("module", ["nnterp", "nnterp.interventions", "nnterp.prompts", "nnterp.cli"])
-def test_importing_another_package_loads_nothing_of_display(module):
+def test_importing_another_package_loads_nothing_of_display(processes, module):
     code = (
         f"import sys, {module}; "
         "print([m for m in sys.modules if m.split('.')[0] == 'plotly' or m.startswith('nnterp.display')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    out, said, failed = processes.run(code)
+    assert not failed, said
+    assert out.strip() == "[]"

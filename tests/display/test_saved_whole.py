@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -132,18 +131,13 @@ def program(saver, end=""):
     return "\n".join(textwrap.dedent(part) for part in (BEGIN, SAVERS[saver], ENDS.get(end, "")))
 
 
-def child(saver, end, path):
-    command = [sys.executable, "-c", program(saver, end), str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("saver", SAVERS)
-def test_killed(saver, tmp_path, monkeypatch):
-    process = child(saver, "killed", tmp_path / "saved")
-    assert process.stdout.readline() == "ready\n", process.stderr.read()
-    time.sleep(random.uniform(0.02, 0.5))
-    process.kill()
-    process.communicate()
+def test_killed(processes, saver, tmp_path, monkeypatch):
+    with processes.running(program(saver, "killed"), str(tmp_path / "saved")) as child:
+        assert child.stdout.readline() == "ready\n", child.said
+        time.sleep(random.uniform(0.02, 0.5))
+        child.send(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, child.said
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "saved")])
     names = {}
     exec(program(saver), names)
@@ -151,18 +145,19 @@ def test_killed(saver, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("saver", SAVERS)
-def test_interrupted(saver, tmp_path):
-    process = child(saver, "interrupted", tmp_path / "saved")
-    assert process.stdout.readline() == "ready\n", process.stderr.read()
-    for k in range(8):
-        time.sleep(0.02 + 0.017 * k)
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline().strip() == str(k + 1), process.stderr.read()
-    assert process.stdout.read() == "whole\n", process.stderr.read()  # `communicate` would miss what is buffered
-    process.wait()
+def test_interrupted(processes, saver, tmp_path):
+    with processes.running(program(saver, "interrupted"), str(tmp_path / "saved")) as child:
+        assert child.stdout.readline() == "ready\n", child.said
+        for k in range(8):
+            time.sleep(0.02 + 0.017 * k)
+            child.send(signal.SIGINT)
+            assert child.stdout.readline().strip() == str(k + 1), child.said
+        assert child.stdout.read() == "whole\n", child.said
+        assert child.wait() == 0, child.said
 
 
 @pytest.mark.parametrize("saver", SAVERS)
-def test_a_disk_without_room(saver, tmp_path):
-    out, said = child(saver, "full", tmp_path / "saved").communicate()
+def test_a_disk_without_room(processes, saver, tmp_path):
+    out, said, failed = processes.run(program(saver, "full"), str(tmp_path / "saved"))
     assert out.splitlines() == ["OSError", "whole"], out + said
+    assert not failed, said

@@ -190,6 +190,13 @@ def value(model, prompt, name, layer):
     return kept[-1]
 
 
+def values_of(model, prompt, name, layers):
+    """layer → a value of one prompt, without the batch, all of them from one run."""
+    kept = {}
+    run(model, prompt, [(name, layer, lambda x, at=layer: kept.__setitem__(at, x[0].clone())) for layer in layers])
+    return kept
+
+
 def setting(index, new):
     """A function that puts `new` at an index of a value without its batch."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 
 import torch
 
+from nnterp import StandardizedTransformer
+from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.values import get_value, site_of
 
 # Architectures of different build: sequential, parallel, post-norm, scaled, capped, mixtures of experts, windows,
@@ -15,6 +18,17 @@ gpt2 llama gemma gemma2 gemma3_text mistral mixtral qwen2 qwen3 qwen3_moe phi ph
 falcon mpt codegen cohere cohere2 granite granitemoe olmo olmo2 stablelm starcoder2 mamba mamba2 jamba lfm2
 deepseek_v3 glm4 nemotron xglm gpt_bigcode smollm3 biogpt openai-gpt ministral bamba
 """.split()
+
+
+WITHOUT_ATTENTION = {"mamba", "mamba2"}
+
+
+@cache
+def eager(kind):
+    """A tiny model with attention probabilities, where it has attention; the tests of one process share it."""
+    return StandardizedTransformer(
+        tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=kind not in WITHOUT_ATTENTION
+    )
 
 
 def stream(output):

@@ -4,12 +4,9 @@ The other files hold the same architectures to the first use of each function; h
 metrics and directions, in pairs and batches of mixed lengths, and what an architecture does not have.
 """
 
-from functools import cache
-
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
 from nnterp.interventions import (
     Component,
@@ -28,12 +25,10 @@ from nnterp.interventions import (
     steer,
     target_probability,
 )
-from nnterp.testing import tiny_model, tiny_tokenizer
 
-from .hooked import before, queries_projection, setting
+from .hooked import before, queries_projection, setting, values_of
 from .hooked import run as run_anew
-from .hooked import value as read_anew
-from .reference import ARCHITECTURES
+from .reference import ARCHITECTURES, WITHOUT_ATTENTION, eager
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +39,7 @@ PROMPTS = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15], [33, 70, 91, 140, 12]]
 ALONG = slice(None)
 
 # What an architecture does not have, which every function must say.
-NO_ATTENTION = NO_FEED_FORWARD = {"mamba", "mamba2"}
+NO_ATTENTION = NO_FEED_FORWARD = WITHOUT_ATTENTION
 SOME_ATTENTION = {"jamba", "lfm2", "bamba", "granitemoehybrid"}
 # Experts have neurons each of their own.
 NO_NEURONS = {*NO_FEED_FORWARD, "mixtral", "granitemoe", "granitemoehybrid", "gpt_oss"}
@@ -61,14 +56,6 @@ VALUES = {  # with the architectures that lack it
 }
 
 
-@cache
-def eager(kind):
-    """With attention probabilities, where there are any."""
-    return StandardizedTransformer(
-        tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=kind not in NO_ATTENTION
-    )
-
-
 KEPT = {}  # what the plain runs of this file's models gave: neither the models nor these tensors are changed
 
 
@@ -83,11 +70,11 @@ def run(model, prompt, edits=()):
 
 
 def value(model, prompt, name, layer):
-    """As `hooked.value`, read once."""
-    key = id(model), tuple(prompt), name, layer
+    """As `hooked.value`; all layers are read in one run."""
+    key = id(model), tuple(prompt), name
     if key not in KEPT:
-        KEPT[key] = read_anew(model, prompt, name, layer)
-    return KEPT[key]
+        KEPT[key] = values_of(model, prompt, name, layers_having(model, name))
+    return KEPT[key][layer]
 
 
 @pytest.fixture(params=ALL)

@@ -1,15 +1,10 @@
 """Attribution patching against torch.autograd on the plain HuggingFace model with hooks; its audit against patching."""
 
-import re
-import runpy
 from contextlib import ExitStack
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.inputs import encode
 from nnterp.interventions import (
@@ -25,11 +20,11 @@ from nnterp.interventions._attribution._audit import Audit, audited, spearman
 from nnterp.interventions._attribution._slopes import EMBEDDINGS, slopes_of
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.positions import last_of
-from nnterp.testing import tiny_model, tiny_tokenizer
+from nnterp.testing import tiny_model
 from nnterp.values import get_value, read_value, write_value
 
-from .hooked import gradients_of_weights, hooked, run, value
-from .reference import ARCHITECTURES, hooks
+from .hooked import gradients_of_weights, hooked, run, value, values_of
+from .reference import ARCHITECTURES, eager, hooks
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
 CORRUPTED = [[11, 42, 99, 93, 130, 201], [60, 31, 101, 180]]
@@ -40,11 +35,6 @@ PARIS = logit_difference(" Paris", " Rome")
 
 def number(logits):
     return logits[..., 5] - logits[..., 9]
-
-
-@cache
-def eager(kind):
-    return StandardizedTransformer(tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
 
 
 def by_autograd(model, prompt, keys, metric=number):
@@ -79,11 +69,11 @@ def test_streams_and_contributions_equal_autograd(tiny, kind):
     assert found.axes["scores"] == ("prompts", "values", "layers", "positions")
     assert found["scores"][1, ..., 4:].isnan().all()
     for i, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
+        into, slopes, score = by_autograd(model, corrupted, [(name, layer) for name in names for layer in layers])
         for v, name in enumerate(names):
+            source = values_of(model, clean, name, layers)
             for a, layer in enumerate(layers):
-                into, slopes, score = by_autograd(model, corrupted, [(name, layer)])
-                source = value(model, clean, name, layer)
-                each = (source - into[name, layer]) * slopes[name, layer]
+                each = (source[layer] - into[name, layer]) * slopes[name, layer]
                 close(found["scores"][i, v, a, : len(clean)], each.sum(-1), each.abs().sum())
         assert found["corrupted"][i].item() == pytest.approx(score, abs=1e-3)
         assert found["clean"][i].item() == pytest.approx(number(run(model, clean)).item(), abs=1e-3)
@@ -475,16 +465,6 @@ def test_what_was_computed_outlives_an_error(toy):
     torch.testing.assert_close(again["scores"], expected["scores"])
     together = attribution_patching(toy, clean, corrupted, PARIS, audit=0)
     torch.testing.assert_close(together["scores"], whole["scores"], atol=1e-3, rtol=1e-3)
-
-
-def test_the_page_runs(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "attribution.md").read_text(encoding="utf-8")
-    file = tmp_path / "page.py"
-    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
-    names = runpy.run_path(str(file), run_name="page")
-    whole = names["whole"]
-    assert whole["scores"].sum().item() == pytest.approx((whole["clean"] - whole["corrupted"]).item(), rel=0.02)
-    assert names["country"].recovered() > 0.7 > 0.3 > names["country"].recovered("control")
 
 
 def test_the_figure_has_the_signs_of_the_effects_and_says_that_they_are_estimates(toy):

@@ -221,6 +221,7 @@ def test_a_bias_before_a_post_norm_is_a_node():
     assert whole.dropped == 0
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path, monkeypatch):
     pytest.importorskip("networkx")
     page = (Path(__file__).parents[2] / "docs" / "circuits.md").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
 """Direct logit attribution: the parts add up to the logits of plain HuggingFace, and each is what hooks compute."""
 
-from functools import cache
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from nnterp.positions import last_of
 from nnterp.testing import tiny_model, tiny_tokenizer
 
 from .hooked import ATTENTION_ENDS, FEED_FORWARD_ENDS
-from .reference import stream
+from .reference import eager, stream
 
 PROMPTS = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15], [33, 70, 91, 140, 12]]
 CORRECT, WRONG = [5, 7, 9], [8, 3, [2, 4]]
@@ -27,13 +25,6 @@ falcon mpt codegen cohere cohere2 granite granitemoe olmo olmo2 stablelm starcod
 smollm3 biogpt gpt_oss falcon_h1 jamba bamba mamba lfm2
 """.split()
 FEW = ["gpt2", "llama", "gemma2"]  # biases and LayerNorm; grouped queries; post-norms, multipliers and softcaps
-
-
-@cache
-def eager(kind):
-    return StandardizedTransformer(
-        tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=kind not in NO_HEADS
-    )
 
 
 @torch.no_grad()

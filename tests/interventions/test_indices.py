@@ -210,6 +210,7 @@ def test_ranges_slices_and_sets_are_ascending_lists(model, call):
         assert all(torch.equal(a, b) for a, b in zip(expected_here, found, strict=True)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_one_index(model, call):
     """One index in every spelling; whether it has an axis depends on whether it was in a list, and on nothing else."""
@@ -222,6 +223,7 @@ def test_one_index(model, call):
             assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_negative_indices_count_from_the_end(model, call):
     last = numbers(call(model, [-1]))
@@ -234,6 +236,7 @@ def test_negative_indices_count_from_the_end(model, call):
     assert all(torch.equal(a, b) for a, b in zip(last, numbers(call(model, [end])), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [*LAYERS.values(), HEADS["activation_patching"]])
 def test_all_is_everything(model, call):
     every = range(model.num_layers if call in LAYERS.values() else model.num_heads)

@@ -75,6 +75,7 @@ def written(file):
     return file.stat().st_mtime_ns if file is not None and file.exists() else None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 @pytest.mark.parametrize("kind", ["tuned", "jacobian"])
 def test_a_killed_fit_goes_on_to_the_same_lens(launcher, kind, tmp_path):

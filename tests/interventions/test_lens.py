@@ -11,9 +11,9 @@ from .reference import ARCHITECTURES, logits_with, probs_with, states
 PROMPTS = ["The capital of France is", "Hello", "When Mary and John went to the store, John gave a drink to"]
 
 
-def slow_lens(model, prompt, layer, position=-1, sign=1):
-    """The last layer made to return what `layer` returned."""
-    state = sign * states(model, prompt)[layer][None]
+def slow_lens(model, prompt, layer, position=-1, sign=1, own=None):
+    """The last layer made to return what `layer` returned; `own` are the prompt's states, if they are known."""
+    state = sign * (states(model, prompt) if own is None else own)[layer][None]
     return logits_with(model, prompt, [("layers_output", model.num_layers - 1, lambda x: state)])[position].softmax(-1)
 
 
@@ -25,8 +25,9 @@ def test_equals_the_model_cut_short(tiny, model_type):
     assert found.dtype == torch.float32
     assert found.device.type == "cpu"
     for i, prompt in enumerate(PROMPTS):
+        own = states(model, prompt)
         for layer in range(model.num_layers):
-            torch.testing.assert_close(found[i, layer], slow_lens(model, prompt, layer), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(found[i, layer], slow_lens(model, prompt, layer, own=own), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(found[i, -1], probs_with(model, prompt), atol=1e-4, rtol=1e-3)
 
 

@@ -40,6 +40,7 @@ def test_held_out_accuracy_is_scikit_learns(tiny, kind):
     assert found["majority"].item() == 0.5
 
 
+@pytest.mark.slow
 def test_the_tone_is_there_and_the_controls_are_not(toy):
     found = probe(toy, TEXTS, LABELS, position=None, repeats=8)
     assert found["accuracy"].max() >= 0.9

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -315,11 +314,10 @@ except KeyboardInterrupt as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_a_real_interrupt(tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "partial")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(random.randint(10, 40)):
-        assert process.stdout.readline() == "forward\n", process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    out, said = process.communicate()
-    assert out.endswith("went on\n"), said
+def test_a_real_interrupt(processes, tmp_path):
+    with processes.running(PROGRAM, str(tmp_path / "partial")) as child:
+        for _ in range(random.randint(10, 40)):
+            assert child.stdout.readline() == "forward\n", child.said
+        child.send(signal.SIGINT)
+        assert child.stdout.read().endswith("went on\n"), child.said
+        assert child.wait() == 0, child.said

@@ -20,6 +20,7 @@ from nnterp.tensors import same
 from nnterp.traced import Inside, bracket_one
 
 PROBE = (1, 5)
+COMPILED: dict[tuple[Any, str], Any] = {}  # forwards with one instrumented operation, for all models of the process
 MAX_TRIES = 6  # few operations hold the stream's numbers, and the first is nearly always right
 
 
@@ -50,7 +51,6 @@ class _Search:
     def __init__(self, probe: Probe, structures: tuple[ResidualStructure, ...]) -> None:
         self.probe, self.root = probe, probe.module
         self.found: dict[int, Inside] = {}
-        self.compiled: dict[tuple[Any, str], Any] = {}
         self.wanted: dict[int, _Between] = {
             layer.index: _Between(layer.path, structure, _with_code(self.root, layer.path))
             for layer, structure in zip(probe.anatomy.blocks, structures, strict=False)
@@ -100,7 +100,7 @@ class _Search:
         for index, (path, labels) in trying.items():
             operation = next((o for o in recording.operations_of(path) if o.labels == labels), None)
             proven = self.wanted[index].is_moved(operation, recording, self.probe.tolerance)
-            if proven and bracket_one(self.root.get_submodule(path), labels[0], self.compiled):
+            if proven and bracket_one(self.root.get_submodule(path), labels[0], COMPILED):
                 self.found[index] = Inside(path, labels)
 
     def record(self, layers: list[_Between], until: str | None = None, edits: Edits | None = None) -> Recording:
@@ -111,6 +111,7 @@ class _Search:
             operations=dict.fromkeys(operations),
             look_into=lambda function: False,
             edits=edits,
+            edited_alone=edits is not None,
             arguments=False,
         )
 

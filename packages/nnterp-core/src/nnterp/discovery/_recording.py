@@ -17,6 +17,7 @@ import torch
 from nnsight.intervention.source import STATE, SourceNotAvailable, bind, instrument
 from torch import nn
 
+from nnterp.discovery import _decorators  # noqa: F401 (it makes nnsight parse each decorator once)
 from nnterp.huggingface import with_logits
 from nnterp.tensors import copied, stream_in, stream_out
 
@@ -187,6 +188,7 @@ def record(
     look_into: Callable[[Any], bool] | None = None,
     arguments: bool = True,
     edits: Edits | None = None,
+    edited_alone: bool = False,
 ) -> Recording:
     """Run a forward pass and record the calls of some modules and the operations in the forwards of some.
 
@@ -200,8 +202,9 @@ def record(
             the functions of modelling files.
         arguments: Whether to record the arguments of operations.
         edits: (path, labels) of an operation → a function of its output; what it returns replaces the output.
+        edited_alone: Whether to record no operations but those in `edits`.
     """
-    recorder = _Recorder(look_into or in_modelling_code, arguments, edits or {})
+    recorder = _Recorder(look_into or in_modelling_code, arguments, edits or {}, edited_alone)
     with contextlib.ExitStack() as stack:
         for path in operations:
             recorder.instrument(root.get_submodule(path), path, stack)
@@ -212,8 +215,8 @@ def record(
 
 
 class _Recorder:
-    def __init__(self, look_into: Callable[[Any], bool], arguments: bool, edits: Edits) -> None:
-        self.look_into, self.arguments, self.edits = look_into, arguments, edits
+    def __init__(self, look_into: Callable[[Any], bool], arguments: bool, edits: Edits, edited_alone: bool) -> None:
+        self.look_into, self.arguments, self.edits, self.edited_alone = look_into, arguments, edits, edited_alone
         self.recording = Recording()
         self.seen: dict[tuple[str, Labels], Operation] = {}
         self.clock = 0
@@ -259,6 +262,8 @@ class _Recorder:
 
         def operation(location: str, function: Any, *args: Any, **kwargs: Any) -> Any:
             labels = (*prefix, location.removeprefix("source."))
+            if self.edited_alone and (path, labels) not in self.edits:
+                return self.run(function, path, labels)(*args, **kwargs)
             began = self.tick()
             given = copied(args) if self.arguments else ()
             named = {k: copied(v) for k, v in kwargs.items()} if self.arguments else {}
