@@ -16,7 +16,7 @@ from nnterp.interventions._circuits._circuit import Circuit, circuit_of, with_au
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Graph
 from nnterp.interventions._circuits._proof import graph_of
-from nnterp.interventions._circuits._readings import Reading, read_run, stream_of, written
+from nnterp.interventions._circuits._readings import Reading, changes_of, read_run, stream_of, written
 from nnterp.interventions._circuits._slopes import Slopes
 from nnterp.interventions._metrics import metric_name
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
@@ -177,12 +177,11 @@ class _Edges:
         model, graph, pairs = self.model, self.graph, self.pairs
         ids, others = (ids_of_rows([rows[i] for i in chosen]) for rows in (pairs.into, pairs.source))
         source = read_run(model, graph.blocks, others)
-        into = read_run(model, graph.blocks, ids, gradients=not self.points)
+        into = self.with_gradients(ids) if not self.points else read_run(model, graph.blocks, ids)
         clean = source.logits if pairs.denoising else into.logits
         scoring = Scoring(self.metric, model, len(pairs), chosen, clean)
         slopes = self.slopes(ids, source, into, scoring)
-        changes = written(graph, source) - written(graph, into)
-        scores = self.scores(changes, slopes, source, into)
+        scores = self.scores(changes_of(graph, source, into), slopes, source, into)
         self.into_scores[chosen] = scoring(into.logits).detach().double().cpu()
         if not scores.isfinite().all():
             raise ValueError(
@@ -194,16 +193,21 @@ class _Edges:
         self.done.update(chosen)
 
     def slopes(self, ids: torch.Tensor, source: Reading, into: Reading, scoring: Scoring) -> torch.Tensor:
-        """The gradient through each input alone, `[inputs, pairs, seq, hidden]`; the mean over steps."""
+        """The gradient through each input alone, `[pairs, inputs, seq, hidden]`; the mean over steps."""
         if not self.points:
             return self.slopes_in(into, scoring)
-        total: Any = 0
+        total = ids.new_zeros(0)
         for k in range(self.points):
             part = (k + 0.5) / self.points
             between = into.embeddings + part * (source.embeddings - into.embeddings)
-            reading = read_run(self.model, self.graph.blocks, ids, between, gradients=True)
-            total = total + self.slopes_in(reading, scoring)
+            own = self.slopes_in(self.with_gradients(ids, between), scoring)
+            total = own if k == 0 else total.add_(own)
         return total / self.points
+
+    def with_gradients(self, ids: torch.Tensor, embeddings: torch.Tensor | None = None) -> Reading:
+        """A run with a graph of gradients."""
+        graph = self.graph
+        return read_run(self.model, graph.blocks, ids, embeddings, gradients=True, projections=graph.projections)
 
     def slopes_in(self, reading: Reading, scoring: Scoring) -> torch.Tensor:
         """The same in one run, which was read with gradients."""
@@ -218,34 +222,32 @@ class _Edges:
     @torch.no_grad()
     def scores(self, changes: torch.Tensor, slopes: torch.Tensor, source: Reading, into: Reading) -> torch.Tensor:
         """The scores of all edges, `[pairs, inputs, writers]`; notes how complete they are."""
-        inputs, writers = self.graph.possible.shape
-        pairs = changes.shape[1]
-        sent = changes.flatten(2).movedim(1, 0)  # [pairs, writers, seq × hidden]
-        felt = slopes.flatten(2).movedim(1, 0).to(sent)
-        scores = sent.new_zeros(pairs, inputs, writers)
-        start = 0
-        before = self.graph.before
-        while start < inputs:
-            stop = next((i for i in range(start, inputs) if before[i] != before[start]), inputs)
-            scores[:, start:stop, : before[start]] = felt[:, start:stop] @ sent[:, : before[start]].mT
-            start = stop
-        self.completeness = max(self.completeness, self.error(scores, felt, source, into))
+        sent, felt = changes.flatten(2), slopes.flatten(2).to(changes)  # [pairs, writers or inputs, seq × hidden]
+        scores = sent.new_zeros(len(sent), *self.graph.possible.shape)
+        for inputs, before in self.graph.reading_alike:
+            made = felt[:, inputs] @ sent[:, :before].mT
+            scores[:, inputs, :before] = made
+            self.completeness = max(self.completeness, self.error(made, felt[:, inputs], inputs.start, source, into))
         return scores
 
-    def error(self, scores: torch.Tensor, felt: torch.Tensor, source: Reading, into: Reading) -> float:
-        """How far the scores into each input are from the difference of the stream that it reads times the gradient.
+    def error(self, scores: torch.Tensor, felt: torch.Tensor, own: int, source: Reading, into: Reading) -> float:
+        """How far the scores into inputs of one stream are from the difference of that stream times the gradient.
 
         Relative to the norm of that difference times that of the gradient.
+
+        Args:
+            scores: `[pairs, inputs, writers]`.
+            felt: The gradients, `[pairs, inputs, seq × hidden]`.
+            own: The index of one of the inputs.
+            source, into: The two runs.
         """
-        worst = 0.0
-        for i, own in enumerate(self.graph.inputs):
-            block = self.blocks[own.layer]
-            moved = accumulated(stream_of(source, block, own.role)) - accumulated(stream_of(into, block, own.role))
-            moved = moved.flatten(1).to(felt)
-            missing = (scores[:, i].sum(-1) - (moved * felt[:, i]).sum(-1)).abs()
-            size = moved.norm(dim=-1) * felt[:, i].norm(dim=-1)
-            worst = max(worst, float((missing / size.clamp(min=1e-30)).max()))
-        return worst
+        layer, role = self.graph.inputs[own].layer, self.graph.inputs[own].role
+        streams = (accumulated(stream_of(run, self.blocks[layer], role)) for run in (source, into))
+        theirs, mine = (stream.flatten(1).to(felt) for stream in streams)
+        moved = theirs - mine
+        missing = (scores.sum(-1) - (felt @ moved[..., None])[..., 0]).abs()
+        size = moved.norm(dim=-1)[:, None] * felt.norm(dim=-1)
+        return float((missing / size.clamp(min=1e-30)).max())
 
 
 def _audited(run: _Edges, circuit: Circuit, chunks: Chunks, number: int, seed: int) -> Any:
