@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Method = Literal["gradient", "integrated"]
 _WHAT = "edge_attribution()"
+INPUTS = 64  # whose scores are made in one product
 
 
 @plain_defaults()
@@ -224,10 +225,14 @@ class _Edges:
         """The scores of all edges, `[pairs, inputs, writers]`; notes how complete they are."""
         sent, felt = changes.flatten(2), slopes.flatten(2).to(changes)  # [pairs, writers or inputs, seq × hidden]
         scores = sent.new_zeros(len(sent), *self.graph.possible.shape)
-        for inputs, before in self.graph.reading_alike:
-            made = felt[:, inputs] @ sent[:, :before].mT
-            scores[:, inputs, :before] = made
-            self.completeness = max(self.completeness, self.error(made, felt[:, inputs], inputs.start, source, into))
+        possible, before = self.graph.possible.to(sent.device), self.graph.before
+        for start in range(0, len(before), INPUTS):  # many at a time, because each time all that is sent is read
+            some = slice(start, min(start + INPUTS, len(before)))
+            most = max(before[some])
+            scores[:, some, :most] = (felt[:, some] @ sent[:, :most].mT) * possible[some, :most]
+        for alike in self.graph.reading_alike:
+            error = self.error(scores[:, alike], felt[:, alike], alike.start, source, into)
+            self.completeness = max(self.completeness, error)
         return scores
 
     def error(self, scores: torch.Tensor, felt: torch.Tensor, own: int, source: Reading, into: Reading) -> float:

@@ -133,14 +133,14 @@ class Graph:
         return torch.arange(len(self.writers)) < torch.tensor(self.before)[:, None]
 
     @cached_property
-    def reading_alike(self) -> list[tuple[slice, int]]:
-        """Neighbouring inputs that read the same stream, with how many of the first writers they read."""
+    def reading_alike(self) -> list[slice]:
+        """Neighbouring inputs that read the same stream."""
         found, start = [], 0
         streams = [(own.layer, before) for own, before in zip(self.inputs, self.before, strict=True)]
         streams.append((-1, -1))
         for stop in range(1, len(streams)):
             if streams[stop] != streams[start]:
-                found.append((slice(start, stop), self.before[start]))
+                found.append(slice(start, stop))
                 start = stop
         return found
 
