@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +12,14 @@ import torch
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
 from nnterp.interventions._attribution import accumulated, audited, require_gradients_on
-from nnterp.interventions._circuits._chunks import Chunks, Scoring, both_runs, check_lengths, ids_of_rows
+from nnterp.interventions._circuits._chunks import (
+    Chunks,
+    Scoring,
+    both_runs,
+    check_lengths,
+    ids_of_rows,
+    refuse_remote,
+)
 from nnterp.interventions._circuits._circuit import Circuit, circuit_of, with_audit
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Graph
@@ -20,8 +28,10 @@ from nnterp.interventions._circuits._readings import Reading, changes_of, read_r
 from nnterp.interventions._circuits._slopes import Slopes
 from nnterp.interventions._metrics import metric_name
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
+from nnterp.interventions._partial import RUN, ids_of
 from nnterp.interventions._results import describe_run, prompt_labels
 from nnterp.interventions._running import BatchSize, bar, check_batch_size, weights_at_rest, within_memory
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
 Method = Literal["gradient", "integrated"]
 _WHAT = "edge_attribution()"
 INPUTS = 64  # whose scores are made in one product
+PAIRS, INTO = "pairs", "into"  # of a partial circuit's `about`: the pairs that are done, and metrics of their runs
 
 
 @plain_defaults()
@@ -46,6 +57,8 @@ def edge_attribution(
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
+    resume: Circuit | str | Path | None = None,
 ) -> Circuit:
     """Score every edge of a model: how far patching that edge alone would move the metric, to first order.
 
@@ -80,6 +93,9 @@ def edge_attribution(
         seed: Of the random half of the audit.
         batch_size: Pairs of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Refused: it needs the model's weights here.
+        resume: The partial circuit of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: the pairs that it holds are not run again.
 
     Returns:
         A `Circuit` of all edges, on the CPU. Its `completeness` says how exactly the scores into an input add up to the
@@ -91,6 +107,7 @@ def edge_attribution(
             is none of its choices.
         Unavailable: The model's stream is no sum of what its parts add, or something beside the inputs above reads it
             (a gate on heads, per-layer embeddings); says what.
+        RemoteModelError: `remote` was given, or the model's weights are on a remote service.
         InsideTraceError: Called inside a trace of the same model.
 
         An error in the middle, KeyboardInterrupt included, carries the circuit of the pairs so far as `error.partial`.
@@ -101,6 +118,7 @@ def edge_attribution(
         circuit.top(100).plot()
     """
     model.require_no_trace(_WHAT)
+    refuse_remote(remote, _WHAT)
     check_batch_size(batch_size)
     audit, seed = count(audit, "audit", 0), count(seed, "seed", 0)
     require_gradients_on(_WHAT)
@@ -120,22 +138,41 @@ def edge_attribution(
         prompts=prompt_labels(pairs.clean, model),
         corrupted=prompt_labels(pairs.corrupted, model),
     )
+    asked = {
+        "prompts": ids_of(pairs.clean, pairs.corrupted),
+        "direction": direction,
+        "method": method,
+        "steps": points,
+        "by_pair": bool(by_pair),
+    }
+    call = Call(model, "edge_attribution", asked, {"metric": metric})
     run = _Edges(model, graph, pairs, metric, points, by_pair)
+    run.go_on_from(_earlier(call, resume))
     chunks = Chunks(model, graph, pairs, batch_size)
-    try:
+    with call.keeping(lambda: run.partial(call, about)):
         with bar(len(pairs), "edge attribution", progress) as shown, weights_at_rest(model._module):
-            for chosen in chunks:
+            shown.update(len(run.done))
+            for chosen in chunks.without(run.done):
                 run.all_of(chosen, chunks)
                 shown.update(len(chosen))
         circuit = run.circuit(about)
         if audit:
             circuit = with_audit(circuit, _audited(run, circuit, chunks, audit, seed))
-    except BaseException as error:
-        if run.done:
-            error.partial = run.circuit({**about, "pairs": sorted(run.done)})  # type: ignore[attr-defined]
-            error.add_note(f"{len(run.done)} of {len(pairs)} pairs are done: their circuit is error.partial.")
-        raise
     return circuit
+
+
+def _earlier(call: Call, resume: Circuit | str | Path | None) -> Circuit | None:
+    """The partial circuit that a call goes on from; None if it begins anew.
+
+    Raises:
+        ValueError: It is complete, or of another call; names what differs.
+        FileNotFoundError: There is no such file.
+    """
+    if resume is None:
+        return None
+    earlier = resume if isinstance(resume, Circuit) else Circuit.load(resume)
+    call.check(earlier.about.get(RUN), "what was given as resume" if isinstance(resume, Circuit) else str(resume))
+    return earlier
 
 
 class _Edges:
@@ -160,6 +197,23 @@ class _Edges:
         self.into_scores = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
         self.completeness = 0.0
         self.done: set[int] = set()
+
+    def go_on_from(self, earlier: Circuit | None) -> None:
+        """Take over the pairs of a partial circuit."""
+        if earlier is None:
+            return
+        done = earlier.about[PAIRS]
+        self.done, self.completeness = set(done), earlier.completeness
+        self.into_scores[done] = torch.tensor(earlier.about[INTO], dtype=torch.float64)
+        self.total[earlier.receivers, earlier.senders] = earlier.scores.double() * len(done)
+        if self.single is not None and earlier.by_pair is not None:
+            self.single[:, earlier.receivers, earlier.senders] = earlier.by_pair
+
+    def partial(self, call: Call, about: dict[str, Any]) -> Circuit | None:
+        """What is computed so far, if a pair is done."""
+        done = sorted(self.done)
+        own = {PAIRS: done, INTO: self.into_scores[done].tolist(), RUN: call.record}
+        return self.circuit({**about, **own}) if done else None
 
     def circuit(self, about: dict[str, Any]) -> Circuit:
         """The circuit of the pairs that are done."""
