@@ -138,7 +138,7 @@ def faithfulness(
 
     Raises:
         ValueError: Prompts do not go in pairs of equally many tokens, the circuit is of another model or has fewer
-            edges than a size asks for, or a size is no fraction.
+            edges than a size asks for, a size is no fraction, or the metric is not finite.
         Unavailable: As for `edge_attribution`.
         RemoteModelError: `remote` was given, or the model's weights are on a remote service.
         InsideTraceError: Called inside a trace of the same model.
@@ -155,7 +155,7 @@ def faithfulness(
     check_batch_size(batch_size)
     if not isinstance(circuit, Circuit):
         raise TypeError(f"A Circuit was expected, such as edge_attribution() returns, not {circuit!r:.80}.")
-    controls = count(controls, "controls", 0)
+    controls, seed = count(controls, "controls", 0), count(seed, "seed", 0)
     pairs = encode_pairs(model, clean, corrupted, "noising")
     check_lengths(pairs)
     graph = graph_of(model, _WHAT)
@@ -279,6 +279,11 @@ class _Faithfulness:
         for k, kept in enumerate(self.kept):
             for size, logits in enumerate(runs.logits(torch.stack(kept))):
                 self.scores[k, chosen, size] = scoring(logits).float().cpu()
+        if not (self.scores[:, chosen].isfinite().all() and self.ends[:, chosen].isfinite().all()):
+            raise ValueError(
+                f"The metric of pairs {chosen} is not finite, in an unedited run or in one with edges cut. Take a metric "
+                "that is a number there, load the model in float32, or leave these pairs out."
+            )
         self.done[chosen] = True
 
     def result(self, sizes: list[float], edges: list[int], about: dict[str, Any]) -> Faithfulness:

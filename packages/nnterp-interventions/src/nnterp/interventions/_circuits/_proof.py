@@ -13,7 +13,7 @@ from nnterp.huggingface import dtype_of
 from nnterp.interventions._attribution import accumulated, head_shares, tolerance
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Block, Graph, blocks_of, graph_from
-from nnterp.interventions._circuits._projections import columns_of, projections_of
+from nnterp.interventions._circuits._projections import columns_of, matrix_of, projections_of
 from nnterp.interventions._circuits._readings import Reading, read_run, stream_of, written
 from nnterp.interventions._circuits._slopes import Slopes, feeds_of, require_whole
 from nnterp.interventions._running import weights_at_rest
@@ -49,7 +49,10 @@ def graph_of(model: StandardizedTransformer, what: str) -> Graph:
     if key not in model.proofs:
         with torch.inference_mode(False), torch.enable_grad(), weights_at_rest(module):
             model.proofs[key] = _prove(model, what)
-    return model.proofs[key]
+    graph: Graph = model.proofs[key]
+    if any(matrix_of(model, path) is None for path in graph.projections):  # hooked or replaced since
+        return replace(graph, columns={})
+    return graph
 
 
 def _prove(model: StandardizedTransformer, what: str) -> Graph:
