@@ -62,11 +62,11 @@ def test_edge_attribution_goes_on_where_it_was_cut_short(tiny, tmp_path, saved):
     exact = {(c["sender"], c["receiver"]): c["exact"] for c in whole.audit.cells}
     assert {(c["sender"], c["receiver"]): pytest.approx(c["exact"], abs=1e-4) for c in again.audit.cells} == exact
     assert "pairs" not in again.about
-    with pytest.raises(ValueError, match="Cannot resume: .*no partial result"):
+    with pytest.raises(ValueError, match=r"Cannot resume: .*no partial result"):
         edge_attribution(model, *BOTH, metric, **options, resume=whole)
-    with pytest.raises(ValueError, match="Cannot resume: .*direction"):
+    with pytest.raises(ValueError, match=r"Cannot resume: .*direction"):
         edge_attribution(model, *BOTH, metric, direction="denoising", by_pair=True, resume=partial)
-    with pytest.raises(ValueError, match="Cannot resume: .*prompts"):
+    with pytest.raises(ValueError, match=r"Cannot resume: .*prompts"):
         edge_attribution(model, BOTH[1], BOTH[0], metric, by_pair=True, resume=partial)
     with pytest.raises(FileNotFoundError):
         edge_attribution(model, *BOTH, metric, resume=tmp_path / "nothing")
@@ -92,9 +92,9 @@ def test_faithfulness_goes_on_where_it_was_cut_short(tiny, tmp_path):
     for name in whole.tensors:
         torch.testing.assert_close(again[name], whole[name], atol=1e-5, rtol=1e-5)
     assert isinstance(Result.load(tmp_path / "partial"), Faithfulness)
-    with pytest.raises(ValueError, match="Cannot resume: .*sizes"):
+    with pytest.raises(ValueError, match=r"Cannot resume: .*sizes"):
         faithfulness(model, circuit, *BOTH, metric, 0.2, 1, resume=partial)
-    with pytest.raises(ValueError, match="Cannot resume: .*edges"):
+    with pytest.raises(ValueError, match=r"Cannot resume: .*edges"):
         other = edge_attribution(model, BOTH[1], BOTH[0], linear(model), audit=0)
         faithfulness(model, other, *BOTH, metric, **call, resume=partial)
     with pytest.raises(ValueError, match="no partial result"):
