@@ -27,6 +27,26 @@ BUILDS = {
         *("post_attention_layernorm", "mlp", "gpt_neox.final_layer_norm", True),
     ),
 }
+SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LLAMA = ("model.layers", "input_layernorm", SEPARATE, "self_attn.o_proj")
+# Biases; parallel blocks that share one norm; mixtures of experts; post-norms; norms of each head, or of all heads.
+MORE = {
+    **dict.fromkeys(
+        ("stablelm", "starcoder2", "nemotron", "qwen3", "mixtral", "qwen3_moe"),
+        (*_LLAMA, None, "post_attention_layernorm", "mlp", "model.norm", False),
+    ),
+    "gemma3_text": BUILDS["gemma2"],
+    "cohere": (*_LLAMA, None, "mlp", "mlp", "model.norm", True),
+    "phi": (*_LLAMA[:3], "self_attn.dense", None, "mlp", "mlp", "model.final_layernorm", True),
+    "gptj": (
+        *("transformer.h", "ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.out_proj", None, "mlp", "mlp"),
+        *("transformer.ln_f", True),
+    ),
+    "olmo2": (
+        *("model.layers", None, (*(f"self_attn.{x}_proj self_attn.{x}_norm" for x in "qk"), SEPARATE[2])),
+        *("self_attn.o_proj", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "model.norm", False),
+    ),
+}
 ROLES = ("query", "key", "value")
 
 
@@ -40,9 +60,10 @@ class Slow:
 
     def __init__(self, model, model_type):
         self.module, self.type, self.count = model._module, model_type, model.num_layers
-        layers, self.norm, self.projections, self.out, self.post, self.second, self.end, self.last, self.parallel = (
-            BUILDS[model_type]
-        )
+        layers, self.norm, self.projections, self.out, self.post, self.second, self.end, self.last, self.parallel = {
+            **BUILDS,
+            **MORE,
+        }[model_type]
         self.layers = self.module.get_submodule(layers)
         kv = model.num_kv_heads
         self.heads = dict(zip(ROLES, (model.num_heads, kv, kv), strict=True))
@@ -99,8 +120,8 @@ class Slow:
 
     def watch(self, layer, block, reads, writes, before, after):
         given = {}
-        norm = block.get_submodule(self.norm)
-        projections = [block.get_submodule(path) for path in self.projections]
+        norm = block.get_submodule(self.norm).forward if self.norm else lambda x: x
+        projections = [[block.get_submodule(path) for path in paths.split()] for paths in self.projections]
 
         def entering(x):
             given["x"] = x
@@ -118,14 +139,16 @@ class Slow:
                 parts = {}
                 for role, head in own:
                     stream = reads(self.name(role, layer, head), given["x"], writes)
-                    made = projections[index].forward(norm.forward(stream))
+                    made = norm(stream)
+                    for module in projections[index]:
+                        made = module.forward(made)
                     parts[role, head] = self.part(made, role, head)
                 return self.joined(parts)
 
             return hook
 
-        for index, module in enumerate(projections):
-            after(module, projected(index))
+        for index, modules in enumerate(projections):
+            after(modules[-1], projected(index))
         out = block.get_submodule(self.out)
 
         def heads(z):
@@ -137,15 +160,19 @@ class Slow:
             ]
             if self.post is not None:
                 post, whole = block.get_submodule(self.post), sum(each)
-                scale = torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + post.eps)
-                each = [one * scale * (1 + post.weight) for one in each]
+                eps = getattr(post, "eps", getattr(post, "variance_epsilon", None))
+                scale = torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + eps)
+                weight = 1 + post.weight if self.type.startswith("gemma") else post.weight
+                each = [one * scale * weight for one in each]
             writes.update({f"L{layer} H{h}": one for h, one in enumerate(each)})
 
         before(out, heads)
-        before(
-            block.get_submodule(self.second),
-            lambda x: reads(f"L{layer} mlp", given["x"] if self.parallel else x, writes),
-        )
+
+        def second(x):
+            stream = reads(f"L{layer} mlp", given["x"] if self.parallel else x, writes)
+            return norm(stream) if self.parallel and self.second == "mlp" else stream
+
+        before(block.get_submodule(self.second), second)
         after(block.get_submodule(self.end), lambda x: writes.__setitem__(f"L{layer} mlp", x))
 
     def part(self, made, role, head):

@@ -9,10 +9,12 @@ from nnterp.interventions import (
     Lens,
     ablate,
     activation_patching,
+    head_scores,
     kl_divergence,
     logit_difference,
     logit_lens,
     patch_object_attn_lens,
+    patch_subspace,
     patchscope_generate,
     patchscope_lens,
     path_patching,
@@ -20,6 +22,7 @@ from nnterp.interventions import (
     repeat_prompt,
     steering_sweep,
     steering_vectors,
+    value_weighted_attention,
 )
 from nnterp.interventions._fitted._belonging import Origin
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
@@ -71,6 +74,11 @@ def gradients_of(model, remote):
 def a_lens(model):
     weight = torch.eye(model.hidden_size) + torch.linspace(-0.1, 0.1, model.hidden_size)
     return Lens("tuned", {0: weight}, {0: torch.ones(model.hidden_size)}, Origin(None, None, model.num_layers))
+
+
+def directions(width):
+    """Two of them, `[width, 2]`."""
+    return torch.randn(width, 2, generator=torch.Generator().manual_seed(0))
 
 
 CALLS = {
@@ -129,6 +137,27 @@ CALLS = {
         Component("attention_head_outputs", m.attention_layers[0], heads=(1,)),
         Component("mlps_input", m.num_layers - 1),
         last_logit,
+        remote=r,
+    ),
+    "head_scores, induction": lambda m, r: head_scores(m, "induction", n=3, length=5, draws=2, remote=r),
+    "head_scores, name_mover": lambda m, r: head_scores(
+        m, "name_mover", [[11, 42, 57, 93, 42], [60, 77, 99, 15, 60]], [42, 60], draws=2, remote=r
+    ),
+    "value_weighted_attention": lambda m, r: value_weighted_attention(m, PROMPTS, remote=r),
+    "patch_subspace": lambda m, r: patch_subspace(
+        m, CLEAN, CORRUPTED, last_logit, "layers_output", 1, directions(m.hidden_size), [-1, 2], controls=2, remote=r
+    ),
+    "patch_subspace, head": lambda m, r: patch_subspace(
+        m,
+        CLEAN,
+        CORRUPTED,
+        logit_difference([7, 8], [11, 12]),
+        "attention_head_outputs",
+        m.attention_layers[0],
+        directions(m.head_dim),
+        head=1,
+        direction="noising",
+        controls=1,
         remote=r,
     ),
     "patch_object_attn_lens": lambda m, r: (

@@ -139,7 +139,7 @@ def attribution_patching(
         "steps": steps if method == "integrated" else None,
     }
     call = Call(model, "attribution_patching", asked, {"metric": metric})
-    run = _Attribution(model, grid, metric, method, steps, batch_size, resumed(call, resume))
+    run = _Attribution(model, grid, metric, method, steps, batch_size, resumed(call, resume), audit > 0)
     with bar(len(pairs), "attribution patching", progress) as shown, call.keeping(lambda: run.partial(call)):
         run.everything(shown)
         return run.result(audit, seed)
@@ -186,11 +186,12 @@ class _Attribution:
         steps: int,
         batch_size: BatchSize,
         earlier: Result | None,
+        audited: bool,
     ) -> None:
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.batch_size, self.method, self.steps = batch_size, method, steps
         self.shortcuts = proven_shortcuts(model)
-        self.run = PairsRun(model, grid, metric, method, steps, self.shortcuts)
+        self.run = PairsRun(model, grid, metric, method, steps, self.shortcuts, audited)
         self.scores = torch.full((len(self.pairs), *grid.shape), torch.nan, dtype=torch.float32)
         self.into, self.source = (torch.full((len(self.pairs),), torch.nan, dtype=torch.float32) for _ in range(2))
         self.finished = 0
@@ -261,6 +262,7 @@ class _Attribution:
                 self.metric,
                 shortcuts=self.shortcuts,
                 batch_size=self.batch_size,
+                known=self.run.known,
             )
             labelled = partial(_labels, result)
             result.about[AUDIT] = audited(self.in_question(), cells, labelled, audit, seed).record()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -39,6 +39,21 @@ def _check_borrowed(model: StandardizedTransformer, keys: Sequence[Key]) -> None
             )
 
 
+class Known(NamedTuple):
+    """The two unedited runs of a pair.
+
+    Attributes:
+        states: Values of the run patched from.
+        source_logits, into_logits: Next-token logits of the run patched from and of that patched into, `[vocab]`.
+        streams: The stream entering each layer of the run patched into, and leaving the last, `[seq, hidden]` each.
+    """
+
+    states: States
+    source_logits: torch.Tensor
+    into_logits: torch.Tensor
+    streams: list[torch.Tensor]
+
+
 class PairsRun:
     """What `attribution_patching` does with some pairs, which share a batch: their runs, and the effects made of them.
 
@@ -49,6 +64,10 @@ class PairsRun:
         method: How effects are estimated.
         steps: Points between the two runs at which gradients are taken, for "integrated".
         shortcuts: Those proven for the model.
+        audited: Whether exact runs follow, which then need not repeat the unedited runs of the last pairs.
+
+    Attributes:
+        known: The unedited runs of the pairs that ran last, by index of the pair.
     """
 
     def __init__(
@@ -59,6 +78,7 @@ class PairsRun:
         method: Method,
         steps: int,
         shortcuts: Shortcuts,
+        audited: bool = False,
     ) -> None:
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.method, self.steps, self.shortcuts = method, steps, shortcuts
@@ -69,6 +89,11 @@ class PairsRun:
         self.inside = inside_of(layers)
         self.wrt = [k for k in self.keys if k not in self.recomputed] + [(PATTERN, layer) for layer in layers]
         self.wrt = list(dict.fromkeys(self.wrt))
+        self.known: dict[int, Known] = {}
+        self.streams: list[Key] = []
+        if audited and shortcuts.skip and model.readout.layout.plain:
+            self.streams = [("layers_input", 0), *(("layers_output", layer) for layer in range(model.num_layers))]
+        self.audited = audited
 
     def effects(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The estimated effects of some pairs, and the metric of their two unpatched runs.
@@ -77,16 +102,20 @@ class PairsRun:
             `[chosen, values, layers, units, columns]`, NaN where a pair has no such column; the metric of the runs
             patched into, and of those patched from, `[chosen]`; float32 on the CPU.
         """
+        self.known = {}
         source = [self.pairs.source[i] for i in chosen]
         also: list[Key] = [EMBEDDINGS] if self.method == "integrated" else []
         states, logits = states_of(self.model, source, [*self.keys, *self.inside, *also], self.shortcuts)
         own = self.integrated if self.method == "integrated" else self.at_once
-        made, into, bound = own(chosen, states, logits)
+        made, into, bound, runs, into_logits = own(chosen, states, logits)
+        for k, i in enumerate(chosen if self.audited else ()):
+            streams = [runs[k][key].detach().clone() for key in self.streams]
+            self.known[i] = Known(states[k], logits[k], into_logits[k].to(logits), streams)
         return made, into, by_prompt(bound, logits, list(range(len(chosen)))).cpu()
 
     def at_once(
         self, chosen: Sequence[int], states: list[States], logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Bound]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Bound, list[States], torch.Tensor]:
         """Effects by the gradient at the run patched into: one forward pass and one backward."""
         into = [self.pairs.into[i] for i in chosen]
         seen = torch.zeros_like(logits)
@@ -98,18 +127,21 @@ class PairsRun:
             seen[indices] = own.detach().to(seen)  # the reference, if the clean run is the one that is patched into
             return by_prompt(reference(), own, indices)
 
-        read = [*self.keys, *self.inside]
+        read = list(dict.fromkeys([*self.keys, *self.inside, *self.streams]))
         runs = slopes_of(self.model, into, read, score, self.shortcuts, wrt=self.wrt)
         factors = self.factors(runs, states)
-        made = self.reduced(chosen, [run.values for run in runs], states, [run.gradients for run in runs], factors)
-        return made, torch.stack([run.score for run in runs]), reference()
+        values = [run.values for run in runs]
+        made = self.reduced(chosen, values, states, [run.gradients for run in runs], factors)
+        return made, torch.stack([run.score for run in runs]), reference(), values, seen
 
     def integrated(
         self, chosen: Sequence[int], states: list[States], logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Bound]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Bound, list[States], torch.Tensor]:
         """Effects by gradients averaged over points between the two runs' token embeddings."""
         into = [self.pairs.into[i] for i in chosen]
-        own, into_logits = states_of(self.model, into, [*self.keys, EMBEDDINGS], self.shortcuts)
+        own, into_logits = states_of(
+            self.model, into, list(dict.fromkeys([*self.keys, EMBEDDINGS, *self.streams])), self.shortcuts
+        )
         clean = logits if self.pairs.denoising else into_logits
         bound = bind_some(self.metric, self.model, len(self.pairs), clean, chosen)
         total: torch.Tensor | None = None
@@ -128,7 +160,7 @@ class PairsRun:
             made = self.reduced(chosen, own, states, [run.gradients for run in runs], {}) / self.steps
             total = made if total is None else total + made
         assert total is not None
-        return total, by_prompt(bound, into_logits, list(range(len(chosen)))).cpu(), bound
+        return total, by_prompt(bound, into_logits, list(range(len(chosen)))).cpu(), bound, own, into_logits
 
     def factors(self, runs: list[Slopes], states: list[States]) -> dict[int, torch.Tensor]:
         """For each layer whose softmax is recomputed, the factor from q · k to scores, checked on these runs."""

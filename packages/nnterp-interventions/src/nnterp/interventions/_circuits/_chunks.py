@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.errors import RemoteModelError
 from nnterp.interventions._circuits._graph import Graph
 from nnterp.interventions._circuits._readings import Reading, read_run
 from nnterp.interventions._metrics import Bound, bind_metric, by_prompt
@@ -33,6 +34,19 @@ def check_lengths(pairs: Pairs) -> None:
             )
 
 
+def refuse_remote(remote: Any, what: str) -> None:
+    """Raise if a run on the remote service is asked for.
+
+    Raises:
+        RemoteModelError: It is.
+    """
+    if remote:
+        raise RemoteModelError(
+            f"{what[:-1]}remote=...) is refused: it takes heads apart beside the model, and the remote worker has no "
+            "nnterp. Load the weights here. activation_patching() and path_patching() run remotely."
+        )
+
+
 class Chunks:
     """Pairs in batches of one length, whose size can be lowered on the way.
 
@@ -47,7 +61,11 @@ class Chunks:
 
     def __iter__(self) -> Iterator[list[int]]:
         """Indices of the pairs of each batch, longest prompts first."""
-        left = sorted(range(len(self.pairs)), key=lambda i: (-len(self.pairs.clean[i]), i))
+        return self.without(())
+
+    def without(self, done: Collection[int]) -> Iterator[list[int]]:
+        """The same without some pairs."""
+        left = sorted(set(range(len(self.pairs))) - set(done), key=lambda i: (-len(self.pairs.clean[i]), i))
         while left:
             width = len(self.pairs.clean[left[0]])
             most = min(self.limit, max(1, MOST_NUMBERS // (self.size * width))) if self.auto else self.limit

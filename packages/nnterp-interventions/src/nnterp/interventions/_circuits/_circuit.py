@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -127,7 +128,13 @@ class Circuit:
         return self._some(torch.arange(min(count(n, "n", 0), len(self)))).connected()
 
     def threshold(self, least: float) -> Circuit:
-        """The circuit of the edges whose absolute score is at least `least`, connected: see `connected`."""
+        """The circuit of the edges whose absolute score is at least `least`, connected: see `connected`.
+
+        Raises:
+            ValueError: `least` is not a number.
+        """
+        if not isinstance(least, (int, float)) or math.isnan(least):
+            raise ValueError(f"least is the smallest absolute score to keep, a number, not {least!r:.80}.")
         return self._some((self.scores.abs() >= least).nonzero()[:, 0]).connected()
 
     def connected(self) -> Circuit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,23 +12,34 @@ import torch
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
 from nnterp.interventions._attribution import accumulated, audited, require_gradients_on
-from nnterp.interventions._circuits._chunks import Chunks, Scoring, both_runs, check_lengths, ids_of_rows
+from nnterp.interventions._circuits._chunks import (
+    Chunks,
+    Scoring,
+    both_runs,
+    check_lengths,
+    ids_of_rows,
+    refuse_remote,
+)
 from nnterp.interventions._circuits._circuit import Circuit, circuit_of, with_audit
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Graph
 from nnterp.interventions._circuits._proof import graph_of
-from nnterp.interventions._circuits._readings import Reading, read_run, stream_of, written
+from nnterp.interventions._circuits._readings import Reading, changes_of, read_run, stream_of, written
 from nnterp.interventions._circuits._slopes import Slopes
 from nnterp.interventions._metrics import metric_name
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
+from nnterp.interventions._partial import RUN, ids_of
 from nnterp.interventions._results import describe_run, prompt_labels
 from nnterp.interventions._running import BatchSize, bar, check_batch_size, weights_at_rest, within_memory
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 Method = Literal["gradient", "integrated"]
 _WHAT = "edge_attribution()"
+INPUTS = 64  # whose scores are made in one product
+PAIRS, INTO = "pairs", "into"  # of a partial circuit's `about`: the pairs that are done, and metrics of their runs
 
 
 @plain_defaults()
@@ -45,6 +57,8 @@ def edge_attribution(
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
+    resume: Circuit | str | Path | None = None,
 ) -> Circuit:
     """Score every edge of a model: how far patching that edge alone would move the metric, to first order.
 
@@ -79,6 +93,9 @@ def edge_attribution(
         seed: Of the random half of the audit.
         batch_size: Pairs of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Refused: it needs the model's weights here.
+        resume: The partial circuit of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: the pairs that it holds are not run again.
 
     Returns:
         A `Circuit` of all edges, on the CPU. Its `completeness` says how exactly the scores into an input add up to the
@@ -90,6 +107,7 @@ def edge_attribution(
             is none of its choices.
         Unavailable: The model's stream is no sum of what its parts add, or something beside the inputs above reads it
             (a gate on heads, per-layer embeddings); says what.
+        RemoteModelError: `remote` was given, or the model's weights are on a remote service.
         InsideTraceError: Called inside a trace of the same model.
 
         An error in the middle, KeyboardInterrupt included, carries the circuit of the pairs so far as `error.partial`.
@@ -100,6 +118,7 @@ def edge_attribution(
         circuit.top(100).plot()
     """
     model.require_no_trace(_WHAT)
+    refuse_remote(remote, _WHAT)
     check_batch_size(batch_size)
     audit, seed = count(audit, "audit", 0), count(seed, "seed", 0)
     require_gradients_on(_WHAT)
@@ -119,22 +138,41 @@ def edge_attribution(
         prompts=prompt_labels(pairs.clean, model),
         corrupted=prompt_labels(pairs.corrupted, model),
     )
+    asked = {
+        "prompts": ids_of(pairs.clean, pairs.corrupted),
+        "direction": direction,
+        "method": method,
+        "steps": points,
+        "by_pair": bool(by_pair),
+    }
+    call = Call(model, "edge_attribution", asked, {"metric": metric})
     run = _Edges(model, graph, pairs, metric, points, by_pair)
+    run.go_on_from(_earlier(call, resume))
     chunks = Chunks(model, graph, pairs, batch_size)
-    try:
+    with call.keeping(lambda: run.partial(call, about)):
         with bar(len(pairs), "edge attribution", progress) as shown, weights_at_rest(model._module):
-            for chosen in chunks:
+            shown.update(len(run.done))
+            for chosen in chunks.without(run.done):
                 run.all_of(chosen, chunks)
                 shown.update(len(chosen))
         circuit = run.circuit(about)
         if audit:
             circuit = with_audit(circuit, _audited(run, circuit, chunks, audit, seed))
-    except BaseException as error:
-        if run.done:
-            error.partial = run.circuit({**about, "pairs": sorted(run.done)})  # type: ignore[attr-defined]
-            error.add_note(f"{len(run.done)} of {len(pairs)} pairs are done: their circuit is error.partial.")
-        raise
     return circuit
+
+
+def _earlier(call: Call, resume: Circuit | str | Path | None) -> Circuit | None:
+    """The partial circuit that a call goes on from; None if it begins anew.
+
+    Raises:
+        ValueError: It is complete, or of another call; names what differs.
+        FileNotFoundError: There is no such file.
+    """
+    if resume is None:
+        return None
+    earlier = resume if isinstance(resume, Circuit) else Circuit.load(resume)
+    call.check(earlier.about.get(RUN), "what was given as resume" if isinstance(resume, Circuit) else str(resume))
+    return earlier
 
 
 class _Edges:
@@ -160,6 +198,23 @@ class _Edges:
         self.completeness = 0.0
         self.done: set[int] = set()
 
+    def go_on_from(self, earlier: Circuit | None) -> None:
+        """Take over the pairs of a partial circuit."""
+        if earlier is None:
+            return
+        done = earlier.about[PAIRS]
+        self.done, self.completeness = set(done), earlier.completeness
+        self.into_scores[done] = torch.tensor(earlier.about[INTO], dtype=torch.float64)
+        self.total[earlier.receivers, earlier.senders] = earlier.scores.double() * len(done)
+        if self.single is not None and earlier.by_pair is not None:
+            self.single[:, earlier.receivers, earlier.senders] = earlier.by_pair
+
+    def partial(self, call: Call, about: dict[str, Any]) -> Circuit | None:
+        """What is computed so far, if a pair is done."""
+        done = sorted(self.done)
+        own = {PAIRS: done, INTO: self.into_scores[done].tolist(), RUN: call.record}
+        return self.circuit({**about, **own}) if done else None
+
     def circuit(self, about: dict[str, Any]) -> Circuit:
         """The circuit of the pairs that are done."""
         return circuit_of(self.graph, self.total / len(self.done), self.completeness, self.single, about)
@@ -177,12 +232,11 @@ class _Edges:
         model, graph, pairs = self.model, self.graph, self.pairs
         ids, others = (ids_of_rows([rows[i] for i in chosen]) for rows in (pairs.into, pairs.source))
         source = read_run(model, graph.blocks, others)
-        into = read_run(model, graph.blocks, ids, gradients=not self.points)
+        into = self.with_gradients(ids) if not self.points else read_run(model, graph.blocks, ids)
         clean = source.logits if pairs.denoising else into.logits
         scoring = Scoring(self.metric, model, len(pairs), chosen, clean)
         slopes = self.slopes(ids, source, into, scoring)
-        changes = written(graph, source) - written(graph, into)
-        scores = self.scores(changes, slopes, source, into)
+        scores = self.scores(changes_of(graph, source, into), slopes, source, into)
         self.into_scores[chosen] = scoring(into.logits).detach().double().cpu()
         if not scores.isfinite().all():
             raise ValueError(
@@ -194,16 +248,21 @@ class _Edges:
         self.done.update(chosen)
 
     def slopes(self, ids: torch.Tensor, source: Reading, into: Reading, scoring: Scoring) -> torch.Tensor:
-        """The gradient through each input alone, `[inputs, pairs, seq, hidden]`; the mean over steps."""
+        """The gradient through each input alone, `[pairs, inputs, seq, hidden]`; the mean over steps."""
         if not self.points:
             return self.slopes_in(into, scoring)
-        total: Any = 0
+        total = ids.new_zeros(0)
         for k in range(self.points):
             part = (k + 0.5) / self.points
             between = into.embeddings + part * (source.embeddings - into.embeddings)
-            reading = read_run(self.model, self.graph.blocks, ids, between, gradients=True)
-            total = total + self.slopes_in(reading, scoring)
+            own = self.slopes_in(self.with_gradients(ids, between), scoring)
+            total = own if k == 0 else total.add_(own)
         return total / self.points
+
+    def with_gradients(self, ids: torch.Tensor, embeddings: torch.Tensor | None = None) -> Reading:
+        """A run with a graph of gradients."""
+        graph = self.graph
+        return read_run(self.model, graph.blocks, ids, embeddings, gradients=True, projections=graph.projections)
 
     def slopes_in(self, reading: Reading, scoring: Scoring) -> torch.Tensor:
         """The same in one run, which was read with gradients."""
@@ -218,34 +277,36 @@ class _Edges:
     @torch.no_grad()
     def scores(self, changes: torch.Tensor, slopes: torch.Tensor, source: Reading, into: Reading) -> torch.Tensor:
         """The scores of all edges, `[pairs, inputs, writers]`; notes how complete they are."""
-        inputs, writers = self.graph.possible.shape
-        pairs = changes.shape[1]
-        sent = changes.flatten(2).movedim(1, 0)  # [pairs, writers, seq × hidden]
-        felt = slopes.flatten(2).movedim(1, 0).to(sent)
-        scores = sent.new_zeros(pairs, inputs, writers)
-        start = 0
-        before = self.graph.before
-        while start < inputs:
-            stop = next((i for i in range(start, inputs) if before[i] != before[start]), inputs)
-            scores[:, start:stop, : before[start]] = felt[:, start:stop] @ sent[:, : before[start]].mT
-            start = stop
-        self.completeness = max(self.completeness, self.error(scores, felt, source, into))
+        sent, felt = changes.flatten(2), slopes.flatten(2).to(changes)  # [pairs, writers or inputs, seq × hidden]
+        scores = sent.new_zeros(len(sent), *self.graph.possible.shape)
+        possible, before = self.graph.possible.to(sent.device), self.graph.before
+        for start in range(0, len(before), INPUTS):  # many at a time, because each time all that is sent is read
+            some = slice(start, min(start + INPUTS, len(before)))
+            most = max(before[some])
+            scores[:, some, :most] = (felt[:, some] @ sent[:, :most].mT) * possible[some, :most]
+        for alike in self.graph.reading_alike:
+            error = self.error(scores[:, alike], felt[:, alike], alike.start, source, into)
+            self.completeness = max(self.completeness, error)
         return scores
 
-    def error(self, scores: torch.Tensor, felt: torch.Tensor, source: Reading, into: Reading) -> float:
-        """How far the scores into each input are from the difference of the stream that it reads times the gradient.
+    def error(self, scores: torch.Tensor, felt: torch.Tensor, own: int, source: Reading, into: Reading) -> float:
+        """How far the scores into inputs of one stream are from the difference of that stream times the gradient.
 
         Relative to the norm of that difference times that of the gradient.
+
+        Args:
+            scores: `[pairs, inputs, writers]`.
+            felt: The gradients, `[pairs, inputs, seq × hidden]`.
+            own: The index of one of the inputs.
+            source, into: The two runs.
         """
-        worst = 0.0
-        for i, own in enumerate(self.graph.inputs):
-            block = self.blocks[own.layer]
-            moved = accumulated(stream_of(source, block, own.role)) - accumulated(stream_of(into, block, own.role))
-            moved = moved.flatten(1).to(felt)
-            missing = (scores[:, i].sum(-1) - (moved * felt[:, i]).sum(-1)).abs()
-            size = moved.norm(dim=-1) * felt[:, i].norm(dim=-1)
-            worst = max(worst, float((missing / size.clamp(min=1e-30)).max()))
-        return worst
+        layer, role = self.graph.inputs[own].layer, self.graph.inputs[own].role
+        streams = (accumulated(stream_of(run, self.blocks[layer], role)) for run in (source, into))
+        theirs, mine = (stream.flatten(1).to(felt) for stream in streams)
+        moved = theirs - mine
+        missing = (scores.sum(-1) - (felt @ moved[..., None])[..., 0]).abs()
+        size = moved.norm(dim=-1)[:, None] * felt.norm(dim=-1)
+        return float((missing / size.clamp(min=1e-30)).max())
 
 
 def _audited(run: _Edges, circuit: Circuit, chunks: Chunks, number: int, seed: int) -> Any:

@@ -11,7 +11,14 @@ import torch
 
 from nnterp.arguments import count, listed
 from nnterp.defaults import plain_defaults
-from nnterp.interventions._circuits._chunks import Chunks, Scoring, both_runs, check_lengths, ids_of_rows
+from nnterp.interventions._circuits._chunks import (
+    Chunks,
+    Scoring,
+    both_runs,
+    check_lengths,
+    ids_of_rows,
+    refuse_remote,
+)
 from nnterp.interventions._circuits._circuit import Circuit
 from nnterp.interventions._circuits._connected import random_circuit
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
@@ -20,8 +27,10 @@ from nnterp.interventions._circuits._proof import graph_of
 from nnterp.interventions._circuits._readings import written
 from nnterp.interventions._metrics import metric_name
 from nnterp.interventions._pairs import Pairs, encode_pairs
+from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size
+from nnterp.resuming import Call
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -95,6 +104,8 @@ def faithfulness(
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
+    resume: Resume = None,
 ) -> Faithfulness:
     """The metric of clean runs in which every edge outside of a circuit is taken from the corrupted run.
 
@@ -118,28 +129,33 @@ def faithfulness(
         seed: Of the random circuits.
         batch_size: Pairs of a batch; "auto" lets memory decide.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Refused: it needs the model's weights here.
+        resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
+            to: the prompts that it holds are not run again.
 
     Returns:
         A `Faithfulness`, float32 on the CPU, with `cpr` and `cmd`.
 
     Raises:
         ValueError: Prompts do not go in pairs of equally many tokens, the circuit is of another model or has fewer
-            edges than a size asks for, or a size is no fraction.
+            edges than a size asks for, a size is no fraction, or the metric is not finite.
         Unavailable: As for `edge_attribution`.
+        RemoteModelError: `remote` was given, or the model's weights are on a remote service.
         InsideTraceError: Called inside a trace of the same model.
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN for the
-        prompts that were not run.
+        prompts whose `done` is False.
 
     Example:
         found = faithfulness(model, circuit, clean, corrupted, logit_difference(" Paris", " Rome"))
         found.plot()
     """
     model.require_no_trace(_WHAT)
+    refuse_remote(remote, _WHAT)
     check_batch_size(batch_size)
     if not isinstance(circuit, Circuit):
         raise TypeError(f"A Circuit was expected, such as edge_attribution() returns, not {circuit!r:.80}.")
-    controls = count(controls, "controls", 0)
+    controls, seed = count(controls, "controls", 0), count(seed, "seed", 0)
     pairs = encode_pairs(model, clean, corrupted, "noising")
     check_lengths(pairs)
     graph = graph_of(model, _WHAT)
@@ -150,7 +166,15 @@ def faithfulness(
     for control in range(controls):
         parts = (graph.writers, graph.inputs, graph.possible)
         kept.append([random_circuit(*parts, int(mask.sum()), seed + control) for mask in own])
-    run = _Faithfulness(model, graph, pairs, metric, kept)
+    asked = {
+        "prompts": ids_of(pairs.clean, pairs.corrupted),
+        "sizes": [size for size, _ in numbers],
+        "edges": [mask.flatten().nonzero()[:, 0] for masks in kept for mask in masks],
+        "controls": controls,
+        "seed": seed,
+    }
+    call = Call(model, "faithfulness", asked, {"metric": metric})
+    run = _Faithfulness(model, graph, pairs, metric, kept, resumed(call, resume))
     about = describe_run(
         model,
         "faithfulness",
@@ -164,15 +188,14 @@ def faithfulness(
     def result() -> Faithfulness:
         return run.result([size for size, _ in numbers], [int(mask.sum()) for mask in own], about)
 
-    try:
-        with bar(len(pairs), "faithfulness", progress) as shown:
-            for chosen in Chunks(model, graph, pairs, batch_size):
-                run.some(chosen, AUTO_ROWS if isinstance(batch_size, str) else batch_size)
-                shown.update(len(chosen))
-    except BaseException as error:
-        error.partial = result()  # type: ignore[attr-defined]
-        error.add_note("What faithfulness() had computed is in this exception's `partial`; the rest of it is NaN.")
-        raise
+    with (
+        bar(len(pairs), "faithfulness", progress) as shown,
+        call.keeping(lambda: unfinished(call, result, run.done, ("prompts",))),
+    ):
+        shown.update(int(run.done.sum()))
+        for chosen in Chunks(model, graph, pairs, batch_size).without(run.done.nonzero()[:, 0].tolist()):
+            run.some(chosen, AUTO_ROWS if isinstance(batch_size, str) else batch_size)
+            shown.update(len(chosen))
     return result()
 
 
@@ -223,6 +246,7 @@ class _Faithfulness:
         kept: The edges of the circuit at each size, and those of each control.
         scores: The metric, `[1 + controls, pairs, sizes]`.
         ends: That of the clean and the corrupted runs, `[2, pairs]`.
+        done: Which pairs are done, `[pairs]`.
     """
 
     def __init__(
@@ -232,10 +256,16 @@ class _Faithfulness:
         pairs: Pairs,
         metric: Any,
         kept: list[list[torch.Tensor]],
+        earlier: Result | None,
     ) -> None:
         self.model, self.graph, self.pairs, self.metric, self.kept = model, graph, pairs, metric, kept
         self.scores = torch.full((len(kept), len(pairs), len(kept[0])), torch.nan)
         self.ends = torch.full((2, len(pairs)), torch.nan)
+        self.done = torch.zeros(len(pairs), dtype=torch.bool)
+        if earlier is not None:
+            self.scores = torch.cat([earlier["by_prompt"][None], earlier["random_by_prompt"]])
+            self.ends = torch.stack([earlier["clean"], earlier["corrupted"]])
+            self.done = earlier[DONE].clone()
 
     @torch.no_grad()
     def some(self, chosen: list[int], rows: int) -> None:
@@ -249,9 +279,16 @@ class _Faithfulness:
         for k, kept in enumerate(self.kept):
             for size, logits in enumerate(runs.logits(torch.stack(kept))):
                 self.scores[k, chosen, size] = scoring(logits).float().cpu()
+        if not (self.scores[:, chosen].isfinite().all() and self.ends[:, chosen].isfinite().all()):
+            raise ValueError(
+                f"The metric of pairs {chosen} is not finite, in an unedited run or in one with edges cut. Take another "
+                "metric, load the model in float32, or leave these pairs out."
+            )
+        self.done[chosen] = True
 
     def result(self, sizes: list[float], edges: list[int], about: dict[str, Any]) -> Faithfulness:
-        """The result; NaN for pairs that were not run."""
+        """The result; NaN for pairs that are not done."""
+        self.scores[:, ~self.done], self.ends[:, ~self.done] = torch.nan, torch.nan
         return Faithfulness(
             {
                 "metric": self.scores[0].nanmean(0),

@@ -7,9 +7,10 @@ outperforms automated circuit discovery", 2023).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -101,6 +102,13 @@ class Block:
     mlp: Literal["mid", "input", ""] = ""
 
 
+class Columns(NamedTuple):
+    """The columns of what a projection returns that make one input of the graph."""
+
+    path: str
+    columns: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Graph:
     """All writers and inputs of a model.
@@ -110,17 +118,36 @@ class Graph:
         writers: The nodes that write, in forward order.
         inputs: What reads, in forward order.
         before: For each input, how many of the first writers it reads.
+        columns: For the queries, keys and values of some layers, the columns of a projection that make them.
     """
 
     blocks: tuple[Block, ...]
     writers: tuple[Node, ...]
     inputs: tuple[Input, ...]
     before: tuple[int, ...]
+    columns: Mapping[int, Columns] = field(default_factory=dict)
 
     @cached_property
     def possible(self) -> torch.Tensor:
         """Which edges there are, bool `[inputs, writers]`."""
         return torch.arange(len(self.writers)) < torch.tensor(self.before)[:, None]
+
+    @cached_property
+    def reading_alike(self) -> list[slice]:
+        """Neighbouring inputs that read the same stream."""
+        found, start = [], 0
+        streams = [(own.layer, before) for own, before in zip(self.inputs, self.before, strict=True)]
+        streams.append((-1, -1))
+        for stop in range(1, len(streams)):
+            if streams[stop] != streams[start]:
+                found.append(slice(start, stop))
+                start = stop
+        return found
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        """Paths of the projections whose columns are known."""
+        return tuple(dict.fromkeys(own.path for own in self.columns.values()))
 
     @cached_property
     def writer_index(self) -> dict[Node, int]:

@@ -13,6 +13,7 @@ from nnterp.huggingface import dtype_of
 from nnterp.interventions._attribution import accumulated, head_shares, tolerance
 from nnterp.interventions._circuits._edge_runs import EdgeRuns
 from nnterp.interventions._circuits._graph import Block, Graph, blocks_of, graph_from
+from nnterp.interventions._circuits._projections import columns_of, matrix_of, projections_of
 from nnterp.interventions._circuits._readings import Reading, read_run, stream_of, written
 from nnterp.interventions._circuits._slopes import Slopes, feeds_of, require_whole
 from nnterp.interventions._running import weights_at_rest
@@ -48,23 +49,43 @@ def graph_of(model: StandardizedTransformer, what: str) -> Graph:
     if key not in model.proofs:
         with torch.inference_mode(False), torch.enable_grad(), weights_at_rest(module):
             model.proofs[key] = _prove(model, what)
-    return model.proofs[key]
+    graph: Graph = model.proofs[key]
+    if any(matrix_of(model, path) is None for path in graph.projections):  # hooked or replaced since
+        return replace(graph, columns={})
+    return graph
 
 
 def _prove(model: StandardizedTransformer, what: str) -> Graph:
     special = [i for i in getattr(model.tokenizer, "all_special_ids", ()) if i is not None]
     ids = probe_ids(model._module, model.vocab_size, 2, _LENGTH, seed=21, avoid=special).cpu()
     blocks = blocks_of(model, what)
-    reading = read_run(model, blocks, ids, gradients=True)
+    projections = [path for block in blocks for path in projections_of(model, block)]
+    reading = read_run(model, blocks, ids, gradients=True, projections=projections)
     feeds = feeds_of([(block.layer, block.heads) for block in blocks if block.heads], reading)
     graph = graph_from(model, tuple(_with_bias(model, block, reading) for block in blocks), feeds)
     generator = torch.Generator().manual_seed(22)
     direction = torch.randn(reading.logits.shape[-1], generator=generator).to(reading.logits)
-    _, worst = Slopes(graph, reading, (reading.logits @ direction).sum()).by_input()
+    score = (reading.logits @ direction).sum()
+    slopes, worst = Slopes(graph, reading, score).by_input()
     require_whole(model, worst, 5 * tolerance(model), what)
     check_streams(graph, reading, written(graph, reading), what)
     _check_ends(model, graph, ids, what)
-    return graph
+    return _with_columns(graph, reading, score, slopes)
+
+
+def _with_columns(graph: Graph, reading: Reading, score: torch.Tensor, slopes: torch.Tensor) -> Graph:
+    """The graph with the columns of projections that give the gradients that autograd gives, `slopes`."""
+    short = replace(graph, columns=columns_of(graph, reading))
+    if not short.columns:
+        return graph
+    found, _ = Slopes(short, reading, score).by_input()
+    error, size = (t.flatten(2).norm(dim=2).amax(0) for t in (found - slopes, slopes))
+    wrong = set()
+    for block in graph.blocks:
+        own = [i for i in short.columns if graph.inputs[i].layer == block.layer]
+        if own and not bool((error[own] <= tolerance(reading.model) * (size[own] + 1e-3 * size[own].max())).all()):
+            wrong.add(block.layer)
+    return replace(graph, columns={i: c for i, c in short.columns.items() if graph.inputs[i].layer not in wrong})
 
 
 def _with_bias(model: StandardizedTransformer, block: Block, reading: Reading) -> Block:

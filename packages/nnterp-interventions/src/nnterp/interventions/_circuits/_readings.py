@@ -15,7 +15,7 @@ from nnterp.interventions._attribution import accumulated, head_shares
 from nnterp.interventions._circuits._graph import HEAD_INPUTS, Block, Graph
 from nnterp.interventions._engine import Key, rows_of
 from nnterp.traced import Place
-from nnterp.values import get_label, gradient_reads, reads, when
+from nnterp.values import Site, get_label, gradient_reads, reads, when
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -31,6 +31,7 @@ class Reading:
         tensors: The model's own tensors, by place.
         logits: At the last position, `[rows, vocab]`, float32.
         embeddings: The token embeddings, as the model has them.
+        projections: Paths of the modules whose inputs and outputs are among the tensors.
     """
 
     model: StandardizedTransformer
@@ -38,6 +39,7 @@ class Reading:
     tensors: dict[Place, torch.Tensor]
     logits: torch.Tensor
     embeddings: torch.Tensor
+    projections: tuple[str, ...] = ()
     shown: dict[Key, torch.Tensor] = field(default_factory=dict)
 
     def value(self, name: str, layer: int) -> torch.Tensor:
@@ -85,6 +87,7 @@ def read_run(
     ids: torch.Tensor,
     embeddings: torch.Tensor | None = None,
     gradients: bool = False,
+    projections: Sequence[str] = (),
 ) -> Reading:
     """Run prompts of equal length and read what the graph needs.
 
@@ -94,6 +97,7 @@ def read_run(
         ids: `[rows, seq]`.
         embeddings: Token embeddings to write, `[rows, seq, hidden]`; None to leave them as they are.
         gradients: Whether a graph of gradients is kept; it begins at the token embeddings.
+        projections: Paths of modules whose inputs and outputs are read too; those that do not run are left out.
     """
     keys = keys_of(blocks, gradients)
     sources = [reads(model, model.place(*key))[0] for key in keys]
@@ -102,6 +106,9 @@ def read_run(
         for name, layer in _differentiated(keys):
             sources.append(gradient_reads(model, model.place(name, layer), f"{name}[{layer}]")[0])
             roots.update(sources[-1])
+    projections = tuple(path for path in projections if _runs(model, path))
+    sources.append([Site(path, side) for path in projections for side in ("input", "output")])
+    roots.update(sources[-1])
     try:
         order = sorted({place for some in sources for place in some}, key=lambda place: when(model, place))
     except (KeyError, TypeError) as error:
@@ -126,12 +133,20 @@ def read_run(
             tracer.stop()
         else:
             logits = model.logits[:, -1].float().save()
-    reading = Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), own, own)
+    reading = Reading(model, (ids.shape[0], ids.shape[1]), dict(zip(order, seen, strict=True)), own, own, projections)
     if readout:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             logits = model.project_on_vocab(reading.value("layers_output", blocks[-1].layer)[:, -1]).float()
     reading.logits = logits
     return reading
+
+
+def _runs(model: StandardizedTransformer, path: str) -> bool:
+    """Whether it is known when a module runs."""
+    try:
+        return all(when(model, Site(path, side)) is not None for side in ("input", "output"))
+    except (KeyError, TypeError):
+        return False
 
 
 def _differentiated(keys: Sequence[Key]) -> list[Key]:
@@ -152,6 +167,24 @@ def written(graph: Graph, reading: Reading) -> torch.Tensor:
         parts += written_by(graph, block, reading)
     device = parts[0].device
     return torch.cat([accumulated(part).to(device) for part in parts])
+
+
+@torch.no_grad()
+def changes_of(graph: Graph, source: Reading, into: Reading) -> torch.Tensor:
+    """What each node writes in one run less what it writes in another, `[rows, writers, seq, hidden]`, as `written`.
+
+    Raises:
+        Unavailable: The heads' shares do not add up to what an attention adds.
+    """
+    first = [accumulated(own.value("layers_input", graph.blocks[0].layer).detach()) for own in (source, into)]
+    found = first[0].new_empty(len(first[0]), len(graph.writers), *first[0].shape[1:])
+    found[:, 0] = first[0] - first[1]
+    start = 1
+    for block in graph.blocks:
+        for theirs, own in zip(written_by(graph, block, source), written_by(graph, block, into), strict=True):
+            found[:, start : start + len(own)] = (accumulated(theirs) - accumulated(own)).movedim(0, 1)
+            start += len(own)
+    return found
 
 
 def written_by(graph: Graph, block: Block, reading: Reading) -> list[torch.Tensor]:

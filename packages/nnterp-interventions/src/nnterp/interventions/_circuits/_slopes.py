@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from nnterp.errors import Unavailable
 from nnterp.interventions._attribution import accumulated
-from nnterp.interventions._circuits._graph import HEAD_INPUTS, Graph
+from nnterp.interventions._circuits._graph import HEAD_INPUTS, Columns, Graph
+from nnterp.interventions._circuits._projections import through_columns
 from nnterp.interventions._circuits._readings import Reading
+from nnterp.values import Site
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -20,7 +22,8 @@ class Slopes:
     """Gradients in one run that was read with `gradients=True`.
 
     The gradient with respect to a query, key or value of one head is pulled back through its projection and the norm
-    to the stream, all other heads at zero; that with respect to what an MLP adds, through the MLP.
+    to the stream, all other heads at zero; that with respect to what an MLP adds, through the MLP. Where the graph
+    knows the columns of a projection that make a head, it is multiplied with these alone.
 
     Args:
         graph: The graph.
@@ -33,20 +36,27 @@ class Slopes:
         wanted = [("layers_output", graph.blocks[-1].layer)]
         for block in graph.blocks:
             wanted += [("layers_input", block.layer)]
-            wanted += [(value, block.layer) for value in HEAD_INPUTS.values() if block.heads]
+            wanted += [(value, block.layer) for role, value in HEAD_INPUTS.items() if self.whole(block.layer, role)]
         roots = [reading.roots(*key) for key in wanted]
-        flat = [root for own in roots for root in own]
-        made = iter(torch.autograd.grad(score, flat, retain_graph=True, allow_unused=True))
-        self.total: dict[tuple[str, int], torch.Tensor] = {}
-        for key, own in zip(wanted, roots, strict=True):
-            slopes = [torch.zeros_like(root) if g is None else g for root, g in zip(own, made, strict=False)]
-            self.total[key] = reading.slope(*key, slopes)
+        leaving = [reading.tensors[Site(path, "output")] for path in graph.projections]
+        flat = [root for own in roots for root in own] + leaving
+        slopes = torch.autograd.grad(score, flat, retain_graph=True, allow_unused=True)
+        made = iter([torch.zeros_like(root) if g is None else g for root, g in zip(flat, slopes, strict=True)])
+        self.total = {
+            key: reading.slope(*key, [next(made) for _ in own]) for key, own in zip(wanted, roots, strict=True)
+        }
+        self.leaving = dict(zip(graph.projections, made, strict=True))
+
+    def whole(self, layer: int, role: str) -> bool:
+        """Whether heads of a role are pulled back through the whole projection."""
+        own = self.graph.inputs_of.get((layer, role), [])
+        return bool(own) and own[0] not in self.graph.columns
 
     def by_input(self) -> tuple[torch.Tensor, float]:
         """The gradients through each input alone, and how far they are from the whole gradient.
 
         Returns:
-            `[inputs, rows, seq, hidden]`, float32; and the largest relative error, over layers, of: the gradient of the
+            `[rows, inputs, seq, hidden]`, float32; and the largest relative error, over layers, of: the gradient of the
             stream entering a layer is that of the stream leaving it and those through the layer's inputs.
         """
         found: dict[int, torch.Tensor] = {}
@@ -69,25 +79,42 @@ class Slopes:
                 (own,) = self.graph.inputs_of[layer, "mixer"]
                 found[own] = self.pulled("mixer_contributions", layer, mixed, "layers_input")
                 passed = passed + found[own]
-            for role, value in HEAD_INPUTS.items():
-                for head, own in enumerate(self.graph.inputs_of.get((layer, role), ())):
-                    whole = self.total[value, layer]
-                    cotangent = torch.zeros_like(whole)
-                    cotangent[:, :, head] = whole[:, :, head]
-                    found[own] = self.pulled(value, layer, cotangent, "layers_input")
-                    passed = passed + found[own]
+            for own, slope in self.of_heads(layer):
+                found[own] = slope
+                passed = passed + slope
             leaving = self.total["layers_input", layer]
             size = accumulated(leaving).norm()
             worst = max(worst, float((passed.to(leaving.device) - leaving).norm() / size.clamp(min=1e-30)))
-        device = found[0].device
-        return torch.stack([found[i].to(device) for i in range(len(self.graph.inputs))]), worst
+        whole = found[0].new_empty(len(found[0]), len(self.graph.inputs), *found[0].shape[1:])
+        for i, slope in found.items():
+            whole[:, i] = slope
+        return whole, worst
+
+    def of_heads(self, layer: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The gradients through the queries, keys and values of one layer, each with the index of its input."""
+        columns: dict[int, Columns] = {}
+        for role, value in HEAD_INPUTS.items():
+            for head, own in enumerate(self.graph.inputs_of.get((layer, role), ())):
+                if own in self.graph.columns:
+                    columns[own] = self.graph.columns[own]
+                    continue
+                whole = self.total[value, layer]
+                cotangent = torch.zeros_like(whole)
+                cotangent[:, :, head] = whole[:, :, head]
+                yield own, self.pulled(value, layer, cotangent, "layers_input")
+        for own, slope in through_columns(self.reading, columns, self.leaving).items():
+            entering = self.reading.tensors[Site(columns[own].path, "input")]
+            yield own, self.back(entering, layer, slope, "layers_input")
 
     def pulled(self, value: str, layer: int, cotangent: torch.Tensor, stream: str) -> torch.Tensor:
         """The vector-Jacobian product from a value to the stream of its layer, `[rows, seq, hidden]`, float32."""
-        reading = self.reading
-        made, roots = reading.value(value, layer), reading.roots(stream, layer)
-        slopes = torch.autograd.grad(made, roots, cotangent.to(made).reshape(made.shape), retain_graph=True)
-        return accumulated(reading.slope(stream, layer, slopes))
+        made = self.reading.value(value, layer)
+        return self.back(made, layer, cotangent.to(made).reshape(made.shape), stream)
+
+    def back(self, made: torch.Tensor, layer: int, cotangent: torch.Tensor, stream: str) -> torch.Tensor:
+        """The same from a tensor of the run."""
+        slopes = torch.autograd.grad(made, self.reading.roots(stream, layer), cotangent, retain_graph=True)
+        return accumulated(self.reading.slope(stream, layer, slopes))
 
 
 def require_whole(model: StandardizedTransformer, worst: float, allowed: float, what: str) -> None:

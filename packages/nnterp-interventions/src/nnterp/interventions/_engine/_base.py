@@ -34,6 +34,24 @@ class Base:
     cache: KeysAndValues | None = None
 
 
+def base_of(prompts: Sequence[Row], streams: Sequence[Sequence[torch.Tensor]]) -> Base:
+    """The unedited runs of prompts whose streams are there.
+
+    Args:
+        prompts: The prompts.
+        streams: For each the stream entering each layer and leaving the last, `[seq, hidden]` each. Shorter prompts are
+            filled up with what they end with, which nothing reads.
+    """
+    ids = filled(prompts)
+    width = ids.shape[1]
+    by_layer = zip(*([_widened(stream, width) for stream in own] for own in streams), strict=True)
+    return Base(ids, tuple(torch.stack(layer) for layer in by_layer))
+
+
+def _widened(stream: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.cat([stream, stream[-1:].expand(width - len(stream), -1)])
+
+
 def run_base(
     model: StandardizedTransformer,
     prompts: Sequence[Row],

@@ -13,7 +13,7 @@ import torch
 from nnterp.devices import input_device
 from nnterp.errors import Unavailable
 from nnterp.inputs import Row, sharing_first
-from nnterp.interventions._engine._base import Base, run_base
+from nnterp.interventions._engine._base import Base, base_of, run_base
 from nnterp.interventions._engine._batch import CellBatch, CellBatchRun, Reduce, run_remotely
 from nnterp.interventions._engine._edits import Cell
 from nnterp.interventions._engine._kept import Kept
@@ -49,6 +49,7 @@ def sweep(
     progress: bool | None = None,
     what: str = "sweep",
     kept: Kept | None = None,
+    streams: Sequence[Sequence[torch.Tensor]] = (),
 ) -> dict[str, torch.Tensor]:
     """Run every cell and return what `reduce` makes of its logits, in the order of the cells.
 
@@ -67,6 +68,8 @@ def sweep(
         what: What the bar says.
         kept: Filled in as cells are finished, so that they outlive an error. Batches of cells that are done in it are
             not run; the others are the batches of a sweep that begins anew.
+        streams: For each prompt the residual stream of its unedited run entering each layer and leaving the last,
+            `[seq, hidden]` each, if the caller has it; empty if not.
 
     Returns:
         `[cells, ...]` for each name, on the CPU.
@@ -79,7 +82,7 @@ def sweep(
     model.prepare(remote)
     at = [len(prompt) - 1 for prompt in prompts] if read_at is None else list(read_at)
     kept = Kept() if kept is None else kept
-    run = _Sweep(model, prompts, cells, reduce, at, remote, batch_size, shortcuts, fall_back, kept)
+    run = _Sweep(model, prompts, cells, reduce, at, remote, batch_size, shortcuts, fall_back, kept, streams)
     with bar(len(cells), what, progress) as shown:
         try:
             run.everything(shown)
@@ -115,9 +118,11 @@ class _Sweep:
         shortcuts: Shortcuts,
         fall_back: bool,
         kept: Kept,
+        streams: Sequence[Sequence[torch.Tensor]],
     ) -> None:
         self.model, self.prompts, self.cells, self.reduce = model, prompts, cells, reduce
         self.read_at, self.remote, self.fall_back = read_at, remote, fall_back
+        self.streams = streams
         self.shortcuts = shortcuts.fitting(cells)
         self.most_rows = AUTO_ROWS if batch_size == "auto" else batch_size
         self.most_tokens = AUTO_TOKENS if batch_size == "auto" else 1 << 60
@@ -161,7 +166,10 @@ class _Sweep:
         needs_streams = any(span.layer > 0 for span in spans.values())
         needs_cache = any(span.position > 0 for span in spans.values())
         found: list[Base] = []
-        if not within_memory(
+        own = [self.streams[prompt] for prompt in chosen if prompt < len(self.streams)]
+        if needs_streams and not needs_cache and len(own) == len(chosen) and all(map(len, own)):
+            found.append(base_of(prompts, own))
+        elif not within_memory(
             lambda: found.append(run_base(self.model, prompts, needs_streams, needs_cache, taken.join)), len(prompts)
         ):
             return False

@@ -43,6 +43,7 @@ def patch_subspace(
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
+    remote: Any = False,
 ) -> SubspaceResult:
     """Put one run's activation into another's, but only the part of it that lies in a subspace.
 
@@ -68,6 +69,7 @@ def patch_subspace(
         seed: Of these.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
+        remote: Run on the remote service, the metric included; the activations to patch in are fetched first.
 
     Returns:
         A `SubspaceResult`.
@@ -83,11 +85,11 @@ def patch_subspace(
     check_batch_size(batch_size)
     count(controls, "controls", 0)
     pairs = encode_pairs(model, clean, corrupted, direction)
-    model.prepare()
+    model.prepare(remote)
     where = Where(model, pairs, value, layer, positions, head)
     given = basis.basis if isinstance(basis, SubspaceResult) else basis
-    every = range(len(pairs))
-    return measured(model, pairs, every, metric, where, given, controls, count(seed, "seed", 0), batch_size, progress)
+    every, seed = range(len(pairs)), count(seed, "seed", 0)
+    return measured(model, pairs, every, metric, where, given, controls, seed, batch_size, progress, remote)
 
 
 def measured(
@@ -101,9 +103,10 @@ def measured(
     seed: int,
     batch_size: BatchSize,
     progress: bool | None,
+    remote: Any = False,
 ) -> SubspaceResult:
     """What patching a subspace does in some of the pairs, its controls, and the whole value; see `patch_subspace`."""
-    shortcuts, generator = proven_shortcuts(model), torch.Generator().manual_seed(seed)
+    shortcuts, generator = proven_shortcuts(model, remote), torch.Generator().manual_seed(seed)
     scores = torch.full((len(chosen), 3 + controls), torch.nan)  # unpatched, whole, the subspace, and its controls
     source_scores = torch.full((len(chosen),), torch.nan)
     bases: list[torch.Tensor] = []
@@ -111,8 +114,8 @@ def measured(
         for start in range(0, len(chosen), PAIRS):
             some = chosen[start : start + PAIRS]
             into, source = [pairs.into[i] for i in some], [pairs.source[i] for i in some]
-            states, logits = states_of(model, source, [where.key], shortcuts)
-            clean = logits if pairs.denoising else states_of(model, into, [], shortcuts)[1]
+            states, logits = states_of(model, source, [where.key], shortcuts, remote)
+            clean = logits if pairs.denoising else states_of(model, into, [], shortcuts, remote)[1]
             bound = bind_some(metric, model, len(pairs), clean, some)
             given = [where.given(i, states[k]) for k, i in enumerate(some)]
             if not bases:
@@ -122,7 +125,7 @@ def measured(
             cells = []
             for k, i in enumerate(some):
                 cells += [Cell(k, ()), *(where.cell(k, i, given[k], one) for one in (None, *bases))]
-            options: dict[str, Any] = {"batch_size": batch_size, "progress": False}
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": False, "remote": remote}
             found = sweep(model, into, cells, scored(bound, cells), shortcuts, **options)["scores"]
             here = slice(start, start + len(some))
             scores[here] = found.view(len(some), -1)
