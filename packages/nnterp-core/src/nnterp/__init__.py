@@ -10,11 +10,12 @@ _logger.disable("nnterp")
 
 from nnterp import _siblings  # noqa: E402
 from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
+from nnterp.attaching import attach, detach  # noqa: E402
 from nnterp.certificate import Certificate  # noqa: E402
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
-from nnterp.traced import Condition  # noqa: E402
+from nnterp.traced import Condition, Dictionary  # noqa: E402
 
 _siblings.explain_missing()
 
@@ -22,9 +23,12 @@ __all__ = [
     "Anatomy",
     "Certificate",
     "Condition",
+    "Dictionary",
     "ModuleAccessor",
     "RenameConfig",
     "StandardizedTransformer",
+    "attach",
+    "detach",
     "get_rename_dict",
     "toy_checkpoint",
 ]

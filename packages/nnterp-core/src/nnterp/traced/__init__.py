@@ -22,6 +22,7 @@ from nnterp.traced._conditions import Chosen, Condition
 from nnterp.traced._dictionary import Activation, Dictionary, Gated, JumpRelu, TopK
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edits import Edits, NoEdits
+from nnterp.traced._features import Attached, Features, listed
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
@@ -43,6 +44,7 @@ __all__ = [
     "PROMPTED_QUERIES",
     "Activation",
     "Apart",
+    "Attached",
     "CachedState",
     "Chain",
     "Chosen",
@@ -52,6 +54,7 @@ __all__ = [
     "Directory",
     "Edits",
     "Everywhere",
+    "Features",
     "Gated",
     "Inside",
     "Item",
@@ -86,6 +89,7 @@ __all__ = [
     "fresh_rotations",
     "is_apart",
     "layer_index",
+    "listed",
     "over",
     "read_value",
     "require_running",

@@ -145,3 +145,12 @@ class Dictionary(Record):
         if x is None:
             raise ValueError("A skip transcoder adds a linear map of what was encoded: give decode() x as well.")
         return decoded + x.to(self.skip) @ self.skip.T
+
+    def decode_change(self, change: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What a change of features adds to what is decoded, `[..., output width]`; the biases take no part.
+
+        Args:
+            change: `[..., features]`.
+            x: What was encoded.
+        """
+        return change.to(self.decoder) @ self.decoder
