@@ -180,8 +180,8 @@ class Later(Mediator):
             self.features.added(self.model, self.change, self.label)
         except OutOfOrderError as error:
             error.args = (
-                f"{self.label} was written, but the forward pass never reached {self.features.writes} after that, where "
-                f"the change is made. [{error.args[0]}]",
+                f"{self.label} was written, but the forward pass never reached {self.features.writes} after that, "
+                f"where the change is made. [{error.args[0]}]",
             )
             raise
         self.flush()
