@@ -88,8 +88,8 @@ def read_saelens(folder: Path, average_norm: float | None = None) -> Dictionary:
             )
         if average_norm is None:
             raise ValueError(
-                f"{where}: it was trained on activations scaled by their average norm, which the files do not hold. Give "
-                "average_norm=, the mean norm of the activations it was trained on."
+                f"{where}: it was trained on activations scaled by their average norm, which the files do not hold. "
+                "Give average_norm=, the mean norm of the activations it was trained on."
             )
         return at_average_norm(found, average_norm)
     return found
