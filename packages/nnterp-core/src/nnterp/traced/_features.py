@@ -98,7 +98,16 @@ class Features(Record):
         return self.dictionary.decode_change(change, x)
 
     def slopes(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradients with respect to features, of those with respect to what they are decoded into."""
+        """Gradients with respect to features, of those with respect to what they are decoded into.
+
+        Raises:
+            Unavailable: What is decoded is scaled by what was encoded, which the gradient alone does not tell.
+        """
+        if self.dictionary.scaling is not None and self.dictionary.scaling.restores:
+            raise Unavailable(
+                f"Gradients with respect to the features of {self.reads} cannot be had: this dictionary scales what it "
+                "decodes by the norm of what it encoded."
+            )
         return gradient.to(self.dictionary.decoder) @ self.dictionary.decoder.T
 
     def added(self, model: Running, change: torch.Tensor, label: str) -> torch.Tensor:
