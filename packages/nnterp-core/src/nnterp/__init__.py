@@ -23,7 +23,7 @@ from nnterp.dictionaries import (  # noqa: E402
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
-from nnterp.traced import Condition, Dictionary  # noqa: E402
+from nnterp.traced import Condition  # noqa: E402
 
 _siblings.explain_missing()
 
