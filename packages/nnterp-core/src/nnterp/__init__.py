@@ -12,6 +12,7 @@ from nnterp import _siblings  # noqa: E402
 from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
 from nnterp.attaching import attach, detach  # noqa: E402
 from nnterp.certificate import Certificate  # noqa: E402
+from nnterp.collection import SparseFeatures, collect_features  # noqa: E402
 from nnterp.dictionaries import (  # noqa: E402
     CrossLayerTranscoder,
     Dictionary,
@@ -35,8 +36,10 @@ __all__ = [
     "Dictionary",
     "ModuleAccessor",
     "RenameConfig",
+    "SparseFeatures",
     "StandardizedTransformer",
     "attach",
+    "collect_features",
     "detach",
     "get_rename_dict",
     "load_dictionary",

@@ -79,6 +79,7 @@ def attach(
     layer = reads[1]
     taken = {number for other, number in model.attachments if other == layer}
     index = layer, next(number for number in range(len(taken) + 1) if number not in taken)
+    _forget(model)
     model.attachments[index] = Attachment(dictionary, reads, writes_at)
     return index
 
@@ -97,12 +98,19 @@ def detach(model: NamedTransformer, at: int | tuple[int, int] | str | None = Non
         InsideTraceError: Called inside a trace of this model.
     """
     model.require_no_trace("detach()")
+    _forget(model)
     if at is None:
         model.attachments.clear()
         return
     if not model.attachments:
         raise Unavailable(f"detach(at={at!r}): no dictionary is attached to this model.")
     del model.attachments[features_of(model, model.attachments, at).index]
+
+
+def _forget(model: NamedTransformer) -> None:
+    """Forget what was found of the features of other dictionaries, such as how many there are."""
+    for key in [key for key in model.proofs if "features" in key]:
+        del model.proofs[key]
 
 
 def _value(model: NamedTransformer, name: Any, argument: str) -> tuple[Value, tuple[str, int]]:

@@ -48,7 +48,14 @@ from nnterp.interventions._steer import steer
 from nnterp.interventions._steering import SteeringSweep, steering_sweep
 from nnterp.interventions._subspace import SubspaceResult, fit_subspace, patch_subspace
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_repeat_prompt, repeat_prompt
-from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_vector, probe, steering_vectors
+from nnterp.interventions._vectors import (
+    ProbeResult,
+    SteeringVector,
+    feature_vector,
+    optimize_vector,
+    probe,
+    steering_vectors,
+)
 
 __all__ = [
     "AblationResult",
@@ -88,6 +95,7 @@ __all__ = [
     "evaluate_lens",
     "faithfulness",
     "feature_report",
+    "feature_vector",
     "fit_jacobian_lens",
     "fit_subspace",
     "fit_tuned_lens",
