@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from nnterp import Dictionary, StandardizedTransformer, attach, detach
+from nnterp.errors import Unavailable
 from nnterp.interventions import (
     Component,
     ablate,
     activation_patching,
     attribution_patching,
     components,
+    direct_logit_attribution,
     feature_vector,
 )
 from nnterp.testing import tiny_model, tiny_tokenizer
@@ -213,5 +215,38 @@ def test_steering_by_a_feature():
             feature_vector(model, (1, 1), 0)
     finally:
         detach(model)
-    with pytest.raises(Exception, match=r"attach"):
+    with pytest.raises(Unavailable, match=r"attach"):
         feature_vector(model, 1, 0)
+
+
+@pytest.mark.parametrize("sort", SITES)
+def test_direct_attribution_by_feature(sort):
+    model, (reads, writes) = wrapped("llama"), SITES[sort]
+    d = random_dictionary(model.hidden_size)
+    kinds = model.support()
+    try:
+        attach(model, d, f"{reads}[{LAYER}]", f"{writes}[{LAYER}]")
+        found = direct_logit_attribution(model, [CLEAN, CORRUPTED], (5, 9), by="feature")
+        assert kinds["features"] == ()
+        for row, prompt in enumerate((CLEAN, CORRUPTED)):
+            features = features_of(model, d, reads, prompt)[-1]
+            stream = []
+            last = model.num_layers - 1
+            logits_with(model, prompt, [("layers_output", last, lambda x, kept=stream: kept.append(x[0, -1].detach()))])
+            norm = model._module.get_submodule(model.anatomy.ln_final)
+            scale = norm.weight / (stream[0].pow(2).mean() + norm.variance_epsilon).sqrt()
+            head = model._module.get_output_embeddings().weight
+            expected = features * (d.decoder @ (scale * (head[5] - head[9])))
+            labels = found.labels["parts"]
+            at = [labels.index(f"L{LAYER}.F{i}") for i in range(FEATURES)]
+            torch.testing.assert_close(found["scores"][row, at], expected.detach(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found["scores"][row].sum(), found["logits"][row], rtol=1e-4, atol=1e-4)
+        assert (f"L{LAYER} error" if sort == "autoencoder" else f"L{LAYER} mlp error") in labels
+        assert found.grid().shape == (2, LAYER + 1, FEATURES)
+        attach(model, random_dictionary(model.hidden_size, 5), f"layers_output[{LAYER + 1}]")
+        with pytest.raises(Unavailable, match="Detach one"):
+            direct_logit_attribution(model, CLEAN, 5, by="feature")
+    finally:
+        detach(model)
+    with pytest.raises(Unavailable, match="attach a dictionary first"):
+        direct_logit_attribution(model, CLEAN, 5, by="feature")
