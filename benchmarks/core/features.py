@@ -1,12 +1,12 @@
-"""What an attached dictionary costs: a splice, beside a forward and the dictionary's own products; memory of features.
+"""What an attached dictionary costs: a splice, beside the dictionary's own products; memory of sparse features.
 
     python benchmarks/core/features.py            both tables
     python benchmarks/core/features.py --quick    a smaller model and fewer rounds, to see that it runs
 
-GPT-2's code with random weights, a dictionary of 8 times the width at the middle layer, one thread. The splice reads the
-features and writes them back. It is compared with the HuggingFace model's forward plus the two products that the
-dictionary cannot do without, encoder times activations and features times decoder, timed in the same rounds by processor
-time. Memory is the peak of a process of its own that collects the 16 largest features of short prompts.
+GPT-2's code with random weights, a dictionary of 8 times the width at the middle layer, one thread. The splice reads
+the features and writes them back. It is compared with the HuggingFace model's forward plus the two products that the
+dictionary cannot do without, encoder times activations and features times decoder, timed in the same rounds by
+processor time. Memory is the peak of a process of its own that collects the 16 largest features of short prompts.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def splice(layers: int, width: int, rows: int, length: int, rounds: int) -> None
         model._module(input_ids=ids)
 
     def products() -> None:
-        x @ dictionary.encoder.T  # noqa: B018
-        features @ dictionary.decoder  # noqa: B018
+        x @ dictionary.encoder.T
+        features @ dictionary.decoder
 
     def traced() -> None:
         with model.trace({"input_ids": ids}):

@@ -1,6 +1,9 @@
 """Features of attached dictionaries in the interventions, against plain torch hooks and formulas of their own."""
 
+import re
+import runpy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +253,22 @@ def test_direct_attribution_by_feature(sort):
         detach(model)
     with pytest.raises(Unavailable, match="attach a dictionary first"):
         direct_logit_attribution(model, CLEAN, 5, by="feature")
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
+    file = tmp_path / "page.py"
+    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
+    names = runpy.run_path(str(file), run_name="page")
+    tokenizer = names["model"].tokenizer
+    assert names["largest"][0] == 333
+    assert tokenizer.decode(names["logits"][0, -1].argmax()) == " Tokyo"
+    assert tokenizer.decode(names["untouched"][0, -1].argmax()) == " Paris"
+    assert names["of_stream"].shape[-1] == 768
+    assert names["of_mlp"].shape[-1] == 384
+    print(
+        tokenizer.decode(names["text"][0]),
+        tokenizer.decode(names["steered"][0, -1].argmax()),
+        names["features"][0, -1].topk(5),
+    )
