@@ -267,8 +267,6 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert tokenizer.decode(names["untouched"][0, -1].argmax()) == " Paris"
     assert names["of_stream"].shape[-1] == 768
     assert names["of_mlp"].shape[-1] == 384
-    print(
-        tokenizer.decode(names["text"][0]),
-        tokenizer.decode(names["steered"][0, -1].argmax()),
-        names["features"][0, -1].topk(5),
-    )
+    assert tokenizer.decode(names["steered"][0, -1].argmax()) == " wonderful"
+    assert tokenizer.decode(names["text"][0]).startswith("I am sad. The weather today is wonderful")
+    assert names["found"].of(4, 333)[0, 4] > 10
