@@ -134,13 +134,19 @@ def test_a_dictionary_that_does_not_belong_is_warned_of(toy):
         dictionary_fit(toy, swapped, TEXTS, **QUIET)
 
 
-def test_beginnings_that_differ_are_warned_of(toy, monkeypatch):
+@pytest.fixture
+def beginning(toy):
+    """The toy's tokenizer with a beginning-of-sequence token, which it does not add itself."""
+    toy.tokenizer.bos_token = "<|endoftext|>"
+    yield toy.tokenizer.bos_token_id
+    toy.tokenizer.bos_token = None
+
+
+def test_beginnings_that_differ_are_warned_of(toy, beginning):
     dictionary = nnterp.toy_dictionary("residual_4")
-    monkeypatch.setattr(toy.tokenizer, "bos_token", "<|endoftext|>")
     with pytest.warns(DictionaryMismatch, match="with a beginning-of-sequence token, and 1 of 1 texts are without"):
         feature_report(toy, replace(dictionary, prepend_bos=True), TEXTS[:1], [0], **QUIET)
-    first = toy.tokenizer.bos_token_id
-    row = [first, *toy.tokenizer(TEXTS[0]).input_ids]
+    row = [beginning, *toy.tokenizer(TEXTS[0]).input_ids]
     with pytest.warns(DictionaryMismatch, match="without a beginning-of-sequence token, and 1 of 1 texts are with"):
         feature_report(toy, dictionary, [row], [0], **QUIET)
     with warnings.catch_warnings():
