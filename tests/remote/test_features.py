@@ -42,7 +42,7 @@ def close(found, expected):
 
 
 def test_reading_and_writing_in_a_trace(attached):
-    found = []
+    before, found = len(attached.worker.requests), []
     for model, remote in ((attached.here, False), (attached.there, True)):
         with torch.no_grad(), model.trace(PROMPT, remote=remote):
             untouched = model.logits.save()
@@ -66,6 +66,7 @@ def test_reading_and_writing_in_a_trace(attached):
         found.append((kept, edited))
     for here, there in zip(*found, strict=True):
         close(there, here)
+    assert all(request.bytecode == () for request in attached.worker.requests[before:])
 
 
 def test_functions(attached):

@@ -1,12 +1,13 @@
 """Dictionaries attached to a model: what their features are in every kind of run, and what is refused."""
 
+import nnsight
 import pytest
 import torch
 
 from nnterp import Dictionary, SparseFeatures, StandardizedTransformer, attach, collect_features, detach
 from nnterp.errors import InsideTraceError, OutsideTraceError, ShapeError, Unavailable
 from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
-from nnterp.traced import Activation, JumpRelu, TopK, UnitVariance
+from nnterp.traced import Activation, JumpRelu, Sum, TopK, UnitVariance
 
 A, B = [11, 42, 57, 93, 130], [60, 77, 101]
 
@@ -148,6 +149,16 @@ def test_a_transcoder_in_a_generation_and_in_invokes(model):
             model.mlp_neurons[1].save()  # between what is read and what is written
         found = tracer.result.save()
     assert torch.equal(found, generated)
+
+    def clamp(step):
+        features = model.features[1]
+        features[..., 3] = 9.0
+        model.features[1] = features
+
+    with torch.no_grad(), model.generate(A, max_new_tokens=4, min_new_tokens=4, do_sample=False) as tracer:
+        model.each_step(clamp)
+        found = tracer.result.save()
+    assert torch.equal(found, generated)
     with torch.no_grad(), model.trace() as tracer:
         with tracer.invoke(A):
             untouched = model.logits.save()
@@ -215,6 +226,31 @@ def test_an_edit_of_the_value_is_seen_by_its_features(model):
     same(flipped, torch.relu(x.flip(1) @ d.encoder.T + d.encoder_bias))
 
 
+def test_a_value_that_is_multiplied_before_it_is_added():
+    """Granite multiplies what its feed-forward returns: the change is divided by the factor."""
+    model = StandardizedTransformer(tiny_model("granite"), tokenizer=tiny_tokenizer())
+    assert isinstance(model.place("mlp_contributions", 1), Sum)
+    x, d = stream(model, A, "mlp_contributions"), dictionary(model.hidden_size)
+    attach(model, d, "mlp_contributions[1]")
+    features = torch.relu(x @ d.encoder.T + d.encoder_bias)
+    with torch.no_grad(), model.trace(A):
+        found = model.features[1]
+        kept = found.clone().save()
+        model.features[1] = found
+        spliced = model.logits.save()
+    same(kept, features)
+    assert torch.equal(spliced[0], logits_of(model, A))
+    with torch.no_grad(), model.trace(A):
+        found = model.features[1]
+        found[..., 3] = 5.0
+        model.features[1] = found
+        found[..., 7] = 4.0
+        model.features[1] = found
+        edited = model.logits.save()
+    change = (5 - features[..., 3])[..., None] * d.decoder[3] + (4 - features[..., 7])[..., None] * d.decoder[7]
+    same(edited[0], hooked(model, A, 1, lambda y: y + change))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     model = StandardizedTransformer(tiny_model("llama").to(dtype), tokenizer=tiny_tokenizer())
@@ -250,6 +286,14 @@ def test_heads_are_flattened(model):
         written = model.attention_head_outputs[1].clone().save()
     same(features, torch.relu(z.flatten(2) @ d.encoder.T + d.encoder_bias))
     same(written, z + 2 * d.decoder[3].view(z.shape[2:]))
+
+
+def test_shapes_without_a_run(model):
+    attach(model, dictionary(), "layers_output[1]")
+    with model.scan(A):
+        shape = model.features[1].shape
+        shape = nnsight.save(tuple(shape))
+    assert shape == (1, 5, 40)
 
 
 def test_gradients_in_a_trace_of_features_that_are_written(model):

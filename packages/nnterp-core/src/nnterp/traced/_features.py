@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.record import Record
+from nnterp.traced._places import Site
 from nnterp.traced._steps import step_of
+from nnterp.traced._sums import Sum
 from nnterp.traced._views import reflattened, unflattened
 
 if TYPE_CHECKING:
@@ -111,19 +113,42 @@ class Features(Record):
         return gradient.to(self.dictionary.decoder) @ self.dictionary.decoder.T
 
     def added(self, model: Running, change: torch.Tensor, label: str) -> torch.Tensor:
-        """Add a change to the value that is written, and return the value as it is then, heads flattened."""
+        """Add a change to the value that is written, and return the value as it is then, heads flattened.
+
+        Raises:
+            ShapeError: The dictionary decodes to another width than the value's.
+        """
+        if isinstance(self.write_place, Sum):
+            return self.added_to_last(model, self.write_place, change, label)
         target = shown(model, self.write_place, self.write_axes, label)
-        if target.shape[2:].numel() != change.shape[-1]:
+        moved = self.moved(target, change)
+        current = self.write_place.read(model, label)
+        stored = moved if moved.dim() == current.dim() else reflattened(model, moved, current)
+        self.write_place.write(model, stored, label)
+        return self.flat(moved, self.write_axes)
+
+    def added_to_last(self, model: Running, place: Sum, change: torch.Tensor, label: str) -> torch.Tensor:
+        """As `added`, to the last term of a sum: the others are passed by then, and need not be read."""
+        path, factor = place.terms[-1]
+        change = change / (factor.to(change) if isinstance(factor, torch.Tensor) else factor)
+        last = Site(path, "output")
+        last.write(model, self.moved(last.read(model, label), change), label)
+        if len(place.terms) > 1:
+            return change  # the sum cannot be read again
+        return self.flat(shown(model, place, self.write_axes, label), self.write_axes)
+
+    def moved(self, target: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """A value with a change added, in its own dtype and on its device.
+
+        Raises:
+            ShapeError: The dictionary decodes to another width.
+        """
+        if target.numel() != change.numel():
             raise ShapeError(
                 f"The dictionary attached to {self.reads} decodes to activations of width {change.shape[-1]}; "
                 f"{self.writes} has shape {list(target.shape)}."
             )
-        moved = (target + change.reshape(target.shape).to(target.device)).to(target.dtype)
-        current = self.write_place.read(model, label)
-        self.write_place.write(
-            model, moved if moved.dim() == current.dim() else reflattened(model, moved, current), label
-        )
-        return self.flat(moved, self.write_axes)
+        return (target + change.reshape(target.shape).to(target.device)).to(target.dtype)
 
     def flat(self, x: torch.Tensor, axes: int) -> torch.Tensor:
         """A value with its axis of heads flattened."""
