@@ -116,14 +116,15 @@ def test_imports_run_one_way(package, path):
 # nothing above; imports for type checkers and inside functions count.
 FLOORS = (
     "errors record turn wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
-    "selectors indices arguments defaults generation progress identity resuming versions memory _siblings _ids_alone",
+    "selectors indices arguments defaults generation progress identity resuming versions memory sent "
+    "_siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",
     "facts positions standing fingerprint frozen",
     "editing",
     "values",
     "named_transformer",
-    "certificate collection module_accessor older traced_block renewal",
+    "attaching certificate collection dictionaries module_accessor older traced_block renewal",
     "reading",
     "twin",
     "standardized_transformer",

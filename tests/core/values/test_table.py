@@ -16,7 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SERVED = [
     n
     for n in VALUES
-    if n not in ("router_logits", "router_choices", "other_contributions", "shared_expert_neurons", "mixer_states")
+    if n
+    not in (
+        *("router_logits", "router_choices", "other_contributions", "shared_expert_neurons", "mixer_states"),
+        "features",
+    )
 ]
 
 

@@ -10,7 +10,17 @@ _logger.disable("nnterp")
 
 from nnterp import _siblings  # noqa: E402
 from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
+from nnterp.attaching import attach, detach  # noqa: E402
 from nnterp.certificate import Certificate  # noqa: E402
+from nnterp.collection import SparseFeatures, collect_features  # noqa: E402
+from nnterp.dictionaries import (  # noqa: E402
+    CrossLayerTranscoder,
+    Dictionary,
+    load_dictionary,
+    load_transcoders,
+    save_dictionary,
+    toy_dictionary,
+)
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
@@ -22,9 +32,19 @@ __all__ = [
     "Anatomy",
     "Certificate",
     "Condition",
+    "CrossLayerTranscoder",
+    "Dictionary",
     "ModuleAccessor",
     "RenameConfig",
+    "SparseFeatures",
     "StandardizedTransformer",
+    "attach",
+    "collect_features",
+    "detach",
     "get_rename_dict",
+    "load_dictionary",
+    "load_transcoders",
+    "save_dictionary",
     "toy_checkpoint",
+    "toy_dictionary",
 ]

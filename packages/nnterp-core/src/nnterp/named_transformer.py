@@ -18,7 +18,9 @@ from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.loading import reported
+from nnterp.sent import SentByName
 from nnterp.traced import (
+    Attached,
     Edits,
     Lender,
     NoEdits,
@@ -32,7 +34,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.values import directory_of, find_place
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place
 from nnterp.wording import ranges
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
@@ -43,22 +45,8 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing"),
+    *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
 )
-
-
-class SentByName:
-    """Stands for an object that a request names and the worker has; any other pickle of a model is refused by it."""
-
-    def __init__(self, name: str, model: str) -> None:
-        self._persistent_id, self._model = name, model
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        raise TypeError(
-            f"A {self._model} cannot be pickled: it holds nnsight's tree over a module. Save the HuggingFace model and "
-            "load it again: model._module.save_pretrained(folder), model.tokenizer.save_pretrained(folder), "
-            "StandardizedTransformer(folder)."
-        )
 
 
 class NamedTransformer(EditedTransformer):
@@ -81,6 +69,7 @@ class NamedTransformer(EditedTransformer):
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
         self.standing, self.edits = (), Edits()
+        self.attachments: dict[tuple[int, int], Attachment] = {}  # dictionaries, see `nnterp.attach`
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
@@ -271,13 +260,20 @@ class NamedTransformer(EditedTransformer):
 
     # -- where everything is ----------------------------------------------------------------------------------------
 
-    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+    @property
+    def attached(self) -> Attached | None:  # type: ignore[override]
+        """The attached dictionaries, as they travel."""
+        return attached_of(self, self.attachments)
+
+    def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served; looked up once.
 
         Raises:
             ValueError: There is no such value.
             Unavailable: The model, or this layer, does not have it; says why, and which layers do.
         """
+        if name == "features" and self.attachments:
+            return features_of(self, self.attachments, layer)
         return find_place(self.facts, self._module, name, layer)
 
     def module_path(self, role: str, layer: int) -> str:

@@ -267,7 +267,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
 
     # -- where everything is -----------------------------------------------------------------------------------------
 
-    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served; looked up once. Without weights, a value told by numbers is looked up in the twin.
 
         Raises:

@@ -34,7 +34,7 @@ class Steerable(Protocol):
         """Whether the weights are loaded."""
         ...
 
-    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served."""
         ...
 

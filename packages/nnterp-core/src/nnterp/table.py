@@ -328,6 +328,16 @@ _ROWS = (
         aliases=("blocks.{}.hook_resid_post",),
     ),
     Value(
+        "features",
+        "[batch, seq, features]",
+        5.5,
+        "The features that an attached dictionary makes of a value of the layer (SAE, transcoder).",
+        role="layer",
+        finder="features",
+        note="Only where a dictionary is [attached](features.md). A new tensor in the dictionary's dtype: assign it. "
+        "Several dictionaries of one layer are told apart by a number: `model.features[3, 1]`.",
+    ),
+    Value(
         "ln_final_output",
         STREAM,
         6,

@@ -55,11 +55,11 @@ class AttentionProbabilitiesAccessor(OlderLayerAccessor):
                 "Set attention_probabilities.enabled = True to read and write them again."
             )
 
-    def __getitem__(self, layer: int | tuple[int, int]) -> torch.Tensor:
+    def __getitem__(self, layer: int | tuple[int, int] | str) -> torch.Tensor:
         self._require_enabled()
         return OlderLayerAccessor.__getitem__(self, layer)
 
-    def __setitem__(self, layer: int | tuple[int, int], tensor: torch.Tensor) -> None:
+    def __setitem__(self, layer: int | tuple[int, int] | str, tensor: torch.Tensor) -> None:
         self._require_enabled()
         OlderLayerAccessor.__setitem__(self, layer, tensor)
 

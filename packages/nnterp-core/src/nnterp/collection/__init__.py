@@ -4,5 +4,16 @@ from nnterp.collection._collect import collect
 from nnterp.collection._collected import Collected
 from nnterp.collection._differentiation import GradientReads, gradients_at, note
 from nnterp.collection._gradients import Gradients, gradients
+from nnterp.collection._sparse import SparseFeatures, collect_features
 
-__all__ = ["Collected", "GradientReads", "Gradients", "collect", "gradients", "gradients_at", "note"]
+__all__ = [
+    "Collected",
+    "GradientReads",
+    "Gradients",
+    "SparseFeatures",
+    "collect",
+    "collect_features",
+    "gradients",
+    "gradients_at",
+    "note",
+]

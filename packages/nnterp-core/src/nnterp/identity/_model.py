@@ -26,8 +26,14 @@ def settings_of_model(model: Any) -> dict[str, Any]:
         "config": config_digest(module.config),
         "edits": [_edit(edit) for edit in getattr(model, "_edits", ())],
         **({"steering": [digest(vars(steering)) for steering in model.standing]} if model.standing else {}),
+        **({"attached": _attached(model.attachments)} if getattr(model, "attachments", None) else {}),
         "weights": checksum(module),
     }
+
+
+def _attached(attachments: Mapping[tuple[int, int], Any]) -> list[str]:
+    """Return a digest of each dictionary that is attached, with where it is."""
+    return [f"{at} {one.reads} {one.writes} #{digest(one.dictionary)}" for at, one in sorted(attachments.items())]
 
 
 def config_digest(config: Any) -> str:

@@ -19,9 +19,21 @@ from nnterp.traced._apart import Apart, is_apart
 from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._conditions import Chosen, Condition
-from nnterp.traced._dictionary import Activation, Dictionary, Gated, JumpRelu, TopK
+from nnterp.traced._dictionary import (
+    Activation,
+    ConstantNorm,
+    CrossLayerTranscoder,
+    Dictionary,
+    Gated,
+    GroupMax,
+    JumpRelu,
+    Scaling,
+    TopK,
+    UnitVariance,
+)
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edits import Edits, NoEdits
+from nnterp.traced._features import Attached, Features, listed
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
 from nnterp.traced._readout import Chain, Readout, Way
@@ -43,16 +55,21 @@ __all__ = [
     "PROMPTED_QUERIES",
     "Activation",
     "Apart",
+    "Attached",
     "CachedState",
     "Chain",
     "Chosen",
     "Condition",
+    "ConstantNorm",
+    "CrossLayerTranscoder",
     "Declared",
     "Dictionary",
     "Directory",
     "Edits",
     "Everywhere",
+    "Features",
     "Gated",
+    "GroupMax",
     "Inside",
     "Item",
     "JumpRelu",
@@ -65,6 +82,7 @@ __all__ = [
     "ReadOnly",
     "Readout",
     "Running",
+    "Scaling",
     "Sharing",
     "Site",
     "State",
@@ -75,6 +93,7 @@ __all__ = [
     "ThroughOut",
     "TopK",
     "TracedTransformer",
+    "UnitVariance",
     "View",
     "Way",
     "added",
@@ -86,6 +105,7 @@ __all__ = [
     "fresh_rotations",
     "is_apart",
     "layer_index",
+    "listed",
     "over",
     "read_value",
     "require_running",

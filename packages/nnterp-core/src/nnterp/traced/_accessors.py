@@ -26,7 +26,8 @@ class LayerAccessor:
     `model.layers_output[i]` is the tensor of layer `i` (negative indices count from the last layer), on the device and
     in the dtype the model computes it; assigning replaces it for the rest of the forward pass. In a model whose layers
     hold several attentions one after the other (LongCat-Flash), values of attention are indexed with the layer and the
-    attention's number in it: `model.attention_head_outputs[i, 1]`.
+    attention's number in it: `model.attention_head_outputs[i, 1]`. Features are indexed with the layer, with the layer
+    and the dictionary's number in it, or with the value that the dictionary reads or writes.
 
     Raises (on indexing):
         IndexError: The model has no such layer.
@@ -40,10 +41,10 @@ class LayerAccessor:
         self._model = model
         self._value = value
 
-    def __getitem__(self, layer: int | tuple[int, int]) -> torch.Tensor:
+    def __getitem__(self, layer: int | tuple[int, int] | str) -> torch.Tensor:
         return read_value(self._model, self._value, layer)
 
-    def __setitem__(self, layer: int | tuple[int, int], tensor: torch.Tensor) -> None:
+    def __setitem__(self, layer: int | tuple[int, int] | str, tensor: torch.Tensor) -> None:
         write_value(self._model, self._value, tensor, layer)
 
     def __call__(self, layer: int) -> torch.Tensor:
@@ -102,7 +103,7 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
     return index % num_layers
 
 
-def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int] | None = None) -> torch.Tensor:
+def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int] | str | None = None) -> torch.Tensor:
     """The tensor of one value in the running forward pass, live: an in-place edit of it edits the model's run.
 
     A value that is a sum or a multiple of what modules return is a new tensor; it has to be assigned to have an effect.
@@ -119,7 +120,7 @@ def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int
 
 
 def write_value(
-    model: Running, value: Label | Value, tensor: torch.Tensor, layer: int | tuple[int, int] | None = None
+    model: Running, value: Label | Value, tensor: torch.Tensor, layer: int | tuple[int, int] | str | None = None
 ) -> None:
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
@@ -148,10 +149,12 @@ def _require_tensor(tensor: Any, label: str, shape: str) -> None:
         raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
 
 
-def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] | None) -> tuple[str, Place]:
+def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] | str | None) -> tuple[str, Place]:
     label = value.name
-    index: int | tuple[int, int] | None = None
-    if isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer
+    index: int | tuple[int, int] | str | None = None
+    if isinstance(layer, str) and value.name == "features":  # by the value that a dictionary reads or writes
+        index, label = layer, f"features[{layer!r}]"
+    elif isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer, or dictionaries
         index = layer_index(layer[0], model.num_layers, value.name), layer[1]
         label = f"{value.name}[{layer[0]}, {layer[1]}]"
     elif value.per_layer:

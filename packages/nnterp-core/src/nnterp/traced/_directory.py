@@ -24,7 +24,7 @@ class Directory:
     def __init__(self, entries: dict[str, list[tuple[Any, str, tuple[Any, ...] | None]]]) -> None:
         self.entries = entries
 
-    def place(self, name: str, layer: int | tuple[int, int] | None, layer_paths: tuple[str, ...]) -> Place:
+    def place(self, name: str, layer: Any, layer_paths: tuple[str, ...]) -> Place:
         """Where a value is served.
 
         Raises:

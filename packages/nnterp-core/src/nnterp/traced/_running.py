@@ -32,7 +32,7 @@ class Running(Protocol):
         """The envoy of the module at a native path."""
         ...
 
-    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served."""
         ...
 

@@ -26,6 +26,7 @@ from nnterp.traced._sharing import require_single
 
 if TYPE_CHECKING:
     from nnterp.traced._edits import NoEdits
+    from nnterp.traced._features import Attached
     from nnterp.traced._running import Lender, Place
     from nnterp.traced._sharing import Sharing
 
@@ -50,6 +51,7 @@ class TracedTransformer(TransformersModel):
     readout: Readout  # how hidden states become logits
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served
+    attached: Attached | None  # the dictionaries that make features of values; None if there are none
     sharing: Sharing | None  # which rows may share a padded batch; None on a worker if all may
     standing: tuple  # steerings of every run, see `model.steering`
     edits: NoEdits  # what can be edited; `Edits` here, and on a worker if the block names one
@@ -87,6 +89,7 @@ class TracedTransformer(TransformersModel):
         other_contributions: LayerAccessor
         mlps_input: LayerAccessor
         mlps_output: LayerAccessor
+        features: LayerAccessor
         ln_final_output: torch.Tensor
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
@@ -131,12 +134,14 @@ class TracedTransformer(TransformersModel):
         # A remote worker serves the plain nnsight model; the names are this client's affair.
         return TransformersModel
 
-    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served.
 
         Raises:
             Unavailable: The model, or this layer, does not have it.
         """
+        if name == "features" and self.attached is not None:
+            return self.attached.place(layer)
         return self.directory.place(name, layer, self.layer_paths)
 
     def module_path(self, role: str, layer: int) -> str:

@@ -3,6 +3,7 @@
 from nnterp.table import VALUES, Label, Value, get_label, get_value
 from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, layer_index, read_value, write_value
 from nnterp.values._aliases import canonical
+from nnterp.values._attached import Attachment, attached_of, features_of, spelled
 from nnterp.values._directory import directory_of
 from nnterp.values._explain import Support, explain, source_of, support
 from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
@@ -11,6 +12,7 @@ from nnterp.values._read_order import Combine, gradient_reads, reads, when
 __all__ = [
     "FINDERS",
     "VALUES",
+    "Attachment",
     "Combine",
     "Known",
     "Label",
@@ -20,9 +22,11 @@ __all__ = [
     "Sum",
     "Support",
     "Value",
+    "attached_of",
     "canonical",
     "directory_of",
     "explain",
+    "features_of",
     "find_place",
     "get_label",
     "get_value",
@@ -33,6 +37,7 @@ __all__ = [
     "reads",
     "site_of",
     "source_of",
+    "spelled",
     "support",
     "when",
     "write_value",

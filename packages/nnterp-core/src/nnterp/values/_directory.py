@@ -29,6 +29,8 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
     several = [(layer.index, i) for layer in anatomy.blocks for i in range(len(layer.attentions))]
     entries: dict[str, list[Entry]] = {}
     for name, value in VALUES.items():
+        if name == "features":  # dictionaries travel beside the directory
+            continue
         if value.per_layer:
             at = [*layers, *(several if value.role == "self_attn" else ())]
             entries[name] = _per_layer(paths, partial(model.place, name), at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from nnterp.traced import (
     CachedState,
     Declared,
     Everywhere,
+    Features,
     Inside,
     Item,
     Place,
@@ -87,7 +89,8 @@ def support(model: Known) -> Support:
         have, why = [], {}
         for layer in range(anatomy.num_layers) if value.per_layer else [-1]:
             try:
-                model.place(name, layer if value.per_layer else None)
+                with contextlib.suppress(ValueError):  # several dictionaries, which have features each
+                    model.place(name, layer if value.per_layer else None)
                 have.append(layer)
             except Unavailable as error:
                 why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
@@ -122,6 +125,8 @@ def source_of(model: Known, place: Place) -> str:
         return source_of(model, place.place)
     if isinstance(place, ThroughOut):
         return source_of(model, place.heads)
+    if isinstance(place, Features):
+        return source_of(model, place.read_place)
     if isinstance(place, Everywhere):
         return source_of(model, place.places[0])
     if isinstance(place, Sum):

@@ -40,7 +40,7 @@ class Known(Protocol):
     facts: Facts
     _module: nn.Module
 
-    def place(self, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+    def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served."""
         ...
 
@@ -57,7 +57,7 @@ class Missing(Unavailable):
         self.reason = reason
 
 
-def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[int, int] | None = None) -> Place:
+def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
     """Where a value is served in one model; looked up once.
 
     Args:
@@ -352,6 +352,12 @@ def _mid(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     )
 
 
+def _features(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """The features of a layer to which no dictionary is attached."""
+    reason = "no dictionary is attached; attach one: nnterp.attach(model, dictionary, at='layers_output[3]')"
+    raise Missing(f"Layer {layer} of {facts.anatomy.model_class} has no features: {reason}.", reason)
+
+
 Finder = Callable[[Facts, nn.Module, Value, int], Place]
 
 FINDERS: dict[str, Finder] = {
@@ -363,4 +369,5 @@ FINDERS: dict[str, Finder] = {
     "mid": _mid,
     "router": _router,
     "neurons": _neurons,
+    "features": _features,
 }

@@ -12,6 +12,7 @@ from nnterp.errors import Unavailable
 from nnterp.traced import (
     Declared,
     Everywhere,
+    Features,
     Inside,
     Item,
     Place,
@@ -50,6 +51,9 @@ def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
     if isinstance(place, ThroughOut):
         inner, combine = reads(model, place.heads)
         return inner, lambda given: place.through(cast(Running, model), combine(given))
+    if isinstance(place, Features):
+        inner, combine = reads(model, place.read_place)
+        return inner, lambda given: place.encode(place.flat(combine(given), place.axes))
     if isinstance(place, Sum):
         sites: list[Place] = [Site(path, "output") for path, _ in place.terms]
         return sites, place.total
@@ -85,7 +89,7 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
 
     A view takes the gradient of what it is a view of; a value computed several times over, the sum; a multiple that is
     added to the stream, the gradient of what is multiplied, divided by the factor; a head's contribution, the gradient
-    of what the contributions are summed into.
+    of what the contributions are summed into; a feature, that of what it is decoded into, along its direction.
 
     Raises:
         Unavailable: The value is passed on in two places, of which only one is served.
@@ -101,6 +105,9 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
         heads = next(a.out_heads for a in attentions if a is not None and a.out == place.path)
         assert heads is not None
         return [Site(place.path, "output")], lambda given: given[0].unsqueeze(2).expand(-1, -1, heads, -1)
+    if isinstance(place, Features):
+        inner, combine = gradient_reads(model, place.write_place, label)
+        return inner, lambda given: place.slopes(place.flat(combine(given), place.write_axes))
     if isinstance(place, Sum):
         path, factor = place.terms[-1]
         return [

@@ -10,6 +10,13 @@ from nnterp.interventions._attribution import (
 )
 from nnterp.interventions._circuits import Circuit, Edge, Faithfulness, edge_attribution, faithfulness
 from nnterp.interventions._components import Component, components
+from nnterp.interventions._features import (
+    DictionaryFit,
+    DictionaryMismatch,
+    FeatureReport,
+    dictionary_fit,
+    feature_report,
+)
 from nnterp.interventions._fitted import (
     Lens,
     LensEvaluation,
@@ -41,7 +48,14 @@ from nnterp.interventions._steer import steer
 from nnterp.interventions._steering import SteeringSweep, steering_sweep
 from nnterp.interventions._subspace import SubspaceResult, fit_subspace, patch_subspace
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, it_repeat_prompt, repeat_prompt
-from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_vector, probe, steering_vectors
+from nnterp.interventions._vectors import (
+    ProbeResult,
+    SteeringVector,
+    feature_vector,
+    optimize_vector,
+    probe,
+    steering_vectors,
+)
 
 __all__ = [
     "AblationResult",
@@ -49,9 +63,12 @@ __all__ = [
     "Audit",
     "Circuit",
     "Component",
+    "DictionaryFit",
+    "DictionaryMismatch",
     "DirectAttribution",
     "Edge",
     "Faithfulness",
+    "FeatureReport",
     "HeadScores",
     "Lens",
     "LensEvaluation",
@@ -72,10 +89,13 @@ __all__ = [
     "activation_patching",
     "attribution_patching",
     "components",
+    "dictionary_fit",
     "direct_logit_attribution",
     "edge_attribution",
     "evaluate_lens",
     "faithfulness",
+    "feature_report",
+    "feature_vector",
     "fit_jacobian_lens",
     "fit_subspace",
     "fit_tuned_lens",

@@ -71,8 +71,9 @@ def direct_logit_attribution(
             each prompt: a token, or a list of tokens whose logits are averaged. For logit differences a pair, as a
             tuple `(correct, wrong)` of two of these, or a list with a tuple for each prompt.
         by: What the parts are. "layer"; "sublayer": attention (or other mixer) and feed-forward apart; "head";
-            "neuron": of the feed-forwards (mixtures of experts stay whole); "position": what each head adds, split by
-            the position that it attends to, everything else at the position that is read (it needs
+            "neuron": of the feed-forwards (mixtures of experts stay whole); "feature": of the attached dictionaries,
+            each of which splits the stream up to its layer, or what a feed-forward or mixer adds; "position": what each
+            head adds, split by the position that it attends to, everything else at the position that is read (it needs
             `enable_attention_probs=True`); "token": the same, added up over equal tokens of a prompt.
         position: Whose logits are attributed, over each prompt's own tokens: an index, a selector of one token, or a
             list with one for each prompt. The last token if not given.

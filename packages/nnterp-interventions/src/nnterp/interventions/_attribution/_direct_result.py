@@ -10,7 +10,7 @@ import torch
 
 from nnterp.interventions._results import Result
 
-_UNIT = re.compile(r"L(\d+)\.[HN](\d+)")
+_UNIT = re.compile(r"L(\d+)\.[HNF](\d+)")
 _SUBLAYER = re.compile(r"L(\d+) (.+)")
 
 
@@ -22,8 +22,9 @@ class DirectAttribution(Result):
 
     - `scores` `[prompts, parts]`. The labels of `parts` are "embeddings", then by layer "L3", by sublayer
       "L3 attention" (or "L3 mixer"), "L3 mlp" and "L3 other", by head "L3.H5", by neuron "L3.N5", with
-      "L3 attention bias" and "L3 mlp bias" for what no head or neuron has a share in; the last is "bias", of the final
-      norm and the unembedding.
+      "L3 attention bias" and "L3 mlp bias" for what no head or neuron has a share in; by feature "L3.F5", with
+      "L3 mlp error" (or "L3 error" of the whole stream) for what its dictionary does not decode, its bias included; the
+      last is "bias", of the final norm and the unembedding.
     - By position instead `scores` `[prompts, positions]`, `heads` `[prompts, layers, heads, positions]`, of which it is
       the sum but for what the read position adds, and `bias` `[prompts]`. By token `scores` `[prompts, tokens]` with
       `source_ids`, the token each stands for (-1 where a prompt has fewer), and `bias`.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from nnterp.errors import Unavailable
+from nnterp.interventions._attribution._feature_shares import FeatureShares, feature_shares
 from nnterp.interventions._attribution._reading import KEYED, PATTERN, Reading
 from nnterp.interventions._attribution._readout import Direction
 from nnterp.interventions._attribution._shares import Shares, shares_of
@@ -25,8 +26,8 @@ from nnterp.interventions._attribution._terms import (
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-By: TypeAlias = Literal["layer", "sublayer", "head", "neuron", "position", "token"]
-BY: tuple[By, ...] = ("layer", "sublayer", "head", "neuron", "position", "token")
+By: TypeAlias = Literal["layer", "sublayer", "head", "neuron", "feature", "position", "token"]
+BY: tuple[By, ...] = ("layer", "sublayer", "head", "neuron", "feature", "position", "token")
 WHAT = "direct_logit_attribution()"
 
 
@@ -59,6 +60,7 @@ class Plan:
         terms: The addends of the stream after the last layer.
         ways: For each of them that is split, how.
         biases: For each of these, what its projection returns for zeros; filled by the first batch.
+        features: The dictionaries that split it, each with the terms that it splits.
         reads: The values to read.
 
     Raises:
@@ -77,6 +79,7 @@ class Plan:
                 raise Unavailable(f'{WHAT} by="{by}": no layer of {model.model_class} has an attention with heads.')
         if by == "neuron":
             self.ways = self._by_neuron()
+        self.features: list[FeatureShares] = feature_shares(model, self.terms, WHAT) if by == "feature" else []
         if self.by_source and (mixing := self._of("mixer")):
             raise Unavailable(
                 f'{WHAT} by="{by}" is not served for {model.model_class}: the mixers of layers '
@@ -85,6 +88,7 @@ class Plan:
             )
         self.reads: list[Read] = [read for term in self.terms for read in term.reads]
         self.reads += [way.units for way in self.ways.values()]
+        self.reads += [one.read for one in self.features]
         if self.by_source:
             self.reads += [(name, term.layer) for name in (PATTERN, KEYED) for term in self.ways]
             for name, layer in self.reads:
@@ -121,6 +125,14 @@ class Plan:
         for term, added in terms.items():
             products = vectors * added
             largest = torch.maximum(largest, products.abs())
+            if decoding := next((one for one in self.features if term in one.terms), None):
+                if term == decoding.terms[-1]:
+                    whole = sum((vectors * terms[own] for own in decoding.terms), torch.zeros_like(vectors)).sum(-1)
+                    made = decoding.scores(values[decoding.read], vectors).to(whole.device)
+                    labels += [f"L{decoding.read[1]}.F{i}" for i in range(made.shape[1])]
+                    labels.append(f"{decoding.label} error")
+                    columns += [made, (whole - made.sum(-1))[:, None]]
+                continue
             if term not in self.ways:
                 labels.append(term.label)
                 columns.append(products.sum(-1, keepdim=True))

@@ -1,0 +1,139 @@
+"""Collect the largest features of each position, and nothing else of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.arguments import count
+from nnterp.collection._collect import collect
+from nnterp.collection._collected import Collected
+from nnterp.indices import Indices
+from nnterp.named_transformer import NamedTransformer
+from nnterp.record import Record
+
+if TYPE_CHECKING:
+    from nnterp.inputs import Row
+
+
+class Largest(Record):
+    """The `k` largest features of each position, and their indices, in one tensor `[rows, (positions,) 2 × k]`."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Activations in the first half, indices in the second; exact in float32 up to 2**24 features."""
+        wide = torch.float64 if features.dtype == torch.float64 or features.shape[-1] > 2**24 else torch.float32
+        largest = features.topk(min(self.k, features.shape[-1]), dim=-1)
+        return torch.cat([largest.values.to(wide), largest.indices.to(wide)], dim=-1)
+
+
+@dataclass(frozen=True)
+class SparseFeatures(Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
+    """The largest features of each position of many prompts: layer → (indices, activations).
+
+    `indices` is `[prompts, (positions,) k]` int64 and `activations` the same shape, float32 (float64 for a float64
+    dictionary), largest first. Where fewer than `k` features are active, the rest have activation 0, as has everything
+    where a prompt has no position (`mask`).
+
+    Attributes:
+        collected: As `model.collect` returned it, indices and activations side by side; `save` and `load` keep it.
+    """
+
+    collected: Collected = field(repr=False)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """True where a prompt has a position, `[prompts, positions]`; `[prompts]` if one position was asked for."""
+        return self.collected.mask
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The prompts as token ids."""
+        return self.collected.rows
+
+    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices and activations of one layer.
+
+        Raises:
+            KeyError: It was not collected.
+        """
+        activations, indices = self.collected["features", layer].chunk(2, dim=-1)
+        return indices.long(), activations
+
+    def __iter__(self) -> Any:
+        return iter(self.collected.layers["features"])
+
+    def __len__(self) -> int:
+        return len(self.collected.layers["features"])
+
+    def of(self, layer: int, feature: int) -> torch.Tensor:
+        """The activation of one feature, `[prompts, (positions)]`; 0 where it is not among the largest."""
+        indices, activations = self[layer]
+        return torch.where(indices == feature, activations, torch.zeros_like(activations)).sum(-1)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to `<path>.safetensors`; `SparseFeatures.load` reads it."""
+        self.collected.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparseFeatures:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, or holds no features.
+        """
+        collected = Collected.load(path)
+        if tuple(collected.layers) != ("features",):
+            raise ValueError(f"{path} holds {', '.join(collected.layers)}, and not sparse features.")
+        return cls(collected)
+
+
+def collect_features(
+    model: NamedTransformer,
+    prompts: Any,
+    k: int = 32,
+    layers: Indices = None,
+    positions: Any = None,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+    progress: bool | None = None,
+    remote: Any = False,
+    resume: Collected | str | Path | None = None,
+) -> SparseFeatures:
+    """The `k` largest features of each position of many prompts, told from the others inside the trace.
+
+    Memory grows by `k` numbers and `k` indices for each position and layer, whatever the dictionaries' sizes; the
+    features of one batch are held at a time. For all features as they are, `model.collect(prompts, "features")`.
+
+    Args:
+        model: The model, with dictionaries attached (`nnterp.attach`).
+        prompts, positions, batch_size, device, progress, remote, resume: As in `model.collect`.
+        k: How many features of each position; all of them for a smaller dictionary.
+        layers: The layers; all that a dictionary is attached to if None.
+
+    Returns:
+        Layer → (indices, activations), `[prompts, (positions,) k]` each, on `device`.
+
+    Raises:
+        ValueError: `k` is not positive, or several dictionaries are attached to a layer: detach all but one.
+        Unavailable: No dictionary is attached to a layer that was asked for.
+        InsideTraceError: Called inside a trace of this model.
+
+        An error in a later batch, and an interrupt, carry what is finished as `error.partial`, which `resume` takes.
+
+    Example:
+        >>> found = collect_features(model, texts, k=16)
+        >>> indices, activations = found[12]
+    """
+    largest = Largest(count(k, "k"))
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress, "remote": remote}
+    return SparseFeatures(
+        collect(model, prompts, "features", layers, positions, reduce=largest, resume=resume, **options)
+    )

@@ -1,0 +1,70 @@
+"""A steering vector that is the direction of one feature of an attached dictionary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nnterp.indices import read_index
+from nnterp.interventions._vectors._belonging import identity_of
+from nnterp.interventions._vectors._vector import SteeringVector
+from nnterp.values import canonical
+
+if TYPE_CHECKING:
+    from nnterp import StandardizedTransformer
+
+
+def feature_vector(model: StandardizedTransformer, layer: int | tuple[int, int] | str, feature: int) -> SteeringVector:
+    """The direction that a feature is decoded to, as a steering vector of the stream.
+
+    `factor * vector` is what raising the feature by `factor` adds to the stream at every position that is steered. To
+    set a feature to a value instead, write it: `model.features[layer] = ...`.
+
+    Args:
+        model: The model, with the dictionary attached.
+        layer: Which dictionary, as `model.features` is indexed: its layer, its layer and number, or the name of the
+            value that it reads or writes.
+        feature: The feature's index; negative counts from the last.
+
+    Returns:
+        A vector with one layer: the one that the dictionary writes, or, for a dictionary of what enters a layer, the
+        one before. Its length is the decoder's own.
+
+    Raises:
+        IndexError: There is no such layer, dictionary or feature.
+        ValueError: Several dictionaries are meant, or the dictionary writes something else than the stream that leaves
+            a layer, or what is added to it as it is.
+        Unavailable: No dictionary is attached there.
+
+    Example:
+        >>> vector = feature_vector(model, 12, 2034)
+        >>> with model.steering(vector, factor=8):
+        ...     texts = model.generate(prompt, max_new_tokens=20)
+    """
+    features = model.place("features", layer)
+    dictionary, writes = features.dictionary, features.writes  # type: ignore[attr-defined]
+    value, at = canonical(writes)
+    assert at is not None
+    index = read_index(feature, dictionary.num_features, "feature", "features")
+    if value.name == "layers_input" and at > 0:
+        at -= 1
+    elif value.name != "layers_output" and not _is_added(model, value.name, at):
+        raise ValueError(
+            f"The dictionary writes {writes}, which is not added as it is to the stream that leaves a layer, so its "
+            f"directions are no steering vectors. Write its features instead: model.features[{layer!r}] = ..."
+        )
+    direction = dictionary.decoder[index].detach()
+    return SteeringVector(
+        {at: direction},
+        **identity_of(model),
+        method=f"feature {index} of {features.reads}",  # type: ignore[attr-defined]
+    )
+
+
+def _is_added(model: StandardizedTransformer, name: str, layer: int) -> bool:
+    """Whether a value is what the feed-forward adds to the stream, after which the layer does nothing more to it."""
+    if name not in ("mlps_output", "mlp_contributions"):
+        return False
+    structure = model.facts.residual_of(layer)
+    scale = structure.stream_scale
+    plain = structure.kind in ("sequential", "parallel", "single") and isinstance(scale, (int, float)) and scale == 1
+    return plain and model.place(name, layer) == model.place("mlp_contributions", layer)
