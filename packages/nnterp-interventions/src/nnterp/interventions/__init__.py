@@ -18,6 +18,13 @@ from nnterp.interventions._fitted import (
     fit_tuned_lens,
     lens_from_hub,
 )
+from nnterp.interventions._graphs import (
+    AttributionGraph,
+    GraphNode,
+    GraphValidation,
+    attribution_graph,
+    validate_graph,
+)
 from nnterp.interventions._heads import HeadScores, WeightedAttention, head_scores, value_weighted_attention
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
 from nnterp.interventions._metrics import (
@@ -45,6 +52,7 @@ from nnterp.interventions._vectors import ProbeResult, SteeringVector, optimize_
 
 __all__ = [
     "AblationResult",
+    "AttributionGraph",
     "AttributionResult",
     "Audit",
     "Circuit",
@@ -52,6 +60,8 @@ __all__ = [
     "DirectAttribution",
     "Edge",
     "Faithfulness",
+    "GraphNode",
+    "GraphValidation",
     "HeadScores",
     "Lens",
     "LensEvaluation",
@@ -70,6 +80,7 @@ __all__ = [
     "WeightedAttention",
     "ablate",
     "activation_patching",
+    "attribution_graph",
     "attribution_patching",
     "components",
     "direct_logit_attribution",
@@ -100,5 +111,6 @@ __all__ = [
     "steering_sweep",
     "steering_vectors",
     "target_probability",
+    "validate_graph",
     "value_weighted_attention",
 ]

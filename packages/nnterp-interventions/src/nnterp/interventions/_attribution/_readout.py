@@ -17,7 +17,7 @@ from nnterp.errors import Unavailable
 from nnterp.interventions._attribution._held import held_norms, leaf
 from nnterp.interventions._attribution._terms import accumulated, tolerance
 from nnterp.interventions._tokens import ids_per_prompt
-from nnterp.traced import Chain, Readout
+from nnterp.traced import Apart, Chain, Readout
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -136,6 +136,17 @@ class Unembedding:
         own = accumulated(real.gather(1, self.targets.ids[rows].to(real.device))).to(logits.device)
         self._check(vectors * accumulated(x.detach()), bias, found, logits.detach(), own)
         return Direction(vectors, bias, found)
+
+    @torch.no_grad()
+    def logits(self, stream: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What targets make of the logits of streams `[rows, hidden]`, the final norm not held still: `[rows]`.
+
+        Args:
+            stream: The stream after the last layer.
+            rows: For each row the index of its prompt.
+        """
+        with Apart(self.model.interleaver):
+            return self._wanted(stream, rows)[1]
 
     def _wanted(self, stream: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of each row's tokens, `[rows, tokens]`, and what the targets make of them, `[rows]`."""

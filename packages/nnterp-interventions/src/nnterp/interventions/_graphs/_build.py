@@ -110,7 +110,9 @@ def attribution_graph(
     if not isinstance(probability, (int, float)) or not 0 < probability <= 1:
         raise ValueError(f"probability is above 0 and at most 1, not {probability!r:.40}.")
     if remote:
-        raise RemoteModelError(f"{WHAT[:-1]}remote=...) is refused: gradients are taken beside the model. Load it here.")
+        raise RemoteModelError(
+            f"{WHAT[:-1]}remote=...) is refused: gradients are taken beside the model. Load it here."
+        )
     model.prepare()
     if model.standing or model._edits:
         raise ValueError(f"{WHAT} attributes the model as it is: call it outside of `with model.steering(...)`.")
@@ -135,6 +137,8 @@ def attribution_graph(
     )
     about["softcap"] = softcap_of(model.readout)
     about["num_layers"] = model.num_layers
+    about["errors_at"] = (~masked).nonzero()[:, 0].tolist()
+    about["logits"] = [ends_at.targets.ids.tolist(), ends_at.targets.weights.tolist()]
     work = Collecting(model, sites, ids, masked, sources, ends, ends_at, about)
     allowed = tolerance(model)
     try:

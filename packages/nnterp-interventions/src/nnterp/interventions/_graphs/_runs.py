@@ -120,7 +120,9 @@ def run(
 
 
 @contextlib.contextmanager
-def biases_apart(model: StandardizedTransformer, rows: int, seq: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+def biases_apart(
+    model: StandardizedTransformer, rows: int, seq: int
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Zeros are added to what every module with a bias returns, so that each row's gradient of the bias is at hand.
 
     Feed-forwards are left out, because nothing flows through them.

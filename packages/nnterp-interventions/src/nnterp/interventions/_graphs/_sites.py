@@ -106,7 +106,9 @@ def _by_layer(model: StandardizedTransformer, transcoders: Any) -> dict[int, Dic
     found: dict[int, Dictionary] = {}
     for layer, dictionary in pairs:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -model.num_layers <= layer < model.num_layers:
-            raise ValueError(f"transcoders names layer {layer!r:.40}; the model has layers 0 to {model.num_layers - 1}.")
+            raise ValueError(
+                f"transcoders names layer {layer!r:.40}; the model has layers 0 to {model.num_layers - 1}."
+            )
         if not isinstance(dictionary, Dictionary):
             raise TypeError(f"transcoders[{layer}] is no Dictionary but {dictionary!r:.80}.")
         found[layer % model.num_layers] = dictionary

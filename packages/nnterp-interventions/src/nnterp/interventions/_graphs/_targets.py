@@ -58,7 +58,7 @@ def logits_of(
         sides = [_sides(model, entry) for entry in entries]
     width = max(len(right) + len(wrong or ()) for right, wrong in sides)
     ids, weights = torch.zeros(len(sides), width, dtype=torch.long), torch.zeros(len(sides), width)
-    labels, odds = [], list[float | None]()
+    labels, odds = list[str](), list[float | None]()
     for k, (right, wrong) in enumerate(sides):
         every = [*right, *(wrong or ())]
         ids[k, : len(every)] = torch.tensor(every)
@@ -66,6 +66,8 @@ def logits_of(
         weights[k, len(right) : len(every)] = -1 / max(len(wrong or ()), 1)
         labels.append(" − ".join(_label(model, side) for side in (right, wrong) if side is not None))
         odds.append(float(chances[right].sum()) if wrong is None else None)
+    twice = {own for own in labels if labels.count(own) > 1}
+    labels = [f"{own} #{ids[k, 0]}" if own in twice else own for k, own in enumerate(labels)]
     if wanted is None:
         counted = torch.tensor([float(p or 0) for p in odds])
     else:

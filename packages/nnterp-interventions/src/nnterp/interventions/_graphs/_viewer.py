@@ -132,7 +132,9 @@ def write(graph: AttributionGraph, folder: Path, slug: str, scan: str = "", **th
         try:
             listed = [own for own in json.loads(index.read_bytes())["graphs"] if own["slug"] != slug]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} lists no graphs of circuit-tracer ({error}); write to another folder.") from error
+            raise ValueError(
+                f"{index} lists no graphs of circuit-tracer ({error}); write to another folder."
+            ) from error
     path = folder / f"{slug}.json"
     write_whole(path, json.dumps(made, ensure_ascii=False).encode())
     write_whole(index, json.dumps({"graphs": [*listed, made["metadata"]]}, ensure_ascii=False, indent=2).encode())
