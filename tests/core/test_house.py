@@ -118,7 +118,7 @@ FLOORS = (
     "editing",
     "values",
     "named_transformer",
-    "certificate collection module_accessor older traced_block renewal",
+    "certificate collection dictionaries module_accessor older traced_block renewal",
     "reading",
     "twin",
     "standardized_transformer",

@@ -11,6 +11,14 @@ _logger.disable("nnterp")
 from nnterp import _siblings  # noqa: E402
 from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
 from nnterp.certificate import Certificate  # noqa: E402
+from nnterp.dictionaries import (  # noqa: E402
+    CrossLayerTranscoder,
+    Dictionary,
+    load_dictionary,
+    load_transcoders,
+    save_dictionary,
+    toy_dictionary,
+)
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
@@ -22,9 +30,15 @@ __all__ = [
     "Anatomy",
     "Certificate",
     "Condition",
+    "CrossLayerTranscoder",
+    "Dictionary",
     "ModuleAccessor",
     "RenameConfig",
     "StandardizedTransformer",
     "get_rename_dict",
+    "load_dictionary",
+    "load_transcoders",
+    "save_dictionary",
     "toy_checkpoint",
+    "toy_dictionary",
 ]

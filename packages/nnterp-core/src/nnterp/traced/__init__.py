@@ -19,7 +19,18 @@ from nnterp.traced._apart import Apart, is_apart
 from nnterp.traced._binding import bind_names, envoy_at
 from nnterp.traced._bracketing import bracket_one
 from nnterp.traced._conditions import Chosen, Condition
-from nnterp.traced._dictionary import Activation, Dictionary, Gated, JumpRelu, TopK
+from nnterp.traced._dictionary import (
+    Activation,
+    ConstantNorm,
+    CrossLayerTranscoder,
+    Dictionary,
+    Gated,
+    GroupMax,
+    JumpRelu,
+    Scaling,
+    TopK,
+    UnitVariance,
+)
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edits import Edits, NoEdits
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
@@ -47,12 +58,15 @@ __all__ = [
     "Chain",
     "Chosen",
     "Condition",
+    "ConstantNorm",
+    "CrossLayerTranscoder",
     "Declared",
     "Dictionary",
     "Directory",
     "Edits",
     "Everywhere",
     "Gated",
+    "GroupMax",
     "Inside",
     "Item",
     "JumpRelu",
@@ -65,6 +79,7 @@ __all__ = [
     "ReadOnly",
     "Readout",
     "Running",
+    "Scaling",
     "Sharing",
     "Site",
     "State",
@@ -75,6 +90,7 @@ __all__ = [
     "ThroughOut",
     "TopK",
     "TracedTransformer",
+    "UnitVariance",
     "View",
     "Way",
     "added",

@@ -10,6 +10,13 @@ from nnterp.interventions._attribution import (
 )
 from nnterp.interventions._circuits import Circuit, Edge, Faithfulness, edge_attribution, faithfulness
 from nnterp.interventions._components import Component, components
+from nnterp.interventions._features import (
+    DictionaryFit,
+    DictionaryMismatch,
+    FeatureReport,
+    dictionary_fit,
+    feature_report,
+)
 from nnterp.interventions._fitted import (
     Lens,
     LensEvaluation,
@@ -57,9 +64,12 @@ __all__ = [
     "Audit",
     "Circuit",
     "Component",
+    "DictionaryFit",
+    "DictionaryMismatch",
     "DirectAttribution",
     "Edge",
     "Faithfulness",
+    "FeatureReport",
     "GraphNode",
     "GraphValidation",
     "HeadScores",
@@ -83,10 +93,12 @@ __all__ = [
     "attribution_graph",
     "attribution_patching",
     "components",
+    "dictionary_fit",
     "direct_logit_attribution",
     "edge_attribution",
     "evaluate_lens",
     "faithfulness",
+    "feature_report",
     "fit_jacobian_lens",
     "fit_subspace",
     "fit_tuned_lens",

@@ -1,0 +1,180 @@
+"""Train the dictionaries that come with the toy checkpoint: one sparse autoencoder and a transcoder of every MLP.
+
+    uv run python tools/features.py --out DIR                    # all of them
+    uv run python tools/features.py --out DIR --only transcoder_4
+
+Plain torch on one core. Training is BatchTopK (Bussmann, Leask, Nanda 2024): of a batch, the `k` times batch size
+largest features stay. What is saved is a JumpReLU dictionary with one threshold, at which on average `k` features of a
+position are active. Features that stay silent are given the error to explain (Gao et al. 2024, A.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nnterp
+from nnterp.traced import JumpRelu
+
+HERE = Path(__file__).parent
+RESIDUAL_LAYER = 4
+FEATURES, ACTIVE = {"residual": 768, "transcoder": 384}, {"residual": 16, "transcoder": 12}
+DOCUMENTS, BATCH, STEPS, RATE = 16_000, 1024, 2500, 3e-3
+SILENT_AFTER, REVIVED, REVIVAL = 50, 64, 1 / 32
+
+
+def texts(seed: int, count: int) -> list[str]:
+    """Documents of the toy's training text."""
+    sys.path.insert(0, str(HERE / "toy"))
+    corpus = importlib.import_module("corpus")
+    return list(itertools.islice(corpus.documents(seed), count))
+
+
+@torch.no_grad()
+def activations(seed: int, count: int) -> dict[str, torch.Tensor]:
+    """What the MLPs are given and return and the stream at the middle, `[tokens, hidden]` by name."""
+    model = AutoModelForCausalLM.from_pretrained(nnterp.toy_checkpoint()).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(nnterp.toy_checkpoint())
+    kept: dict[str, list[torch.Tensor]] = {}
+    running: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, inputs: tuple, output: Any) -> None:
+        running[name] = output[0] if isinstance(output, tuple) else output
+
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _, a, i=i: watch(f"mlps_input[{i}]", a, a))
+        layer.mlp.register_forward_hook(lambda _, a, b, i=i: watch(f"mlps_output[{i}]", a, b))
+        if i == RESIDUAL_LAYER:
+            layer.register_forward_hook(lambda _, a, b, i=i: watch(f"layers_output[{i}]", a, b))
+    rows = sorted((tokenizer(text).input_ids for text in texts(seed, count)), key=len)
+    for _, group in itertools.groupby(rows, key=len):
+        for batch in torch.tensor(list(group)).split(128):
+            model(input_ids=batch)
+            for name, value in running.items():
+                kept.setdefault(name, []).append(value.flatten(0, 1))
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def trained(x: torch.Tensor, y: torch.Tensor, features: int, active: int, steps: int) -> dict[str, torch.Tensor]:
+    """The weights of a JumpReLU dictionary that maps activations `x` to `y`, both `[tokens, hidden]`."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x_scale, y_scale = ((t - t.mean(0)).square().sum(-1).mean().div(t.shape[1]).sqrt() for t in (x, y))
+    x, y = (x - x_mean) / x_scale, (y - y_mean) / y_scale
+    encoder = torch.nn.functional.normalize(x[torch.randperm(len(x))[:features]], dim=-1)
+    linear = torch.linalg.lstsq(x, y).solution
+    decoder = torch.nn.functional.normalize(encoder @ linear, dim=-1)
+    weights = [encoder, torch.zeros(features), decoder, torch.zeros(y.shape[1])]
+    for weight in weights:
+        weight.requires_grad_()
+    encoder, encoder_bias, decoder, decoder_bias = weights
+    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.99))
+    silent = torch.zeros(features)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        chosen = torch.randint(len(x), (BATCH,))
+        given, wanted = x[chosen], y[chosen]
+        pre = given @ encoder.T + encoder_bias
+        found = pre.relu()
+        least = found.flatten().topk(active * BATCH, sorted=False).values.min()
+        kept = found * (found >= least)
+        error = wanted - (kept @ decoder + decoder_bias)
+        loss = error.square().sum(-1).mean() / wanted.square().sum(-1).mean()
+        silent = torch.where((kept > 0).any(0), 0, silent + 1)
+        asleep = silent > SILENT_AFTER
+        if asleep.any():
+            largest = pre.masked_fill(~asleep, -torch.inf).topk(min(REVIVED, int(asleep.sum())), dim=-1)
+            woken = torch.zeros_like(pre).scatter(-1, largest.indices, largest.values.relu())
+            target = error.detach()
+            loss = loss + REVIVAL * (target - woken @ decoder).square().sum(-1).mean() / target.square().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            decoder /= decoder.norm(dim=-1, keepdim=True)
+    with torch.no_grad():
+        some = torch.randint(len(x), (16 * BATCH,))
+        pre = (x[some] @ encoder.T + encoder_bias).relu()
+        threshold = pre.flatten().topk(active * len(some), sorted=False).values.min()
+        scale = y_scale / x_scale
+        return {
+            "W_enc": (encoder * scale).T,
+            "b_enc": encoder_bias * y_scale - encoder @ x_mean * scale,
+            "W_dec": decoder,
+            "b_dec": decoder_bias * y_scale + y_mean,
+            "threshold": (threshold * y_scale).expand(features),
+        }
+
+
+def measured(weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """Explained variance, features active at a position, and features never active, of the weights as saved."""
+    w = {name: weight.half().float() for name, weight in weights.items()}
+    pre = x @ w["W_enc"] + w["b_enc"]
+    found = torch.where(pre > w["threshold"], pre, 0).relu()
+    error = y - (found @ w["W_dec"] + w["b_dec"])
+    return {
+        "explained variance": round(1 - float(error.square().sum() / (y - y.mean(0)).square().sum()), 4),
+        "active": round(float((found > 0).sum(-1).float().mean()), 2),
+        "never active": int((found == 0).all(0).sum()),
+    }
+
+
+def main() -> None:
+    """Train, save, and print what each dictionary explains of text that it was not trained on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the dictionaries, one folder each")
+    parser.add_argument("--only", nargs="*", help="names of some of them")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--features", type=int)
+    parser.add_argument("--active", type=int)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.process_time()
+    training, held_out = activations(arguments.seed + 11, DOCUMENTS), activations(arguments.seed + 12, 1000)
+    some = next(iter(training.values()))
+    print(f"{len(some):,} tokens to train on, {time.process_time() - began:.0f} s", flush=True)
+    layers = sum(name.startswith("mlps_input") for name in training)
+    sites = {f"residual_{RESIDUAL_LAYER}": (f"layers_output[{RESIDUAL_LAYER}]",) * 2}
+    sites |= {f"transcoder_{i}": (f"mlps_input[{i}]", f"mlps_output[{i}]") for i in range(layers)}
+    for name, (reads, writes) in sites.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        torch.manual_seed(arguments.seed)
+        began = time.process_time()
+        kind = name.partition("_")[0]
+        features, active = arguments.features or FEATURES[kind], arguments.active or ACTIVE[kind]
+        weights = trained(training[reads], training[writes], features, active, arguments.steps)
+        figures = measured(weights, held_out[reads], held_out[writes])
+        print(name, figures, f"{time.process_time() - began:.0f} s", flush=True)
+        save(arguments.out / name, weights, reads, writes)
+
+
+def save(folder: Path, weights: dict[str, torch.Tensor], reads: str, writes: str) -> None:
+    """Write a dictionary, its weights as float16."""
+    made = nnterp.Dictionary(
+        encoder=weights["W_enc"].T,
+        encoder_bias=weights["b_enc"],
+        decoder=weights["W_dec"],
+        decoder_bias=weights["b_dec"],
+        activation=JumpRelu(weights["threshold"]),
+        reads=reads,
+        writes=writes,
+        source="tools/features.py",
+        model_name="nnterp toy",
+        prepend_bos=False,
+    )
+    nnterp.save_dictionary(made, folder, dtype=torch.float16)
+
+
+if __name__ == "__main__":
+    main()
