@@ -19,7 +19,10 @@ BUILDS = {
     "falcon": ("transformer.h", "mlp", "", "transformer.ln_f", "lm_head"),
     "bloom": ("transformer.h", "mlp", "dense_4h_to_h", "transformer.ln_f", "lm_head"),
     "phi": ("model.layers", "mlp", "", "model.final_layernorm", "lm_head"),
-    **dict.fromkeys(("llama", "gemma2", "gemma3_text", "qwen3", "mixtral", "olmo2", "granite", "cohere"), ("model.layers", "mlp", "", "model.norm", "lm_head")),
+    **dict.fromkeys(
+        ("llama", "gemma2", "gemma3_text", "qwen3", "mixtral", "olmo2", "granite", "cohere"),
+        ("model.layers", "mlp", "", "model.norm", "lm_head"),
+    ),
 }
 
 
@@ -68,7 +71,7 @@ class Slow:
 
     def __init__(self, model, model_type, transcoders, ids):
         self.transcoders, module = transcoders, model._module
-        layers, mlp, inner, norm, head = BUILDS[model_type]
+        layers, mlp, inner, _, head = BUILDS[model_type]
         self.x, self.leaves = {}, {}
         blocks = module.get_submodule(layers)
         with contextlib.ExitStack() as stack:

@@ -272,7 +272,8 @@ def test_the_viewers_file(tmp_path):
     types = {
         **dict.fromkeys(("node_id", "layer", "feature_type", "jsNodeId", "clerp"), str),
         **dict.fromkeys(("feature", "ctx_idx", "run_idx", "reverse_ctx_idx"), int),
-        "token_prob": float, "is_target_logit": bool,
+        "token_prob": float,
+        "is_target_logit": bool,
     }
     for node in made["nodes"]:
         assert {name: type(node[name]) for name in types} == types

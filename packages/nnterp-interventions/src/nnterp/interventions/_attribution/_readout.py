@@ -157,8 +157,8 @@ class Unembedding:
         return picked, found
 
     def _picked(self, stream: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The logits of some tokens, `[rows, tokens]`, before a softcap, of streams `[rows, hidden]`; and the mean logit
-        of all tokens, `[rows]`, where targets are centred."""
+        """The logits of some tokens, `[rows, tokens]`, before a softcap, of streams `[rows, hidden]`; and where targets
+        are centred, the mean logit of all tokens, `[rows]`."""
         module, readout, centred = self.model._module, self.readout, self.targets.centred
         ids = ids.to(stream.device)
         if self.head is None:

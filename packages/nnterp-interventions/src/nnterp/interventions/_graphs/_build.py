@@ -45,10 +45,10 @@ def attribution_graph(
 ) -> AttributionGraph:
     """Which features of a prompt act on which, and on what the model predicts.
 
-    Each feed-forward is replaced by its transcoder and an error, so that the model still computes what it computes. With
-    attention patterns and the scales of norms held still at their values in the run, what a feature is given is linear
-    in what is written before it: other features, the errors, the token embeddings, and biases. An edge is one such
-    share: the source's activation times its decoder row, through the residual stream and frozen attention, along the
+    Each feed-forward is replaced by its transcoder and an error, so that the model still computes what it computes.
+    With attention patterns and the scales of norms held still at their values in the run, what a feature is given is
+    linear in what is written before it: other features, the errors, the token embeddings, and biases. An edge is one
+    such share: the source's activation times its decoder row, through the residual stream and frozen attention, along the
     target's encoder row (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models",
     "Constructing an attribution graph"; transcoders: Dunefsky et al. 2024, "Transcoders find interpretable LLM feature
     circuits"). Skip transcoders' linear path is a part of the direct effects.
@@ -72,9 +72,9 @@ def attribution_graph(
 
     Args:
         model: The model; its weights are here.
-        transcoders: Layer → `Dictionary`, or a list with one for each layer. Each reads and writes the values that it
-            names (`mlps_input[i]` and `mlps_output[i]` if it names none). All that a feed-forward without one adds is an
-            error.
+        transcoders: Layer → `Dictionary`, a list with one for each layer, or a `CrossLayerTranscoder`. Each reads and
+            writes the values that it names (`mlps_input[i]` and `mlps_output[i]` if it names none). All that a
+            feed-forward without one adds is an error.
         prompt: One text, or anything of one prompt that `nnterp.inputs.encode` takes.
         targets: A token (an id, or a text that is one token), a difference `(correct, wrong)` of two tokens or lists of
             tokens, or a list of these, each a logit node. With None, the likeliest tokens.
@@ -93,8 +93,8 @@ def attribution_graph(
         An `AttributionGraph`, on the CPU.
 
     Raises:
-        TypeError, ValueError: An argument is not as said above, or a transcoder does not fit its layer, or no feature is
-            active.
+        TypeError, ValueError: An argument is not as said above, or a transcoder does not fit its layer, or no feature
+            is active.
         Unavailable: The model's attention patterns or norms cannot be held still, a feed-forward cannot be replaced, or
             the sums do not hold; says why and where.
         RemoteModelError: `remote` was given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,7 @@ class Collecting:
         self.totals: dict[int, float] = {}
         self.errors: dict[int, float] = {}
         self.forwards, self.backwards = 0, 0
+        self.replaced: Replaced | None = None
 
     def collect(self, max_features: int, batch_size: BatchSize, progress: bool | None) -> None:
         """Compute the rows of all logits, and of the features of most influence."""
@@ -65,7 +67,6 @@ class Collecting:
         wanted = min(max_features, active)
         most = max(1, min(AUTO_ROWS, AUTO_TOKENS // len(self.ids))) if isinstance(batch_size, str) else batch_size
         rows = min(most, ends + wanted)
-        replaced: Replaced | None = None
         # Without a cut the order is that of the logits and then of the layers, so that backward passes stay short.
         queue = list(range(active, active + ends)) + (list(range(active)) if wanted == active else [])
         with bar(ends + wanted, "attribution graph", progress, "node") as shown:
@@ -73,21 +74,20 @@ class Collecting:
                 if not queue:
                     left = ends + wanted - len(self.rows)
                     queue = self._next(min(left, rows * _EVERY))
-                chosen = queue[:rows]
-
-                def step(chosen: list[int] = chosen) -> None:
-                    nonlocal replaced
-                    if replaced is None:
-                        replaced = Replaced(self.model, self.sites, self.ids, self.masked, rows)
-                        self.forwards += rows
-                    self._keep(chosen, *replaced.effects(self.sources, chosen, self.ends))
-                    self.backwards += rows
-
-                if within_memory(step, rows):
+                if within_memory(partial(self._step, queue[:rows], rows), rows):
+                    shown.update(len(queue[:rows]))
                     queue = queue[rows:]
-                    shown.update(len(chosen))
                 else:
-                    rows, replaced = max(1, rows // 2), None
+                    rows, self.replaced = max(1, rows // 2), None
+        self.replaced = None
+
+    def _step(self, chosen: list[int], rows: int) -> None:
+        """The rows of some targets, by one backward pass."""
+        if self.replaced is None:
+            self.replaced = Replaced(self.model, self.sites, self.ids, self.masked, rows)
+            self.forwards += rows
+        self._keep(chosen, *self.replaced.effects(self.sources, chosen, self.ends))
+        self.backwards += rows
 
     def _keep(self, chosen: list[int], edges: torch.Tensor, biases: torch.Tensor, totals: torch.Tensor) -> None:
         made = edges.double().sum(1) + biases.double()

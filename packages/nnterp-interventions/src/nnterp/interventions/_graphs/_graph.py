@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -17,7 +17,7 @@ from nnterp.arguments import count, path_of
 from nnterp.files import write_whole
 from nnterp.interventions._graphs import _viewer
 from nnterp.interventions._graphs._influence import cumulative, influence, normalized, pruned
-from nnterp.interventions._graphs._node import GraphNode
+from nnterp.interventions._graphs._node import GraphNode, Kind
 from nnterp.interventions._results import drawn
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class AttributionGraph:
     def __len__(self) -> int:
         return len(self.nodes)
 
-    def of_kind(self, kind: Literal["feature", "error", "embedding", "logit"]) -> list[int]:
+    def of_kind(self, kind: Kind) -> list[int]:
         """Indices of the nodes of one kind."""
         return [i for i, node in enumerate(self.nodes) if node.kind == kind]
 
@@ -315,7 +315,7 @@ class AttributionGraph:
         return drawn(self, self.figure, **kwargs)
 
 
-_PLURALS = {"feature": "features", "error": "errors", "embedding": "embeddings", "logit": "logits"}
+_PLURALS: dict[Kind, str] = {"feature": "features", "error": "errors", "embedding": "embeddings", "logit": "logits"}
 
 
 def _file(path: str | Path) -> Path:

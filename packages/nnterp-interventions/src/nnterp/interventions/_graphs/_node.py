@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["feature", "error", "embedding", "logit"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class GraphNode:
         label: A token's text, or what a logit is of.
     """
 
-    kind: Literal["feature", "error", "embedding", "logit"]
+    kind: Kind
     layer: int | None
     position: int
     feature: int | None = None

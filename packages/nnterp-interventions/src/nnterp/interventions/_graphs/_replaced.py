@@ -9,6 +9,7 @@ import torch
 
 from nnterp.frozen import freeze
 from nnterp.interventions._attribution import Targets, Unembedding, accumulated
+from nnterp.interventions._engine import Key
 from nnterp.interventions._graphs._runs import Seen, bias_shares, biases_apart, held_kinds, run
 from nnterp.interventions._graphs._sites import Sites
 from nnterp.interventions._graphs._sources import Sources, edges_from, encoders
@@ -93,17 +94,17 @@ class Replaced:
             for layer, slope in zip(layers, made[1 : 1 + len(layers)], strict=True)
             if slope is not None
         }
-        edges, decoded = edges_from(self.model, sources, slopes, entering.reshape(self.rows, self.seq, -1)[:count])
+        edges, decoded = edges_from(self.sites, sources, slopes, entering.reshape(self.rows, self.seq, -1)[:count])
         shares = bias_shares(self.biases, list(made[1 + len(layers) :])).expand(self.rows)[:count]
         return edges, own + decoded + shares, totals
 
     def _cotangents(
         self, sources: Sources, targets: Sequence[int], ends: Ends
-    ) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor, torch.Tensor]:
+    ) -> tuple[dict[Key, torch.Tensor], torch.Tensor, torch.Tensor]:
         """Where a backward pass begins: at each row's own target; and each target's own bias and total."""
         own = torch.zeros(len(targets), dtype=sources.entering.dtype)
-        totals, found = torch.zeros_like(own), dict[tuple[str, int], torch.Tensor]()
-        by_key: dict[tuple[str, int], list[int]] = {}
+        totals, found = torch.zeros_like(own), dict[Key, torch.Tensor]()
+        by_key: dict[Key, list[int]] = {}
         reads = {layer.layer: layer for layer in self.sites.layers}
         for row, target in enumerate(targets):
             logit = target >= len(sources.features)

@@ -1,4 +1,4 @@
-"""One forward pass with feed-forwards replaced, and the graph of gradients that is left: attention, norms, the stream."""
+"""One forward pass with feed-forwards replaced; the graph of gradients that is left is attention, norms, the stream."""
 
 from __future__ import annotations
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nnterp.errors import Unavailable
 from nnterp.interventions._engine import Key
-from nnterp.traced import Dictionary, Place, ReadOnly
+from nnterp.traced import CrossLayerTranscoder, Dictionary, Place, ReadOnly
 from nnterp.values import reads, when
 
 if TYPE_CHECKING:
@@ -44,17 +46,47 @@ class Sites:
         entering: The value of the stream that enters the first layer.
         leaving: That of the stream that leaves the last one.
         places: Native places to read in forward order.
+        cross: The cross-layer transcoder that the layers' dictionaries are parts of; None if each stands alone.
     """
 
     layers: tuple[Layer, ...]
     entering: Key
     leaving: Key
     places: tuple[Place, ...]
+    cross: CrossLayerTranscoder | None = None
 
     @property
     def replaced(self) -> tuple[Layer, ...]:
         """Those that have a transcoder."""
         return tuple(own for own in self.layers if own.dictionary is not None)
+
+    def into(self, layer: int) -> list[int]:
+        """The layers whose features write to a layer."""
+        if self.cross is None:
+            return [own.layer for own in self.replaced if own.layer == layer]
+        return [own.layer for own in self.replaced if own.layer <= layer]
+
+    def decoder(self, source: int, layer: int) -> torch.Tensor:
+        """What features of one layer write to another, or to their own, `[features, hidden]`."""
+        if self.cross is not None:
+            return self.cross.decoders[source][:, layer - source]
+        (own,) = (own.dictionary for own in self.replaced if own.layer == source)
+        assert own is not None
+        return own.decoder
+
+    def decode(self, features: Mapping[int, torch.Tensor], layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What transcoders make of a layer's feed-forward, `[..., hidden]`.
+
+        Args:
+            features: Layer → its features, `[..., features]`, of this layer and of those before it.
+            layer: The layer; it has a transcoder.
+            x: What is encoded there.
+        """
+        if self.cross is not None:
+            return self.cross.decode([features[i] for i in range(layer + 1)], layer, x)
+        (own,) = (own.dictionary for own in self.replaced if own.layer == layer)
+        assert own is not None
+        return own.decode(features[layer], x)
 
 
 def sites_of(model: StandardizedTransformer, transcoders: Any, what: str) -> Sites:
@@ -62,7 +94,7 @@ def sites_of(model: StandardizedTransformer, transcoders: Any, what: str) -> Sit
 
     Args:
         model: The model; its weights are here.
-        transcoders: Layer → `Dictionary`, or one for each layer in a list.
+        transcoders: Layer → `Dictionary`, one for each layer in a list, or a `CrossLayerTranscoder`.
         what: The function that needs them, for errors.
 
     Raises:
@@ -70,7 +102,8 @@ def sites_of(model: StandardizedTransformer, transcoders: Any, what: str) -> Sit
         ValueError: One names another layer, or does not fit the width of what it reads or writes.
         Unavailable: What a feed-forward returns cannot be replaced in this model, or is not served; says why.
     """
-    given = _by_layer(model, transcoders)
+    cross = transcoders if isinstance(transcoders, CrossLayerTranscoder) else None
+    given = _by_layer(model, transcoders if cross is None else list(cross.encoders))
     if model.readout.layout.batch != 0 or model.readout.layout.width not in (None, model.hidden_size):
         raise Unavailable(f"{what} needs one residual stream, and {model.model_class} keeps it in another layout.")
     blocks = [layer for layer in range(model.num_layers) if layer not in model.facts.only_with_image]
@@ -80,7 +113,11 @@ def sites_of(model: StandardizedTransformer, transcoders: Any, what: str) -> Sit
             if layer in given:
                 raise ValueError(f"transcoders has one for layer {layer}, which has no feed-forward to replace.")
             continue
-        layers.append(_layer(model, layer, given.get(layer), what))
+        own = _layer(model, layer, given.get(layer), what)
+        if cross is not None:  # its places are those of all layers
+            names = cross.reads or own.reads[0], cross.writes or own.writes[0]
+            own = Layer(layer, own.dictionary, (names[0], layer), (names[1], layer))
+        layers.append(own)
     entering, leaving = ("layers_input", blocks[0]), ("layers_output", blocks[-1])
     keys = [entering, leaving, *(key for own in layers for key in (own.reads, own.writes))]
     try:
@@ -88,7 +125,7 @@ def sites_of(model: StandardizedTransformer, transcoders: Any, what: str) -> Sit
         places = tuple(sorted(found, key=lambda place: when(model, place)))
     except (KeyError, TypeError) as error:
         raise Unavailable(f"{model.model_class}: in which order its values are computed is not known.") from error
-    return Sites(tuple(layers), entering, leaving, places)
+    return Sites(tuple(layers), entering, leaving, places, cross)
 
 
 def _by_layer(model: StandardizedTransformer, transcoders: Any) -> dict[int, Dictionary]:
@@ -102,7 +139,9 @@ def _by_layer(model: StandardizedTransformer, transcoders: Any) -> dict[int, Dic
             )
         pairs = list(enumerate(transcoders))
     else:
-        raise TypeError(f"transcoders is {{layer: Dictionary}} or a list of them, not {transcoders!r:.80}.")
+        raise TypeError(
+            f"transcoders is {{layer: Dictionary}}, a list of them or a CrossLayerTranscoder, not {transcoders!r:.80}."
+        )
     found: dict[int, Dictionary] = {}
     for layer, dictionary in pairs:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -model.num_layers <= layer < model.num_layers:
@@ -123,27 +162,33 @@ def _layer(model: StandardizedTransformer, layer: int, dictionary: Dictionary | 
     written = _key(model, dictionary.writes if dictionary else None, own, layer)
     if written[0] not in ("mlps_output", "mlp_contributions"):
         raise ValueError(
-            f"transcoders[{layer}] writes {written[0]}[{layer}]: it takes the place of no feed-forward. A transcoder of "
-            "an attribution graph writes mlps_output or mlp_contributions of its layer."
+            f"transcoders[{layer}] writes {written[0]}[{layer}]: it takes the place of no feed-forward. A transcoder "
+            "of an attribution graph writes mlps_output or mlp_contributions of its layer."
         )
     if mixed and written[0] == "mlps_output":
         raise ValueError(
-            f"transcoders[{layer}] writes mlps_output[{layer}], which in {model.model_class} holds the stream as well: the "
-            f"feed-forward's module adds to it. What it adds alone is mlp_contributions[{layer}]."
+            f"transcoders[{layer}] writes mlps_output[{layer}], which in {model.model_class} holds the stream as well: "
+            f"the feed-forward's module adds to it. What it adds alone is mlp_contributions[{layer}]."
         )
     try:
         place = model.place(*written)
         model.place(*read)
     except Unavailable as error:
         raise Unavailable(
-            f"{what} is not served for {model.model_class}: its feed-forward of layer {layer} cannot be replaced: {error}"
+            f"{what} is not served for {model.model_class}: its feed-forward of layer {layer} cannot be replaced: "
+            f"{error}"
         ) from error
     if isinstance(place, ReadOnly):
         raise Unavailable(
             f"{what} is not served for {model.model_class}: its feed-forward of layer {layer} cannot be replaced: "
             f"{written[0]}[{layer}]: {place.reason}."
         )
-    if dictionary is not None and model.hidden_size not in (None, width := dictionary.decoder.shape[1]):
+    if dictionary is not None and dictionary.scaling is not None:
+        raise Unavailable(
+            f"{what} is not served with transcoders[{layer}] ({dictionary.source}): it scales each activation by its "
+            "own norm before it encodes it, so that its features are not linear in the stream."
+        )
+    if dictionary is not None and model.hidden_size not in (None, width := dictionary.output_width):
         raise ValueError(
             f"transcoders[{layer}] writes {width} channels, and the stream of {model.model_class} has "
             f"{model.hidden_size}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,6 @@ from nnterp.interventions._attribution import accumulated
 from nnterp.interventions._graphs._runs import Seen
 from nnterp.interventions._graphs._sites import Layer, Sites
 from nnterp.traced import Dictionary
-
-if TYPE_CHECKING:
-    from nnterp import StandardizedTransformer
 
 _ROWS = 4096  # decoder rows that are copied at once
 
@@ -69,7 +65,7 @@ class Sources:
 
     @property
     def count(self) -> int:
-        """How many sources there are: features, an error for each layer and position, an embedding for each position."""
+        """How many sources there are: features, errors of all layers and positions, embeddings of all positions."""
         return len(self.features) + (len(self.layers) + 1) * self.seq
 
 
@@ -82,6 +78,7 @@ def sources_of(sites: Sites, seen: Seen, masked: torch.Tensor) -> Sources:
         masked: Positions that have features, bool `[seq]`.
     """
     layers, tables, acts, pres, slopes = [], [], [], [], []
+    encoded: dict[int, torch.Tensor] = {}
     first = 0
     for own in sites.layers:
         out = accumulated(seen.values[own.writes][0]).cpu()
@@ -91,8 +88,8 @@ def sources_of(sites: Sites, seen: Seen, masked: torch.Tensor) -> Sources:
             continue
         x = seen.values[own.reads][0]
         pre, features, slope = activated(own.dictionary, x)
-        features = features * masked[:, None].to(features)
-        made = accumulated(own.dictionary.decode(features, x.to(features.device))).cpu()
+        features = encoded[own.layer] = features * masked[:, None].to(features)
+        made = accumulated(sites.decode(encoded, own.layer, x.to(features.device))).cpu()
         at = features.nonzero().cpu()
         values = accumulated(features).cpu()[at[:, 0], at[:, 1]]
         starts = torch.searchsorted(at[:, 0].contiguous(), torch.arange(len(out) + 1))
@@ -108,7 +105,7 @@ def sources_of(sites: Sites, seen: Seen, masked: torch.Tensor) -> Sources:
 
 
 def activated(dictionary: Dictionary, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pre-activations, features, and the derivatives of features by their own pre-activations, each `[..., features]`."""
+    """Pre-activations, features, and the derivatives of features by their pre-activations, each `[..., features]`."""
     with torch.inference_mode(False), torch.enable_grad():
         pre = dictionary.pre_activations(x.detach()).detach().clone().requires_grad_(True)
         features = dictionary.activation(pre)
@@ -127,12 +124,12 @@ def encoders(dictionary: Dictionary, features: torch.Tensor) -> tuple[torch.Tens
 
 
 def edges_from(
-    model: StandardizedTransformer, sources: Sources, slopes: Mapping[int, torch.Tensor], entering: torch.Tensor
+    sites: Sites, sources: Sources, slopes: Mapping[int, torch.Tensor], entering: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Direct effects of all sources on some targets.
 
     Args:
-        model: The model.
+        sites: Where transcoders read and write.
         sources: The sources.
         slopes: Layer → the gradient of each target by what takes the place of its feed-forward, `[targets, seq,
             hidden]`; layers that no target depends on are left out.
@@ -158,13 +155,27 @@ def edges_from(
             continue
         bias = accumulated(dictionary.decoder_bias).to(slope.device)
         biases += (slope[:, written.masked.to(slope.device)].sum(1) @ bias).cpu()
-        for position, (start, end) in enumerate(zip(written.starts, written.starts[1:], strict=False)):
-            here = slope[:, position]
-            for low in range(start, end, _ROWS):
-                some = slice(low, min(end, low + _ROWS))
-                rows = accumulated(dictionary.decoder[written.features[some].to(dictionary.decoder.device)])
-                made = (here @ rows.to(here.device).T).cpu() * written.activations[some]
-                found[:, written.first + some.start : written.first + some.stop] = made
+        for source in sites.into(written.own.layer):
+            decoder = sites.decoder(source, written.own.layer)
+            _add_features(found, slope, decoder, next(own for own in sources.layers if own.own.layer == source))
     entering = accumulated(entering)
     found[:, -seq:] = torch.einsum("tsh,sh->ts", entering, sources.entering.to(entering.device)).cpu()
     return found, biases
+
+
+def _add_features(found: torch.Tensor, slope: torch.Tensor, decoder: torch.Tensor, written: Written) -> None:
+    """Add to `[targets, sources]` what one layer's features do through what they write to one layer.
+
+    Args:
+        found: What is added to.
+        slope: The gradient of each target by what is written, `[targets, seq, hidden]`.
+        decoder: What the features write, `[features, hidden]`.
+        written: Those that are active.
+    """
+    for position, (start, end) in enumerate(zip(written.starts, written.starts[1:], strict=False)):
+        here = slope[:, position]
+        for low in range(start, end, _ROWS):
+            some = slice(low, min(end, low + _ROWS))
+            rows = accumulated(decoder[written.features[some].to(decoder.device)])
+            made = (here @ rows.to(here.device).T).cpu() * written.activations[some]
+            found[:, written.first + some.start : written.first + some.stop] += made

@@ -11,6 +11,7 @@ from nnterp.frozen import Tape, freeze
 from nnterp.interventions._attribution import accumulated
 from nnterp.interventions._graphs._runs import Seen, run
 from nnterp.interventions._graphs._sites import Sites
+from nnterp.traced import Dictionary
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -39,13 +40,14 @@ class Steered:
     def unedited(self) -> tuple[Seen, Seen]:
         """A run of the model, which records patterns and scales, and one of the local replacement model."""
 
+        encoded: dict[int, torch.Tensor] = {}
+
         def put(layer: int, x: torch.Tensor, out: torch.Tensor) -> None:
             self.outs[layer] = out.detach().clone()
             dictionary = self.dictionaries.get(layer)
             if dictionary is not None:
-                self.errors[layer] = accumulated(out) - accumulated(dictionary.decode(dictionary.encode(x), x)).to(
-                    out.device
-                )
+                encoded[layer] = self._encode(dictionary, x)
+                self.errors[layer] = accumulated(out) - accumulated(self.sites.decode(encoded, layer, x)).to(out.device)
 
         with freeze(self.model, _KINDS, self.tape):
             plain = run(self.model, self.sites, self.ids[None], put)
@@ -60,25 +62,38 @@ class Steered:
                 constant, patterns and scales those that were recorded. Otherwise it is one of the model.
         """
 
+        encoded: dict[int, torch.Tensor] = {}
+        changes: dict[int, torch.Tensor] = {}
+
         def put(layer: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor | None:
-            dictionary, own = self.dictionaries.get(layer), values.get(layer, ())
+            dictionary = self.dictionaries.get(layer)
             if dictionary is None:
                 return self.outs[layer] if frozen else None
-            if not frozen and not own:
-                return None
-            features = dictionary.encode(x)
-            old = features
-            if own:
-                features = features.clone()
-                for position, feature, value in own:
-                    features[0, position, feature] = value
+            own = values.get(layer, ())
+            if frozen or own:
+                old = features = self._encode(dictionary, x)
+                if own:
+                    features = features.clone()
+                    for position, feature, value in own:
+                        features[0, position, feature] = value
+                    changes[layer] = features - old
+                encoded[layer] = features
             if frozen:
-                made = accumulated(dictionary.decode(features, x)).to(out.device) + self.errors[layer]
+                made = accumulated(self.sites.decode(encoded, layer, x)).to(out.device) + self.errors[layer]
                 return torch.where(self.masked[:, None].to(out.device), made, accumulated(self.outs[layer]))
-            change = accumulated(features - old) @ accumulated(dictionary.decoder)
-            return accumulated(out) + change.to(out.device)
+            new = accumulated(out)
+            for source in self.sites.into(layer):
+                if source in changes:
+                    decoder = accumulated(self.sites.decoder(source, layer))
+                    new = new + (accumulated(changes[source]) @ decoder).to(out.device)
+            return new
 
         if not frozen:
             return run(self.model, self.sites, self.ids[None], put, logits=False)
         with freeze(self.model, _KINDS, self.tape):
             return run(self.model, self.sites, self.ids[None], put, logits=False)
+
+    def _encode(self, dictionary: Dictionary, x: torch.Tensor) -> torch.Tensor:
+        """Features, 0 where positions have none, `[1, seq, features]`."""
+        features = dictionary.encode(x)
+        return features * self.masked[:, None].to(features)

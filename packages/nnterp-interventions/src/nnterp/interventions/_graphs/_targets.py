@@ -50,7 +50,7 @@ def logits_of(
     if wanted is None:
         top = chances.topk(min(max_logits, len(chances)))
         many = int(torch.searchsorted(top.values.cumsum(0), probability)) + 1
-        sides = [([i], None) for i in top.indices[:many].tolist()]
+        sides: list[tuple[list[int], list[int] | None]] = [([i], None) for i in top.indices[:many].tolist()]
     else:
         entries = wanted if isinstance(wanted, list) else [wanted]
         if not entries:

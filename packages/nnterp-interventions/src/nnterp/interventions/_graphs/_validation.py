@@ -84,13 +84,16 @@ class GraphValidation:
         return self.predicted[here], found[here]
 
     def __repr__(self) -> str:
-        parts = []
-        for measured in ("frozen", "model"):
-            for of in ("logit", "feature"):
-                if len(self.changes(measured, of)[0]) >= 2:
-                    parts.append(f"{of}s {self.correlation(measured, of):.3f}")
-            parts[-1] += f" in the {'frozen ' if measured == 'frozen' else ''}model"
-        return f"GraphValidation({len(self.steered)} interventions, factor {self.factor:g}; correlations: {', '.join(parts)})"
+        measures: tuple[Measured, ...] = ("frozen", "model")
+        kinds: tuple[Literal["logit", "feature"], ...] = ("logit", "feature")
+        parts = [
+            f"{of}s {self.correlation(measured, of):.3f} ({measured})"
+            for measured in measures
+            for of in kinds
+            if len(self.changes(measured, of)[0]) >= 2
+        ]
+        many = f"{len(self.steered)} interventions, factor {self.factor:g}"
+        return f"GraphValidation({many}; correlations: {', '.join(parts) or 'too few changes'})"
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A table with a row for each intervention and node: steered, node, kind, predicted, frozen, model.
@@ -244,7 +247,7 @@ def predict(graph: AttributionGraph, steered: Sequence[int], factor: float) -> t
         rows = by_layer[layer]
         change[rows] = graph.edges[rows] @ relative
         own = torch.tensor([float(graph.nodes[i].activation or 0) for i in rows]).to(relative)
-        relative[rows] = (graph.slopes[rows] * change[rows] / own.clamp(min=1e-30)).clamp(min=-1)
+        relative[rows] = (graph.slopes[rows] * change[rows] / own).clamp(min=-1)  # nodes are active: none is 0
     ends = graph.of_kind("logit")
     change[ends] = graph.edges[ends] @ relative
     return change
