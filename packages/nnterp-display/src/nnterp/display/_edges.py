@@ -28,7 +28,7 @@ def edge_lines(segments: Sequence[Segment], raises: str, lowers: str) -> list[go
         width = min(len(WIDTHS) - 1, int(len(WIDTHS) * abs(own[2]) / most))
         groups.setdefault((own[2] >= 0, width), []).append(own)
     traces, named = [], set()
-    for (positive, width), some in sorted(groups.items()):
+    for (positive, width), some in sorted(groups.items(), key=lambda own: (not own[0][0], own[0][1])):
         x: list[float | None] = []
         y: list[float | None] = []
         for (x0, y0), (x1, y1), _ in some:

@@ -21,8 +21,8 @@ _LOOK = {  # kind → what the legend says, symbol, colour
     "embedding": ("embeddings", "square", LINES[5]),
     "logit": ("logits", "triangle-up", NEGATIVE),
 }
-_ABREAST = 5  # nodes of one layer and position side by side
-_STEP = 0.17  # between them
+_ABREAST, _STEP, _RISE = 5, 0.17, 0.5  # nodes of one layer and position side by side, and what is between them
+_LOGITS, _LOGIT_STEP, _LOGIT_RISE = 3, 0.36, 0.8  # logits have names
 
 
 def plot_attribution_graph(
@@ -96,7 +96,7 @@ def plot_attribution_graph(
     )
     figure.update_layout(
         width=max(640, 120 * len(parts.tokens) + 240),
-        height=max(440, 130 + int(52 * (rows[-1][0] + 2))),
+        height=max(440, 130 + int(52 * (max(y for _, y in at.values()) + 2))),
         showlegend=True,
         margin={"l": 96, "r": 140, "t": 64, "b": 72},
         legend={"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "itemsizing": "constant"},
@@ -107,7 +107,7 @@ def plot_attribution_graph(
 
 def _height(row: int, highest: list[int]) -> float:
     """Where a layer stands: a layer whose nodes stand in several rows takes more room."""
-    return row + 0.5 * sum(own - 1 for own in highest[:row])
+    return row + _RISE * sum(own - 1 for own in highest[:row])
 
 
 def _places(parts: GraphAt, drawn: list[int], layers: list[int]) -> tuple[dict[int, tuple[float, float]], list[int]]:
@@ -125,10 +125,11 @@ def _places(parts: GraphAt, drawn: list[int], layers: list[int]) -> tuple[dict[i
     for (row, position), own in cells.items():
         base = -1.0 if row < 0 else _height(row, highest)
         ordered = sorted(own, key=lambda i: -parts.nodes[i].influence)
+        abreast, step, rise = (_LOGITS, _LOGIT_STEP, _LOGIT_RISE) if row == len(layers) else (_ABREAST, _STEP, _RISE)
         for k, i in enumerate(ordered):
-            line, column = divmod(k, _ABREAST)
-            here = min(_ABREAST, len(own) - line * _ABREAST)
-            found[i] = (position + _STEP * (column - (here - 1) / 2), base + 0.5 * line)
+            line, column = divmod(k, abreast)
+            here = min(abreast, len(own) - line * abreast)
+            found[i] = (position + step * (column - (here - 1) / 2), base + rise * line)
     return found, highest
 
 

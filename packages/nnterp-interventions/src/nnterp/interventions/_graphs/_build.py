@@ -48,8 +48,8 @@ def attribution_graph(
     Each feed-forward is replaced by its transcoder and an error, so that the model still computes what it computes.
     With attention patterns and the scales of norms held still at their values in the run, what a feature is given is
     linear in what is written before it: other features, the errors, the token embeddings, and biases. An edge is one
-    such share: the source's activation times its decoder row, through the residual stream and frozen attention, along the
-    target's encoder row (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models",
+    such share: the source's activation times its decoder row, through the residual stream and frozen attention, along
+    the target's encoder row (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models",
     "Constructing an attribution graph"; transcoders: Dunefsky et al. 2024, "Transcoders find interpretable LLM feature
     circuits"). Skip transcoders' linear path is a part of the direct effects.
 
