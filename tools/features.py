@@ -2,6 +2,7 @@
 
     uv run python tools/features.py --out DIR                    # all of them
     uv run python tools/features.py --out DIR --only transcoder_4
+    uv run python tools/features.py --measure                    # the table of the card: those that are shipped
 
 Plain torch on one core. Training is BatchTopK (Bussmann, Leask, Nanda 2024): of a batch, the `k` times batch size
 largest features stay. What is saved is a JumpReLU dictionary with one threshold, at which on average `k` features of a
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import nnterp
+from nnterp import StandardizedTransformer
+from nnterp.interventions import dictionary_fit
 from nnterp.traced import JumpRelu
 
 HERE = Path(__file__).parent
@@ -40,8 +43,8 @@ def texts(seed: int, count: int) -> list[str]:
 
 
 @torch.no_grad()
-def activations(seed: int, count: int) -> dict[str, torch.Tensor]:
-    """What the MLPs are given and return and the stream at the middle, `[tokens, hidden]` by name."""
+def activations(seed: int, count: int, wanted: set[str]) -> dict[str, torch.Tensor]:
+    """Of what the MLPs are given and return and the stream at the middle those wanted, `[tokens, hidden]` by name."""
     model = AutoModelForCausalLM.from_pretrained(nnterp.toy_checkpoint()).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(nnterp.toy_checkpoint())
     kept: dict[str, list[torch.Tensor]] = {}
@@ -59,7 +62,8 @@ def activations(seed: int, count: int) -> dict[str, torch.Tensor]:
     for _, group in itertools.groupby(rows, key=len):
         for batch in torch.tensor(list(group)).split(128):
             model(input_ids=batch)
-            for name, value in running.items():
+            for name in wanted:
+                value = running[name]
                 kept.setdefault(name, []).append(value.flatten(0, 1))
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
@@ -131,7 +135,8 @@ def measured(weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor)
 def main() -> None:
     """Train, save, and print what each dictionary explains of text that it was not trained on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the dictionaries, one folder each")
+    parser.add_argument("--out", type=Path, help="folder for the dictionaries, one folder each")
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure those that are shipped")
     parser.add_argument("--only", nargs="*", help="names of some of them")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
@@ -139,16 +144,21 @@ def main() -> None:
     parser.add_argument("--active", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.measure:
+        return measure(arguments.seed)
+    if arguments.out is None:
+        parser.error("--out or --measure")
     began = time.process_time()
-    training, held_out = activations(arguments.seed + 11, DOCUMENTS), activations(arguments.seed + 12, 1000)
-    some = next(iter(training.values()))
-    print(f"{len(some):,} tokens to train on, {time.process_time() - began:.0f} s", flush=True)
-    layers = sum(name.startswith("mlps_input") for name in training)
+    layers = AutoConfig.from_pretrained(nnterp.toy_checkpoint()).num_hidden_layers
     sites = {f"residual_{RESIDUAL_LAYER}": (f"layers_output[{RESIDUAL_LAYER}]",) * 2}
     sites |= {f"transcoder_{i}": (f"mlps_input[{i}]", f"mlps_output[{i}]") for i in range(layers)}
+    sites = {name: pair for name, pair in sites.items() if not arguments.only or name in arguments.only}
+    wanted = {site for pair in sites.values() for site in pair}
+    training = activations(arguments.seed + 11, DOCUMENTS, wanted)
+    held_out = activations(arguments.seed + 12, 1000, wanted)
+    some = next(iter(training.values()))
+    print(f"{len(some):,} tokens to train on, {time.process_time() - began:.0f} s", flush=True)
     for name, (reads, writes) in sites.items():
-        if arguments.only and name not in arguments.only:
-            continue
         torch.manual_seed(arguments.seed)
         began = time.process_time()
         kind = name.partition("_")[0]
@@ -174,6 +184,23 @@ def save(folder: Path, weights: dict[str, torch.Tensor], reads: str, writes: str
         prepend_bos=False,
     )
     nnterp.save_dictionary(made, folder, dtype=torch.float16)
+
+
+def measure(seed: int) -> None:
+    """Print what the shipped dictionaries explain of held-out texts, and the loss with each in place."""
+    model = StandardizedTransformer(nnterp.toy_checkpoint())
+    chosen = [text for text in texts(seed + 13, 300) if len(model.tokenizer(text).input_ids) > 1]
+    print("| name | features | explained variance | L0 | never active | loss | with it | with the mean | with zeros |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in (f"residual_{RESIDUAL_LAYER}", *(f"transcoder_{i}" for i in range(model.num_layers))):
+        dictionary = nnterp.toy_dictionary(name)
+        fit = dictionary_fit(model, dictionary, chosen, progress=False)
+        losses = " | ".join(f"{fit.losses[kind]:.3f}" for kind in ("clean", "spliced", "mean", "zero"))
+        print(
+            f"| `{name}` | {dictionary.num_features} | {fit.explained_variance:.3f} | {fit.l0:.1f} | {fit.dead} | "
+            f"{losses} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,27 @@ def test_the_page_on_attribution_runs(tmp_path, monkeypatch):
     assert names["by_position"].tokens[0][-1] == " is"
 
 
+def test_the_page_on_dictionaries_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "dictionaries.md").read_text(encoding="utf-8")
+    file = tmp_path / "dictionaries.py"
+    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
+    names = runpy.run_path(str(file), run_name="page")
+    assert names["fit"].explained_variance > 0.9 > 0.5 > names["elsewhere"].explained_variance
+    assert "does not seem to belong" in str(names["caught"][-1].message)
+    assert names["same"].num_features == names["dictionary"].num_features == 768
+    tokenizer, best = names["model"].tokenizer, names["probabilities"].topk(4).indices
+    assert {tokenizer.decode(i) for i in best} <= {
+        " great",
+        " perfect",
+        " delicious",
+        " wonderful",
+        " lovely",
+        " excellent",
+    }
+    assert names["report"].contexts(399)[0]["text"] == 2
+
+
 @pytest.mark.parametrize("name", interventions.__all__)
 def test_every_public_name_is_documented(name):
     documented = getattr(interventions, name).__doc__

@@ -9,6 +9,7 @@ from nnterp.display._certificate import plot_certificate
 from nnterp.display._circuit import plot_circuit, plot_faithfulness
 from nnterp.display._components import plot_components
 from nnterp.display._direct import plot_direct_attribution
+from nnterp.display._features import plot_features
 from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
 from nnterp.display._graph import plot_attribution_graph
 from nnterp.display._heads import plot_heads
@@ -37,6 +38,7 @@ __all__ = [
     "plot_components",
     "plot_direct_attribution",
     "plot_faithfulness",
+    "plot_features",
     "plot_heads",
     "plot_lens",
     "plot_patching",

@@ -70,18 +70,18 @@ def plot_tokens(
     ]
     ink = inks((numbers - low) / (high - low), DIVERGING if signed else SEQUENTIAL, reverse=signed)
     figure = new_figure(title)
-    figure.add_trace(_boxes(texts, starts, lines, numbers, hover, ink))
+    figure.add_trace(boxes(texts, starts, lines, numbers, hover, ink))
     figure.update_layout(
         coloraxis={
             "colorscale": DIVERGING if signed else SEQUENTIAL,
             "reversescale": signed,
             "cmin": low,
             "cmax": high,
-            "colorbar": _bar_below(name),
+            "colorbar": bar_below(name),
         }
     )
     longest = max(start + width(text) + 1 for start, text in zip(starts, texts, strict=True))
-    _lay_out(figure, longest, lines[-1] + 1, 64 if title else 20)
+    lay_out(figure, longest, lines[-1] + 1, 64 if title else 20)
     return shown(figure, show)
 
 
@@ -117,7 +117,7 @@ def _scale(numbers: np.ndarray, limits: tuple[float, float] | None) -> tuple[flo
     return low, high, signed
 
 
-def _boxes(
+def boxes(
     texts: list[str], starts: list[int], lines: list[int], numbers: np.ndarray, hover: list[str], ink: np.ndarray
 ) -> go.Bar:
     """A coloured box with its text for each token."""
@@ -139,7 +139,7 @@ def _boxes(
     )
 
 
-def _bar_below(name: str) -> dict[str, Any]:
+def bar_below(name: str) -> dict[str, Any]:
     """Settings of a horizontal colour bar below the text."""
     return {
         "orientation": "h",
@@ -157,7 +157,7 @@ def _bar_below(name: str) -> dict[str, Any]:
     }
 
 
-def _lay_out(figure: go.Figure, longest: int, count: int, top: int) -> None:
+def lay_out(figure: go.Figure, longest: int, count: int, top: int) -> None:
     """Size a figure of `count` lines of up to `longest` characters, with `top` pixels above them."""
     inner = max(round((longest + 0.5) * _FONT * MONO_WIDTH), 300)
     too_narrow = longest * _FONT * MONO_WIDTH < inner

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 LITTLE = 0.5  # a dictionary that explains less of the variance is taken for one of other activations
+COSTLY = 0.1  # nats per token that a dictionary in place adds to the loss, below which noise may be all
 _RUNS = ("clean", "spliced", "zero", "mean")
 
 
@@ -124,8 +125,8 @@ def dictionary_fit(
         Unavailable: The model has no such value, or it cannot be written.
 
     Warns:
-        DictionaryMismatch: It explains less than half of the variance, is worse in place than the mean activation, or
-            was trained on texts that begin otherwise.
+        DictionaryMismatch: It explains less than half of the variance; or in place it costs more than 0.1 nats per
+            token, and more than the mean activation does; or it was trained on texts that begin otherwise.
 
     Example:
         fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), texts)
@@ -242,7 +243,8 @@ def _loss(logits: torch.Tensor, batch: Batch, mask: torch.Tensor) -> torch.Tenso
 
 def _warn(found: DictionaryFit, model: StandardizedTransformer, dictionary: Dictionary, at: str) -> None:
     little = not found.explained_variance >= LITTLE
-    worse = found.losses["spliced"] > found.losses["mean"]
+    losses = found.losses
+    worse = losses["spliced"] > losses["mean"] and losses["spliced"] - losses["clean"] > COSTLY
     if not little and not worse:
         return
     of = f", of {dictionary.model_name}" if dictionary.model_name else ""
@@ -253,5 +255,5 @@ def _warn(found: DictionaryFit, model: StandardizedTransformer, dictionary: Dict
         f"{model.repo_id or model.model_class} on these texts: {' and '.join(why)}. Look at the site, the layer, the "
         "model, and how texts begin.",
         DictionaryMismatch,
-        stacklevel=3,
+        stacklevel=5,
     )

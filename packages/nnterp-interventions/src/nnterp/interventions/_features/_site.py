@@ -113,7 +113,7 @@ def warn_of_beginnings(model: StandardizedTransformer, dictionary: Dictionary, r
             f"{dictionary.source} was trained on texts {said} a beginning-of-sequence token, and {others} of "
             f"{len(rows)} texts are {'without' if dictionary.prepend_bos else 'with'} one.",
             DictionaryMismatch,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
