@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from nnterp.errors import InsideTraceError, RemoteModelError, Unavailable
 from nnterp.frozen import Tape, freeze
 from nnterp.interventions import AttributionGraph, attribution_graph, validate_graph
 from nnterp.testing import tiny_model, tiny_tokenizer
-from nnterp.traced import Activation, Dictionary, JumpRelu
+from nnterp.traced import Activation, CrossLayerTranscoder, Dictionary, JumpRelu, UnitVariance
 
 from .slow_graphs import BUILDS, Slow
 
@@ -517,3 +520,70 @@ def test_half_precision(tiny):
     graph = attribution_graph(model, transcoders_of(model), IDS, max_features=8, progress=False)
     assert graph.edges.dtype == torch.float32
     assert 0 < graph.sum_error < 0.2
+
+
+def test_cross_layer_transcoders(tiny):
+    """A feature writes to its own layer and all after it; errors are what all of them together miss."""
+    model, generator = tiny("llama"), torch.Generator().manual_seed(3)
+    count, width, features = model.num_layers, model.hidden_size, 16
+
+    def random(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    decoders = tuple(random(features, count - layer, width, scale=0.2) for layer in range(count))
+    encoders = tuple(
+        Dictionary(
+            *(random(features, width, scale=width**-0.5), random(features, scale=0.3), decoders[layer][:, 0]),
+            *(random(width, scale=0.1), Activation(), random(width, scale=0.1)),
+            reads=f"mlps_input[{layer}]",
+            writes=f"mlps_output[{layer}]",
+        )
+        for layer in range(count)
+    )
+    transcoder = CrossLayerTranscoder(encoders, decoders, "mlps_input", "mlps_output")
+    graph = attribution_graph(model, transcoder, IDS, progress=False)
+    assert graph.sum_error < 1e-4
+    slow = Slow(model, "llama", dict(enumerate(encoders)), IDS)
+    activations = slow.features()
+    row = graph.of_kind("logit")[0]
+    slopes = torch.autograd.grad(slow.logit(graph.nodes[row].feature), list(slow.leaves.values()))
+    made = {
+        layer: sum(activations[source] @ decoders[source][:, layer - source] for source in range(layer + 1))
+        + encoders[layer].decoder_bias
+        for layer in range(count)
+    }
+    for j, node in enumerate(graph.nodes):
+        if node.kind == "feature":
+            writes = [slopes[to][0, node.position] for to in range(node.layer, count)]
+            along = sum(float(slope @ decoders[node.layer][node.feature, k]) for k, slope in enumerate(writes))
+            expected = along * float(activations[node.layer][node.position, node.feature])
+        elif node.kind == "error":
+            missed = slow.leaves[node.layer][0, node.position] - made[node.layer][node.position]
+            expected = float((slopes[node.layer][0, node.position] @ missed).detach())
+        else:
+            continue
+        assert float(graph.edges[row, j]) == pytest.approx(expected, abs=1e-4)
+    checked = validate_graph(model, transcoder, graph, factor=0.999, n=4, progress=False)
+    predicted, measured = checked.changes("frozen", "logit")
+    assert float((predicted - measured).abs().max()) < 0.01 * float(measured.abs().max())
+
+
+def test_transcoders_that_scale_each_activation_are_refused(tiny):
+    model = tiny("llama")
+    own = transcoders_of(model)[0]
+    scaled = Dictionary(*_parts(own), reads="mlps_input[0]", writes="mlps_output[0]", scaling=UnitVariance())
+    with pytest.raises(Unavailable, match="scales each activation"):
+        attribution_graph(model, {0: scaled}, IDS)
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("networkx")
+    page = (Path(__file__).parents[2] / "docs" / "attribution-graphs.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S))
+    drawn = "\n".join(line for line in blocks.splitlines() if ".plot(" not in line)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.py").write_text(drawn, encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "page.py"), run_name="page")
+    assert names["graph"].sum_error < 1e-4
+    assert AttributionGraph.load(tmp_path / "capital").nodes == names["small"].nodes
+    assert (tmp_path / "graphs" / "capital.json").is_file()
