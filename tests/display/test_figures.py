@@ -329,3 +329,43 @@ def test_steering_lines_run_by_factor():
     ]:
         with pytest.raises(ValueError, match=message):
             display.plot_steering(*arguments)
+
+
+def test_an_attribution_graph_is_tokens_by_layers():
+    import torch
+
+    from nnterp.interventions import AttributionGraph, GraphNode
+
+    nodes = (
+        GraphNode("feature", 0, 0, 7, 1.0),
+        GraphNode("feature", 2, 1, 4, 2.0),
+        GraphNode("error", 0, 1),
+        GraphNode("embedding", None, 0, 3, label=" <b>"),
+        GraphNode("embedding", None, 1, 5, label=" b"),
+        GraphNode("logit", None, 1, 9, probability=0.5, label=" c"),
+    )
+    edges = torch.zeros(6, 6)
+    edges[0, 3], edges[1, 0], edges[1, 2], edges[5, 1] = 2.0, -3.0, 1.0, 0.5
+    weights, zero = torch.tensor([0, 0, 0, 0, 0, 0.5]), torch.zeros(6)
+    graph = AttributionGraph(
+        *(nodes, edges, zero, zero, zero, edges.sum(1), zero, weights, (" <b>", " b"), (3, 5), 2, 0.0)
+    )
+    figure = display.plot_attribution_graph(graph, labels={"L2 F4 @1": "<i>capital</i>"})
+    by_name = {trace.name: trace for trace in figure.data if "markers" in trace.mode}
+    features = by_name["features"]
+    assert list(features.x) == [0.0, 1.0]
+    assert by_name["embeddings"].y[0] < features.y[0] < features.y[1] < by_name["logits"].y[0]
+    assert list(features.text) == ["", "&lt;i&gt;capital&lt;/i&gt;"]
+    assert "L0 F7 @0<br>activation 1.0000<br>influence 0.3750" in features.hovertext[0]
+    assert features.marker.size[1] > features.marker.size[0]
+    assert list(figure.layout.xaxis.ticktext) == ["·&lt;b&gt;", "·b"]
+    assert list(figure.layout.yaxis.ticktext) == ["embeddings", "0", "2", "logits"]
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    (lowering,) = [trace for trace in lines if trace.name == "lowers"]
+    assert list(lowering.x)[:2] == [0.0, 1.0]
+    assert by_name["edges"].hovertext[0] == "L2 F4 @1 → logit ' c'<br>effect 0.5000, 100% of what enters"
+    assert "the 2 strongest of 4 edges" in display.plot_attribution_graph(graph, edges=2).layout.title.text
+    with pytest.raises(KeyError, match="L9"):
+        display.plot_attribution_graph(graph, labels={"L9 F4 @1": "x"})
+    with pytest.raises(TypeError, match="plot_attribution_graph"):
+        display.plot_attribution_graph(3)

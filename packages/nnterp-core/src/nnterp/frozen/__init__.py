@@ -10,11 +10,13 @@ from nnterp.frozen._freeze import freeze, prove_frozen, require_frozen
 from nnterp.frozen._holding import Holding
 from nnterp.frozen._kinds import FROZEN, frozen_kinds
 from nnterp.frozen._parts import FrozenParts, find_parts
+from nnterp.frozen._tape import Tape
 
 __all__ = [
     "FROZEN",
     "FrozenParts",
     "Holding",
+    "Tape",
     "Way",
     "find_parts",
     "freeze",

@@ -13,6 +13,7 @@ from nnterp.errors import Unavailable
 from nnterp.frozen._holding import Holding
 from nnterp.frozen._kinds import frozen_kinds
 from nnterp.frozen._proof import FrozenProof, prove
+from nnterp.frozen._tape import Tape
 from nnterp.traced import Apart
 
 
@@ -71,7 +72,7 @@ def require_frozen(model: Freezable, kinds: Any) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def freeze(model: Freezable, kinds: Any = ("patterns", "norms", "gates")) -> Iterator[None]:
+def freeze(model: Freezable, kinds: Any = ("patterns", "norms", "gates"), tape: Tape | None = None) -> Iterator[None]:
     """Hold parts of a model still in the backward pass of every forward pass that is run in the block.
 
     Forward passes give the numbers that they give without, and only the model's own code is changed: what a traced
@@ -84,6 +85,9 @@ def freeze(model: Freezable, kinds: Any = ("patterns", "norms", "gates")) -> Ite
     Args:
         model: A model whose weights are here. It runs on this machine: a remote worker cannot hold anything still.
         kinds: Some of "patterns", "norms" and "gates"; see `StandardizedTransformer.gradients`.
+        tape: An empty one records what is held still in one forward pass. With one that is full, forward passes are
+            given what was recorded: their numbers are then those of the model with its patterns and scales of another
+            pass.
 
     Raises:
         TypeError, ValueError: `kinds` does not name some of them.
@@ -96,5 +100,5 @@ def freeze(model: Freezable, kinds: Any = ("patterns", "norms", "gates")) -> Ite
         return
     model.require_no_trace("freeze()")
     wanted = require_frozen(model, wanted)
-    with Holding(model._module, prove_frozen(model).parts, wanted):
+    with Holding(model._module, prove_frozen(model).parts, wanted, tape):
         yield

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nnterp.frozen._parts import ACTIVATION, ATTENTION, LAYER, MIXER, MLP, MODEL, NORM, FrozenParts
 from nnterp.frozen._rules import ACTIVATIONS, PATTERNS, ROOTS, SCALES, WEIGHTS, detached, glu, sloped, with_slope
+from nnterp.frozen._tape import TAPE, Tape, still
 
 # The modules that are running, outermost first: (role, whether the activation is a gate, the module that opened it).
 # A traced block runs in a greenlet, which has a context of its own: what it computes itself is never held still.
@@ -27,11 +28,12 @@ class Holding(TorchFunctionMode):
         module: The HuggingFace module.
         parts: Where its attentions, norms and feed-forwards are.
         kinds: Some of `FROZEN`.
+        tape: Records what is held still, or is what another pass held still; None for neither.
     """
 
-    def __init__(self, module: nn.Module, parts: FrozenParts, kinds: tuple[str, ...]) -> None:
+    def __init__(self, module: nn.Module, parts: FrozenParts, kinds: tuple[str, ...], tape: Tape | None = None) -> None:
         super().__init__()
-        self.module, self.parts, self.kinds = module, parts, frozenset(kinds)
+        self.module, self.parts, self.kinds, self.tape = module, parts, frozenset(kinds), tape
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Holding:
@@ -53,6 +55,7 @@ class Holding(TorchFunctionMode):
             if "gates" in self.kinds:
                 self.handles.append(get(path).register_forward_hook(_activated))
             self._border(get(path), get(path), ACTIVATION)
+        TAPE.set(self.tape)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -61,11 +64,16 @@ class Holding(TorchFunctionMode):
             handle.remove()
         self.handles.clear()
         _RUNNING.set(None)
+        TAPE.set(None)
+        if self.tape is not None and not self.tape.full:
+            self.tape.close(error[0] is None)
 
     def _border(self, entry: nn.Module, exit_: nn.Module, role: str, gated: bool = True) -> None:
         """Note that a part is running, from its first module to its last, also where an error ends it."""
 
         def begin(*_: Any) -> None:
+            if role == MODEL and self.tape is not None:
+                self.tape.at = 0  # a pass begins
             running = _RUNNING.get()
             if running is None:
                 _RUNNING.set(running := [])
@@ -127,7 +135,7 @@ def _activated(module: nn.Module, args: tuple, output: Any) -> Any:
     if part is None or part[0] == MIXER or not isinstance(output, torch.Tensor):
         return None
     if part[1]:
-        return output.detach()
+        return still(output)
     given = next((x for x in args if isinstance(x, torch.Tensor)), None)
     return None if given is None or given.shape != output.shape else with_slope(output, given)
 

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 
+from nnterp.frozen._tape import replaying, still
+
 Call = Callable[..., Any]
 
 
 def through(value: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
-    """The numbers of `value` with the gradient of `line`: nothing is added to the numbers but an exact zero."""
+    """The numbers of `value` with the gradient of `line`: nothing is added to the numbers but an exact zero.
+
+    Where constants of another pass are replayed, `line` itself.
+    """
+    if replaying():
+        return line.to(value.dtype)
     return value.detach() + (line - line.detach()).to(value.dtype)
 
 
@@ -24,25 +31,25 @@ def with_slope(value: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """
     wide, made = given.detach().double(), value.detach().double()
     factor = torch.where(wide == 0, torch.zeros_like(wide), made / torch.where(wide == 0, torch.ones_like(wide), wide))
-    return through(value, given * factor.to(given.dtype))
+    return through(value, given * still(factor.to(given.dtype)))
 
 
 def detached(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The result as a constant."""
-    return func(*args, **kwargs).detach()
+    return still(func(*args, **kwargs))
 
 
 def later_detached(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     """`std_mean`, `var_mean`: the first result as a constant."""
     scale, mean = func(*args, **kwargs)
-    return scale.detach(), mean
+    return still(scale), mean
 
 
 def root(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A power below 1, as a constant: 1/rms is a mean of squares to the power −½. Others are left as they are."""
     power = kwargs.get("exponent", args[1] if len(args) > 1 else 1)
     out = func(*args, **kwargs)
-    return out.detach() if isinstance(power, (int, float)) and power < 1 else out
+    return still(out) if isinstance(power, (int, float)) and power < 1 else out
 
 
 def sdpa(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -51,13 +58,13 @@ def sdpa(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     constant = tuple(_constant(x) if i in (0, 1, 3) else x for i, x in enumerate(args))
     line = func(*constant, **{name: _constant(x) if name in still else x for name, x in kwargs.items()})
-    if mask is None or not mask.requires_grad:
+    if mask is None or not mask.requires_grad or replaying():
         return line
     return through(func(*args, **kwargs), line)  # torch takes another kernel for a mask with a gradient
 
 
 def _constant(x: Any) -> Any:
-    return x.detach() if isinstance(x, torch.Tensor) else x
+    return still(x) if isinstance(x, torch.Tensor) else x
 
 
 def layer_norm(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -66,7 +73,7 @@ def layer_norm(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     wide = _wide(x)
     dims = tuple(range(-len(shape), 0))
     centred = wide - wide.mean(dims, keepdim=True)
-    line = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps).detach()
+    line = centred * still(torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps))
     return through(func(*args, **kwargs), _affine(line, weight, bias))
 
 
@@ -75,14 +82,14 @@ def rms_norm(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     x, shape, weight, eps = _bound(args, kwargs, ("input", "normalized_shape", "weight", "eps"), None)
     wide = _wide(x)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    line = wide * torch.rsqrt(wide.square().mean(tuple(range(-len(shape), 0)), keepdim=True) + eps).detach()
+    line = wide * still(torch.rsqrt(wide.square().mean(tuple(range(-len(shape), 0)), keepdim=True) + eps))
     return through(func(*args, **kwargs), _affine(line, weight, None))
 
 
 def normalize(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     """`torch.nn.functional.normalize`: the length is a constant."""
     x, p, dim, eps = _bound(args, kwargs, ("input", "p", "dim", "eps"), 1e-12, p=2.0, dim=1)
-    line = x / torch.linalg.vector_norm(x, p, dim, keepdim=True).clamp_min(eps).detach()
+    line = x / still(torch.linalg.vector_norm(x, p, dim, keepdim=True).clamp_min(eps))
     return through(func(*args, **{k: v for k, v in kwargs.items() if k != "out"}), line)
 
 
@@ -90,7 +97,7 @@ def glu(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     """`torch.nn.functional.glu`: the sigmoid of the gate is a constant."""
     x, dim = _bound(args, kwargs, ("input", "dim"), -1)
     kept, gate = x.chunk(2, dim)
-    return through(func(*args, **kwargs), kept * torch.sigmoid(gate).detach())
+    return through(func(*args, **kwargs), kept * still(torch.sigmoid(gate)))
 
 
 def sloped(func: Call, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from nnterp.display._components import plot_components
 from nnterp.display._direct import plot_direct_attribution
 from nnterp.display._features import plot_features
 from nnterp.display._frames import anatomy_to_df, certificate_to_df, prompts_to_df, top_tokens_to_df
+from nnterp.display._graph import plot_attribution_graph
 from nnterp.display._heads import plot_heads
 from nnterp.display._lens import plot_lens
 from nnterp.display._patching import plot_patching
@@ -31,6 +32,7 @@ __all__ = [
     "certificate_to_df",
     "escape",
     "plot_attention",
+    "plot_attribution_graph",
     "plot_certificate",
     "plot_circuit",
     "plot_components",

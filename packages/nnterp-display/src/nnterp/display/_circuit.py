@@ -10,13 +10,11 @@ import plotly.graph_objects as go
 
 from nnterp.arguments import count
 from nnterp.display._arrays import as_array, check_same, number
-from nnterp.display._results.circuit import Curve, EdgeAt, NodeAt, circuit_edges, faithfulness_curve
+from nnterp.display._edges import SOFT, edge_lines, edge_middles
+from nnterp.display._results.circuit import Curve, NodeAt, circuit_edges, faithfulness_curve
 from nnterp.display._results.labelled import is_numbers
 from nnterp.display._text import escape
 from nnterp.display._theme import LINES, new_figure, shown
-
-_WIDTHS = (0.6, 1.2, 2.0, 3.0, 4.5, 6.5)
-_POSITIVE, _NEGATIVE, _SOFT = LINES[0], LINES[1], "#8a929c"
 
 
 def plot_circuit(circuit: Any, *, edges: int = 100, title: str | None = None, show: bool = False) -> go.Figure:
@@ -48,9 +46,13 @@ def plot_circuit(circuit: Any, *, edges: int = 100, title: str | None = None, sh
     heads = max((node.head for node in nodes.values() if node.head is not None), default=0)
     at = {name: _place(node, layers, heads) for name, node in nodes.items()}
     figure = new_figure(text or None)
-    for trace in _lines(some, at):
+    segments = [(at[edge.sender.name], at[edge.receiver.name], edge.score) for edge in some]
+    for trace in edge_lines(segments, "raises the metric", "lowers the metric"):
         figure.add_trace(trace)
-    figure.add_trace(_middles(some, at, score))
+    hover = [
+        f"{escape(edge.sender.name)} → {escape(edge.enters)}<br>{escape(score)} {number(edge.score)}" for edge in some
+    ]
+    figure.add_trace(edge_middles(segments, hover))
     figure.add_trace(_nodes(nodes, at))
     ticks = [(-1.0, "embeddings"), *((float(i), str(layer)) for i, layer in enumerate(layers))]
     ticks.append((float(len(layers)), "logits"))
@@ -85,56 +87,6 @@ def _place(node: NodeAt, layers: list[int], heads: int) -> tuple[float, float]:
     return (float(node.head), y) if node.head is not None else (heads + 1.0, y + 0.35)
 
 
-def _lines(edges: list[EdgeAt], at: dict[str, tuple[float, float]]) -> list[go.Scatter]:
-    """The edges, one trace for each sign and width, so that many edges are few traces."""
-    most = max(abs(edge.score) for edge in edges) or 1.0
-    groups: dict[tuple[bool, int], list[EdgeAt]] = {}
-    for edge in edges:
-        width = min(len(_WIDTHS) - 1, int(len(_WIDTHS) * abs(edge.score) / most))
-        groups.setdefault((edge.score >= 0, width), []).append(edge)
-    traces, named = [], set()
-    for (positive, width), own in sorted(groups.items()):
-        x, y = [], []
-        for edge in own:
-            (x0, y0), (x1, y1) = at[edge.sender.name], at[edge.receiver.name]
-            x += [x0, x1, None]
-            y += [y0, y1, None]
-        name = "raises the metric" if positive else "lowers the metric"
-        traces.append(
-            go.Scatter(
-                x=x,
-                y=y,
-                mode="lines",
-                line={"color": _POSITIVE if positive else _NEGATIVE, "width": _WIDTHS[width]},
-                opacity=0.65,
-                name=name,
-                legendgroup=name,
-                showlegend=name not in named,
-                hoverinfo="skip",
-            )
-        )
-        named.add(name)
-    return traces
-
-
-def _middles(edges: list[EdgeAt], at: dict[str, tuple[float, float]], score: str) -> go.Scatter:
-    """Points in the middle of the edges, which show what an edge is."""
-    places = np.array([[at[edge.sender.name], at[edge.receiver.name]] for edge in edges]).mean(1)
-    hover = [
-        f"{escape(edge.sender.name)} → {escape(edge.enters)}<br>{escape(score)} {number(edge.score)}" for edge in edges
-    ]
-    return go.Scatter(
-        x=places[:, 0],
-        y=places[:, 1],
-        mode="markers",
-        marker={"size": 9, "opacity": 0},
-        hovertext=hover,
-        hovertemplate="%{hovertext}<extra></extra>",
-        showlegend=False,
-        name="edges",
-    )
-
-
 def _nodes(nodes: dict[str, NodeAt], at: dict[str, tuple[float, float]]) -> go.Scatter:
     """The nodes."""
     names = list(nodes)
@@ -142,7 +94,7 @@ def _nodes(nodes: dict[str, NodeAt], at: dict[str, tuple[float, float]]) -> go.S
         x=[at[name][0] for name in names],
         y=[at[name][1] for name in names],
         mode="markers+text",
-        marker={"size": 12, "color": _SOFT, "line": {"width": 1}},
+        marker={"size": 12, "color": SOFT, "line": {"width": 1}},
         text=[escape(name.split(" ", 1)[-1]) for name in names],
         textposition="top center",
         hovertext=[escape(name) for name in names],
@@ -188,11 +140,11 @@ def plot_faithfulness(
         check_same("sizes", len(read.sizes), read.random.shape[1], "the second axis of random")
     figure = new_figure(title if title is not None else read.title or None)
     for k, control in enumerate(read.random if read.random is not None else ()):
-        line = {"color": _SOFT, "width": 1, "dash": "dot"}
+        line = {"color": SOFT, "width": 1, "dash": "dot"}
         figure.add_trace(_curve(read.sizes, control, "random circuits", line, first=k == 0))
     figure.add_trace(_curve(read.sizes, read.values, "circuit", {"color": LINES[0], "width": 2.5}))
     for y in (0, 1):
-        figure.add_hline(y=y, line={"dash": "dash", "width": 1, "color": _SOFT})
+        figure.add_hline(y=y, line={"dash": "dash", "width": 1, "color": SOFT})
     figure.update_xaxes(title_text="fraction of edges kept", type="linear" if min(read.sizes) <= 0 else "log")
     figure.update_yaxes(title_text=f"faithfulness (0 corrupted, 1 clean {escape(read.score)})", zeroline=False)
     figure.update_layout(

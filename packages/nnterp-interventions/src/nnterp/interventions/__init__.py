@@ -25,6 +25,13 @@ from nnterp.interventions._fitted import (
     fit_tuned_lens,
     lens_from_hub,
 )
+from nnterp.interventions._graphs import (
+    AttributionGraph,
+    GraphNode,
+    GraphValidation,
+    attribution_graph,
+    validate_graph,
+)
 from nnterp.interventions._heads import HeadScores, WeightedAttention, head_scores, value_weighted_attention
 from nnterp.interventions._lens import LensResult, logit_lens, logit_lens_table
 from nnterp.interventions._metrics import (
@@ -59,6 +66,7 @@ from nnterp.interventions._vectors import (
 
 __all__ = [
     "AblationResult",
+    "AttributionGraph",
     "AttributionResult",
     "Audit",
     "Circuit",
@@ -69,6 +77,8 @@ __all__ = [
     "Edge",
     "Faithfulness",
     "FeatureReport",
+    "GraphNode",
+    "GraphValidation",
     "HeadScores",
     "Lens",
     "LensEvaluation",
@@ -87,6 +97,7 @@ __all__ = [
     "WeightedAttention",
     "ablate",
     "activation_patching",
+    "attribution_graph",
     "attribution_patching",
     "components",
     "dictionary_fit",
@@ -120,5 +131,6 @@ __all__ = [
     "steering_sweep",
     "steering_vectors",
     "target_probability",
+    "validate_graph",
     "value_weighted_attention",
 ]

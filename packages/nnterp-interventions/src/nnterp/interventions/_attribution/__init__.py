@@ -4,6 +4,7 @@ from nnterp.interventions._attribution._audit import AUDIT, Audit, audited
 from nnterp.interventions._attribution._direct import direct_logit_attribution
 from nnterp.interventions._attribution._direct_result import DirectAttribution
 from nnterp.interventions._attribution._nodes import attribution_patching
+from nnterp.interventions._attribution._readout import Targets, Unembedding, softcap_of
 from nnterp.interventions._attribution._result import AttributionResult
 from nnterp.interventions._attribution._shares import Shares, head_shares, shares_of
 from nnterp.interventions._attribution._slopes import require_gradients_on
@@ -15,7 +16,9 @@ __all__ = [
     "Audit",
     "DirectAttribution",
     "Shares",
+    "Targets",
     "Term",
+    "Unembedding",
     "accumulated",
     "attribution_patching",
     "audited",
@@ -24,6 +27,7 @@ __all__ = [
     "head_shares",
     "require_gradients_on",
     "shares_of",
+    "softcap_of",
     "terms_of",
     "tolerance",
 ]

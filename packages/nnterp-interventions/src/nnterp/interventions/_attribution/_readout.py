@@ -17,7 +17,7 @@ from nnterp.errors import Unavailable
 from nnterp.interventions._attribution._held import held_norms, leaf
 from nnterp.interventions._attribution._terms import accumulated, tolerance
 from nnterp.interventions._tokens import ids_per_prompt
-from nnterp.traced import Chain, Readout
+from nnterp.traced import Apart, Chain, Readout
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -32,12 +32,14 @@ class Targets:
         weights: `[prompts, tokens]`, float32: `1/n` for each of n correct tokens, `-1/n` for each of n wrong ones, and
             0 where there is none.
         correct, wrong: The token ids of each, padded with -1; `wrong` is None where logits are no differences.
+        centred: Whether logits are differences from the mean logit of all tokens.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
     correct: torch.Tensor
     wrong: torch.Tensor | None
+    centred: bool = False
 
     def of(self, picked: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The logit (difference) of each row, `[rows]`, from the logits of its `ids`, `[rows, tokens]`."""
@@ -95,13 +97,16 @@ class Unembedding:
     Args:
         model: The model.
         targets: The targets of all prompts.
+        what: The function that needs it, for errors.
 
     Attributes:
         head: The unembedding, where the rows of its matrix can be used alone: a plain linear layer.
     """
 
-    def __init__(self, model: StandardizedTransformer, targets: Targets) -> None:
-        self.model, self.targets = model, targets
+    def __init__(
+        self, model: StandardizedTransformer, targets: Targets, what: str = "direct_logit_attribution()"
+    ) -> None:
+        self.model, self.targets, self.what = model, targets, what
         self.readout = _uncapped(model.readout)
         head = None if self.readout.lm_head is None else model._module.get_submodule(self.readout.lm_head)
         weight: Any = getattr(head, "weight", None)
@@ -124,28 +129,52 @@ class Unembedding:
         first = [module.get_submodule(path) for path in (norm, head) if path is not None]
         with held_norms(self.model, *([norm] if norm is not None else [])):
             x = leaf(stream.to(device_of(module, first)))
-            logits = self._picked(x, self.targets.ids[rows])
-            found = self.targets.of(logits, rows)
+            logits, found = self._wanted(x, rows)
             (slopes,) = torch.autograd.grad(found.sum(), x)
-            bias = self.targets.of(self._picked(torch.zeros_like(x), self.targets.ids[rows]), rows).detach()
+            bias = self._wanted(torch.zeros_like(x), rows)[1].detach()
         vectors, found = accumulated(slopes), found.detach()
         own = accumulated(real.gather(1, self.targets.ids[rows].to(real.device))).to(logits.device)
         self._check(vectors * accumulated(x.detach()), bias, found, logits.detach(), own)
         return Direction(vectors, bias, found)
 
-    def _picked(self, stream: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The logits of some tokens, `[rows, tokens]`, before a softcap, of streams `[rows, hidden]`."""
-        module, readout = self.model._module, self.readout
+    @torch.no_grad()
+    def logits(self, stream: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What targets make of the logits of streams `[rows, hidden]`, the final norm not held still: `[rows]`.
+
+        Args:
+            stream: The stream after the last layer.
+            rows: For each row the index of its prompt.
+        """
+        with Apart(self.model.interleaver):
+            return self._wanted(stream, rows)[1]
+
+    def _wanted(self, stream: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of each row's tokens, `[rows, tokens]`, and what the targets make of them, `[rows]`."""
+        picked, mean = self._picked(stream, self.targets.ids[rows])
+        found = self.targets.of(picked, rows)
+        if mean is not None:
+            found = found - mean * self.targets.weights[rows].to(mean.device).sum(1)
+        return picked, found
+
+    def _picked(self, stream: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits of some tokens, `[rows, tokens]`, before a softcap, of streams `[rows, hidden]`; and where targets
+        are centred, the mean logit of all tokens, `[rows]`."""
+        module, readout, centred = self.model._module, self.readout, self.targets.centred
         ids = ids.to(stream.device)
         if self.head is None:
-            logits = readout.project(module, stream[:, None])[:, 0]
-            return accumulated(logits).gather(1, ids.to(logits.device))
+            logits = accumulated(readout.project(module, stream[:, None])[:, 0])
+            return logits.gather(1, ids.to(logits.device)), logits.mean(1) if centred else None
         if readout.ln_final is not None:
             stream = module.get_submodule(readout.ln_final)(stream)
         weight, bias = self.head.weight, self.head.bias
         ids = ids.to(weight.device)
-        logits = torch.einsum("rh,rth->rt", accumulated(stream).to(weight.device), accumulated(weight[ids]))
-        return (logits if bias is None else logits + accumulated(bias[ids])) * readout.chain.scale
+        stream, scale = accumulated(stream).to(weight.device), readout.chain.scale
+        logits = torch.einsum("rh,rth->rt", stream, accumulated(weight[ids]))
+        logits = (logits if bias is None else logits + accumulated(bias[ids])) * scale
+        if not centred:
+            return logits, None
+        mean = stream @ accumulated(weight).mean(0)
+        return logits, (mean if bias is None else mean + accumulated(bias).mean()) * scale
 
     def _check(
         self, products: torch.Tensor, bias: torch.Tensor, found: torch.Tensor, logits: torch.Tensor, real: torch.Tensor
@@ -157,12 +186,12 @@ class Unembedding:
         own, made = (capped - real).abs().amax(-1), (products.sum(-1) + bias - found).abs()
         if not bool((own <= allowed * (size + logits.abs().amax(-1))).all()):
             raise Unavailable(
-                f"direct_logit_attribution() is not served for {model.model_class} on this prompt: what it does after "
+                f"{self.what} is not served for {model.model_class} on this prompt: what it does after "
                 f"its last layer ({model.readout}) does not give its own logits (they differ by {own.max():.1e})."
             )
         if not bool((made <= allowed * size).all()):
             raise Unavailable(
-                f"direct_logit_attribution() is not served for {model.model_class}: with the scale of its final norm "
+                f"{self.what} is not served for {model.model_class}: with the scale of its final norm "
                 f"held still, its logits are no linear function of the stream and a bias (they differ by "
                 f"{float(made.max()):.1e}): what it does after its last layer is {model.readout}."
             )

@@ -1,0 +1,39 @@
+"""One node of an attribution graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["feature", "error", "embedding", "logit"]
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of an attribution graph.
+
+    Attributes:
+        kind: "feature" (of a transcoder), "error" (what a transcoder misses of its feed-forward), "embedding" (the
+            stream entering the first layer) or "logit".
+        layer: The layer of a feature or error; None of others.
+        position: Its position in the prompt; that of the last token for a logit.
+        feature: A feature's id in its transcoder; the token id of an embedding, and of a logit its first token's.
+        activation: A feature's activation; None of others.
+        probability: A logit's probability; None of others, and of logits that are differences.
+        label: A token's text, or what a logit is of.
+    """
+
+    kind: Kind
+    layer: int | None
+    position: int
+    feature: int | None = None
+    activation: float | None = None
+    probability: float | None = None
+    label: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "feature":
+            return f"L{self.layer} F{self.feature} @{self.position}"
+        if self.kind == "error":
+            return f"L{self.layer} error @{self.position}"
+        return f"{self.kind} {self.label!r}" + (f" @{self.position}" if self.kind == "embedding" else "")
