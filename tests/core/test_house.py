@@ -119,6 +119,7 @@ FLOORS = (
     "values",
     "named_transformer",
     "certificate collection module_accessor older traced_block renewal",
+    "datasets",
     "reading",
     "twin",
     "standardized_transformer",

@@ -11,6 +11,7 @@ _logger.disable("nnterp")
 from nnterp import _siblings  # noqa: E402
 from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
 from nnterp.certificate import Certificate  # noqa: E402
+from nnterp.datasets import ActivationDataset  # noqa: E402
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
@@ -19,6 +20,7 @@ from nnterp.traced import Condition  # noqa: E402
 _siblings.explain_missing()
 
 __all__ = [
+    "ActivationDataset",
     "Anatomy",
     "Certificate",
     "Condition",
