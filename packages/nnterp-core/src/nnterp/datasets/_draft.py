@@ -173,6 +173,7 @@ class Draft:
         text += b" " * (-len(text) % 8)
         begin = 8 + len(text)
         self.where = {name: begin + start for name, start in self.where.items()}
+        self.draft.parent.mkdir(exist_ok=True)
         self.draft.unlink(missing_ok=True)
         self.file = os.open(self.draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _write(self.file, memoryview(len(text).to_bytes(8, "little") + text), 0)

@@ -83,7 +83,6 @@ def begin(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             raise FileExistsError(
                 f"{folder} holds {', '.join(others[:3])} and no manifest of a dataset. Choose a new or an empty folder."
             )
-        (folder / "shards").mkdir()
         write_whole(path, _text(manifest))
         return dict(manifest)
 

@@ -28,7 +28,6 @@ from nnterp.positions import is_one_position, per_prompt, plain_positions, resol
 from nnterp.progress import bar, check_progress
 from nnterp.resuming import Call
 
-
 _Chosen: TypeAlias = list[tuple[int, ...]]  # for each prompt, the positions that are stored
 
 
