@@ -6,8 +6,8 @@
 
 Random weights. Each number of prompts runs in a process of its own, whose peak memory nothing else has raised: bare
 HuggingFace forwards and `collect(to=)` alternate, shard by shard, so that both see the same machine. Times are CPU
-time with one thread on the CPU, and the clock's otherwise. The bare forward is that of the model with its head, and that
-of its body alone, which is all that hidden states need.
+time with one thread on the CPU, and the clock's otherwise. The bare forward is the model with its head, and its body
+alone, which is all that hidden states need.
 """
 
 from __future__ import annotations

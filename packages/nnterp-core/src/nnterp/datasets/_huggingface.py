@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,14 +52,15 @@ def to_huggingface(dataset: Stored) -> Any:
         for _ in range(axes):
             feature = datasets.Sequence(feature)
         features[name] = feature
+    written = hashlib.sha256("".join(entry["sha256"] for entry in dataset.entries).encode()).hexdigest()
     return datasets.Dataset.from_generator(
         _rows,
         features=datasets.Features(features),
-        gen_kwargs={"folder": str(dataset.folder), "written": [entry["sha256"] for entry in dataset.entries]},
+        gen_kwargs={"folder": str(dataset.folder), "written": written},
     )
 
 
-def _rows(folder: str, written: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(folder: str, written: str) -> Iterator[dict[str, Any]]:
     """The rows; `written` makes that another dataset in the same folder is not taken for this one."""
     dataset = Stored.open(folder)
     columns = {
