@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import traceback
@@ -31,16 +32,15 @@ def killed_at(call):
     """A block in which the process kills itself (SIGKILL) right before or after its n-th call that changes a file."""
     names = ("pwrite", "replace", "fsync", "unlink", "ftruncate")
     kept = {name: getattr(os, name) for name in names}
-    seen = 0
+    calls = itertools.count(1)  # several threads may count
 
     def counted(name):
         def function(*arguments, **keywords):
-            nonlocal seen
-            seen += 1
-            if seen == call and call % 2:
+            mine = next(calls)
+            if mine == call and call % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             done = kept[name](*arguments, **keywords)
-            if seen == call:
+            if mine == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return done
 
