@@ -39,10 +39,11 @@ def killed_at(call):
             mine = next(calls)
             if mine == call and call % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            done = kept[name](*arguments, **keywords)
-            if mine == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done
+            try:
+                return kept[name](*arguments, **keywords)
+            finally:
+                if mine == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return function
 

@@ -89,6 +89,12 @@ def test_rows_are_tokens_in_the_order_of_the_prompts(ragged, plain):
     torch.testing.assert_close(column[rows], layers[3][rows], **CLOSE)
     torch.testing.assert_close(all_layers[rows], layers[:, rows].transpose(0, 1), **CLOSE)
     torch.testing.assert_close(column[4:19], layers[3][4:19], **CLOSE)
+    torch.testing.assert_close(column[torch.tensor(rows)], layers[3][rows], **CLOSE)
+    torch.testing.assert_close(column[torch.tensor(9)], layers[3][9], **CLOSE)
+    with torch.device("meta"):  # a default device is not where a dataset is
+        again = nnterp.ActivationDataset.open(dataset.folder)["layers_output", 3]
+        assert torch.equal(again.tensor(), column.tensor())
+        assert next(iter(again.shuffled(4))).device.type == "cpu"
     torch.testing.assert_close(column[-1], layers[3][-1], **CLOSE)
     torch.testing.assert_close(torch.stack(list(column)), layers[3], **CLOSE)
     assert [tuple(column.where(k)) for k in range(len(tokens))] == tokens

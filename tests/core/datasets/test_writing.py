@@ -217,6 +217,8 @@ def test_bad_lines_are_named(toy, tmp_path):
         write(toy, tmp_path / "dataset", tmp_path / "bad.jsonl")
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         write(toy, tmp_path / "dataset", tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="give Path"):
+        write(toy, tmp_path / "dataset", str(tmp_path / "bad.jsonl"))
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

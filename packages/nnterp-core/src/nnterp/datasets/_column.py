@@ -12,7 +12,7 @@ from nnterp.datasets._format import label
 from nnterp.datasets._shard import Shard
 from nnterp.datasets._shuffled import STRETCH, ShuffledRows
 from nnterp.datasets._stored import Stored, place
-from nnterp.indices import integer, read_indices, within
+from nnterp.indices import axes_of_array, integer, read_indices, within
 
 
 class Where(NamedTuple):
@@ -70,7 +70,7 @@ class ActivationColumn(torch.utils.data.Dataset):
             TypeError: It is no index.
             ValueError: Several patterns of different shapes were asked for.
         """
-        if isinstance(rows, int) or (not isinstance(rows, (slice, list, tuple)) and hasattr(rows, "__index__")):
+        if axes_of_array(rows) in (None, 0) and hasattr(rows, "__index__"):
             number, inside = place(self.ends, self._row(rows))
             return self._read(self._stored.shard(number), inside, inside + 1)[0]
         if isinstance(rows, slice) and rows.step in (None, 1):

@@ -27,7 +27,7 @@ class Shard:
         if path.stat().st_size != size:
             raise ValueError(damaged(path, f"it has {path.stat().st_size} bytes instead of {size}"))
         self.path = path
-        self.bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        self.bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8, device="cpu")
         try:
             begin = 8 + int.from_bytes(self.bytes[:8].numpy().tobytes(), "little")
             self.header: dict[str, Any] = json.loads(self.bytes[8:begin].numpy().tobytes())

@@ -50,10 +50,10 @@ class ShuffledRows(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The rows, `[(layers,) ...]` each."""
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        generator = torch.Generator("cpu").manual_seed((self.seed << 20) + self.epoch)
         self.epoch += 1
         column = self.column
-        order = torch.randperm(len(column.ends) - 1, generator=generator).tolist()
+        order = torch.randperm(len(column.ends) - 1, generator=generator, device="cpu").tolist()
         worker = torch.utils.data.get_worker_info()
         if worker is not None:
             order = order[worker.id :: worker.num_workers]
@@ -69,9 +69,11 @@ class ShuffledRows(torch.utils.data.IterableDataset):
                 held[filled : filled + room] = rows[:room]
                 filled += room
                 left = rows[room:]
-                for k, slot in enumerate(torch.randint(len(held), (len(left),), generator=generator).tolist()):
+                for k, slot in enumerate(
+                    torch.randint(len(held), (len(left),), generator=generator, device="cpu").tolist()
+                ):
                     yield held[slot].clone()
                     held[slot] = left[k]
         if held is not None:
-            for slot in torch.randperm(filled, generator=generator).tolist():
+            for slot in torch.randperm(filled, generator=generator, device="cpu").tolist():
                 yield held[slot].clone()

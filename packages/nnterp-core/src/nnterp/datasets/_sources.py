@@ -24,6 +24,7 @@ def prompts_of(model: Reader, given: Any) -> tuple[Iterable[Any], int | None]:
 
     Raises:
         TypeError: It is none of these.
+        ValueError: It is a text that is the name of a JSONL file.
         FileNotFoundError: There is no such file.
     """
     if isinstance(given, PathLike):
@@ -31,6 +32,8 @@ def prompts_of(model: Reader, given: Any) -> tuple[Iterable[Any], int | None]:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}. A prompt is a text; a path is that of a JSONL file.")
         return _lines(path), None
+    if isinstance(given, str) and given.endswith((".json", ".jsonl")) and Path(given).is_file():
+        raise ValueError(f"{given!r} is a text, and also the name of a file; to read the file give Path({given!r}).")
     listed = isinstance(given, (str, bytes, bytearray, list, tuple, Mapping)) or hasattr(given, "__array__")
     if listed or not isinstance(given, Iterable):
         prompts = as_prompts(model, given)
