@@ -219,6 +219,11 @@ def test_bad_lines_are_named(toy, tmp_path):
         write(toy, tmp_path / "dataset", tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="give Path"):
         write(toy, tmp_path / "dataset", str(tmp_path / "bad.jsonl"))
+    with pytest.raises(IndexError, match="Prompt 0 has"):
+        write(toy, tmp_path / "dataset", positions=100)
+    write(toy, tmp_path / "dataset", positions=0)  # a call that wrote nothing leaves the folder free
+    with pytest.raises(ValueError, match="rank is for"):
+        toy.collect(PROMPTS, "layers_output", rank=(0, 2))
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

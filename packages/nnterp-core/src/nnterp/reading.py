@@ -174,6 +174,8 @@ class ReadTransformer(NamedTransformer):
             refuse_for_disk(device, reduce, max_new_tokens, resume, generation)
             on_disk = (layers, positions, batch_size, dtype, progress, remote, prompts_per_shard, rank)
             return write_dataset(self, to, prompts, values, *on_disk)
+        if rank is not None:
+            raise ValueError("rank is for collect(to=folder), whose shards several processes share; leave it out.")
         options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote, resume)
         return collect(self, prompts, values, layers, positions, *options, **generation)
 

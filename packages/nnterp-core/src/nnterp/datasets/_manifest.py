@@ -79,12 +79,21 @@ def begin(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
                 )
             return there
         others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        if others == ["shards"] and all(p.name.startswith(".") for p in (folder / "shards").glob("*")):
+            others = []  # drafts of a process that wrote nothing whole
         if others:
             raise FileExistsError(
                 f"{folder} holds {', '.join(others[:3])} and no manifest of a dataset. Choose a new or an empty folder."
             )
         write_whole(path, _text(manifest))
         return dict(manifest)
+
+
+def withdraw(folder: Path) -> None:
+    """Remove the manifest if nothing is written and nobody writes, so that a mistaken call leaves the folder free."""
+    with alone(folder):
+        if not numbers_of_entries(folder) and not any(folder.glob(".writing-*")):
+            manifest_path(folder).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -129,7 +138,8 @@ def merge(folder: Path, manifest: Mapping[str, Any], prompts: int, shards: int) 
         ValueError: The folder has more shards, or another process counted other prompts; or shards disagree in shapes.
     """
     with alone(folder):
-        there = read_manifest(folder)
+        path = manifest_path(folder)
+        there = read_manifest(folder) if path.exists() else manifest
         beyond = [number for number in numbers_of_entries(folder) if number >= shards]
         if beyond or (there["complete"] and there["prompts"] != prompts):
             held = f"the shard {shard_path(folder, beyond[0]).name}" if beyond else f"{there['prompts']} prompts"
@@ -155,8 +165,8 @@ def merge(folder: Path, manifest: Mapping[str, Any], prompts: int, shards: int) 
         for draft in (*folder.glob(".manifest.json.*"), *(folder / "shards").glob(".*")):
             draft.unlink(missing_ok=True)  # what killed processes left
         text = _text(found)
-        if manifest_path(folder).read_bytes() != text:
-            write_whole(manifest_path(folder), text)
+        if not path.exists() or path.read_bytes() != text:
+            write_whole(path, text)
     return True
 
 

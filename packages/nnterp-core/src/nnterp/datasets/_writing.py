@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from nnterp.datasets._dataset import ActivationDataset
 from nnterp.datasets._draft import Draft, described
 from nnterp.datasets._format import per_of, shard_path
 from nnterp.datasets._locks import writing
-from nnterp.datasets._manifest import begin, described_call, merge, read_entry
+from nnterp.datasets._manifest import begin, described_call, merge, read_entry, withdraw
 from nnterp.datasets._ranks import rank_of, require_whole_model
 from nnterp.datasets._shard import Shard
 from nnterp.datasets._sources import prompts_of, windows
@@ -135,13 +136,15 @@ def write_dataset(
                 first += len(window)
                 shown.update(len(window))
             behind.wait()
+            if not first:
+                raise ValueError("No prompts were given: pass a text, or something that holds at least one.")
     except BaseException as error:
         if draft is not None:
             draft.drop()
+        with contextlib.suppress(OSError):
+            withdraw(folder)
         error.add_note(f"What is whole stays in {folder}; the same call goes on from there.")
         raise
-    if not first:
-        raise ValueError("No prompts were given: pass a text, or something that holds at least one.")
     if lists is not None and first != len(lists):
         raise ValueError(f"positions has {len(lists)} lists for {first} prompts; give one list per prompt.")
     merge(folder, manifest, first, shard + 1)
