@@ -125,6 +125,7 @@ FLOORS = (
     "values",
     "named_transformer",
     "attaching certificate collection dictionaries module_accessor older traced_block renewal",
+    "datasets",
     "reading",
     "twin",
     "standardized_transformer",

@@ -200,8 +200,11 @@ def test_a_model_that_is_inexact_under_padding_refuses_it_there_as_well(tmp_path
                 model.layers_output[0].save()
         both = model.collect([PROMPT, "A cat"], "layers_output", positions=-1, remote=True)["layers_output"]
         assert len(worker.requests) == 3  # refused; then one for each length
+        settings = {"positions": -1, "remote": True, "to": tmp_path / "dataset"}
+        on_disk = model.collect([PROMPT, "A cat"], "layers_output", **settings)["layers_output"].tensor()
     local = StandardizedTransformer(folder)
     close(both, local.collect([PROMPT, "A cat"], "layers_output", positions=-1)["layers_output"])
+    close(on_disk, both)
 
 
 def test_a_module_with_its_weights_can_be_sent_too(pairs):

@@ -13,6 +13,7 @@ from nnterp.anatomy import Anatomy, RenameConfig, get_rename_dict  # noqa: E402
 from nnterp.attaching import attach, detach  # noqa: E402
 from nnterp.certificate import Certificate  # noqa: E402
 from nnterp.collection import SparseFeatures, collect_features  # noqa: E402
+from nnterp.datasets import ActivationDataset  # noqa: E402
 from nnterp.dictionaries import (  # noqa: E402
     CrossLayerTranscoder,
     Dictionary,
@@ -29,6 +30,7 @@ from nnterp.traced import Condition  # noqa: E402
 _siblings.explain_missing()
 
 __all__ = [
+    "ActivationDataset",
     "Anatomy",
     "Certificate",
     "Condition",

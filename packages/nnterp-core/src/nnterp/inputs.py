@@ -112,13 +112,25 @@ def encode(model: Reader, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
     Warns:
         UserWarning: A 2-d tensor without a mask seems to hold padding, or a text begins with two BOS tokens.
     """
-    vocabulary = _vocabulary(model)
-    given = _as_list(model, prompts)
-    rows = [_row(model, prompt, vocabulary, f"Prompt {i}") for i, prompt in enumerate(given)]
+    return encode_each(model, as_prompts(model, prompts))
+
+
+def encode_each(model: Reader, prompts: Sequence[Any], first: int = 0) -> list[Row]:
+    """Several prompts, each of a kind that `encode` takes, as rows of token ids.
+
+    Args:
+        model: The model whose tokenizer reads them.
+        prompts: The prompts.
+        first: The number of the first one; errors count from it.
+
+    Raises:
+        ValueError, TypeError: As `encode`.
+    """
+    vocabulary, limit = _vocabulary(model), context_length(model)
+    rows = [_row(model, prompt, vocabulary, f"Prompt {i}") for i, prompt in enumerate(prompts, first)]
     if not rows:
         raise ValueError("No prompts were given: pass a text, or a list with at least one.")
-    limit = context_length(model)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, first):
         if not row.ids:
             raise ValueError(f"Prompt {i} ({row.text!r}) has no tokens, and a model needs at least one.")
         if limit is not None and len(row) > limit:
@@ -216,7 +228,12 @@ def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = No
     return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
 
 
-def _as_list(model: Reader, prompts: Any) -> list[Any]:
+def as_prompts(model: Reader, prompts: Any) -> list[Any]:
+    """What `encode` takes as a list with one entry a prompt.
+
+    Raises:
+        TypeError: It is no prompt.
+    """
     if isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts):
         return [prompts]
     if isinstance(prompts, (bytes, bytearray)):

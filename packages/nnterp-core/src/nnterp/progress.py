@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 DELAY = 2.0  # seconds after which a bar that was not asked for appears
 
 
-def bar(total: int, what: str, progress: bool | None, unit: str = "it") -> Any:
+def bar(total: int | None, what: str, progress: bool | None, unit: str = "it") -> Any:
     """A progress bar, to be updated in a `with` block.
 
     Args:
-        total: Number of steps.
+        total: Number of steps, None where it is not known.
         what: What the bar says.
         progress: True for a bar, False for none; with None one appears if the work takes more than two seconds.
         unit: What is counted.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from nnterp.collection import Collected, Gradients, collect, gradients
+from nnterp.datasets import ActivationDataset, refuse_for_disk, write_dataset
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import VALUES, Value
@@ -50,6 +51,7 @@ class ReadTransformer(NamedTransformer):
         value, named = canonical(name)
         print(explain(self, value, layer if layer is not None else named))
 
+    @overload
     def collect(
         self,
         prompts: Any,
@@ -64,8 +66,55 @@ class ReadTransformer(NamedTransformer):
         max_new_tokens: int | None = None,
         remote: Any = False,
         resume: Collected | str | Path | None = None,
+        *,
+        to: None = None,
+        prompts_per_shard: int = 1024,
+        rank: tuple[int, int] | None = None,
         **generation: Any,
-    ) -> Collected:
+    ) -> Collected: ...
+
+    @overload
+    def collect(
+        self,
+        prompts: Any,
+        values: str | Iterable[str],
+        layers: Indices = None,
+        positions: Any = None,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        reduce: Any = None,
+        progress: bool | None = None,
+        max_new_tokens: int | None = None,
+        remote: Any = False,
+        resume: Collected | str | Path | None = None,
+        *,
+        to: str | Path,
+        prompts_per_shard: int = 1024,
+        rank: tuple[int, int] | None = None,
+        **generation: Any,
+    ) -> ActivationDataset: ...
+
+    def collect(
+        self,
+        prompts: Any,
+        values: str | Iterable[str],
+        layers: Indices = None,
+        positions: Any = None,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        reduce: Any = None,
+        progress: bool | None = None,
+        max_new_tokens: int | None = None,
+        remote: Any = False,
+        resume: Collected | str | Path | None = None,
+        *,
+        to: str | Path | None = None,
+        prompts_per_shard: int = 1024,
+        rank: tuple[int, int] | None = None,
+        **generation: Any,
+    ) -> Collected | ActivationDataset:
         """Read values of many prompts: plain tensors, in one pass that stops after the last layer needed.
 
         The result does not depend on the batch size or the padding side, memory grows by the result alone, and values
@@ -94,10 +143,20 @@ class ReadTransformer(NamedTransformer):
             remote: Run on the remote service, a request for each batch; what is reduced is reduced there.
             resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was
                 saved to: what is finished is not run again.
+            to: A folder to which the values are written while they are computed, for results larger than memory (see
+                docs/datasets.md). Prompts may then also be the path of a JSONL file, or any iterable, such as a
+                generator or a `datasets` stream, which is read as it goes. The same call goes on from what an earlier
+                one has written. Rows keep the order of the prompts. `device`, `reduce`, `resume` and `max_new_tokens`
+                do not go with it.
+            prompts_per_shard: With `to`, prompts of one file, which is also what is computed anew after a kill. Prompts
+                of like length within a shard share batches.
+            rank: With `to`, the number of this process and how many write to the folder; each writes its own shards.
+                RANK and WORLD_SIZE if None, as `torchrun` and `accelerate launch` set them.
             **generation: Settings of the generation, as in `generate`.
 
         Returns:
             A mapping from value to tensor, `[layers, prompts, (positions,) ...]`; see `nnterp.collection.Collected`.
+            With `to`, the `nnterp.ActivationDataset` in the folder, which other processes may not have completed yet.
 
         Raises:
             ValueError: There is no such value, or a position's text is not in a prompt.
@@ -105,8 +164,18 @@ class ReadTransformer(NamedTransformer):
             Unavailable: A layer that was asked for does not have the value.
             InsideTraceError: Called inside a trace of this model.
 
+            With `to`: BlockingIOError, another process writes the same shards; ValueError, the folder holds the dataset
+            of another model, other arguments or other prompts (names what differs), or a damaged shard;
+            FileExistsError, it holds something else; OSError, the disk is full. Shards that are whole stay.
+
             An error in a later batch, and an interrupt, carry what is finished as `error.partial`.
         """
+        if to is not None:
+            refuse_for_disk(device, reduce, max_new_tokens, resume, generation)
+            on_disk = (layers, positions, batch_size, dtype, progress, remote, prompts_per_shard, rank)
+            return write_dataset(self, to, prompts, values, *on_disk)
+        if rank is not None:
+            raise ValueError("rank is for collect(to=folder), whose shards several processes share; leave it out.")
         options = (batch_size, device, dtype, reduce, progress, max_new_tokens, remote, resume)
         return collect(self, prompts, values, layers, positions, *options, **generation)
 

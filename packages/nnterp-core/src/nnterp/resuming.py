@@ -66,16 +66,9 @@ class Call:
                 f"Cannot resume: {where} is no partial result. It is complete, or was made by another function; an "
                 f"error of {self.function}() carries a partial result as its attribute `partial`."
             )
-        now = self.settings()
-        wrong = []
-        for name in {**earlier, **now}:
-            then, here = earlier.get(name, "nothing"), now.get(name, "nothing")
-            if CHANGES not in (then, here) and not same(then, here):
-                wrong.append(f"{name} = {then!r}, and this call has {here!r}")
-        if wrong:
+        if wrong := differing(earlier, self.settings()):
             raise ValueError(
-                f"Cannot resume: {where} was made with {'; with '.join(wrong[:_NAMED])}. Repeat the earlier call, or "
-                f"start anew without resume."
+                f"Cannot resume: {where} was made with {wrong}. Repeat the earlier call, or start anew without resume."
             )
 
     def _attach(self, error: BaseException, partial: Callable[[], Any]) -> None:
@@ -109,6 +102,16 @@ class Call:
             parts = parts if isinstance(parts, dict) else {"code": parts}
             found |= {f"{name} ({part})": value for part, value in parts.items()}
         return found
+
+
+def differing(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the settings of two calls, for a message; empty if nothing does."""
+    wrong = []
+    for name in {**earlier, **now}:
+        then, here = earlier.get(name, "nothing"), now.get(name, "nothing")
+        if CHANGES not in (then, here) and not same(then, here):
+            wrong.append(f"{name} = {then!r}, and this call has {here!r}")
+    return "; with ".join(wrong[:_NAMED])
 
 
 def _known(find: Callable[[Any], Any], value: Any) -> Any:

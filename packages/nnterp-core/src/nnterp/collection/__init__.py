@@ -1,19 +1,30 @@
 """Values of many prompts as plain tensors, in one pass; and the gradients of a metric with respect to them."""
 
-from nnterp.collection._collect import collect
+from nnterp.collection._collect import collect, positions_of
 from nnterp.collection._collected import Collected
 from nnterp.collection._differentiation import GradientReads, gradients_at, note
 from nnterp.collection._gradients import Gradients, gradients
 from nnterp.collection._sparse import SparseFeatures, collect_features
+from nnterp.collection._keys import read_key
+from nnterp.collection._pass import read_batch
+from nnterp.collection._plan import Plan, Target, make_plan
+from nnterp.collection._select import pick
 
 __all__ = [
     "Collected",
     "GradientReads",
     "Gradients",
+    "Plan",
     "SparseFeatures",
+    "Target",
     "collect",
     "collect_features",
     "gradients",
     "gradients_at",
+    "make_plan",
     "note",
+    "pick",
+    "positions_of",
+    "read_batch",
+    "read_key",
 ]

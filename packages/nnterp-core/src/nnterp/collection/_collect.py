@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ from nnterp.arguments import check_dtype, count, device_of
 from nnterp.collection._collected import Collected
 from nnterp.collection._filling import Filling, still_to_run
 from nnterp.collection._generation import over_generation
-from nnterp.collection._plan import Plan, make_plan
-from nnterp.collection._reduce import Reduce, reduced
-from nnterp.collection._select import last_of, select
+from nnterp.collection._pass import read_batch
+from nnterp.collection._plan import make_plan
+from nnterp.collection._reduce import Reduce
 from nnterp.defaults import plain_defaults
-from nnterp.devices import input_device
 from nnterp.indices import Indices
-from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded
-from nnterp.memory import require_memory, size_of
+from nnterp.inputs import Row, batches, encode, left_padded
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
 from nnterp.progress import bar, check_progress
@@ -85,9 +82,7 @@ def collect(
         for batch in batches(model, rows, batch_size):
             left = still_to_run(model, batch, result.done)
             if left is not None:
-                if not remote:
-                    require_room_for_patterns(model, plan, left)
-                result.put(left, _one_batch(model, plan, result, left, remote))
+                result.put(left, read_batch(model, plan, left, result.pick(left), result.device, dtype, reduce, remote))
             shown.update(len(batch))
     return result.collected(model.num_layers)
 
@@ -132,45 +127,3 @@ def positions_of(model: NamedTransformer, rows: Sequence[Row], positions: Any) -
     each = per_prompt(plain, len(rows))
     chosen = [resolve(model, row, mine, f"Prompt {i}") for i, (row, mine) in enumerate(zip(rows, each, strict=True))]
     return chosen, is_one_position(plain)
-
-
-def require_room_for_patterns(model: NamedTransformer, plan: Plan, batch: Batch) -> None:
-    """Raise MemoryError if the attention of one layer does not fit, where attention probabilities or scores are read.
-
-    Eager attention holds scores, probabilities and their float32 copies of `[batch, heads, query, key]` at once.
-    """
-    if not any(target.value.is_pattern for target in plan.targets) or model.num_heads is None:
-        return
-    rows, width = batch.input_ids.shape
-    needed = 3 * size_of((rows, model.num_heads, width, width), torch.float32)
-    what = f"Attention of {rows} prompts of {width} tokens, {model.num_heads} heads, in one layer"
-    require_memory(needed, input_device(model._module), what, "Lower batch_size, or shorten the prompts.")
-
-
-def _one_batch(
-    model: NamedTransformer, plan: Plan, result: Filling, batch: Batch, remote: Any
-) -> dict[int, torch.Tensor]:
-    """One forward pass as far as it is needed: what each target is made into."""
-    picked, ends, reduce, dtype = result.pick(batch), last_of(batch), result.reduce, result.dtype
-    device = torch.device("cpu") if remote else result.device
-    targets = [(t.combine, t.parts, t.label, t.value.shape, t.last) for t in plan.targets]
-    steps = list(zip(plan.reads, plan.after, plan.last_use, strict=True))
-    inputs = {**batch.encoding, **forward_flags(model)}
-    finish: Any = partial(reduced, reduce) if callable(reduce) else None  # what is not used does not travel
-    with torch.no_grad(), model.trace(inputs, remote=remote) as tracer:
-        seen: dict[int, torch.Tensor] = {}
-        taken: dict[int, torch.Tensor] = {}
-        taken.save()  # type: ignore[attr-defined]  # every object has it in a trace
-        for i, (place, complete, dropped) in enumerate(steps):
-            seen[i] = place.read(model, str(place))
-            for t in complete:
-                combine, parts, label, shape, at_end = targets[t]
-                own = ends if at_end else picked
-                tensor = select(combine([seen[p] for p in parts]), own, label, shape)
-                tensor = tensor.softmax(-1) if at_end else tensor
-                tensor = tensor.detach() if finish is None else finish(tensor, own, shape)
-                taken[t] = tensor.to(device=device, dtype=dtype)
-            for p in dropped:
-                del seen[p]
-        tracer.stop()
-    return taken

@@ -9,7 +9,7 @@ import torch
 from nnterp.collection._collected import Collected, Tensors
 from nnterp.collection._plan import Plan
 from nnterp.collection._reduce import Reduce
-from nnterp.collection._select import Selection
+from nnterp.collection._select import Selection, pick
 from nnterp.inputs import Batch, Row, pad
 from nnterp.memory import require_memory, size_of
 from nnterp.named_transformer import NamedTransformer
@@ -34,7 +34,6 @@ class Filling:
         self.device, self.dtype, self.reduce = torch.device(device), dtype, reduce
         self.width = max(len(c) for c in chosen)
         self.keys = max(len(r) for r in rows)
-        self.ragged = any(len(c) != self.width for c in chosen)
         self.filled: dict[int, torch.Tensor] = {}
         self.blocks: dict[str, torch.Tensor] = {}
         self.done: set[int] = set()
@@ -43,17 +42,7 @@ class Filling:
 
     def pick(self, batch: Batch) -> Selection:
         """Where the positions of this batch's rows stand."""
-        own = [self.chosen[i] for i in batch.indices]
-        width = max(len(c) for c in own)
-        index = torch.tensor(
-            [[s + p for p in c] + [s + c[0]] * (width - len(c)) for s, c in zip(batch.starts, own, strict=True)]
-        )
-        mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own])
-        rows, seq = batch.input_ids.shape
-        whole = not self.ragged and seq == width and bool((index == torch.arange(width)).all())
-        starts = torch.tensor(batch.starts)
-        lengths = torch.tensor([len(row) for row in batch.rows])
-        return Selection(index, mask, whole, self.single, (rows, seq), starts, lengths, self.front)
+        return pick(batch, self.chosen, self.single, self.front)
 
     def put(self, batch: Batch, taken: dict[int, torch.Tensor]) -> None:
         """Write a batch to where its prompts belong."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nnterp.inputs import Batch
@@ -41,6 +43,27 @@ def last_of(batch: Batch) -> Selection:
     rows, shape = len(batch), (len(batch), batch.input_ids.shape[1])
     mask, lengths = torch.ones(rows, 1, dtype=torch.bool), torch.tensor([len(row) for row in batch.rows])
     return Selection(batch.last[:, None], mask, False, True, shape, torch.tensor(batch.starts), lengths)
+
+
+def pick(batch: Batch, chosen: Sequence[Sequence[int]], single: bool, front: int = 0) -> Selection:
+    """Where the positions of a batch's rows stand.
+
+    Args:
+        batch: The rows.
+        chosen: For each prompt that was given, its positions; a row's are found by the batch's `indices`.
+        single: Whether the axis of positions is dropped.
+        front: How many keys of attention stand before the tokens'.
+    """
+    own = [chosen[i] for i in batch.indices]
+    width = max(len(c) for c in own)
+    index = torch.tensor(
+        [[s + p for p in c] + [s + c[0]] * (width - len(c)) for s, c in zip(batch.starts, own, strict=True)]
+    )
+    mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own])
+    rows, seq = batch.input_ids.shape
+    everything = seq == width and bool(mask.all()) and bool((index == torch.arange(width)).all())
+    lengths = torch.tensor([len(row) for row in batch.rows])
+    return Selection(index, mask, everything, single, (rows, seq), torch.tensor(batch.starts), lengths, front)
 
 
 def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> torch.Tensor:

@@ -1,0 +1,8 @@
+"""Activations on disk: written while they are computed, by one process or several, and read in parts."""
+
+from nnterp.datasets._column import ActivationColumn, Where
+from nnterp.datasets._dataset import ActivationDataset
+from nnterp.datasets._shuffled import ShuffledRows
+from nnterp.datasets._writing import refuse_for_disk, write_dataset
+
+__all__ = ["ActivationColumn", "ActivationDataset", "ShuffledRows", "Where", "refuse_for_disk", "write_dataset"]
