@@ -119,7 +119,7 @@ FLOORS = (
     "values",
     "named_transformer",
     "certificate collection module_accessor older traced_block renewal",
-    "reading",
+    "reading proofs",
     "twin",
     "standardized_transformer",
     "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",
