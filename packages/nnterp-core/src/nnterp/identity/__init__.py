@@ -1,5 +1,6 @@
 """What a run depends on, as digests that can be compared: a model and its weights, functions, any other values."""
 
+from nnterp.identity._checkpoint import checkpoint_digest
 from nnterp.identity._classes import code_digest, function_digest
 from nnterp.identity._differences import CHANGES, differences, same
 from nnterp.identity._digests import digest, summary
@@ -9,6 +10,7 @@ from nnterp.identity._weights import checksum, checksum_of_tensors, digest_of_bi
 
 __all__ = [
     "CHANGES",
+    "checkpoint_digest",
     "checksum",
     "checksum_of_tensors",
     "code_digest",

@@ -45,9 +45,11 @@ def certified(model: NamedTransformer, anew: bool = False) -> tuple[Certificate,
     Only certificates of which every line holds are kept.
 
     Args:
-        model: The model.
-        anew: Certify it whatever is on disk.
+        model: The model, as it was loaded.
+        anew: Certify it whatever is on disk, and keep nothing: it may have been changed since it was loaded.
     """
+    if anew:
+        return certify(model)
 
     def restore(stored: Any) -> tuple[Certificate, Facts]:
         certificate, facts = stored["certificate"], _restored(model, stored["facts"])
@@ -62,7 +64,6 @@ def certified(model: NamedTransformer, anew: bool = False) -> tuple[Certificate,
         store=lambda made: {"certificate": made[0], "facts": _stored(made[1])},
         restore=restore,
         worth=lambda made: made[0].ok,
-        anew=anew,
     )
 
 

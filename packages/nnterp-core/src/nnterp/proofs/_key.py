@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import NoneType
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +25,7 @@ from nnterp.versions import version_of
 Key = dict[str, str]  # what it rests on, in words → a version, a name or a digest
 VERSIONS = ("nnterp-core", "nnsight", "transformers", "torch", "accelerate")
 _ELSEWHERE = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})  # of a config: said in other words
-_PLAIN = (bool, int, float, str, NoneType, torch.dtype)
+_PLAIN = (bool, int, float, str, torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
@@ -40,7 +39,7 @@ class What:
         words: What is proven, for the log: "the names of its parts".
         classes: The records and dataclasses that the proof is made of.
         package: The package whose code proves it, beside nnterp-core.
-        of_names: Whether it rests on names that are proven.
+        of_names: Whether it rests on names that are proven, as all do but the certificate.
     """
 
     name: str
@@ -56,6 +55,7 @@ class Keyed(Protocol):
     repo_id: str
     revision: str | None
     keep_proofs: bool
+    loaded_files: str
     dispatched: bool
     rename_config: Any
     tokenizer: Any
@@ -78,7 +78,8 @@ class Keyed(Protocol):
 def key_of(model: Keyed, what: What) -> Key | str:
     """Return what a proof of a model rests on, or why none is kept for it.
 
-    Its weights are read once, if they are here.
+    The weights count with their numbers, which are read once. Only the certificate is looked up before anyone can have
+    changed them, right after they were loaded; there, the files that they were loaded from count.
 
     Args:
         model: The model.
@@ -88,18 +89,20 @@ def key_of(model: Keyed, what: What) -> Key | str:
         return reason
     if what.of_names and model.facts.proof != "weights":
         return "the names of its parts are not proven"
+    if model.dispatched and not what.of_names and not model.loaded_files:
+        return "the files of its weights cannot be told"
     module = model._module
     return {
         "name": str(model.repo_id),
         "revision": str(model.revision),
         "commit": str(getattr(module.config, "_commit_hash", None)),
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
-        "weights": digest_of_bits(_tensors(module)) if model.dispatched else "absent",
+        "weights": _weights(model, what),
         "checkpoint": digest((model.load_report, model.kwargs)),
         "dtype": str(dtype_of(module)),
         "device": _device(model),
         "tokenizer": _tokenizer(model.tokenizer),
-        "parts": digest(model.facts.anatomy),
+        "parts": _hashed(repr(model.facts.anatomy)),
         **_of_the_code(model, what.package),
     }
 
@@ -128,7 +131,8 @@ def why_none(model: Keyed) -> str:
         return "torch has hooks on all modules"
     for path, inner in module.named_modules():
         held = inner.__dict__
-        if any(not _is_transformers(hook) for name in _HOOKS for hook in (held.get(name) or {}).values()):
+        hooks = [hook for name in _HOOKS if held.get(name) for hook in held[name].values()]
+        if not all(map(_is_transformers, hooks)):
             return f"{path or 'the model'} has hooks"
         if "forward" in held and not isinstance(held["forward"], Controller) and "_hf_hook" not in held:
             return f"the forward of {path or 'the model'} was replaced"
@@ -161,7 +165,7 @@ def _of_the_code(model: Keyed, package: str) -> Key:
     return {
         "config": digest(_plain(vars(module.config))),
         "attention": ", ".join(attention),
-        "modules": digest(list(_attributes(module))),
+        "modules": _hashed("\n".join(_attributes(module))),
         "model's code": digest((code_digest(module), *map(function_digest, functions))),
         "RenameConfig": digest(model.rename_config),
         "settings of torch": _settings(),
@@ -177,10 +181,16 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
+def _weights(model: Keyed, what: What) -> str:
+    if not model.dispatched:
+        return "absent"
+    return digest_of_bits(_tensors(model._module)) if what.of_names else f"loaded from {model.loaded_files}"
+
+
 def _device(model: Keyed) -> str:
     """Where a model computes: the kind of device, and where its parts are if they are on several."""
-    devices = {str(tensor.device) for _, tensor in _tensors(model._module)} if model.dispatched else {"meta"}
-    kinds = {torch.device(own).type for own in devices}
+    devices = {tensor.device for _, tensor in _tensors(model._module)} if model.dispatched else {torch.device("meta")}
+    kinds = {own.type for own in devices}
     named = sorted({torch.cuda.get_device_name(own) for own in devices} if kinds == {"cuda"} else kinds)
     if kinds == {"cpu"}:
         named.append(torch.backends.cpu.get_cpu_capability())
@@ -206,15 +216,19 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _attributes(root: nn.Module) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """(path, class, plain attributes) of every module."""
+def _attributes(root: nn.Module) -> Iterator[str]:
+    """Path, class and plain attributes of every module."""
     for path, module in root.named_modules(remove_duplicate=False):
         own = [
-            (name, repr(value))
-            for name, value in vars(module).items()
-            if name[0] != "_" and isinstance(value, _PLAIN) and name != "name_or_path"
+            f"{name}={value!r}"
+            for name, value in module.__dict__.items()
+            if name[0] != "_" and (value is None or isinstance(value, _PLAIN)) and name != "name_or_path"
         ]
-        yield path, type(module).__qualname__, sorted(own)
+        yield f"{path} {type(module).__qualname__} {sorted(own)}"
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _settings() -> str:
