@@ -126,7 +126,7 @@ FLOORS = (
     "named_transformer",
     "attaching certificate collection dictionaries module_accessor older traced_block renewal",
     "datasets",
-    "reading",
+    "reading proofs",
     "twin",
     "standardized_transformer",
     "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",

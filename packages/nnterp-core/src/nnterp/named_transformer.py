@@ -17,6 +17,7 @@ from nnterp.editing import EditedTransformer, mentions_edits
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
+from nnterp.identity import checkpoint_digest
 from nnterp.loading import reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
@@ -72,6 +73,7 @@ class NamedTransformer(EditedTransformer):
         self.attachments: dict[tuple[int, int], Attachment] = {}  # dictionaries, see `nnterp.attach`
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
+        self.loaded_files = ""  # a digest of the files that the weights were loaded from, if they can be told
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
         anatomy = find_anatomy(self._module, rename_config)
@@ -99,8 +101,11 @@ class NamedTransformer(EditedTransformer):
         return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
+        options = {"revision": self.revision, **kwargs}
+        files = checkpoint_digest(str(args[0]) if args else "", options)
         with self._turn, reported(self._load_reports):
             module = TransformersModel._load(self, *args, **kwargs)
+        self.loaded_files = files if files == checkpoint_digest(str(args[0]) if args else "", options) else ""
         self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
         return module
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import nn
 
 from nnterp import loading
 from nnterp.anatomy import RenameConfig
-from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, certify
+from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.older import OlderModel, module_of_class, with_older_names
+from nnterp.proofs import certified, check_first_probabilities, proven_by_twin, with_kept_searches
 from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
@@ -48,6 +50,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         check_attn_probs_with_trace: Check the probabilities by running the model, not only its shapes.
         allow_multimodal: Accepted for compatibility; text towers of multimodal models are found without it.
         rename_config: Names of parts for models whose structure does not give them away.
+        keep_proofs: Keep on disk what is proven of a checkpoint, and take it from there when the very same is loaded
+            again (see docs/certificate.md). With False everything is proven anew.
         **kwargs: Passed to nnsight and transformers: `dtype`, `device_map` ("auto" by default), `tokenizer`,
             `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, `automodel` (the class whose
             `from_pretrained` loads it, or its name), ...
@@ -73,13 +77,14 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         check_attn_probs_with_trace: bool = True,
         allow_multimodal: bool = False,
         rename_config: RenameConfig | None = None,
+        keep_proofs: bool = True,
         **kwargs: Any,
     ) -> None:
         model = loading.checked_model(model, rename_config)
         if isinstance(model, nn.Module):
             require_not_compiled(model)
         self.check_renaming = check_renaming
-        self.remote = remote
+        self.remote, self.keep_proofs = remote, keep_proofs
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked
         self._twins: list[Twin | str] = []  # the twin, once it is built
         self._probabilities_check: bool | None = check_attn_probs_with_trace if enable_attention_probs else None
@@ -105,7 +110,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         if remote:
             travel_by_value()
         if check_renaming:
-            self.validate().raise_if_failed()
+            self._certify().raise_if_failed()
         elif self.dispatched:
             self._stay_unproven()
 
@@ -133,9 +138,9 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             self.tokenizer.padding_side = side
         self._prove()
 
-    def _prove(self) -> None:
+    def _prove(self, anew: bool = False) -> None:
         if self.check_renaming:
-            self.validate().raise_if_failed()
+            self._certify(anew).raise_if_failed()
         else:
             self._renewal.follow_tree(self)
             self._stay_unproven()
@@ -148,10 +153,12 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         Raises:
             ChangedModelError: What it is now cannot be proven.
         """
-        self._renewal.notice(self, self._prove)
+        self._renewal.notice(self, functools.partial(self._prove, anew=True))
 
     def validate(self) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
+
+        Everything is proven anew, whatever is kept on disk.
 
         With `enable_attention_probs=True`, the attention probabilities of the first attention layer are proven as well
         (`attention_probabilities.check_source()` proves all). Whatever was proven of the model before, `proofs`
@@ -163,16 +170,19 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         self.require_no_trace("validate()")
+        return self._certify(anew=True)
+
+    def _certify(self, anew: bool = False) -> Certificate:
         self._renewal.follow_tree(self)
         with unsteered(self):
-            certificate, facts = certify(self)
+            certificate, facts = certified(self, anew)
         if not self.dispatched:
             self._renewal.ran_without_weights(self._module)
-        self._take_over(facts, certificate)
+        self._take_over(with_kept_searches(self, facts, anew), certificate)
         in_several = not self.attention_layers and any(layer.attentions for layer in self.anatomy.blocks)
         if self._probabilities_check is not None and self.dispatched and certificate.ok and not in_several:
             first = self.attention_layers[0] if self.attention_layers else 0
-            self.attention_probabilities.check_source(first, use_trace=self._probabilities_check)
+            check_first_probabilities(self, first, self._probabilities_check, anew)
         return certificate
 
     def _stay_unproven(self) -> None:
@@ -210,11 +220,15 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         """Take over what the twin proves about the code, unless the weights are loaded or the twin was already used."""
         if self.dispatched or self.facts.proof == "twin" or self.facts.look_inside is not None:
             return
+        facts = proven_by_twin(self, self._facts_by_twin)
+        if facts is None:
+            assert isinstance(self.twin, str)
+            facts = facts_without_twin(self.facts, self.twin)
+        self._take_over(facts, self.certificate)
+
+    def _facts_by_twin(self) -> Facts | None:
         twin = self.twin
-        if isinstance(twin, Twin):
-            self._take_over(facts_by_twin(self.facts, twin, self._module.config), self.certificate)
-        else:
-            self._take_over(facts_without_twin(self.facts, twin), self.certificate)
+        return facts_by_twin(self.facts, twin, self._module.config) if isinstance(twin, Twin) else None
 
     # -- running -----------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ from nnterp.discovery._residual import Contribution, ResidualStructure, Term, re
 from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
+from nnterp.discovery.attention import Attention
 
 __all__ = [
     "BETWEEN_PROBE",
+    "Attention",
     "Call",
     "Contribution",
     "Findings",

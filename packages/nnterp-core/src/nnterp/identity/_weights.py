@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 _WORDS = 1024  # numbers of 8 bytes of each tensor that are hashed themselves
+_BLOCK = 127  # words that are added up; a prime, so that blocks do not end where rows of matrices do
 
 
 def checksum(module: nn.Module) -> str:
@@ -49,12 +50,31 @@ def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor's bits and samples of them, a 1-d int64 tensor on its device."""
-    data = tensor.to_dense() if tensor.layout != torch.strided else tensor
-    data = data.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
-    whole = len(data) - len(data) % 8
-    words, rest = data[:whole], data[whole:].to(torch.int64)
-    if words.storage_offset() % 8:
-        words = words.clone()
-    words = words.view(torch.int64)
+    words, rest = _bits(tensor.to_dense() if tensor.layout != torch.strided else tensor)
     step = max(1, len(words) // _WORDS)
-    return torch.cat((words.sum().view(1), words[::step], rest))
+    return torch.cat((words.sum().view(1), words[::step], rest.to(torch.int64)))
+
+
+def digest_of_bits(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return a digest of the names, shapes, dtypes and numbers of tensors, 16 hexadecimal digits.
+
+    It holds the sum of the bits of every 127 words of 8 bytes, as 64-bit integers, so that any number that changes
+    changes the digest, and so do numbers that change places by a kilobyte or more. The cost is one read.
+    """
+    found = hashlib.sha256()
+    for name, tensor in named:
+        found.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+        words, rest = _bits(tensor.detach())
+        whole = len(words) - len(words) % _BLOCK
+        found.update(words[:whole].view(-1, _BLOCK).sum(1).cpu().numpy().tobytes())
+        found.update(words[whole:].cpu().numpy().tobytes())
+        found.update(rest.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _bits(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor's bits: whole words of 8 bytes as int64, and the bytes that are left; 1-d, on its device."""
+    data = tensor.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    whole = len(data) - len(data) % 8
+    words = data[:whole]
+    return (words.clone() if words.storage_offset() % 8 else words).view(torch.int64), data[whole:]

@@ -35,7 +35,10 @@ def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]
                 return args[0]
             return ast.copy_location(ast.Call(func=fn, args=args, keywords=keywords), node)
 
-    inner, chain = nnsight_source.decorator_chain(state.original)
+    whole = (state.original, "decorators")
+    if whole not in known:
+        known[whole] = nnsight_source.decorator_chain(state.original)
+    inner, chain = known[whole]
     key = (inner.__code__, label)  # type: ignore[attr-defined]
     if key not in known:
         nnsight_source.Instrument = One  # type: ignore[misc]

@@ -19,6 +19,7 @@ from nnterp.discovery import probe_ids
 from nnterp.huggingface import dtype_of
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Cell, Edit, Shortcuts, new_cache, sweep
+from nnterp.proofs import Unfit, What, proven
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -27,11 +28,12 @@ PROBE_LENGTH = 12
 PROBE_LAYERS = 6
 SHORTEST_PROBE = 6
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_SHORTCUTS = What("shortcuts", "which shortcuts of a sweep are exact", (Shortcuts,), "nnterp.interventions")
 
 
 @torch.no_grad()
 def proven_shortcuts(model: StandardizedTransformer, remote: Any = False) -> Shortcuts:
-    """The shortcuts that are exact for a model; found once and kept in `model.proofs`.
+    """The shortcuts that are exact for a model; found once, and kept in `model.proofs` and on disk.
 
     None for remote runs, and none under edits of nnsight or a steering: a skipped layer would be edited once more.
     """
@@ -41,8 +43,14 @@ def proven_shortcuts(model: StandardizedTransformer, remote: Any = False) -> Sho
     module = model._module
     key = ("shortcuts", getattr(module.config, "_attn_implementation", None), dtype_of(module), module.training)
     if key not in model.proofs:
-        model.proofs[key] = _prove(model)
+        model.proofs[key] = proven(model, _SHORTCUTS, lambda: _prove(model), restore=_required)
     return model.proofs[key]
+
+
+def _required(stored: Any) -> Shortcuts:
+    if not isinstance(stored, Shortcuts):
+        raise Unfit(f"it holds a {type(stored).__name__}")
+    return stored
 
 
 def _prove(model: StandardizedTransformer) -> Shortcuts:
