@@ -50,12 +50,8 @@ def test_the_page_on_attribution_runs(page):
     assert names["country"].recovered() > 0.7 > 0.3 > names["country"].recovered("control")
 
 
-def test_the_page_on_dictionaries_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "dictionaries.md").read_text(encoding="utf-8")
-    file = tmp_path / "dictionaries.py"
-    file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)), encoding="utf-8")
-    names = runpy.run_path(str(file), run_name="page")
+def test_the_page_on_dictionaries_runs(page):
+    names = page("dictionaries.md")
     assert names["fit"].explained_variance > 0.9 > 0.5 > names["elsewhere"].explained_variance
     assert "does not seem to belong" in str(names["caught"][-1].message)
     assert names["same"].num_features == names["dictionary"].num_features == 768

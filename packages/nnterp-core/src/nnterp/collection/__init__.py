@@ -4,11 +4,11 @@ from nnterp.collection._collect import collect, positions_of
 from nnterp.collection._collected import Collected
 from nnterp.collection._differentiation import GradientReads, gradients_at, note
 from nnterp.collection._gradients import Gradients, gradients
-from nnterp.collection._sparse import SparseFeatures, collect_features
 from nnterp.collection._keys import read_key
 from nnterp.collection._pass import read_batch
 from nnterp.collection._plan import Plan, Target, make_plan
 from nnterp.collection._select import pick
+from nnterp.collection._sparse import SparseFeatures, collect_features
 
 __all__ = [
     "Collected",
