@@ -29,7 +29,8 @@ import traceback
 import nnsight
 import torch
 import transformers
-import transformers.generation
+from transformers import PreTrainedModel  # transformers imports a name's module when it is asked for
+from transformers.generation import StoppingCriteriaList
 
 assert not [name for name in sys.modules if name.split(".")[0] in ("nnterp", "plotly", "pandas")]
 gc.collect()
