@@ -87,6 +87,6 @@ def test_functions(attached):
 
 
 def test_no_dictionary(pairs):
-    one = pairs("llama")
-    with one.worker.serving(), pytest.raises(Exception, match="attach"), one.there.trace(PROMPT, remote=True):
-        one.there.features[1].save()
+    model, worker = pairs("llama").there, pairs("llama").worker
+    with worker.serving(), pytest.raises(Exception, match="attach"), model.trace(PROMPT, remote=True):
+        model.features[1].save()

@@ -339,6 +339,35 @@ def test_collected_dense_and_sparse(model, tmp_path):
     assert last.shape == (2, 24)
 
 
+def test_several_dictionaries_of_a_layer_are_collected_by_number(model, tmp_path):
+    d, e = dictionary(), dictionary(features=24, seed=1)
+    attach(model, d, "layers_output[1]")
+    attach(model, e, "mlps_input[1]", "mlps_output[1]")
+    x, y = stream(model, A), stream(model, A, "mlps_input")
+    of_stream, of_mlp = torch.relu(x @ d.encoder.T + d.encoder_bias), torch.relu(y @ e.encoder.T + e.encoder_bias)
+    found = model.collect([A], ["features[1, 0]", "layers_output[1]", "features[-3, 1]"])
+    same(found["features[1, 0]"], of_stream)
+    same(found["features", (1, 1)], of_mlp)
+    same(found["layers_output", 1], x)
+    found.save(tmp_path / "found")
+    same(type(found).load(tmp_path / "found")["features[1, 1]"], of_mlp)
+    with pytest.raises(KeyError, match=r"features\[1, 0\], features\[1, 1\]"):
+        found["features", 1]
+    sparse = collect_features(model, [A], k=3, at=[(1, 1), (1, 0)])
+    same(sparse[1, 0][1], of_stream.topk(3).values)
+    same(sparse[1, 1][1], of_mlp.topk(3).values)
+    same(collect_features(model, [A], k=3, at=(1, 1))[1, 1][1], of_mlp.topk(3).values)
+    slopes = model.gradients([A], lambda logits: logits[0, -1, 3], ["features[1, 0]", "features[1, 1]"])
+    same(
+        slopes["features[1, 1]"],
+        model.gradients([A], lambda x: x[0, -1, 3], "mlps_output[1]")["mlps_output", 1] @ e.decoder.T,
+    )
+    with pytest.raises(ValueError, match="not both"):
+        collect_features(model, [A], layers=[1], at=(1, 1))
+    with pytest.raises(IndexError, match=r"numbers \[0, 1\]"):
+        model.collect([A], "features[1, 2]")
+
+
 # -- shown and refused -------------------------------------------------------------------------------------------------
 
 

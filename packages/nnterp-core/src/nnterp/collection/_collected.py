@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 import torch
 
 from nnterp.collection._keys import read_key
+from nnterp.collection._outputs import Index, label_of
 from nnterp.files import read_tensors, write_tensors
 from nnterp.inputs import Row
 
 # All layers of a value in one tensor, or layer → tensor where their shapes differ.
-Tensors: TypeAlias = torch.Tensor | dict[int, torch.Tensor]
+Tensors: TypeAlias = torch.Tensor | dict[Index, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Collected(Mapping[str, torch.Tensor]):
     """
 
     tensors: dict[str, Tensors]
-    layers: dict[str, tuple[int, ...]]
+    layers: dict[str, tuple[Index, ...]]
     positions: tuple[tuple[int, ...], ...]
     mask: torch.Tensor | None
     rows: tuple[Row, ...] = field(repr=False)
@@ -55,7 +56,7 @@ class Collected(Mapping[str, torch.Tensor]):
     sums: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     run: dict[str, Any] | None = field(default=None, repr=False)
 
-    def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
+    def __getitem__(self, key: str | tuple[str, Index]) -> torch.Tensor:
         """A value's tensor; see the class.
 
         Raises:
@@ -76,8 +77,7 @@ class Collected(Mapping[str, torch.Tensor]):
 
     def part(self, label: str) -> torch.Tensor:
         """The tensor of one layer of a value, "layers_output[3]", or of a value that is not per layer, "logits"."""
-        name, _, layer = label.rstrip("]").partition("[")
-        return self[name] if not layer else self[name, int(layer)]
+        return self[label]
 
     def save(self, path: str | Path) -> None:
         """Write everything to `<path>.safetensors`: tensors, mask, positions and prompts. `Collected.load` reads it.
@@ -93,7 +93,7 @@ class Collected(Mapping[str, torch.Tensor]):
             if isinstance(tensor, torch.Tensor):
                 contents[name] = tensor
             else:
-                contents.update({f"{name}[{layer}]": part for layer, part in tensor.items()})
+                contents.update({label_of(name, layer): part for layer, part in tensor.items()})
         contents |= {name: t for name in ("mask", "generated") if (t := getattr(self, name)) is not None}
         contents |= {f"sum of {label}": total for label, total in self.sums.items()}
         record = {
@@ -115,9 +115,12 @@ class Collected(Mapping[str, torch.Tensor]):
             ValueError: It is truncated, damaged, or holds something else; names the file.
         """
         stored, record = read_tensors(path, "collected")
-        layers = {name: tuple(mine) for name, mine in record["layers"].items()}
+        layers: dict[str, tuple[Index, ...]] = {
+            name: tuple((one[0], one[1]) if isinstance(one, list) else one for one in mine)
+            for name, mine in record["layers"].items()
+        }
         tensors: dict[str, Tensors] = {
-            name: stored[name] if name in stored else {layer: stored[f"{name}[{layer}]"] for layer in mine}
+            name: stored[name] if name in stored else {layer: stored[label_of(name, layer)] for layer in mine}
             for name, mine in layers.items()
         }
         rows = tuple(

@@ -8,11 +8,12 @@ from typing import TypeAlias
 import torch
 from torch.autograd.graph import GradientEdge
 
+from nnterp.collection._outputs import Index, label_of
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
 from nnterp.values import Combine, gradient_reads, reads, when
 
-ValueKey: TypeAlias = tuple[str, int | None]  # name and layer of a value; None for a value that is not per layer
+ValueKey: TypeAlias = tuple[str, Index | None]  # name and layer of a value; None for a value that is not per layer
 ByKey: TypeAlias = dict[ValueKey, torch.Tensor]
 
 
@@ -66,8 +67,7 @@ class GradientReads:
 
 def key_label(key: ValueKey) -> str:
     """How errors call a value: "layers_output[3]"."""
-    name, layer = key
-    return name if layer is None else f"{name}[{layer}]"
+    return label_of(*key)
 
 
 def note(tensor: torch.Tensor, edges: list[GradientEdge | None], kept: list[torch.Tensor]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nnterp.collection._collected import Collected, Tensors
+from nnterp.collection._outputs import Index
 from nnterp.collection._plan import Plan
 from nnterp.collection._reduce import Reduce
 from nnterp.collection._select import Selection, pick
@@ -176,7 +177,7 @@ class Filling:
         return all(part.untyped_storage().data_ptr() == storage for part in mine)
 
 
-def stacked(found: dict[tuple[str, int | None], torch.Tensor], plan: Plan) -> dict[str, Tensors]:
+def stacked(found: dict[tuple[str, Index | None], torch.Tensor], plan: Plan) -> dict[str, Tensors]:
     """By value: one tensor of all its layers, or, where their shapes differ, layer → tensor."""
     tensors: dict[str, Tensors] = {}
     for name, layers in plan.layers.items():

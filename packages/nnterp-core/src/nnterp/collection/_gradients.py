@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from nnterp.arguments import device_of
 from nnterp.collection._differentiation import GradientReads, gradients_at, note
 from nnterp.collection._keys import read_key
+from nnterp.collection._outputs import Index
 from nnterp.collection._plan import make_plan
 from nnterp.defaults import plain_defaults
 from nnterp.errors import PaddingError, RemoteModelError
@@ -42,12 +43,12 @@ class Gradients:
     metric: torch.Tensor
     logits: torch.Tensor
     batch: Batch
-    layers: dict[str, tuple[int, ...]]
-    _values: dict[tuple[str, int | None], torch.Tensor]
-    _gradients: dict[tuple[str, int | None], torch.Tensor]
+    layers: dict[str, tuple[Index, ...]]
+    _values: dict[tuple[str, Index | None], torch.Tensor]
+    _gradients: dict[tuple[str, Index | None], torch.Tensor]
     num_layers: int
 
-    def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
+    def __getitem__(self, key: str | tuple[str, Index]) -> torch.Tensor:
         """The gradient with respect to a value, or to one layer of it.
 
         Raises:
@@ -56,7 +57,7 @@ class Gradients:
         """
         return self._pick(self._gradients, key)
 
-    def value(self, key: str | tuple[str, int]) -> torch.Tensor:
+    def value(self, key: str | tuple[str, Index]) -> torch.Tensor:
         """The value itself, under the same names."""
         return self._pick(self._values, key)
 
@@ -70,7 +71,7 @@ class Gradients:
             return False
         return True
 
-    def _pick(self, table: dict[tuple[str, int | None], torch.Tensor], key: str | tuple[str, int]) -> torch.Tensor:
+    def _pick(self, table: dict[tuple[str, Index | None], torch.Tensor], key: str | tuple[str, Index]) -> torch.Tensor:
         name, layer = read_key(key, self.layers, self.num_layers, "asked for")
         have = self.layers[name]
         if layer is not None or not have:

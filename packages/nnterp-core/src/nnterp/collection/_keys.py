@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nnterp.collection._outputs import Index, label_of
 from nnterp.collection._outputs import named as named_value
 from nnterp.indices import integer
 
 
-def read_key(key: Any, layers: Mapping[str, tuple[int, ...]], num_layers: int, missing: str) -> tuple[str, int | None]:
+def read_key(
+    key: Any, layers: Mapping[str, tuple[Index, ...]], num_layers: int, missing: str
+) -> tuple[str, Index | None]:
     """The value and the layer that a key stands for.
 
     Args:
@@ -19,7 +22,8 @@ def read_key(key: Any, layers: Mapping[str, tuple[int, ...]], num_layers: int, m
         missing: What errors say of a value or layer that is not in the result.
 
     Returns:
-        The value's name in the table, and the layer from 0; None for all layers, or for a value that is not per layer.
+        The value's name in the table, and the layer from 0 (or the layer and the number of a dictionary in it); None
+        for all layers, or for a value that is not per layer.
 
     Raises:
         KeyError: There is no such value in the result, or it does not have this layer.
@@ -37,13 +41,20 @@ def read_key(key: Any, layers: Mapping[str, tuple[int, ...]], num_layers: int, m
     if value.name not in layers:
         raise KeyError(f"{value.name} was not {missing}; there are: {', '.join(layers)}.")
     if len(parts) == 2:
-        named = integer(parts[1], f"The layer of {value.name}")
+        label = f"The layer of {value.name}"
+        pair = value.name == "features" and isinstance(parts[1], tuple) and len(parts[1]) == 2
+        named = (integer(parts[1][0], label), integer(parts[1][1], label)) if pair else integer(parts[1], label)
     if named is None:
         return value.name, None
     have = layers[value.name]
     if not have:
         raise KeyError(f"{value.name} is not per layer; leave out the layer {named}.")
-    layer = named + num_layers if named < 0 else named
+    layer: Index
+    if isinstance(named, tuple):
+        layer = named[0] % num_layers if num_layers else named[0], named[1]
+    else:
+        layer = named + num_layers if named < 0 else named
     if layer not in have:
-        raise KeyError(f"Layer {named} of {value.name} was not {missing}; there are: {', '.join(map(str, have))}.")
+        there = ", ".join(label_of(value.name, one) if isinstance(one, tuple) else str(one) for one in have)
+        raise KeyError(f"Layer {named} of {value.name} was not {missing}; there are: {there}.")
     return value.name, layer

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from nnterp.record import Record
-from nnterp.table import Value
+from nnterp.table import Value, get_value
 from nnterp.values import canonical
 
 _DISTRIBUTION = "[batch, seq, vocab]"
 LOGITS = Value("logits", _DISTRIBUTION, 7, "The model's logits.", per_layer=False)
 NEXT = Value("next_token_probs", _DISTRIBUTION, 7, "Probabilities of the token after a prompt.", per_layer=False)
+Index: TypeAlias = int | tuple[int, int]  # a layer, or a layer and the number of a dictionary in it
 OUTPUTS = {value.name: value for value in (LOGITS, NEXT)}
 
 
@@ -33,6 +35,23 @@ def only(given: Sequence[torch.Tensor]) -> torch.Tensor:
     return given[0]
 
 
-def named(name: str) -> tuple[Value, int | None]:
-    """The value a name stands for, and the layer if the name says one; as `canonical`, and the model's outputs too."""
-    return (OUTPUTS[name], None) if name in OUTPUTS else canonical(name)
+def named(name: str, outputs: bool = True) -> tuple[Value, Index | None]:
+    """The value a name stands for, and the layer if the name says one.
+
+    As `canonical`; also "features[3, 1]", one of several dictionaries of a layer, and the model's outputs.
+
+    Args:
+        name: The name.
+        outputs: Whether "logits" and "next_token_probs" are names.
+    """
+    numbered = re.fullmatch(r"features\[\s*(-?\d+)\s*,\s*(\d+)\s*\]", name) if isinstance(name, str) else None
+    if numbered is not None:
+        return get_value("features"), (int(numbered[1]), int(numbered[2]))
+    return (OUTPUTS[name], None) if outputs and name in OUTPUTS else canonical(name)
+
+
+def label_of(name: str, layer: Index | None) -> str:
+    """How errors call a value of a layer: "layers_output[3]", "features[3, 1]"."""
+    if layer is None:
+        return name
+    return f"{name}[{', '.join(map(str, layer if isinstance(layer, tuple) else (layer,)))}]"

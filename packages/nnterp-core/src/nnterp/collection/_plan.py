@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnterp.collection._outputs import NEXT, OUTPUTS, Predictions, only
+from nnterp.collection._outputs import NEXT, OUTPUTS, Index, Predictions, label_of, named, only
 from nnterp.errors import Unavailable
 from nnterp.indices import integers, read_index, read_indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
-from nnterp.values import Combine, Value, canonical, reads, when
+from nnterp.values import Combine, Value, reads, when
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Target:
     """
 
     value: Value
-    layer: int | None
+    layer: Index | None
     parts: tuple[int, ...]
     combine: Combine
 
@@ -34,7 +34,7 @@ class Target:
     @property
     def label(self) -> str:
         """How errors call it."""
-        return self.value.name if self.layer is None else f"{self.value.name}[{self.layer}]"
+        return label_of(self.value.name, self.layer)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Plan:
     targets: tuple[Target, ...]
     after: tuple[tuple[int, ...], ...]
     last_use: tuple[tuple[int, ...], ...]
-    layers: dict[str, tuple[int, ...]]
+    layers: dict[str, tuple[Index, ...]]
 
 
 def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any, outputs: bool = False) -> Plan:
@@ -68,19 +68,22 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
     """
     wanted = value_names(values)
     layers = integers(layers, "layers")  # once, because several values may ask for them
-    asked: dict[str, list[int]] = {}
+    asked: dict[str, list[Index]] = {}
     rows: dict[str, Value] = {}
     for name in wanted:
-        value, named = (OUTPUTS[name], None) if outputs and name in OUTPUTS else canonical(name)
+        value, at = named(name, outputs)
         if value.name == "mixer_states":
             raise ValueError("mixer_states have no positions, and belong to a run with a cache: read them in a trace.")
         rows[value.name] = value
         mine = asked.setdefault(value.name, [])
         if not value.per_layer:
             continue
-        if named is not None:
-            named = read_index(named, model.num_layers, f"The layer of {name}", "layers")
-            chosen = model.layers_of_texts([named])
+        chosen: Sequence[Index]
+        if at is not None:
+            first = at[0] if isinstance(at, tuple) else at
+            first = read_index(first, model.num_layers, f"The layer of {name}", "layers")
+            chosen = model.layers_of_texts([first])
+            chosen = [(first, at[1])] if isinstance(at, tuple) else chosen
         else:
             chosen = _layers(model, value, layers)
         there = tuple(mine)
@@ -88,7 +91,7 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
 
     places: dict[Place, float] = {}
     predictions: Any = Predictions()
-    made: list[tuple[Value, int | None, list[Place], Combine]] = []
+    made: list[tuple[Value, Index | None, list[Place], Combine]] = []
     for name, mine in asked.items():
         value = rows[name]
         for layer in dict.fromkeys(mine) if value.per_layer else [None]:

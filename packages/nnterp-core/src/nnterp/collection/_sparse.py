@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from nnterp.arguments import count
 from nnterp.collection._collect import collect
 from nnterp.collection._collected import Collected
+from nnterp.collection._outputs import Index, label_of
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.record import Record
@@ -34,8 +35,8 @@ class Largest(Record):
 
 
 @dataclass(frozen=True)
-class SparseFeatures(Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
-    """The largest features of each position of many prompts: layer → (indices, activations).
+class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
+    """The largest features of each position of many prompts: layer, or (layer, number) → (indices, activations).
 
     `indices` is `[prompts, (positions,) k]` int64 and `activations` the same shape, float32 (float64 for a float64
     dictionary), largest first. Where fewer than `k` features are active, the rest have activation 0, as has everything
@@ -57,7 +58,7 @@ class SparseFeatures(Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
         """The prompts as token ids."""
         return self.collected.rows
 
-    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, layer: Index) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices and activations of one layer.
 
         Raises:
@@ -72,7 +73,7 @@ class SparseFeatures(Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.collected.layers["features"])
 
-    def of(self, layer: int, feature: int) -> torch.Tensor:
+    def of(self, layer: Index, feature: int) -> torch.Tensor:
         """The activation of one feature, `[prompts, (positions)]`; 0 where it is not among the largest."""
         indices, activations = self[layer]
         return torch.where(indices == feature, activations, torch.zeros_like(activations)).sum(-1)
@@ -106,6 +107,7 @@ def collect_features(
     progress: bool | None = None,
     remote: Any = False,
     resume: Collected | str | Path | None = None,
+    at: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
 ) -> SparseFeatures:
     """The `k` largest features of each position of many prompts, told from the others inside the trace.
 
@@ -117,12 +119,14 @@ def collect_features(
         prompts, positions, batch_size, device, progress, remote, resume: As in `model.collect`.
         k: How many features of each position; all of them for a smaller dictionary.
         layers: The layers; all that a dictionary is attached to if None.
+        at: Instead of layers: a dictionary's layer and number, as `attach` returned them, or a list of these.
 
     Returns:
         Layer → (indices, activations), `[prompts, (positions,) k]` each, on `device`.
 
     Raises:
-        ValueError: `k` is not positive, or several dictionaries are attached to a layer: detach all but one.
+        ValueError: `k` is not positive, `at` and `layers` are both given, or several dictionaries are attached to a
+            layer: name them with `at`.
         Unavailable: No dictionary is attached to a layer that was asked for.
         InsideTraceError: Called inside a trace of this model.
 
@@ -134,6 +138,12 @@ def collect_features(
     """
     largest = Largest(count(k, "k"))
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress, "remote": remote}
-    return SparseFeatures(
-        collect(model, prompts, "features", layers, positions, reduce=largest, resume=resume, **options)
-    )
+    if at is not None and layers is not None:
+        raise ValueError(
+            "collect_features() takes layers or at, which names dictionaries by layer and number; not both."
+        )
+    names: str | list[str] = "features"
+    if at is not None:
+        pairs: Any = [at] if isinstance(at, tuple) and isinstance(at[0], int) else at
+        names = [label_of("features", (layer, number)) for layer, number in pairs]
+    return SparseFeatures(collect(model, prompts, names, layers, positions, reduce=largest, resume=resume, **options))

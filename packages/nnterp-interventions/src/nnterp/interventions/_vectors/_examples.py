@@ -75,7 +75,7 @@ def states_at(
         progress=progress,
         remote=remote,
     )
-    layers_read = found.layers["layers_output"]
+    layers_read = [layer for layer in found.layers["layers_output"] if isinstance(layer, int)]
     states = {layer: found["layers_output", layer].double() for layer in layers_read}
     for layer, state in states.items():
         if state.dim() != 2:
