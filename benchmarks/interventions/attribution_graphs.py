@@ -3,8 +3,9 @@
     python benchmarks/interventions/attribution_graphs.py
     python benchmarks/interventions/attribution_graphs.py --layers 30 --hidden 576 --features 4096 16384 65536
 
-A random model of Llama's kind, with random transcoders of every layer, of which about 2 % of the features are active. One
-process, one thread, CPU time. Memory is what the peak of the process grows by during the call, beyond the transcoders.
+A random model of Llama's kind, with random transcoders of every layer, of which about 2 % of the features are active.
+One process, one thread, CPU time. Memory is what the peak of the process grows by during the call, beyond the
+transcoders.
 """
 
 import argparse
@@ -79,8 +80,8 @@ def main():
         cost, nodes = graph.about["cost"], graph.about["cost"]["nodes"]
         print(
             f"{features} features a layer, {graph.active} active, {nodes} targets: {cost['forwards']} forwards and "
-            f"{cost['backwards']} backwards of the prompt; {seconds / base:.0f} plain forwards ({seconds / base / nodes:.2f} "
-            f"a target), {peak() - before:.0f} MiB"
+            f"{cost['backwards']} backwards of the prompt; {seconds / base:.0f} plain forwards "
+            f"({seconds / base / nodes:.2f} a target), {peak() - before:.0f} MiB"
         )
 
 
