@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the dictionaries, one folder each")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure those that are shipped")
     parser.add_argument("--only", nargs="*", help="names of some of them")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--features", type=int)
@@ -154,7 +155,7 @@ def main() -> None:
     sites |= {f"transcoder_{i}": (f"mlps_input[{i}]", f"mlps_output[{i}]") for i in range(layers)}
     sites = {name: pair for name, pair in sites.items() if not arguments.only or name in arguments.only}
     wanted = {site for pair in sites.values() for site in pair}
-    training = activations(arguments.seed + 11, DOCUMENTS, wanted)
+    training = activations(arguments.seed + 11, arguments.documents, wanted)
     held_out = activations(arguments.seed + 12, 1000, wanted)
     some = next(iter(training.values()))
     print(f"{len(some):,} tokens to train on, {time.process_time() - began:.0f} s", flush=True)

@@ -7,9 +7,13 @@ formulas of transcoders stand here again.
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from unittest import mock
 
 import torch
+
+from nnterp.interventions import attribution_graph
+from nnterp.traced import Activation, Dictionary
 
 # Type → layers, the feed-forward in a layer (its input is what transcoders read), what it adds to the stream if that is
 # not what it returns, the last norm, the head.
@@ -145,3 +149,39 @@ class Slow:
             for position, error in enumerate(errors[layer]):
                 found["error", layer, position] = float(slope[0, position] @ error)
         return found
+
+
+IDS = [5, 9, 12, 7, 30, 22, 17]
+
+
+def transcoders_of(model, features=20, seed=0, skip=False, activation=Activation):
+    """Random transcoders of every feed-forward."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.hidden_size
+
+    def random(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    return {
+        layer: Dictionary(
+            random(features, width, scale=width**-0.5),
+            random(features, scale=0.3),
+            random(features, width, scale=0.3),
+            random(width, scale=0.1),
+            activation(),
+            input_bias=random(width, scale=0.1),
+            skip=random(width, width, scale=0.5 * width**-0.5) if skip else None,
+            reads=f"mlps_input[{layer}]",
+        )
+        for layer in range(model.num_layers)
+    }
+
+
+@cache
+def whole(model):
+    """The graph of one model, with skip transcoders, made once."""
+    return attribution_graph(model, transcoders_of(model, skip=True), IDS, progress=False)
+
+
+def parts_of(own):
+    return own.encoder, own.encoder_bias, own.decoder, own.decoder_bias, own.activation, own.input_bias

@@ -33,8 +33,12 @@ from nnterp.traced import (
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AUTOENCODERS = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-OURS = ("groupmax", "gated_transcoder", "topk_transcoder", "groupmax_transcoder")
-OURS += tuple(name.replace("_transcoder", "_skip_transcoder") for name in OURS[1:])
+_BOTH = ("gated", "topk", "groupmax")
+OURS = (
+    "groupmax",
+    *(f"{name}_transcoder" for name in _BOTH),
+    *(f"{name}_skip_transcoder" for name in _BOTH),
+)
 _OLD_NAMES = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 _SCALINGS = {"layer_norm": UnitVariance, "constant_norm_rescale": ConstantNorm}
 
@@ -124,7 +128,9 @@ def _require(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], setting
     require_tensors(path, tensors, needed, ["scaling_factor", "input_bias", "b_enc"])
     width, features = setting(path, settings, "d_in", int), setting(path, settings, "d_sae", int)
     output = setting(path, settings, "d_out", int) if kind.endswith("transcoder") else width
-    shapes = dict.fromkeys(("b_enc", "b_gate", "b_mag", "r_mag", "threshold", "scaling_factor"), (features,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("b_enc", "b_gate", "b_mag", "r_mag", "threshold", "scaling_factor"), (features,)
+    )
     shapes |= {"W_enc": (width, features), "W_dec": (features, output), "b_dec": (output,), "W_skip": (output, width)}
     require_shapes(str(path), tensors, shapes | {"topk_threshold": (), "input_bias": (width,)})
 

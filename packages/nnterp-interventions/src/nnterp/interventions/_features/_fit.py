@@ -156,7 +156,12 @@ def dictionary_fit(
 
     in_batches(model, rows, batch_size, second, "dictionary_fit", progress)
     tensors = sums.tensors()
-    axes = {"density": ("features",), "mean_activation": ("features",), "losses": ("runs",), "measures": ("measures",)}
+    axes: dict[str, tuple[str, ...]] = {
+        "density": ("features",),
+        "mean_activation": ("features",),
+        "losses": ("runs",),
+        "measures": ("measures",),
+    }
     labels = {"features": tuple(range(dictionary.num_features)), "runs": _RUNS}
     labels["measures"] = ("explained_variance", "cosine", "l0")
     about = describe_run(

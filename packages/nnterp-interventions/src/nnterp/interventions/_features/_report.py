@@ -76,7 +76,7 @@ class FeatureReport(Result):
     def _summary(self, feature: int, tokens: int) -> dict[str, Any]:
         at = self._row(feature)
         contexts = self.contexts(feature)
-        row = {"feature": feature, "density": float(self["density"][at])}
+        row: dict[str, Any] = {"feature": feature, "density": float(self["density"][at])}
         row["mean activation"] = float(self["mean_activation"][at])
         row["peak"] = contexts[0]["peak"] if contexts else float("nan")
         row["context"] = "".join(contexts[0]["tokens"]) if contexts else ""

@@ -125,6 +125,15 @@ def sites_of(model: StandardizedTransformer, transcoders: Any, what: str) -> Sit
         places = tuple(sorted(found, key=lambda place: when(model, place)))
     except (KeyError, TypeError) as error:
         raise Unavailable(f"{model.model_class}: in which order its values are computed is not known.") from error
+    for own in layers:
+        first, last = (
+            max(places.index(place) for place in reads(model, model.place(*key))[0]) for key in (own.reads, own.writes)
+        )
+        if first >= last:
+            raise ValueError(
+                f"transcoders[{own.layer}] reads {own.reads[0]}[{own.layer}], which the model computes after the "
+                f"{own.writes[0]}[{own.layer}] that it writes."
+            )
     return Sites(tuple(layers), entering, leaving, places, cross)
 
 

@@ -5,20 +5,53 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from nnterp.files import write_whole
-
-if TYPE_CHECKING:
-    from nnterp.interventions._graphs._graph import AttributionGraph
-    from nnterp.interventions._graphs._node import GraphNode
+from nnterp.interventions._graphs._node import GraphNode
 
 _SHOWN = {"\n": "⏎", "\t": "→", "\r": "↵"}
-_INDEX = "graph-metadata.json"
+_INDEX, _PACKAGE = "graph-metadata.json", "nnterp-interventions"
+_SETTINGS = {"max_features": "max_feature_nodes", "max_logits": "max_n_logits", "probability": "desired_logit_prob"}
+
+
+class Shown(Protocol):
+    """What is written of an `AttributionGraph`."""
+
+    @property
+    def nodes(self) -> tuple[GraphNode, ...]:
+        """Its nodes."""
+        ...
+
+    @property
+    def edges(self) -> torch.Tensor:
+        """Direct effects, `[nodes, nodes]`."""
+        ...
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The prompt's tokens."""
+        ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it was made from."""
+        ...
+
+    @property
+    def cumulative(self) -> torch.Tensor:
+        """The share of influence of each node and all stronger ones, `[nodes]`."""
+        ...
+
+    def prune(self, node_threshold: float, edge_threshold: float) -> Shown:
+        """The part of it that is shown."""
+        ...
 
 
 def content(
-    graph: AttributionGraph, slug: str, scan: str = "", node_threshold: float = 0.8, edge_threshold: float = 0.98
+    graph: Shown, slug: str, scan: str = "", node_threshold: float = 0.8, edge_threshold: float = 0.98
 ) -> dict[str, Any]:
     """A graph, pruned, as the viewer reads it.
 
@@ -47,6 +80,7 @@ def content(
         {"source": names[i], "target": names[j], "weight": float(part.edges[j, i])}
         for j, i in zip(targets.tolist(), sources.tolist(), strict=True)
     ]
+    arguments = graph.about.get("arguments", {})
     metadata = {
         "slug": slug,
         "scan": scan or str(graph.about.get("model", "")),
@@ -54,8 +88,10 @@ def content(
         "prompt_tokens": [_text(token) for token in graph.tokens],
         "prompt": "".join(graph.tokens),
         "node_threshold": node_threshold,
-        "info": {"creator_name": "nnterp", "neuronpedia_internal_model": None},
-        "generation_settings": {"max_feature_nodes": graph.about.get("arguments", {}).get("max_features")},
+        "info": {"generator": {"name": "nnterp", "version": graph.about.get("versions", {}).get(_PACKAGE, "")}},
+        "generation_settings": {
+            viewers: arguments[own] for own, viewers in _SETTINGS.items() if arguments.get(own) is not None
+        },
         "pruning_settings": {"node_threshold": node_threshold, "edge_threshold": edge_threshold},
     }
     parameters = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
@@ -122,7 +158,7 @@ def _text(token: str) -> str:
     return token
 
 
-def write(graph: AttributionGraph, folder: Path, slug: str, scan: str = "", **thresholds: float) -> Path:
+def write(graph: Shown, folder: Path, slug: str, scan: str = "", **thresholds: float) -> Path:
     """Write `{slug}.json`, and list it in the folder's `graph-metadata.json`."""
     if not isinstance(slug, str) or re.fullmatch(r"[\w.-]*\w[\w.-]*", slug) is None or f"{slug}.json" == _INDEX:
         raise ValueError(f"slug={slug!r:.60} is no name: letters, digits, dots, dashes and underscores.")
