@@ -1,10 +1,11 @@
-"""What every test needs: no network, one thread a worker, models built once a worker."""
+"""What every test needs: no network, one thread a worker, models built once a worker, no proofs of an earlier run."""
 
 import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["NNTERP_CACHE"] = "off"
 
 from functools import cache
 
