@@ -26,8 +26,8 @@ def matrix_of(model: StandardizedTransformer, path: str) -> torch.Tensor | None:
     module = model._module.get_submodule(path)
     if not isinstance(module, (nn.Linear, Conv1D)) or type(module) not in (nn.Linear, Conv1D):
         return None
-    weight: object = module.weight
-    if type(weight) is not nn.Parameter or weight.device.type == "meta":
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or type(weight) is not nn.Parameter or weight.device.type == "meta":
         return None
     if module._forward_hooks or module._forward_pre_hooks:  # weights that are fetched when it runs
         return None
