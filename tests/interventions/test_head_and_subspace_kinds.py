@@ -33,7 +33,7 @@ def test_scores_equal_a_slow_loop_over_plain_patterns(kind):
     model = eager(kind)
     layer = model.attention_layers[-1]
     patterns = [value(model, ids, "attention_probabilities", layer) for ids in PROMPTS]
-    for name in KINDS:
+    for name in KINDS[WITH_ATTENTION.index(kind) % 2 :: 2]:
         found = head_scores(model, name, PROMPTS, layers=[layer], draws=2, progress=False)["by_prompt"][:, 0]
         for i, ids in enumerate(PROMPTS):
             expected = torch.tensor([share(head, ids, name) for head in patterns[i]])

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 help = "say where proofs are kept on disk, and how many; --clear deletes them"
+examples = ("proofs", "proofs --clear")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

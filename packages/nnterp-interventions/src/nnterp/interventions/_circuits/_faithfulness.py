@@ -281,8 +281,8 @@ class _Faithfulness:
                 self.scores[k, chosen, size] = scoring(logits).float().cpu()
         if not (self.scores[:, chosen].isfinite().all() and self.ends[:, chosen].isfinite().all()):
             raise ValueError(
-                f"The metric of pairs {chosen} is not finite, in an unedited run or in one with edges cut. Take another "
-                "metric, load the model in float32, or leave these pairs out."
+                f"The metric of pairs {chosen} is not finite, in an unedited run or in one with edges cut. Take "
+                "another metric, load the model in float32, or leave these pairs out."
             )
         self.done[chosen] = True
 

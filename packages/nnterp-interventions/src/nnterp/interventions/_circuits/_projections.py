@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 def matrix_of(model: StandardizedTransformer, path: str) -> torch.Tensor | None:
     """The matrix of a projection, `[out, in]`; None if the module is more than a matrix and a bias."""
     module = model._module.get_submodule(path)
-    weight = getattr(module, "weight", None)
-    if type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter or weight.device.type == "meta":
+    if not isinstance(module, (nn.Linear, Conv1D)) or type(module) not in (nn.Linear, Conv1D):
+        return None
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or type(weight) is not nn.Parameter or weight.device.type == "meta":
         return None
     if module._forward_hooks or module._forward_pre_hooks:  # weights that are fetched when it runs
         return None
-    return weight.detach() if type(module) is nn.Linear else weight.detach().T
+    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
 
 
 def projections_of(model: StandardizedTransformer, block: Block) -> list[str]:
