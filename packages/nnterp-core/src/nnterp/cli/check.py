@@ -66,7 +66,10 @@ def _certificate(arguments: argparse.Namespace) -> Certificate:
     if not os.path.exists(arguments.model) and arguments.model in model_types():
         model = StandardizedTransformer(tiny_model(arguments.model), tokenizer=tiny_tokenizer())
     else:
-        options = {"trust_remote_code": arguments.trust_remote_code, "keep_proofs": False}  # what is printed was run now
+        options = {
+            "trust_remote_code": arguments.trust_remote_code,
+            "keep_proofs": False,
+        }  # what is printed was run now
         model = StandardizedTransformer(arguments.model, **options)
         if not arguments.no_weights:
             model.dispatch()

@@ -84,5 +84,5 @@ def _files(where: Path | None, drafts: bool = False) -> Iterator[Path]:
     for own in where.iterdir() if where is not None and where.is_dir() else ():
         for file in own.iterdir() if own.is_dir() and not own.is_symlink() else ():
             draft = file.name.startswith(".") and SUFFIX in file.name
-            if file.name.endswith(SUFFIX) and not draft or drafts and draft:
+            if (file.name.endswith(SUFFIX) and not draft) or (drafts and draft):
                 yield file
