@@ -319,11 +319,11 @@ def test_only_a_checkpoint_as_it_was_loaded_has_proofs(checkpoint, cache):
 
 
 def test_weights_edited_in_memory_take_no_proof_of_their_files(checkpoint, cache, said):
-    load(checkpoint).facts.inside  # noqa: B018
+    load(checkpoint).facts.inside
     model = load(checkpoint)
     model._module.model.layers[0].self_attn.q_proj.weight.data.mul_(2)
     del said[:]
-    model.facts.inside  # noqa: B018
+    model.facts.inside
     assert "proving where values inside its layers are" in said[0]
     assert "proven with another weights" in said[0]
 

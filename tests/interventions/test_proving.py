@@ -2,8 +2,9 @@
 
 import pytest
 
+import nnterp
 from nnterp import StandardizedTransformer
-from nnterp.interventions import activation_patching, components, logit_difference
+from nnterp.interventions import _proving, activation_patching, components, logit_difference
 from nnterp.interventions._engine import Shortcuts
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.testing import tiny_model, tiny_tokenizer
@@ -77,3 +78,20 @@ def test_a_call_proves_at_most_once(model, runs):
     again = activation_patching(model, CLEAN, CORRUPTED, metric)
     assert 0 < len(runs) < first
     assert again["scores"].isfinite().all()
+
+
+def test_shortcuts_are_taken_from_disk_for_the_very_same_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNTERP_CACHE", str(tmp_path))
+    first = proven_shortcuts(StandardizedTransformer(nnterp.toy_checkpoint()))
+    model = StandardizedTransformer(nnterp.toy_checkpoint())
+    model.dispatch()
+    edited = StandardizedTransformer(nnterp.toy_checkpoint())
+    edited.dispatch()
+    edited._module.model.layers[3].mlp.up_proj.weight.data[0, 0] += 1e-3
+    proofs = []
+    prove = _proving._prove
+    monkeypatch.setattr(_proving, "_prove", lambda own: proofs.append(own) or prove(own))
+    assert proven_shortcuts(model) == first
+    assert proofs == []
+    proven_shortcuts(edited)
+    assert proofs == [edited]

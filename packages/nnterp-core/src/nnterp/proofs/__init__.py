@@ -1,7 +1,7 @@
 """Proofs kept on disk, so that a model that was proven once is not proven again in the next process.
 
-They are in `~/.cache/nnterp/proofs`. `NNTERP_CACHE` names another folder than `~/.cache/nnterp`, or is "off". A proof is
-used only for a model that agrees with the proven one in everything that the proof rests on: see `key_of`.
+They are in `~/.cache/nnterp/proofs`. `NNTERP_CACHE` names another folder than `~/.cache/nnterp`, or is "off". A proof
+is used only for a model that agrees with the proven one in everything that the proof rests on: see `key_of`.
 """
 
 from nnterp.proofs._certified import certified, check_first_probabilities, proven_by_twin, with_kept_searches

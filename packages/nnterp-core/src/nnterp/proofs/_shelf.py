@@ -1,4 +1,4 @@
-"""Find a proof on disk, or prove and keep it. Whatever is wrong with the disk costs a line in the log, never an error."""
+"""Find a proof on disk, or prove and keep it. What is wrong with the disk costs a line in the log, never an error."""
 
 from __future__ import annotations
 
