@@ -81,11 +81,7 @@ class NamedTransformer(EditedTransformer):
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
-        self.standing, self.edits, self.loaded_files = (
-            (),
-            Edits(),
-            "",
-        )  # a digest of the checkpoint's, once it is loaded
+        self.standing, self.edits, self.loaded_files = (), Edits(), ""  # digest of the loaded checkpoint
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
@@ -365,8 +361,6 @@ class NamedTransformer(EditedTransformer):
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()
-
-    # -- travelling -------------------------------------------------------------------------------------------------
 
     def _prepare_request(self) -> None:
         if getattr(self.tokenizer, "padding_side", "left") != "left":
