@@ -206,7 +206,7 @@ def test_what_is_imported_is_declared(package):
         return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in project["dependencies"]}
 
     with_transformers = {re.split(r"[^\w.-]", r)[0].lower() for r in requires("transformers") or () if ";" not in r}
-    needed = declared(package) | declared("nnterp-core") | with_transformers
+    needed = {name.replace("_", "-") for name in declared(package) | declared("nnterp-core") | with_transformers}
     known = packages_distributions()
     undeclared = {
         f"{path.name}: {module}"
@@ -214,7 +214,7 @@ def test_what_is_imported_is_declared(package):
         if name == package
         for module in {m.partition(".")[0] for m in imports(path, at_import_only=True)}
         if module not in sys.stdlib_module_names and module != "nnterp"
-        if not {distribution.lower() for distribution in known.get(module, [module])} & needed
+        if not {distribution.lower().replace("_", "-") for distribution in known.get(module, [module])} & needed
     }
     assert undeclared == set()
 

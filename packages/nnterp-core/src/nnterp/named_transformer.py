@@ -69,16 +69,14 @@ class NamedTransformer(EditedTransformer):
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
-        self.standing, self.edits = (), Edits()
+        self.standing, self.edits, self.loaded_files = (), Edits(), ""  # digest of the loaded checkpoint
         self.attachments: dict[tuple[int, int], Attachment] = {}  # dictionaries, see `nnterp.attach`
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
-        self.loaded_files = ""  # a digest of the files that the weights were loaded from, if they can be told
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
-        anatomy = find_anatomy(self._module, rename_config)
         declared = None if rename_config is None else rename_config.attn_prob_source
-        self.adopt(unproven_facts(self._module, anatomy, declared))
+        self.adopt(unproven_facts(self._module, find_anatomy(self._module, rename_config), declared))
 
     def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
@@ -101,11 +99,11 @@ class NamedTransformer(EditedTransformer):
         return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
-        options = {"revision": self.revision, **kwargs}
-        files = checkpoint_digest(str(args[0]) if args else "", options)
+        name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}
+        files = checkpoint_digest(name, options)
         with self._turn, reported(self._load_reports):
             module = TransformersModel._load(self, *args, **kwargs)
-        self.loaded_files = files if files == checkpoint_digest(str(args[0]) if args else "", options) else ""
+        self.loaded_files = files if files == checkpoint_digest(name, options) else ""
         self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
         return module
 
@@ -222,8 +220,7 @@ class NamedTransformer(EditedTransformer):
         What a module that is not HuggingFace's returns, if that is one tensor.
         """
         require_running(self, "logits")
-        output = self.output
-        return output if isinstance(output, torch.Tensor) else output.logits
+        return output if isinstance(output := self.output, torch.Tensor) else output.logits
 
     @logits.setter
     def logits(self, tensor: torch.Tensor) -> None:
@@ -360,8 +357,6 @@ class NamedTransformer(EditedTransformer):
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()
-
-    # -- travelling -------------------------------------------------------------------------------------------------
 
     def _prepare_request(self) -> None:
         if getattr(self.tokenizer, "padding_side", "left") != "left":

@@ -115,7 +115,7 @@ class Reader:
         for field, hint in fields.items():
             if not fits(values[field], hint):
                 raise TypeError(f"{name}.{field} is a {type(values[field]).__name__}")
-        made = object.__new__(own)
+        made: Any = object.__new__(own)
         made.__dict__.update(values)
         return made
 
@@ -126,14 +126,15 @@ def fields_of(value: Any) -> dict[str, Any]:
     Raises:
         TypeError: It has attributes beside its fields, or lacks one.
     """
-    held, names = vars(value), names_of(type(value))
+    own: Any = type(value)
+    held, names = vars(value), names_of(own)
     if held.keys() != names.keys():
         raise TypeError(f"a {type(value).__name__} with other fields than its own cannot be written")
     return {name: held[name] for name in names}
 
 
 @functools.cache
-def names_of(own: type) -> dict[str, Any]:
+def names_of(own: Any) -> dict[str, Any]:
     """The fields of a class and their types; `Any` for types that are named for type checkers alone."""
     if dataclasses.is_dataclass(own):
         names, stated = [field.name for field in dataclasses.fields(own)], own
