@@ -8,6 +8,7 @@ import inspect
 import json
 import pkgutil
 import re
+import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -88,6 +89,13 @@ def test_importing_nnterp_is_light(fresh):
     heavy = re.compile(r"(plotly|pandas)(\.|$)|transformers\.models\..*\bmodeling_")
     assert [module for module in modules if heavy.match(module)] == []
     assert not said
+
+
+def test_importing_nnterp_leaves_the_slow_parts_of_transformers():
+    """They take longer than torch to import, and any model that is loaded brings them."""
+    program = "import sys, nnterp.interventions, nnterp.prompts; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, cwd=ROOT, check=True)
+    assert {"transformers.modeling_utils", "transformers.generation.utils"} & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("sibling", [module for module in SIBLINGS if module != "nnterp.display"])

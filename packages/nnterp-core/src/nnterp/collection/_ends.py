@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import StoppingCriteriaList
+
+if TYPE_CHECKING:  # they cost seconds to import, and only a generation needs them
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation import StoppingCriteriaList
 
 _PLAIN = ("greedy_search", "sample")
 # Settings whose code is given the whole rows, padding included, with the values at which they do nothing.
@@ -43,7 +45,7 @@ class Ends:
 
         def watched(generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
             require_plain(generation_config)
-            return _Watched(original(generation_config, *args, **kwargs), self.steps)
+            return _watched(original(generation_config, *args, **kwargs), self.steps)
 
         self.module.__dict__["_get_stopping_criteria"] = watched
         return self
@@ -66,15 +68,17 @@ class Ends:
         return torch.cat([torch.ones_like(done[:, :1], dtype=torch.bool), done[:, :-1] == 0], dim=1)
 
 
-class _Watched(StoppingCriteriaList):
-    def __init__(self, criteria: StoppingCriteriaList, steps: list[torch.Tensor]) -> None:
-        super().__init__(criteria)
-        self.steps = steps
+def _watched(criteria: StoppingCriteriaList, steps: list[torch.Tensor]) -> StoppingCriteriaList:
+    """The same criteria, which also note in `steps` the rows that are done after each step."""
+    from transformers.generation import StoppingCriteriaList
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        done = super().__call__(input_ids, scores, **kwargs)
-        self.steps.append(done.detach().cpu())
-        return done
+    class Watched(StoppingCriteriaList):
+        def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+            done = super().__call__(input_ids, scores, **kwargs)
+            steps.append(done.detach().cpu())
+            return done
+
+    return Watched(criteria)
 
 
 def require_plain(config: GenerationConfig) -> None:

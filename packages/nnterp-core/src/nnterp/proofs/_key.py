@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from nnsight.intervention.source import Controller
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nnterp.devices import input_device
 from nnterp.eager import attention_configs
@@ -159,6 +158,8 @@ def _why_off(model: Keyed) -> str:
 
 def _of_the_code(model: Keyed, package: str) -> Key:
     """The parts of a key that do not depend on weights."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # seconds to import, loaded with any model
+
     module = model._module
     attention = sorted({str(config._attn_implementation_internal) for config in attention_configs(module)})
     functions = [ALL_ATTENTION_FUNCTIONS[name] for name in attention if name in ALL_ATTENTION_FUNCTIONS]
