@@ -311,6 +311,23 @@ def test_circuit_tracer_layers(tmp_path):
     close(one.encode(x), found[1].encode(x))
 
 
+def test_a_transcoder_of_unknown_places_is_never_taken_for_an_autoencoder(tmp_path, toy):
+    """Without the config.yaml beside it: what it reads does not say what it writes."""
+    width = toy.hidden_size
+    rows = {"W_enc": normal(FEATURES, width), "W_dec": normal(FEATURES, width)}
+    save_file(rows | {"b_enc": normal(FEATURES), "b_dec": normal(width)}, tmp_path / "layer_1.safetensors")
+    found = nnterp.load_dictionary(tmp_path, "layer_1.safetensors", reads="mlps_input[1]")
+    assert (found.reads, found.writes, found.is_transcoder) == ("mlps_input[1]", None, True)
+    unknown = nnterp.load_dictionary(tmp_path, "layer_1.safetensors")
+    assert unknown.is_transcoder
+    for one in (found, unknown):
+        with pytest.raises(ValueError, match="writes='mlps_output"):
+            nnterp.attach(toy, one, at="mlps_input[1]")
+    assert not toy.attachments
+    again = nnterp.load_dictionary(nnterp.save_dictionary(unknown, tmp_path / "saved"))
+    assert again.is_transcoder
+
+
 def test_circuit_tracer_across_layers(tmp_path):
     xs = [normal(3, 4, WIDTH, seed=i) for i in range(3)]
     encoders = [normal(FEATURES, WIDTH, seed=10 + i) for i in range(3)]

@@ -80,6 +80,7 @@ def read_saelens(folder: Path, average_norm: float | None = None) -> Dictionary:
         source=str(folder),
         model_name=about.get("model_name"),
         prepend_bos=about.get("prepend_bos", None if "metadata" in settings else True),
+        transcodes=transcodes,
     )
     if settings.get("rescale_acts_by_decoder_norm"):
         found = with_decoder_norms(found)
