@@ -64,8 +64,8 @@ def attach(
     if writes is None:
         if dictionary.transcodes and dictionary.writes is None:
             raise ValueError(
-                f"The dictionary ({dictionary.source}) is a transcoder and does not say which value it decodes to: give "
-                "writes='mlps_output[12]'."
+                f"The dictionary ({dictionary.source}) is a transcoder and does not say which value it decodes to: "
+                "give writes='mlps_output[12]'."
             )
         writes = at if not dictionary.is_transcoder or dictionary.writes is None else dictionary.writes
     reads_value, reads = _value(model, at, "at")
