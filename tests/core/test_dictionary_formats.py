@@ -166,6 +166,25 @@ def test_constant_norm(tmp_path):
     close(found.decode(features, x), (features @ w["W_dec"] + w["b_dec"]) / factor)
 
 
+@pytest.mark.parametrize("subtracts", [False, True])
+def test_trained_on_centred_weights(tmp_path, subtracts):
+    """TransformerLens' center_writing_weights: it was trained on the stream less its mean over channels."""
+    w, x = weights(), x_of() + 3
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    settings = cfg("standard", apply_b_dec_to_input=subtracts)
+    settings["metadata"] = {**settings["metadata"], **kwargs}
+    write(tmp_path, settings, w)
+    found = nnterp.load_dictionary(tmp_path)
+    centred = x - x.mean(-1, keepdim=True)
+    features = ((centred - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu()
+    assert not torch.allclose(features, ((x - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu(), atol=1e-2)
+    close(found.encode(x), features)
+    close(found.decode(features), features @ w["W_dec"] + w["b_dec"])
+    settings["metadata"]["hook_name"] = "blocks.5.attn.hook_z"  # what heads return is not centred
+    write(tmp_path, settings, w)
+    close(nnterp.load_dictionary(tmp_path).encode(x), ((x - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu())
+
+
 def test_average_norm_is_asked_for_and_folded_in(tmp_path):
     w, x = weights() | {"threshold": torch.full((FEATURES,), 0.3)}, x_of()
     settings = cfg("jumprelu", normalize_activations="expected_average_only_in", apply_b_dec_to_input=True)
