@@ -166,6 +166,25 @@ def test_constant_norm(tmp_path):
     close(found.decode(features, x), (features @ w["W_dec"] + w["b_dec"]) / factor)
 
 
+@pytest.mark.parametrize("subtracts", [False, True])
+def test_trained_on_centred_weights(tmp_path, subtracts):
+    """TransformerLens' center_writing_weights: it was trained on the stream less its mean over channels."""
+    w, x = weights(), x_of() + 3
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    settings = cfg("standard", apply_b_dec_to_input=subtracts)
+    settings["metadata"] = {**settings["metadata"], **kwargs}
+    write(tmp_path, settings, w)
+    found = nnterp.load_dictionary(tmp_path)
+    centred = x - x.mean(-1, keepdim=True)
+    features = ((centred - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu()
+    assert not torch.allclose(features, ((x - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu(), atol=1e-2)
+    close(found.encode(x), features)
+    close(found.decode(features), features @ w["W_dec"] + w["b_dec"])
+    settings["metadata"]["hook_name"] = "blocks.5.attn.hook_z"  # what heads return is not centred
+    write(tmp_path, settings, w)
+    close(nnterp.load_dictionary(tmp_path).encode(x), ((x - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu())
+
+
 def test_average_norm_is_asked_for_and_folded_in(tmp_path):
     w, x = weights() | {"threshold": torch.full((FEATURES,), 0.3)}, x_of()
     settings = cfg("jumprelu", normalize_activations="expected_average_only_in", apply_b_dec_to_input=True)
@@ -309,6 +328,23 @@ def test_circuit_tracer_layers(tmp_path):
     assert (found[2].reads, found[2].writes) == ("mlps_input[2]", "mlp_contributions[2]")
     one = nnterp.load_dictionary(tmp_path, "layer_1.safetensors")
     close(one.encode(x), found[1].encode(x))
+
+
+def test_a_transcoder_of_unknown_places_is_never_taken_for_an_autoencoder(tmp_path, toy):
+    """Without the config.yaml beside it: what it reads does not say what it writes."""
+    width = toy.hidden_size
+    rows = {"W_enc": normal(FEATURES, width), "W_dec": normal(FEATURES, width)}
+    save_file(rows | {"b_enc": normal(FEATURES), "b_dec": normal(width)}, tmp_path / "layer_1.safetensors")
+    found = nnterp.load_dictionary(tmp_path, "layer_1.safetensors", reads="mlps_input[1]")
+    assert (found.reads, found.writes, found.is_transcoder) == ("mlps_input[1]", None, True)
+    unknown = nnterp.load_dictionary(tmp_path, "layer_1.safetensors")
+    assert unknown.is_transcoder
+    for one in (found, unknown):
+        with pytest.raises(ValueError, match="writes='mlps_output"):
+            nnterp.attach(toy, one, at="mlps_input[1]")
+    assert not toy.attachments
+    again = nnterp.load_dictionary(nnterp.save_dictionary(unknown, tmp_path / "saved"))
+    assert again.is_transcoder
 
 
 def test_circuit_tracer_across_layers(tmp_path):

@@ -10,6 +10,7 @@ from nnterp.interventions import (
     activation_patching,
     kl_divergence,
     logit_difference,
+    probability_difference,
     target_probability,
 )
 from nnterp.positions import at, last_of
@@ -158,6 +159,16 @@ def test_own_metric_and_divergence(tiny):
         a, b = (logits_with(model, p)[-1].log_softmax(-1) for p in (CLEAN[i], CORRUPTED[i]))
         assert divergence["corrupted"][i].item() == pytest.approx((a.exp() * (a - b)).sum().item(), rel=1e-3)
         assert divergence["scores"][i, -1, -1].abs() < 1e-4
+
+
+def test_a_token_named_twice_has_its_probability_once(tiny):
+    model = tiny("llama")
+    logits = torch.randn(2, model.vocab_size, generator=torch.Generator().manual_seed(0))
+    probs = logits.softmax(-1)
+    bound = target_probability([[5, 9, 5]]).bind(model, 1, logits)
+    torch.testing.assert_close(bound(logits, 0), probs[:, 5] + probs[:, 9])
+    bound = probability_difference([[5, 5]], [[9, 9, 7]]).bind(model, 1, logits)
+    torch.testing.assert_close(bound(logits, 0), probs[:, 5] - probs[:, 9] - probs[:, 7])
 
 
 def test_many_pairs_are_held_a_few_at_a_time(tiny, monkeypatch):

@@ -213,6 +213,36 @@ def test_two_dictionaries_of_one_value_act_one_after_the_other(model):
     same(logits[0], hooked(model, A, 1, lambda x: raised(b, 7, 4.0)(raised(a, 3, 5.0)(x))))
 
 
+def test_features_written_stay_written_beside_those_of_the_same_place_under_another_name(model):
+    a, b = dictionary(), dictionary(features=24, seed=1)
+    attach(model, a, "mlps_output[1]")
+    attach(model, b, "mlp_contributions[1]")
+    x = stream(model, A, "mlps_output")
+    before = torch.relu(x @ a.encoder.T + a.encoder_bias)
+    with torch.no_grad(), model.trace(A):
+        one = model.features[1, 0]
+        one[..., 3] = 5.0
+        model.features[1, 0] = one
+        model.features[1, 1].save()
+        again = model.features[1, 0].save()
+        model.features[1, 0] = again * 0 + one
+        written = model.mlps_output[1].save()
+    assert (again[..., 3] == 5).all()
+    same(again[..., 4:], before[..., 4:])
+    same(written, x + (5 - before[..., 3])[..., None] * a.decoder[3])
+
+
+def test_negative_features_are_among_the_collected(model):
+    d = dictionary(activation=TopK(30, signed=True))
+    attach(model, d, "layers_output[1]")
+    x = stream(model, A)
+    pre = x @ d.encoder.T + d.encoder_bias
+    dense = torch.zeros_like(pre).scatter(-1, *pre.topk(30)[::-1])
+    assert (dense < 0).any()
+    indices, activations = collect_features(model, [A], k=30)[1]
+    same(torch.zeros_like(dense).scatter(-1, indices, activations), dense)
+
+
 def test_an_edit_of_the_value_is_seen_by_its_features(model):
     d = dictionary()
     attach(model, d, "layers_output[1]")

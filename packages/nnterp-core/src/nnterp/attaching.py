@@ -38,8 +38,9 @@ def attach(
         The layer and the dictionary's number in it: what indexes `model.features`.
 
     Raises:
-        ValueError: It is not known what the dictionary reads, there is no such value, the value has no layer or no
-            axis of positions, a transcoder writes before it reads, or the dictionary is attached there already.
+        ValueError: It is not known what the dictionary reads, or what a transcoder writes, there is no such value, the
+            value has no layer or no axis of positions, a transcoder writes before it reads, or the dictionary is
+            attached there already.
         IndexError: There is no such layer.
         Unavailable: The model does not have the value.
         ShapeError: The dictionary's width is not the model's.
@@ -61,6 +62,11 @@ def attach(
             "The dictionary does not say which value it encodes (its `reads` is None): give at='layers_output[12]'."
         )
     if writes is None:
+        if dictionary.transcodes and dictionary.writes is None:
+            raise ValueError(
+                f"The dictionary ({dictionary.source}) is a transcoder and does not say which value it decodes to: "
+                "give writes='mlps_output[12]'."
+            )
         writes = at if not dictionary.is_transcoder or dictionary.writes is None else dictionary.writes
     reads_value, reads = _value(model, at, "at")
     writes_value, writes_at = _value(model, writes, "writes")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Largest(Record):
-    """The `k` largest features of each position, and their indices, in one tensor `[rows, (positions,) 2 × k]`."""
+    """The `k` features of each position that are furthest from 0, and their indices: `[rows, (positions,) 2 × k]`."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -30,8 +30,8 @@ class Largest(Record):
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Activations in the first half, indices in the second; exact in float32 up to 2**24 features."""
         wide = torch.float64 if features.dtype == torch.float64 or features.shape[-1] > 2**24 else torch.float32
-        largest = features.topk(min(self.k, features.shape[-1]), dim=-1)
-        return torch.cat([largest.values.to(wide), largest.indices.to(wide)], dim=-1)
+        indices = features.abs().topk(min(self.k, features.shape[-1]), dim=-1).indices
+        return torch.cat([features.gather(-1, indices).to(wide), indices.to(wide)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
     """The largest features of each position of many prompts: layer, or (layer, number) → (indices, activations).
 
     `indices` is `[prompts, (positions,) k]` int64 and `activations` the same shape, float32 (float64 for a float64
-    dictionary), largest first. Where fewer than `k` features are active, the rest have activation 0, as has everything
-    where a prompt has no position (`mask`).
+    dictionary), largest first, by absolute value: some dictionaries have negative features (`TopK(k, signed=True)`).
+    Where fewer than `k` features are active, the rest have activation 0, as has everything where a prompt has no
+    position (`mask`).
 
     Attributes:
         collected: As `model.collect` returned it, indices and activations side by side; `save` and `load` keep it.

@@ -54,6 +54,7 @@ def read_layer(path: Path, name: str) -> Dictionary:
         writes=writes,
         source=name,
         model_name=settings.get("model_name"),
+        transcodes=True,
     )
 
 
@@ -96,6 +97,7 @@ def read_cross_layer(folder: Path, name: str) -> CrossLayerTranscoder:
                 writes=writes,
                 source=f"{name} ({i})",
                 model_name=settings.get("model_name"),
+                transcodes=True,
             )
         )
         decoders.append(decoder)

@@ -47,6 +47,7 @@ def read_first(path: Path, name: str) -> Dictionary:
         source=name,
         model_name=f"google/gemma-2-{release[1]}{'-it' if release[2] == 'it' else ''}" if release else None,
         prepend_bos=True,
+        transcodes=transcodes,
     )
 
 
@@ -84,4 +85,5 @@ def read_second(path: Path, name: str) -> Dictionary:
         source=name,
         model_name=settings.get("model_name"),
         prepend_bos=True,
+        transcodes=given not in (None, settings.get("hf_hook_point_in")),
     )

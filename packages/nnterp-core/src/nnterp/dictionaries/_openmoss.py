@@ -60,6 +60,7 @@ def read_openmoss(folder: Path, name: str) -> Dictionary:
         scaling=ConstantNorm() if token_wise else None,
         model_name=settings.get("model_name"),
         prepend_bos=True,
+        transcodes=settings.get("hook_point_out") not in (None, settings.get("hook_point_in")),
     )
 
 

@@ -40,6 +40,10 @@ OURS = (
     *(f"{name}_skip_transcoder" for name in _BOTH),
 )
 _OLD_NAMES = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+_WRITTEN = (
+    *("layers_input", "layers_mid", "layers_output"),
+    *("attention_contributions", "attentions_output", "mlp_contributions", "mlps_output"),
+)
 _SCALINGS = {"layer_norm": UnitVariance, "constant_norm_rescale": ConstantNorm}
 
 
@@ -80,7 +84,10 @@ def read_saelens(folder: Path, average_norm: float | None = None) -> Dictionary:
         source=str(folder),
         model_name=about.get("model_name"),
         prepend_bos=about.get("prepend_bos", None if "metadata" in settings else True),
+        transcodes=transcodes,
     )
+    if _centred(settings) or _centred(about):
+        found = _of_uncentred(where, found)
     if settings.get("rescale_acts_by_decoder_norm"):
         found = with_decoder_norms(found)
     if "scaling_factor" in tensors and settings.get("finetuning_scaling_factor"):
@@ -155,6 +162,35 @@ def _activation(where: Path, kind: str, settings: Mapping[str, Any], tensors: Ma
 def _scaling(where: Path, settings: Mapping[str, Any], transcodes: bool) -> Scaling | None:
     made = _SCALINGS.get(settings.get("normalize_activations") or "none")
     return made(restores=not transcodes) if made else None
+
+
+def _centred(settings: Mapping[str, Any]) -> bool:
+    """Whether it was trained on a model whose weights TransformerLens had centred."""
+    given = settings.get("model_from_pretrained_kwargs")
+    return isinstance(given, Mapping) and bool(given.get("center_writing_weights"))
+
+
+def _of_uncentred(where: Path, dictionary: Dictionary) -> Dictionary:
+    """A dictionary for the stream as it is, from one for the stream less its mean over channels.
+
+    TransformerLens' `center_writing_weights` takes that mean off all that is written to the stream. What is decoded
+    stays without it; a layer norm does not see it.
+
+    Raises:
+        ValueError: It cannot be told whether what it encodes is centred, or it scales what it encodes.
+    """
+    if dictionary.reads is None or dictionary.scaling is not None:
+        raise ValueError(
+            f"{where}: it was trained with center_writing_weights, and "
+            + ("the value it encodes is not known." if dictionary.reads is None else "scales what it encodes.")
+        )
+    if dictionary.reads.partition("[")[0] not in _WRITTEN:
+        return dictionary
+    encoder, bias = dictionary.encoder, dictionary.encoder_bias
+    means = encoder.mean(dim=1, keepdim=True)
+    if dictionary.input_bias is not None:  # the bias is not centred with the activation
+        bias = bias - means[:, 0] * dictionary.input_bias.sum()
+    return replace(dictionary, encoder=encoder - means, encoder_bias=bias)
 
 
 def with_decoder_norms(dictionary: Dictionary) -> Dictionary:

@@ -64,4 +64,5 @@ def read_sparsify(folder: Path, name: str) -> Dictionary:
         writes=writes,
         source=name,
         model_name=run.get("model"),
+        transcodes=transcodes,
     )

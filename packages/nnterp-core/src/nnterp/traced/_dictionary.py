@@ -143,6 +143,7 @@ class Dictionary(Record):
         scaling: How each activation is scaled before it is encoded; None if it is not.
         model_name: The model that it was trained on, as its publisher names it; None if unknown.
         prepend_bos: Whether a beginning-of-sequence token preceded the texts it was trained on; None if unknown.
+        transcodes: Whether it is known to be a transcoder, also where the values that it reads and writes are unknown.
     """
 
     def __init__(
@@ -160,12 +161,14 @@ class Dictionary(Record):
         scaling: Scaling | None = None,
         model_name: str | None = None,
         prepend_bos: bool | None = None,
+        transcodes: bool = False,
     ) -> None:
         self.encoder, self.encoder_bias = encoder, encoder_bias
         self.decoder, self.decoder_bias = decoder, decoder_bias
         self.activation, self.input_bias, self.skip = activation, input_bias, skip
         self.reads, self.writes, self.source = reads, writes, source
         self.scaling, self.model_name, self.prepend_bos = scaling, model_name, prepend_bos
+        self.transcodes = transcodes
 
     def __repr__(self) -> str:
         kind = "transcoder" if self.is_transcoder else "autoencoder"
@@ -195,7 +198,7 @@ class Dictionary(Record):
     @property
     def is_transcoder(self) -> bool:
         """Whether it decodes to another value than the one it encodes."""
-        return self.writes != self.reads
+        return self.transcodes or self.writes != self.reads
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., features]` of activations `[..., width]`: what the activation function is given."""

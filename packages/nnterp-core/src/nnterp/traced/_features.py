@@ -71,7 +71,7 @@ class Features(Record):
     def current(self, model: Running, label: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What is encoded, `[batch, seq, width]`, and its features: those last written, if it has not changed since."""
         x = self.flat(shown(model, self.read_place, self.axes, label), self.axes)
-        seen, features = noted_of(model, self.reads).get(self.index, (None, None))
+        seen, features = noted_of(model, self.read_place).get(self.index, (None, None))
         if seen is not None and seen.shape == x.shape and not is_fake(x) and torch.equal(seen, x):
             return x, features
         features = self.encode(x)
@@ -80,7 +80,7 @@ class Features(Record):
 
     def note(self, model: Running, x: torch.Tensor, features: torch.Tensor) -> None:
         """Keep the features of what is encoded until the block goes on to another value."""
-        noted_of(model, self.reads)[self.index] = x.detach().clone(), features
+        noted_of(model, self.read_place)[self.index] = x.detach().clone(), features
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The features of the value.
@@ -246,10 +246,10 @@ def shown(model: Running, place: Place, axes: int, label: str) -> torch.Tensor:
     return tensor if tensor.dim() >= axes else unflattened(model, tensor)
 
 
-def noted_of(model: Running, reads: str) -> dict[tuple[int, int], Any]:
-    """What the running block has encoded of a value in this pass; what it noted of any other value is dropped."""
+def noted_of(model: Running, reads: Place) -> dict[tuple[int, int], Any]:
+    """What the running block has encoded at a place in this pass; what it noted at any other place is dropped."""
     mine: Any = Mediator.current("features")
-    now = step_of(model, mine), reads
+    now = step_of(model, mine), str(reads)
     kept = mine.__dict__.get("_nnterp_features")
     if kept is None or kept[0] != now:
         kept = mine.__dict__["_nnterp_features"] = (now, {})

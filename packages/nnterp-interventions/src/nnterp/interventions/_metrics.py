@@ -62,7 +62,7 @@ def target_probability(target: Any) -> Metric:
 
     def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
         ids = ids_per_prompt(model, target, prompts, "target_probability(target=...)")
-        return lambda logits, prompt: logits.softmax(-1)[:, _real(ids[prompt], logits)].sum(-1)
+        return lambda logits, prompt: _sum_at(logits.softmax(-1), ids[prompt])
 
     return Metric("target_probability", bind)
 
@@ -81,8 +81,7 @@ def probability_difference(greater: Any, smaller: Any) -> Metric:
 
         def difference(logits: torch.Tensor, prompt: int) -> torch.Tensor:
             probs = logits.softmax(-1)
-            own, other = (probs[:, _real(ids[prompt], logits)].sum(-1) for ids in (more, less))
-            return own - other
+            return _sum_at(probs, more[prompt]) - _sum_at(probs, less[prompt])
 
         return difference
 
@@ -184,6 +183,10 @@ def scored(bound: Bound, cells: Sequence[Cell]) -> Reduce:
 
 def _mean_at(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits[:, _real(ids, logits)].mean(-1)
+
+
+def _sum_at(probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return probs[:, _real(ids, probs).unique()].sum(-1)  # a token that is named twice has its probability once
 
 
 def _real(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
