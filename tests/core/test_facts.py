@@ -82,7 +82,7 @@ def test_the_weights_arrive_with_one_assignment(tmp_path):
     loaded = {name: id(value) for name, value in vars(model).items()}
     model.dispatch()
     own = {name for name, value in vars(model).items() if loaded.get(name) != id(value)} - vars(plain).keys()
-    assert own <= {"facts", "certificate"}
+    assert own <= {"facts", "certificate", "loaded_files"}
     assert model.facts.proof == "weights"
 
 

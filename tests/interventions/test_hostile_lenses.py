@@ -322,7 +322,7 @@ def test_a_model_in_the_place_of_another_is_not_taken_for_it(small, lens):
         other = StandardizedTransformer(tiny_model("llama", seed=seed), tokenizer=tiny_tokenizer())
         with pytest.raises(ValueError, match="fixed row of tokens"):
             lens.check(other)
-    assert len(lens._fits._known) <= 2
+    assert len(lens._fits._known) <= 4  # of seven models: those that are gone are forgotten
     with torch.no_grad():
         other._module.lm_head.weight.data = other._module.lm_head.weight.data * 2
     with pytest.raises(ValueError, match="fixed row of tokens"):

@@ -12,6 +12,8 @@ from nnterp.table import VALUES
 from nnterp.traced import LAYER, Directory
 from nnterp.values._lookup import Known
 
+NO_DICTIONARY = "No dictionary is attached: nnterp.attach(model, dictionary, at='layers_output[3]') attaches one."
+
 Index = int | tuple[int, int]
 Entry = tuple[Any, str, tuple[Any, ...] | None]
 
@@ -30,6 +32,7 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
     entries: dict[str, list[Entry]] = {}
     for name, value in VALUES.items():
         if name == "features":  # dictionaries travel beside the directory
+            entries[name] = [(None, NO_DICTIONARY, None)]
             continue
         if value.per_layer:
             at = [*layers, *(several if value.role == "self_attn" else ())]
