@@ -208,6 +208,15 @@ def test_chosen_positions_and_one_position(tmp_path, toy, plain):
                 )
 
 
+def test_entries_of_prompts_mean_the_same_in_every_shard(tmp_path, toy):
+    lists = [[0, 1], 2, -1, 0]  # the second shard holds no list, and its entries still belong to one prompt each
+    texts = ["The capital of France is", "The capital of Spain", "Hello there, my friend", "A dog ran"]
+    stored = toy.collect(texts, "layers_output", positions=lists, to=tmp_path / "mixed", prompts_per_shard=2)
+    ids = [toy.tokenizer(text)["input_ids"] for text in texts]
+    expected = [[0, 1], [2], [len(ids[2]) - 1], [0]]
+    assert [stored[i]["positions"].tolist() for i in range(4)] == expected
+
+
 @pytest.mark.parametrize("position", [None, -1])
 def test_patterns(tmp_path, plain, position):
     model = nnterp.StandardizedTransformer(nnterp.toy_checkpoint(), enable_attention_probs=True)

@@ -49,10 +49,10 @@ class _Job:
     def rows(self, prompts: Sequence[Any], first: int) -> tuple[list[Row], _Chosen]:
         """Prompts as token ids, and their positions."""
         rows = encode_each(self.model, prompts, first)
-        mine = self.positions if self.lists is None else self.lists[first : first + len(rows)]
+        each = [self.positions] * len(rows) if self.lists is None else self.lists[first : first + len(rows)]
         chosen = [
             resolve(self.model, row, one, f"Prompt {first + i}")
-            for i, (row, one) in enumerate(zip(rows, per_prompt(mine, len(rows)), strict=True))
+            for i, (row, one) in enumerate(zip(rows, each, strict=True))
         ]
         return rows, chosen
 
