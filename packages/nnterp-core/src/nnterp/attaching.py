@@ -18,13 +18,13 @@ def attach(
 ) -> tuple[int, int]:
     """Make the features of a dictionary a value of a model: `model.features[layer]`.
 
-    Reading encodes the value that the dictionary reads. Writing adds the decoded change of the features to the value
-    that it writes, so that what the dictionary does not reconstruct stays as it is, and a run in which nothing is
-    changed gives the same numbers bit for bit. A transcoder reads at one place and writes at a later one: the change is
-    made when the forward pass comes to the later one.
+    Reading the features encodes the value that the dictionary reads: `[batch, seq, features]`, a new tensor in the
+    dictionary's dtype and on its device. Writing them decodes the change and adds it to the value that the dictionary
+    writes, in the model's dtype. The reconstruction error therefore stays as it is, and features that are written back
+    unchanged leave the run unchanged, bit for bit in float32. A transcoder reads one value and writes a later one: the
+    change is added when the forward pass reaches the later one.
 
-    Several dictionaries may be attached, also to one layer; each has a number in its layer, from 0. The dictionary
-    computes in its own dtype and on its own device.
+    Several dictionaries may be attached, also to one layer; those of a layer are numbered from 0.
 
     Args:
         model: The model; its weights may be absent.
@@ -35,7 +35,7 @@ def attach(
         writes: The value that it decodes to; if None, `dictionary.writes` for a transcoder, and `at` otherwise.
 
     Returns:
-        The layer and the dictionary's number in it: what indexes `model.features`.
+        The layer and the dictionary's number in it, with which `model.features` can be indexed.
 
     Raises:
         ValueError: It is not known what the dictionary reads, or what a transcoder writes, there is no such value, the
@@ -91,17 +91,21 @@ def attach(
 
 
 def detach(model: NamedTransformer, at: int | tuple[int, int] | str | None = None) -> None:
-    """Take dictionaries off a model; the numbers of the others stay.
+    """Remove attached dictionaries from a model; the numbers of the others do not change.
 
     Args:
         model: The model.
         at: Which one, as `model.features` is indexed: its layer, its layer and number, or the value that it reads or
-            writes. All if None.
+            writes. None removes all.
 
     Raises:
         ValueError: `at` may mean several dictionaries; lists them.
         Unavailable: No dictionary is attached there.
         InsideTraceError: Called inside a trace of this model.
+
+    Example:
+        >>> index = attach(model, dictionary, at="layers_output[2]")
+        >>> detach(model, index)
     """
     model.require_no_trace("detach()")
     _forget(model)

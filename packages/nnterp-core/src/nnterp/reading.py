@@ -148,8 +148,8 @@ class ReadTransformer(NamedTransformer):
                 generator or a `datasets` stream, which is read as it goes. The same call goes on from what an earlier
                 one has written. Rows keep the order of the prompts. `device`, `reduce`, `resume` and `max_new_tokens`
                 do not go with it.
-            prompts_per_shard: With `to`, prompts of one file, which is also what is computed anew after a kill. Prompts
-                of like length within a shard share batches.
+            prompts_per_shard: With `to`, how many prompts one file holds. A shard that is not finished when the process
+                is killed is computed again. Prompts of similar length within a shard share batches.
             rank: With `to`, the number of this process and how many write to the folder; each writes its own shards.
                 RANK and WORLD_SIZE if None, as `torchrun` and `accelerate launch` set them.
             **generation: Settings of the generation, as in `generate`.
@@ -169,6 +169,12 @@ class ReadTransformer(NamedTransformer):
             FileExistsError, it holds something else; OSError, the disk is full. Shards that are whole stay.
 
             An error in a later batch, and an interrupt, carry what is finished as `error.partial`.
+
+        Example:
+            >>> collected = model.collect(prompts, "layers_output", positions=-1)
+            >>> collected["layers_output"]  # [layers, prompts, hidden]
+            >>> dataset = model.collect(prompts, "layers_output", to="activations")
+            >>> dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
         """
         if to is not None:
             refuse_for_disk(device, reduce, max_new_tokens, resume, generation)

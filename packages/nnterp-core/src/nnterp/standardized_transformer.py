@@ -50,8 +50,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         check_attn_probs_with_trace: Check the probabilities by running the model, not only its shapes.
         allow_multimodal: Accepted for compatibility; text towers of multimodal models are found without it.
         rename_config: Names of parts for models whose structure does not give them away.
-        keep_proofs: Keep on disk what is proven of a checkpoint, and take it from there when the very same is loaded
-            again (see docs/certificate.md). With False everything is proven anew.
+        keep_proofs: Keep on disk what is proven of a checkpoint, and read it from there when the same checkpoint is
+            loaded again (see docs/certificate.md). With False nothing is read or written: everything is proven anew.
         **kwargs: Passed to nnsight and transformers: `dtype`, `device_map` ("auto" by default), `tokenizer`,
             `tokenizer_kwargs`, `revision`, `rename`, `dispatch`, `attn_implementation`, `automodel` (the class whose
             `from_pretrained` loads it, or its name), ...

@@ -110,10 +110,10 @@ def collect_features(
     resume: Collected | str | Path | None = None,
     at: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
 ) -> SparseFeatures:
-    """The `k` largest features of each position of many prompts, told from the others inside the trace.
+    """The `k` largest features of each position of many prompts, by absolute value, selected inside the trace.
 
     Memory grows by `k` numbers and `k` indices for each position and layer, whatever the dictionaries' sizes; the
-    features of one batch are held at a time. For all features as they are, `model.collect(prompts, "features")`.
+    features of one batch are held at a time. To collect all features, use `model.collect(prompts, "features")`.
 
     Args:
         model: The model, with dictionaries attached (`nnterp.attach`).
@@ -123,7 +123,8 @@ def collect_features(
         at: Instead of layers: a dictionary's layer and number, as `attach` returned them, or a list of these.
 
     Returns:
-        Layer → (indices, activations), `[prompts, (positions,) k]` each, on `device`.
+        `SparseFeatures`: layer → (indices, activations), `[prompts, (positions,) k]` each, on `device`; indices are
+            int64, activations float32 (float64 for a float64 dictionary).
 
     Raises:
         ValueError: `k` is not positive, `at` and `layers` are both given, or several dictionaries are attached to a

@@ -42,18 +42,18 @@ def load_dictionary(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> Dictionary:
-    """A published sparse autoencoder or transcoder, from a folder, a file, or the Hugging Face hub.
+    """Load a published sparse autoencoder or transcoder from a folder, a file, or the Hugging Face hub.
 
     Reads weights and settings only, nothing that could hold code: the formats of SAELens, Gemma Scope 1 and 2, Llama
-    Scope (OpenMOSS), EleutherAI's sparsify, and the layers of circuit-tracer's transcoders. What was trained on
-    activations scaled by a constant is brought to activations as they are.
+    Scope (OpenMOSS), EleutherAI's sparsify, and the layers of circuit-tracer's transcoders. If a dictionary was trained
+    on activations scaled by a constant, the constant is folded into its weights, so that it takes unscaled activations.
 
     Args:
         source: A folder, a file (`layer_5.safetensors`, `params.npz`), or a repository, `owner/name`.
         path: The folder or file within `source`.
         revision: Branch, tag or commit of a repository. Give a commit to read the same numbers later.
         reads: The value that it encodes, such as `"layers_output[12]"` or `"blocks.12.hook_resid_post"`, where the
-            files do not say, or say something that is no value of nnterp.
+            files do not say, or name something that is not a value of nnterp.
         writes: The value that it decodes to.
         average_norm: The mean norm of the activations that it was trained on. Needed where they were divided by it and
             the files do not hold it.
@@ -61,12 +61,15 @@ def load_dictionary(
         dtype: Their dtype; None keeps that of the file.
 
     Returns:
-        A `Dictionary`. Its `source` says where it is from, with the commit.
+        A `Dictionary` with an encoder `[features, width]` and a decoder `[features, output width]`, on `device`, in
+        `dtype`. Its `source` says where it is from, with the commit.
 
     Raises:
         FileNotFoundError: There is no such file, folder, repository or revision, or it cannot be reached and is not in
             the hub's cache.
-        ValueError: The files are damaged, of a format or architecture that is not read, or hold several dictionaries.
+        ValueError: The files are damaged, of a format or architecture that is not read, or hold several dictionaries;
+            or `device` is not there.
+        TypeError: `dtype` is no torch dtype, or `device` no device.
 
     Example:
         dictionary = nnterp.load_dictionary("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
@@ -91,7 +94,7 @@ def load_transcoders(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> dict[int, Dictionary] | CrossLayerTranscoder:
-    """Transcoders of all layers, in circuit-tracer's format, from a folder or the Hugging Face hub.
+    """Load the transcoders of all layers, in circuit-tracer's format, from a folder or the Hugging Face hub.
 
     Args:
         source: A folder, or a repository, `owner/name`. It holds `config.yaml`, and `layer_0.safetensors`, ..., or
@@ -102,11 +105,14 @@ def load_transcoders(
         dtype: Their dtype; None keeps that of the files, which the operating system then reads when they are used.
 
     Returns:
-        Layer → `Dictionary`, or a `CrossLayerTranscoder`.
+        Layer → `Dictionary`, or a `CrossLayerTranscoder`, on `device`, in `dtype`.
 
     Raises:
-        FileNotFoundError, ValueError: As `load_dictionary`. A `config.yaml` that lists files of other repositories is
-            refused: load each with `load_dictionary`.
+        FileNotFoundError, ValueError, TypeError: As `load_dictionary`. A `config.yaml` that lists files of other
+            repositories is a ValueError: load each with `load_dictionary`.
+
+    Example:
+        transcoders = nnterp.load_transcoders("mntss/clt-gemma-2-2b-426k")
     """
     check_dtype(dtype)
     target = device_of(device)

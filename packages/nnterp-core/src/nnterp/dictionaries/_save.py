@@ -29,8 +29,8 @@ def save_dictionary(
 ) -> Path:
     """Write a dictionary as SAELens does, `cfg.json` and `sae_weights.safetensors`; `load_dictionary` reads it back.
 
-    Sites are written under nnterp's names. Where SAELens has no such architecture (a transcoder that is gated or TopK,
-    GroupMax), it is named by one that SAELens refuses.
+    The values that it reads and writes are stored under nnterp's names. SAELens has no gated or TopK transcoders and no
+    GroupMax: it refuses the files of these, and only nnterp reads them.
 
     Args:
         dictionary: The dictionary.

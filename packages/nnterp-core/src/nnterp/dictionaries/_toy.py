@@ -11,12 +11,15 @@ _FOLDER = Path(__file__).parents[1] / "_toy_dictionaries"
 
 
 def toy_dictionary(name: str) -> Dictionary:
-    """A dictionary of the toy checkpoint (`nnterp.toy_checkpoint()`), float32 on the CPU.
+    """Load a dictionary of the toy checkpoint (`nnterp.toy_checkpoint()`).
 
     Args:
         name: "residual_4", a sparse autoencoder of the residual stream after layer 4; or "transcoder_0" to
             "transcoder_7", which map what an MLP is given to what it returns. All are JumpReLU. The card beside them,
             `README.md`, says what they explain.
+
+    Returns:
+        A `Dictionary`, float32 on the CPU.
 
     Raises:
         ValueError: There is none of this name.

@@ -100,7 +100,7 @@ def dictionary_fit(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
 ) -> DictionaryFit:
-    """How much of a model's activations a dictionary explains, and how much of the loss is kept with it in place.
+    """How much of a model's activations a dictionary explains, and what its reconstruction does to the loss.
 
     The measures are the usual ones (Karvonen et al. 2025, SAEBench, 3.1; Gao et al. 2024, 4.1). Costs four forward
     passes of each text. Activations of a batch are held, and nothing that grows with the number of texts.
@@ -110,14 +110,14 @@ def dictionary_fit(
         dictionary: A dictionary, as `nnterp.load_dictionary` returns one.
         texts: Texts, or token ids; text that it was not trained on.
         at: The value that it encodes, such as `"layers_output[12]"`; as the dictionary says if None.
-        skip_first: So many first positions of each text are left as they are, and are not measured. 1 if None and the
-            dictionary was trained with a beginning-of-sequence token, whose activations are unlike all others; else 0.
+        skip_first: How many positions at the start of each text are neither edited nor measured. None means 1 if the
+            dictionary was trained with a beginning-of-sequence token, whose activations are unlike all others, else 0.
         max_length: Tokens of a text that are used; all if None.
         batch_size: Texts in a forward pass.
         progress: Whether to show a bar; None if it takes long.
 
     Returns:
-        A `DictionaryFit`, on the CPU, float32.
+        A `DictionaryFit`, on the CPU, float32: `density` and `mean_activation` `[features]`, `losses`, the measures.
 
     Raises:
         ValueError: The dictionary does not say where it belongs, has another width than the value, or a text is too
@@ -125,8 +125,8 @@ def dictionary_fit(
         Unavailable: The model has no such value, or it cannot be written.
 
     Warns:
-        DictionaryMismatch: It explains less than half of the variance; or in place it costs more than 0.1 nats per
-            token, and more than the mean activation does; or it was trained on texts that begin otherwise.
+        DictionaryMismatch: It explains less than half of the variance; or its reconstruction raises the loss by more
+            than 0.1 nats per token and by more than the mean does; or it was trained on texts that begin differently.
 
     Example:
         fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), texts)

@@ -117,24 +117,24 @@ def feature_report(
     """What features are active on, and which tokens they promote.
 
     Costs a forward pass of each text up to the value, and a second one of the texts that are shown. Activations of a
-    batch are held, and what grows with the number of features, not with that of texts.
+    batch are held, and tensors that grow with the number of features, not with the number of texts.
 
-    A direction is read out as `SteeringVector.logits` reads one: the final norm and the head of the direction, less
-    those of its opposite, halved.
+    A feature's decoder direction d is read out as in `SteeringVector.logits`: `(logits(d) - logits(-d)) / 2`, where
+    `logits` applies the final norm and the head.
 
     Args:
         model: The model.
         dictionary: A dictionary, as `nnterp.load_dictionary` returns one.
         texts: Texts, or token ids.
         features: Which features; all if None.
-        top: So many texts are kept of each feature, those with its largest activations.
+        top: How many texts are kept for each feature: those with its largest activations.
         at: The value that is encoded, as in `dictionary_fit`.
         context: Tokens before the peak, and after it.
-        tokens: So many tokens are kept that a feature promotes, and that it suppresses.
+        tokens: How many tokens are kept that a feature promotes, and how many that it suppresses.
         skip_first, max_length, batch_size, progress: As in `dictionary_fit`.
 
     Returns:
-        A `FeatureReport`: `report.table()`, `report.contexts(feature)`, `report.plot(feature=...)`.
+        A `FeatureReport`, tensors on the CPU: `report.table()`, `report.contexts(feature)`, `report.plot(feature=...)`.
 
     Raises:
         ValueError, Unavailable: As `dictionary_fit`.

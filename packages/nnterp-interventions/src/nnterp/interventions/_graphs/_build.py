@@ -90,7 +90,8 @@ def attribution_graph(
         remote: Refused: gradients are taken here.
 
     Returns:
-        An `AttributionGraph`, on the CPU.
+        An `AttributionGraph`: `edges` `[nodes, nodes]`, row by target, and tensors `[nodes]`, on the CPU, float32
+        (float64 for a float64 model).
 
     Raises:
         TypeError, ValueError: An argument is not as said above, or a transcoder does not fit its layer, or no feature

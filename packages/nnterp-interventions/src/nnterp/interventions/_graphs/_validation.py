@@ -138,8 +138,8 @@ def validate_graph(
     replacement model, where patterns and the scales of norms are those of the unedited run and feed-forwards are
     transcoders with constant errors; and in the model itself, to whose feed-forward's output the change of the feature
     times its decoder row is added. (Ameisen et al. 2025, Circuit Tracing, "Validating attribution graph hypotheses with
-    interventions".) In the first, a change differs from the prediction only through features that are no nodes or
-    that switch on, and through activation functions that jump. In the second, attention moves too.
+    interventions".) In the replacement model, a change differs from the prediction only through features that are no
+    nodes, features that switch on, and activation functions that jump. In the model itself, attention changes too.
 
     Costs two forward passes, and two for each intervention.
 
@@ -159,9 +159,10 @@ def validate_graph(
         remote: Refused: norms are held still beside the model.
 
     Returns:
-        A `GraphValidation`.
+        A `GraphValidation`: `predicted`, `frozen` and `model` are `[interventions, nodes]`, float32 on the CPU.
 
     Raises:
+        TypeError: `factor` is not a number.
         KeyError, ValueError: The graph has no such feature, or was made of another model or with other transcoders.
         Unavailable: The model cannot be frozen; as `attribution_graph`.
         RemoteModelError: `remote` was given.

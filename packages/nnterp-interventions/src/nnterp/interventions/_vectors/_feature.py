@@ -26,8 +26,8 @@ def feature_vector(model: StandardizedTransformer, layer: int | tuple[int, int] 
         feature: The feature's index; negative counts from the last.
 
     Returns:
-        A vector with one layer: the one that the dictionary writes, or, for a dictionary of what enters a layer, the
-        one before. Its length is the decoder's own.
+        A `SteeringVector` with a direction at one layer, `[hidden]`, float32 on the CPU: the feature's decoder row, not
+        normalised. The layer is the one that the dictionary writes, or the one before if it writes `layers_input`.
 
     Raises:
         IndexError: There is no such layer, dictionary or feature.
