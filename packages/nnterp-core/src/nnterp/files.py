@@ -75,7 +75,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} holds no {kind} of nnterp: it is {marks.get(_KIND) or 'another file, or damaged'}.")
     try:
         tensors = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:  # or replaced while it was opened
         raise ValueError(f"{path} is truncated or damaged ({error}).") from error
     if marks.get(_SUM) != _checksum(marks[_RECORD], tensors):
         raise ValueError(f"{path} is damaged: its contents are not those that were written.")
@@ -117,7 +117,7 @@ def _marks(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RuntimeError):  # or replaced while it was opened
         return {}
 
 
