@@ -341,8 +341,8 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert changes == pytest.approx([-4.41, -5.18, -9.25], abs=0.02)  # as the page says
 
 
-def test_a_countrys_features_carry_its_capital(toy):
-    """Features that are active for one country alone, found in graphs, and steered in both models."""
+def test_features_found_for_a_country_change_its_capital(toy):
+    """They lower its logit in both models, in the frozen one by what the graph predicts (0.91; the model 0.38)."""
     import nnterp
 
     transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
