@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nnterp
 from nnterp import Dictionary, StandardizedTransformer, attach, detach
 from nnterp.errors import Unavailable
 from nnterp.interventions import (
@@ -19,8 +20,9 @@ from nnterp.interventions import (
     direct_logit_attribution,
     feature_vector,
 )
+from nnterp.record import replace
 from nnterp.testing import tiny_model, tiny_tokenizer
-from nnterp.traced import Activation
+from nnterp.traced import Activation, ConstantNorm, UnitVariance
 
 from .reference import hooks, logits_with
 
@@ -253,6 +255,25 @@ def test_direct_attribution_by_feature(sort):
         detach(model)
     with pytest.raises(Unavailable, match="attach a dictionary first"):
         direct_logit_attribution(model, CLEAN, 5, by="feature")
+
+
+@pytest.mark.parametrize("scaling", [UnitVariance(), ConstantNorm()], ids=lambda s: type(s).__name__)
+def test_a_feature_that_is_scaled_by_each_activation_is_no_vector(toy, scaling):
+    """Raising it adds another length at every position, which a vector of one length would get wrong."""
+    attach(toy, replace(nnterp.toy_dictionary("residual_4"), scaling=scaling))
+    try:
+        with torch.no_grad(), toy.trace("The capital of France is"):
+            before = toy.layers_output[4].clone().save()
+            raised = toy.features[4].clone()
+            raised[..., 333] += 10
+            toy.features[4] = raised
+            after = toy.layers_output[4].save()
+        lengths = (after - before)[0].norm(dim=-1)
+        assert lengths.max() > 1.5 * lengths.min()
+        with pytest.raises(Unavailable, match=rf"{type(scaling).__name__}.*model.features\[4\] = "):
+            feature_vector(toy, 4, 333)
+    finally:
+        detach(toy)
 
 
 def test_the_page_runs(tmp_path, monkeypatch):

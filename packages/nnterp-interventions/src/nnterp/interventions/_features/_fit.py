@@ -117,7 +117,8 @@ def dictionary_fit(
         progress: Whether to show a bar; None if it takes long.
 
     Returns:
-        A `DictionaryFit`, on the CPU, float32: `density` and `mean_activation` `[features]`, `losses`, the measures.
+        A `DictionaryFit`, on the CPU, float32: `density` and `mean_activation` `[features]`, the latter NaN for
+            features that are never active; `losses` `[4]`, in nats per token; `measures` `[3]`.
 
     Raises:
         ValueError: The dictionary does not say where it belongs, has another width than the value, or a text is too

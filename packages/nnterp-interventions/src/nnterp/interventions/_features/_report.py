@@ -134,14 +134,17 @@ def feature_report(
         skip_first, max_length, batch_size, progress: As in `dictionary_fit`.
 
     Returns:
-        A `FeatureReport`, tensors on the CPU: `report.table()`, `report.contexts(feature)`, `report.plot(feature=...)`.
+        A `FeatureReport`, on the CPU, float32 (int64 for texts, positions and token ids): `peaks`, `texts` and
+            `positions` `[features, top]`, `activations` and `tokens_ids` `[features, top, before + 1 + after]`,
+            `density` and `mean_activation` `[features]`, `promoted` and `suppressed` `[features, tokens]`; see
+            `FeatureReport`. Also `report.table()`, `report.contexts(feature)`, `report.plot(feature=...)`.
 
     Raises:
         ValueError, Unavailable: As `dictionary_fit`.
         IndexError: There is no such feature.
 
     Warns:
-        DictionaryMismatch: The dictionary was trained on texts that begin otherwise.
+        DictionaryMismatch: The dictionary was trained on texts that begin differently.
 
     Example:
         feature_report(model, nnterp.toy_dictionary("residual_4"), texts, features=[3, 141]).table()

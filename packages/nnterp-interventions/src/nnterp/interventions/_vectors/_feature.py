@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nnterp.errors import Unavailable
 from nnterp.indices import read_index
 from nnterp.interventions._vectors._belonging import identity_of
 from nnterp.interventions._vectors._vector import SteeringVector
@@ -33,7 +34,9 @@ def feature_vector(model: StandardizedTransformer, layer: int | tuple[int, int] 
         IndexError: There is no such layer, dictionary or feature.
         ValueError: Several dictionaries are meant, or the dictionary writes something else than the stream that leaves
             a layer, or what is added to it as it is.
-        Unavailable: No dictionary is attached there.
+        Unavailable: No dictionary is attached there; the dictionary scales what it decodes by each activation, so that
+            raising a feature adds another length at every position; or (`Unproven`) it writes what an MLP adds, and the
+            weights are not loaded: call `model.dispatch()`.
 
     Example:
         >>> vector = feature_vector(model, 12, 2034)
@@ -44,6 +47,12 @@ def feature_vector(model: StandardizedTransformer, layer: int | tuple[int, int] 
     dictionary, writes = features.dictionary, features.writes  # type: ignore[attr-defined]
     value, at = canonical(writes)
     assert at is not None
+    if dictionary.scaling is not None and dictionary.scaling.restores:
+        raise Unavailable(
+            f"The dictionary that writes {writes} scales what it decodes by each activation "
+            f"({type(dictionary.scaling).__name__}): raising a feature adds another length at every position, and no "
+            f"one vector does the same. Write its features instead: model.features[{layer!r}] = ..."
+        )
     index = read_index(feature, dictionary.num_features, "feature", "features")
     if value.name == "layers_input" and at > 0:
         at -= 1
