@@ -43,7 +43,8 @@ def attach(
             attached there already.
         IndexError: There is no such layer.
         Unavailable: The model does not have the value.
-        ShapeError: The dictionary's width is not the model's.
+        ShapeError: The dictionary's width is not the model's; raised by the first read for values whose width no config
+            declares, such as `mlp_neurons`.
         TypeError: It is no `Dictionary`.
         InsideTraceError: Called inside a trace of this model.
 

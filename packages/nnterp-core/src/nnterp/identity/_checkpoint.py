@@ -48,11 +48,11 @@ def _folder(name: str, revision: str | None) -> Path | None:
 
 
 def _files(folder: Path) -> Iterator[bytes]:
-    for file in sorted(folder.iterdir()):
-        if not file.name.endswith(_KINDS):
+    for file in sorted(folder.rglob("*")):  # an index may name shards in folders inside
+        if not file.name.endswith(_KINDS) or not file.is_file():
             continue
         state = file.stat()
-        yield f"{file.name} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns};".encode()
+        yield f"{file.relative_to(folder)} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns};".encode()
         if file.suffix == ".safetensors":
             with file.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")

@@ -110,8 +110,12 @@ def _read(file: Path, what: What, key: Key) -> Any:
         FileNotFoundError: There is no such file.
         ValueError, ...: It is damaged, or of something else.
     """
-    if file.is_file() and file.stat().st_size > LARGEST:
-        raise ValueError("it is larger than any proof")
+    if file.is_file():
+        state = file.stat()
+        if state.st_size > LARGEST:
+            raise ValueError("it is larger than any proof")
+        if hasattr(os, "getuid") and state.st_uid != os.getuid():
+            raise ValueError("it belongs to another user, who could have written anything into it")
     tensors, record = read_tensors(file, KIND)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError("it has another format")

@@ -17,9 +17,22 @@ RUN = "run"  # where `about` of a partial result keeps what the call depended on
 DONE = "done"  # the tensor of a partial result that says what is computed
 _STATES, _CELLS, _SWEEP = "held_states", "held_cells", "held_sweep"  # what a sweep held when it was cut short
 
+R = TypeVar("R", bound=Result)
+T = TypeVar("T")
+
 
 def resumed(call: Call, resume: Resume) -> Result | None:
-    """The partial result that a call goes on from; None if it begins anew.
+    """The partial result that a call goes on from; see `resumed_as`."""
+    return resumed_as(Result, call, resume)
+
+
+def resumed_as(kind: type[T], call: Call, resume: T | str | Path | None) -> T | None:
+    """What a call goes on from; None if it begins anew.
+
+    Args:
+        kind: The class of what the call returns; it has `load`, and `about` with the record of a partial one's call.
+        call: The call.
+        resume: A partial one, or the file that it was saved to.
 
     Raises:
         ValueError: It is complete, or of another call; names what differs.
@@ -27,12 +40,10 @@ def resumed(call: Call, resume: Resume) -> Result | None:
     """
     if resume is None:
         return None
-    earlier = resume if isinstance(resume, Result) else Result.load(resume)
-    call.check(earlier.about.get(RUN), "what was given as resume" if isinstance(resume, Result) else str(resume))
+    own: Any = kind
+    earlier: Any = resume if isinstance(resume, kind) else own.load(resume)
+    call.check(earlier.about.get(RUN), "what was given as resume" if isinstance(resume, kind) else str(resume))
     return earlier
-
-
-R = TypeVar("R", bound=Result)
 
 
 def unfinished(

@@ -28,7 +28,7 @@ from nnterp.interventions._circuits._readings import Reading, changes_of, read_r
 from nnterp.interventions._circuits._slopes import Slopes
 from nnterp.interventions._metrics import metric_name
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
-from nnterp.interventions._partial import RUN, ids_of
+from nnterp.interventions._partial import RUN, ids_of, resumed_as
 from nnterp.interventions._results import describe_run, prompt_labels
 from nnterp.interventions._running import BatchSize, bar, check_batch_size, weights_at_rest, within_memory
 from nnterp.resuming import Call
@@ -147,7 +147,7 @@ def edge_attribution(
     }
     call = Call(model, "edge_attribution", asked, {"metric": metric})
     run = _Edges(model, graph, pairs, metric, points, by_pair)
-    run.go_on_from(_earlier(call, resume))
+    run.go_on_from(resumed_as(Circuit, call, resume))
     chunks = Chunks(model, graph, pairs, batch_size)
     with call.keeping(lambda: run.partial(call, about)):
         with bar(len(pairs), "edge attribution", progress) as shown, weights_at_rest(model._module):
@@ -159,20 +159,6 @@ def edge_attribution(
         if audit:
             circuit = with_audit(circuit, _audited(run, circuit, chunks, audit, seed))
     return circuit
-
-
-def _earlier(call: Call, resume: Circuit | str | Path | None) -> Circuit | None:
-    """The partial circuit that a call goes on from; None if it begins anew.
-
-    Raises:
-        ValueError: It is complete, or of another call; names what differs.
-        FileNotFoundError: There is no such file.
-    """
-    if resume is None:
-        return None
-    earlier = resume if isinstance(resume, Circuit) else Circuit.load(resume)
-    call.check(earlier.about.get(RUN), "what was given as resume" if isinstance(resume, Circuit) else str(resume))
-    return earlier
 
 
 class _Edges:
