@@ -175,7 +175,8 @@ def test_cache(model_type, model):
         try:
             out = model(input_ids=row[:, :LENGTH], use_cache=True)
             name = next(
-                (name for name in ("past_key_values", "cache_params", "state") if out.get(name) is not None), None
+                (name for name in ("cache", "past_key_values", "cache_params", "state") if out.get(name) is not None),
+                None,
             )
             assert (name is None) == (model_type in testing.NO_CACHE)
             errors = []

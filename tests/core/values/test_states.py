@@ -20,8 +20,12 @@ NEXT = torch.tensor([[11], [12]])
 
 
 def cache_of(output):
-    cache = getattr(output, "past_key_values", None)
-    return output.cache_params if cache is None else cache
+    return output[cache_name(output)]
+
+
+def cache_name(output):
+    """What a model calls its cache: "cache" from transformers 5.24 on."""
+    return next(name for name in ("cache", "past_key_values", "cache_params") if output.get(name) is not None)
 
 
 def kept(cache, layer):
@@ -33,9 +37,8 @@ def kept(cache, layer):
 
 def go_on(module, output, cache):
     """The logits of one more token."""
-    name = "past_key_values" if getattr(output, "past_key_values", None) is not None else "cache_params"
     with torch.no_grad():
-        return module(NEXT, **{name: cache}, use_cache=True).logits
+        return module(NEXT, **{cache_name(output): cache}, use_cache=True).logits
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -56,6 +56,12 @@ def accepts_argument(module: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def cache_argument(module: nn.Module) -> str | None:
+    """What a model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before; or None."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
 def uncached(module: nn.Module) -> dict[str, Any]:
     """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
     return {"use_cache": False} if accepts_argument(module, "use_cache") else {}

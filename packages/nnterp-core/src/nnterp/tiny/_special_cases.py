@@ -82,6 +82,13 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"global_head_dim": 32},
     "helium": {"head_dim": 16},  # its output projection is hidden_size by hidden_size
+    "dory": {"depth": 6, "n_input_layers": 2, "n_output_layers": 2},  # two layers run in a loop between the others
+    "inkling2_loop_text": {  # each loop begins and ends with a block of layers
+        "depth": 6,
+        "n_layers_per_attn_res_block": 2,
+        "loop_layer_index_start": 2,
+        "loop_layer_index_end": 4,
+    },
     "hrm_text": {"depth": 2, "embedding_scale": 3.0},  # two stacks of this depth, run 16 layers in all
     "longcat_flash": {"head_dim": 12, "zero_expert_num": 2},  # head_dim is the rotary part of a head
     "mamba2": {"num_heads": 8, "head_dim": 16},  # num_heads * head_dim == expand * hidden_size

@@ -7,7 +7,6 @@ structure allows a shortcut, it is taken in a small sweep and the logits are com
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nnterp.discovery import probe_ids
-from nnterp.huggingface import dtype_of
+from nnterp.huggingface import cache_argument, dtype_of
 from nnterp.inputs import Row
 from nnterp.interventions._engine import Cell, Edit, Shortcuts, new_cache, sweep
 from nnterp.proofs import Unfit, What, proven
@@ -138,14 +137,15 @@ def _plain_cache(model: StandardizedTransformer, reasons: list[str]) -> tuple[in
         named = ", ".join(sorted(kinds)) or "two mixers"
         reasons.append(f"layers of kind {named} keep a state that is no key-value cache")
         return None, False
-    if "past_key_values" not in inspect.signature(model._module.forward).parameters:
-        reasons.append("its forward takes no past_key_values")
+    name = cache_argument(model._module)
+    if name is None:
+        reasons.append("its forward takes no cache")
         return None, False
     ids = _probe_ids(model, 1, SHORTEST_PROBE)
     try:
-        own = model._module(input_ids=ids, use_cache=True).past_key_values
+        own = getattr(model._module(input_ids=ids, use_cache=True), name)
         cache = new_cache(model)
-        model._module(input_ids=ids, past_key_values=cache, use_cache=True)
+        model._module(input_ids=ids, use_cache=True, **{name: cache})
     except Exception as failure:
         reasons.append(f"it does not run on a DynamicCache ({type(failure).__name__}: {str(failure)[:80]})")
         return None, False

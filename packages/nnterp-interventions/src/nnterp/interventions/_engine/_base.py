@@ -10,7 +10,7 @@ import nnsight
 import torch
 
 from nnterp.inputs import Row, forward_flags
-from nnterp.interventions._engine._cache import KeysAndValues, new_cache, stored
+from nnterp.interventions._engine._cache import KeysAndValues, continued_from, new_cache, stored
 from nnterp.interventions._running import filled
 from nnterp.values import get_value, read_value
 
@@ -72,7 +72,7 @@ def run_base(
     if not needs_streams and not needs_cache:
         return Base(ids)
     cache = new_cache(model) if needs_cache else None
-    flags = forward_flags(model) if cache is None else {"past_key_values": cache, "use_cache": True}
+    flags = forward_flags(model) if cache is None else continued_from(model, cache)
     value, layers = get_value("layers_output"), model.num_layers
     with model.trace({"input_ids": ids}, **flags) as tracer:
         streams = []

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from nnterp.huggingface import cache_argument
+
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
@@ -22,6 +24,11 @@ def new_cache(model: StandardizedTransformer) -> DynamicCache:
 def stored(cache: DynamicCache) -> KeysAndValues:
     """The keys and values of every layer of a cache."""
     return tuple((layer.keys, layer.values) for layer in cache.layers)
+
+
+def continued_from(model: StandardizedTransformer, cache: DynamicCache) -> dict[str, Any]:
+    """Keywords of a forward pass that goes on from a cache and fills it."""
+    return {cache_argument(model._module) or "past_key_values": cache, "use_cache": True}
 
 
 def continuing(
@@ -53,7 +60,7 @@ def continuing(
             layer.keys, layer.values = prefix.rows()
         else:
             filled.layers[index] = Continued(prefix)
-    return {"past_key_values": filled, "use_cache": True}
+    return continued_from(model, filled)
 
 
 class Prefix:
