@@ -151,6 +151,9 @@ def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFuncti
     paths = tuple(layer.path for layer in anatomy.blocks)
     layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
     chain = declared_chain(module.config)
-    readout = Readout(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout)
+    readout = Readout(
+        *(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout),
+        encoded=anatomy.encoder is not None,
+    )
     lenders = declared_lenders(module, anatomy.num_layers)
     return Facts(anatomy, lenders, readout, declared, thresholds=declared_sharing(module))

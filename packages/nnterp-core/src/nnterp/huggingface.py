@@ -50,6 +50,12 @@ def input_embedding(module: nn.Module) -> nn.Module | None:
     return next((inner for inner in module.modules() if isinstance(inner, nn.Embedding)), None)
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a model reads one input with an encoder, and continues another with a decoder that attends to it."""
+    stated = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    return bool(stated) and "decoder_input_ids" in inspect.signature(module.forward).parameters
+
+
 def accepts_argument(module: nn.Module, name: str) -> bool:
     """Whether a module's forward takes an argument of this name, as its own or through `**kwargs`."""
     parameters = inspect.signature(module.forward).parameters

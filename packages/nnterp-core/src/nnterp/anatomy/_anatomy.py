@@ -75,6 +75,7 @@ class Layer:
         mixture_of_experts: Whether `mlp` routes tokens to experts.
         attentions: The softmax attentions of a layer that runs several one after the other (LongCat-Flash), in order;
             empty for any other layer.
+        cross_attn: In the decoder of an encoder-decoder model, the attention to what the encoder returns.
     """
 
     index: int
@@ -85,13 +86,15 @@ class Layer:
     mlp: Part | None
     mixture_of_experts: bool = False
     attentions: tuple[Part, ...] = ()
+    cross_attn: Part | None = None
 
     @property
     def description(self) -> str:
         """The layer's kind in words, with the kind of its feed-forward."""
         feed_forward = "no MLP" if self.mlp is None else ("mixture of experts" if self.mixture_of_experts else "MLP")
         side = " + attention" if self.self_attn is not None and self.self_attn != self.mixer else ""
-        return f"{self.kind.replace('_', ' ')}{side}, {feed_forward}"
+        cross = ", cross-attention" if self.cross_attn is not None else ""
+        return f"{self.kind.replace('_', ' ')}{side}{cross}, {feed_forward}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Anatomy:
             before the layers named here, have residual streams of their own, and keep their native names.
         between: Paths of modules that add to the stream between one layer and the next (BLT's cross-attention to the
             patches). The certificate finds them.
+        encoder: In an encoder-decoder model, the parts of its encoder; the parts named here are then the decoder's.
     """
 
     model_class: str
@@ -123,6 +127,7 @@ class Anatomy:
     absent: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     other_stacks: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
+    encoder: Anatomy | None = None
 
     def __deepcopy__(self, memo: object) -> Anatomy:
         return self  # nothing in it can change
@@ -185,6 +190,8 @@ class Anatomy:
         if self.between:
             adding = ", ".join(dict.fromkeys(map(generic_path, self.between)))
             rows.append(("between layers", f"{adding}  (added to the stream)"))
+        if self.encoder is not None:
+            rows += [(f"encoder {name.strip()}", path) for name, path in self.encoder.rows() if path[0] != "–"]
         if self.other_stacks:
             rows.append(("other stacks", f"{', '.join(self.other_stacks)}  (before these layers, by native names)"))
         return rows
@@ -211,9 +218,14 @@ _ROLES = ("embed_tokens", "layers", "ln_final", "lm_head")
 
 def _named_parts(layer: Layer) -> Iterator[tuple[str, Part]]:
     """The parts a layer has, with their roles. A mixer that is the attention is only listed as the attention."""
-    for role, part in (("self_attn", layer.self_attn), ("mixer", layer.mixer), ("mlp", layer.mlp)):
+    for role, part in _parts_of(layer):
         if part is not None and (role != "mixer" or part != layer.self_attn):
             yield role, part
+
+
+def _parts_of(layer: Layer) -> tuple[tuple[str, Part | None], ...]:
+    own = (("self_attn", layer.self_attn), ("mixer", layer.mixer), ("mlp", layer.mlp))
+    return own if layer.cross_attn is None else (own[0], ("cross_attn", layer.cross_attn), *own[1:])
 
 
 def _alike(layers: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]:

@@ -12,11 +12,12 @@ from transformers import PreTrainedConfig
 from nnterp.anatomy._anatomy import Anatomy, Layer
 from nnterp.anatomy._layer_parts import absent_in_layers, find_layers, missing_in_layers
 from nnterp.anatomy._messages import describe_missing, listed
-from nnterp.anatomy._model_parts import find_embedding, find_head, find_norm, find_stack
+from nnterp.anatomy._model_parts import find_embedding, find_encoder_stack, find_head, find_norm, find_stack
 from nnterp.anatomy._modules import ancestors
 from nnterp.anatomy._rename import RenameConfig
 from nnterp.anatomy._sizes import Sizes, head_width, inner_width, read_sizes
 from nnterp.errors import AnatomyError
+from nnterp.huggingface import is_encoder_decoder
 
 
 def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) -> Anatomy:
@@ -50,7 +51,7 @@ def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) ->
         absent["ln_final"] = "no norm follows the last layer"
     if embedding is None:
         absent["embed_tokens"] = "the model declares no input embedding"
-    return Anatomy(
+    anatomy = Anatomy(
         model_class=type(model).__name__,
         model_type=getattr(model.config, "model_type", ""),
         embed_tokens=embedding,
@@ -61,6 +62,28 @@ def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) ->
         sizes=_sizes(model, rename, layers, head, _config_of_layers(model, stack, other_stacks)),
         absent=MappingProxyType(absent),
         other_stacks=other_stacks,
+    )
+    return dataclasses.replace(anatomy, encoder=_encoder_of(model, anatomy)) if is_encoder_decoder(model) else anatomy
+
+
+def _encoder_of(model: nn.Module, decoder: Anatomy) -> Anatomy | None:
+    """The parts of an encoder-decoder model's encoder."""
+    stack = find_encoder_stack(model)
+    if stack is None:
+        return None
+    rename = RenameConfig()
+    layers = find_layers(model, rename, stack)
+    return dataclasses.replace(
+        decoder,
+        layers=stack,
+        blocks=layers,
+        ln_final=find_norm(model, rename, stack, None),
+        lm_head=None,
+        embed_tokens=None,
+        sizes=dataclasses.replace(decoder.sizes, num_layers=len(layers)),
+        absent=MappingProxyType({"lm_head": "an encoder has no head", "embed_tokens": "it may share the decoder's"}),
+        other_stacks=(),
+        encoder=None,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from nnterp.anatomy import _names
 from nnterp.anatomy._anatomy import Layer, Part
 from nnterp.anatomy._messages import listed, no_layer_modules
-from nnterp.anatomy._modules import children, class_name, family_name, get_child, is_moe, is_norm
+from nnterp.anatomy._modules import children, class_name, family_name, get_child, is_moe, is_norm, sublayers
 from nnterp.anatomy._rename import RenameConfig
 from nnterp.anatomy._user_names import check_in_some_layer
 from nnterp.errors import AnatomyError
@@ -100,6 +100,7 @@ def _find_layer(index: int, path: str, module: nn.Module, rename: RenameConfig, 
         mixer=_absolute(mixer, path),
         self_attn=_absolute(self_attn, path),
         mlp=_absolute(mlp, path),
+        cross_attn=_absolute(_cross_attention(module, self_attn, rename), path),
         mixture_of_experts=mlp is not None and is_moe(_module_of(module, mlp)),
         attentions=() if rename.ignore_attn else _attentions(module, path),
     )
@@ -154,11 +155,10 @@ def _locate(
     for name in (*asked, *known):
         if get_child(layer, name) is not None:
             return name
-    for outer, child in layer.named_children():  # Zamba's hybrid layers hold whole sublayers
-        if not is_norm(child) and not isinstance(child, nn.ModuleList):
-            for name in known:
-                if get_child(child, name) is not None:
-                    return f"{outer}.{name}"
+    for outer, child in sublayers(layer):
+        for name in known:
+            if get_child(child, name) is not None:
+                return f"{outer}.{name}"
     if classes is None:
         return None
     found = [
@@ -167,6 +167,14 @@ def _locate(
         if re.search(classes, class_name(child, family)) and not is_norm(child)
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _cross_attention(layer: nn.Module, self_attn: Part | None, rename: RenameConfig) -> Part | None:
+    """The attention of a decoder's layer to what the encoder returns, beside its attention to its own stream."""
+    path = _locate(layer, (), _names.CROSS_ATTN, None, "")
+    if path is None or self_attn is None or rename.ignore_attn or path == self_attn.path:
+        return None
+    return _part_at(layer, path)
 
 
 def _part_at(layer: nn.Module, path: str | None) -> Part | None:

@@ -12,6 +12,7 @@ from nnterp.anatomy._modules import ancestors, children, get_child, is_norm, pat
 from nnterp.anatomy._rename import RenameConfig
 from nnterp.anatomy._user_names import backbones, path_asked_for
 from nnterp.errors import AnatomyError
+from nnterp.huggingface import is_encoder_decoder
 
 # Side towers of multimodal models, which may hold larger stacks than the text decoder.
 _SIDE = re.compile(r"(^|\.)(vision|visual|image|audio|speech|encoder_hash|patcher)")
@@ -67,8 +68,25 @@ def _lists_of_layers(model: nn.Module) -> Iterator[str]:
             continue
         if all(children(layer) for layer in module):
             outer.append(path)
-            if len({type(child) for layer in module for child in layer.children()}) > 1:
+            if len({type(child) for layer in module for child in _inside(layer)}) > 1:
                 yield path
+
+
+def _inside(layer: nn.Module) -> Iterator[nn.Module]:
+    """The children of a layer, and of a list that it holds (T5) the entries."""
+    for child in layer.children():
+        yield from child if isinstance(child, nn.ModuleList) else (child,)
+
+
+def find_encoder_stack(model: nn.Module) -> str | None:
+    """The path of the list of layers of the encoder that an encoder-decoder model declares; None if there is none."""
+    try:
+        encoder = model.get_encoder()
+    except (NotImplementedError, AttributeError):
+        return None
+    path = path_of(model, encoder)
+    stacks = [stack for stack in _lists_of_layers(model) if path and stack.startswith(f"{path}.")]
+    return max(stacks, key=lambda stack: len(children(model.get_submodule(stack))), default=None)
 
 
 def _decoder_prefix(model: nn.Module) -> str:
@@ -95,6 +113,10 @@ def find_embedding(model: nn.Module) -> str | None:
     Raises:
         AnatomyError: The model embeds its input with several tables.
     """
+    prefix = _decoder_prefix(model) if is_encoder_decoder(model) else ""
+    if prefix:
+        embeddings = (p for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p.startswith(prefix))
+        return next((p for p in embeddings if _last_name(p) in _names.EMBED_TOKENS), None)
     try:
         module = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):

@@ -22,6 +22,16 @@ def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
+def sublayers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of each child that may hold a part (Zamba), entries of a list of different sublayers too (T5)."""
+    for name, child in layer.named_children():
+        if not isinstance(child, nn.ModuleList):
+            if not is_norm(child):
+                yield name, child
+        elif len({type(entry) for entry in child}) > 1:
+            yield from ((f"{name}.{i}", entry) for i, entry in enumerate(child))
+
+
 def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
     """The path of a module in the model, its first one if it has several; None if it is not in the model."""
     return next((path for path, other in model.named_modules() if other is module), None)

@@ -36,13 +36,25 @@ SELF_ATTN = (
     "norm_attn_norm",
     "multi_head_attention",
     "rel_attn",
+    "SelfAttention",
+    "LocalSelfAttention",
+    "TransientGlobalSelfAttention",
     "cross_attn",
+)
+
+# In the layers of a decoder: the attention to what the encoder returns.
+CROSS_ATTN = (
+    "encoder_attn",
+    "EncDecAttention",
+    "cross_attn",
+    "crossattention",
+    "cross_attention",
 )
 
 # Sequence mixers that need not be softmax attention. Their class says what they are.
 MIXERS = ("linear_attn", "mamba", "conv", "mixer", "temporal_block", "mlstm_layer")
 
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "ff")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp", "ff", "DenseReluDense")
 
 # Feed-forwards without a module of their own: (first projection, last projection).
 MLP_SPANS = (("fc1", "fc2"), ("intermediate", "output.dense"), ("layer_1", "layer_2"))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnterp.anatomy import Anatomy, Layer
 from nnterp.certificate._certificate import Line
-from nnterp.discovery import Call, Recording, probe_ids, quiet, record, rounding_of, static_experts
+from nnterp.discovery import Call, Recording, model_inputs, probe_ids, quiet, record, rounding_of, static_experts
 from nnterp.facts import Facts
 from nnterp.huggingface import uncached, with_logits
 from nnterp.named_transformer import NamedTransformer
@@ -75,7 +75,11 @@ class Evidence:
 
     def forward(self, ids: torch.Tensor) -> Any:
         """What the plain module returns, run without a cache."""
-        return with_logits(self.module(input_ids=ids, **uncached(self.module)))
+        return with_logits(self.module(**self.inputs(ids), **uncached(self.module)))
+
+    def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is given for these tokens; see `nnterp.discovery.model_inputs`."""
+        return model_inputs(self.module, ids, self.model.tokenizer.all_special_ids)
 
     # -- calls of the anatomy's modules ------------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ class Evidence:
 def gather(model: NamedTransformer, large: bool) -> Evidence:
     """Record one forward pass of a model with weights, with HuggingFace's own hidden states if it returns them."""
     ids = ordinary_ids(model, 1, LENGTH_LARGE if large else LENGTH)
-    inputs = {"input_ids": ids, **uncached(model._module)}
+    inputs = {**model_inputs(model._module, ids, model.tokenizer.all_special_ids), **uncached(model._module)}
     modules = sorted(_watched(model._module, model.anatomy))
     try:
         recording = record(model._module, lambda: model._module(**inputs, output_hidden_states=True), modules=modules)
@@ -146,7 +150,7 @@ def gather_shapes(model: NamedTransformer, large: bool) -> Evidence:
     module = model._module
     with quiet(module), static_experts(module), FakeTensorMode(allow_non_fake_inputs=True):
         ids = torch.zeros((1, LENGTH_LARGE if large else LENGTH), dtype=torch.long, device="meta")
-        inputs = {"input_ids": ids, **uncached(module)}
+        inputs = {**model_inputs(module, ids), **uncached(module)}
         recording = record(module, lambda: module(**inputs), modules=sorted(_watched(module, model.anatomy)))
     return _evidence(model, ids, recording, large)
 
@@ -173,9 +177,9 @@ _TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)")
 def _watched(module: nn.Module, anatomy: Anatomy) -> set[str]:
     """The model's parts, each layer's modules down to three levels, and the few modules outside of the layers."""
     paths = {p for p in (anatomy.embed_tokens, anatomy.ln_final, anatomy.lm_head) if p is not None}
-    for block in anatomy.blocks:
+    for block in (*anatomy.blocks, *(anatomy.encoder.blocks if anatomy.encoder is not None else ())):
         paths.add(block.path)
-        for part in (block.mixer, block.self_attn, block.mlp):
+        for part in (block.mixer, block.self_attn, block.mlp, block.cross_attn):
             if part is not None:
                 paths |= {part.entry, part.exit}
         for name, child in module.get_submodule(block.path).named_modules():

@@ -15,10 +15,13 @@ IDLE = "the forward with nnterp is bit-equal to the one without"
 def idle_trace(evidence: Evidence, facts: Facts) -> Claimed:
     """Learns nothing."""
     model, plain = evidence.model.supposing(facts), evidence.recording.result.logits
-    with model.trace(evidence.ids):
+    inputs = evidence.inputs(evidence.ids)
+    with model.trace(inputs):
         traced = model.logits.save()
     if not torch.equal(traced, plain):  # it may have been computed without a mask or a cache
         takes_mask = accepts_argument(evidence.module, "attention_mask")
-        mask = {"attention_mask": torch.ones_like(evidence.ids)} if takes_mask else {}
-        plain = with_logits(evidence.module(input_ids=evidence.ids, **mask)).logits
+        mask = {"attention_mask": torch.ones_like(evidence.ids)} if takes_mask and "input_ids" in inputs else {}
+        if "decoder_input_ids" in inputs and "input_ids" in inputs:
+            mask = {"attention_mask": torch.ones_like(inputs["input_ids"])}
+        plain = with_logits(evidence.module(**inputs, **mask)).logits
     return outcome(IDLE, torch.equal(traced, plain), relative_error(traced, plain), evidence.tolerance), facts

@@ -40,7 +40,7 @@ def _with_cache(evidence: Evidence, anatomy: Anatomy) -> Recording:
     ids = evidence.probe_ids(1, evidence.length)
     try:
         layers = {layer.path for layer in anatomy.blocks}
-        return record(evidence.module, lambda: evidence.module(input_ids=ids), modules=layers)
+        return record(evidence.module, lambda: evidence.module(**evidence.inputs(ids)), modules=layers)
     except Exception:
         return evidence.recording
 

@@ -74,7 +74,9 @@ def _holders(root: nn.Module, path: str) -> Iterator[nn.Module]:
 def hidden_states(evidence: Evidence, facts: Facts) -> Claimed:
     """What leaves each layer is HuggingFace's hidden state after it. Learns nothing."""
     layers = evidence.ran(facts.anatomy)
-    hidden = getattr(evidence.recording.result, "hidden_states", None)
+    result = evidence.recording.result
+    encoded = facts.anatomy.encoder is not None
+    hidden = getattr(result, "decoder_hidden_states" if encoded else "hidden_states", None)
     if hidden is None:
         return skipped(HIDDEN, "the model does not return hidden states"), facts
     several = bool(facts.anatomy.other_stacks)

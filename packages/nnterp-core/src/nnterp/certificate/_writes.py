@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nnterp.certificate._evidence import Claimed, Evidence, outcome
+from nnterp.discovery import model_inputs
 from nnterp.errors import Unavailable
 from nnterp.facts import Facts
 from nnterp.named_transformer import NamedTransformer
@@ -161,8 +162,8 @@ def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int, extra: int = 0) ->
 
 def _by_accessors(model: NamedTransformer, batch: torch.Tensor, edits: list[_Edit]) -> torch.Tensor:
     """The logits with all edits written as a user writes them."""
-    size = batch.shape[0]
-    with model.trace(batch):
+    size, inputs = batch.shape[0], model_inputs(model._module, batch, model.tokenizer.all_special_ids)
+    with model.trace(inputs):
         for edit in edits:
             label, layer = edit.target.value.label, edit.target.layer
             write_value(model, label, _disturbed(read_value(model, label, layer), edit, size), layer)

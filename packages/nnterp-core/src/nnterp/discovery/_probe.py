@@ -11,7 +11,7 @@ from torch import nn
 from nnterp.anatomy import Anatomy
 from nnterp.devices import input_device
 from nnterp.discovery._recording import Recording, record
-from nnterp.huggingface import dtype_of, input_embedding, uncached
+from nnterp.huggingface import dtype_of, input_embedding, is_encoder_decoder, uncached
 
 ROWS = 2
 LENGTH = 11  # a prime, so that no product of heads and widths is mistaken for it
@@ -40,6 +40,40 @@ def probe_ids(
     ordinary = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
     generator = torch.Generator().manual_seed(seed)
     return ordinary[torch.randint(len(ordinary), (rows, length), generator=generator)].to(input_device(module))
+
+
+def model_inputs(module: nn.Module, ids: torch.Tensor, avoid: Iterable[int] = ()) -> dict[str, torch.Tensor]:
+    """What a model is given for the tokens that nnterp follows: `input_ids` for nearly all.
+
+    In an encoder-decoder model these are the decoder's, and the encoder is given random tokens (or random sounds), the
+    same in every row.
+
+    Args:
+        module: The HuggingFace module.
+        ids: `[rows, seq]`.
+        avoid: Special ids that the encoder is not given.
+    """
+    if not is_encoder_decoder(module):
+        return {"input_ids": ids}
+    name = getattr(module, "main_input_name", "input_ids")
+    rows = ids.shape[0]
+    if name == "input_ids":
+        heard = probe_ids(module, None, 1, LENGTH, 7, avoid).to(ids.device)
+    else:
+        heard = _sounds(module.config).to(ids.device, dtype_of(module))
+    return {name: heard.expand(rows, *heard.shape[1:]), "decoder_input_ids": ids}
+
+
+def _sounds(config: Any) -> torch.Tensor:
+    """Random log-mel features `[1, bins, frames]`, as many frames as Whisper's encoder takes.
+
+    Raises:
+        ValueError: The config does not say how many that are.
+    """
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if bins is None or positions is None:
+        raise ValueError(f"what the encoder of a {getattr(config, 'model_type', 'model')} hears has no known shape")
+    return torch.randn((1, bins, 2 * positions), generator=torch.Generator().manual_seed(7))
 
 
 def _special_ids(config: Any) -> set[int]:
@@ -77,7 +111,7 @@ class Probe:
         self.module, self.anatomy, self.repeated = module, anatomy, repeated
         self.tolerance = max(1e-5, 8 * rounding_of(module))
         ids = probe_ids(module, anatomy.sizes.vocab_size, *shape, seed=3)
-        self.inputs: dict[str, Any] = {"input_ids": ids, **uncached(module)}
+        self.inputs: dict[str, Any] = {**model_inputs(module, ids), **uncached(module)}
 
     def record(self, until: str | None = None, **options: Any) -> Recording:
         """Run the module with `run(until)` and record it; `options` are those of `record`."""

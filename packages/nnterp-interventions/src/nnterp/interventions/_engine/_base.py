@@ -72,7 +72,7 @@ def run_base(
     if not needs_streams and not needs_cache:
         return Base(ids)
     cache = new_cache(model) if needs_cache else None
-    flags = forward_flags(model) if cache is None else continued_from(model, cache)
+    flags = forward_flags(model) if cache is None else continued_from(cache)
     value, layers = get_value("layers_output"), model.num_layers
     with model.trace({"input_ids": ids}, **flags) as tracer:
         streams = []

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from nnterp.huggingface import cache_argument
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -26,9 +25,12 @@ def stored(cache: DynamicCache) -> KeysAndValues:
     return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
-def continued_from(model: StandardizedTransformer, cache: DynamicCache) -> dict[str, Any]:
-    """Keywords of a forward pass that goes on from a cache and fills it."""
-    return {cache_argument(model._module) or "past_key_values": cache, "use_cache": True}
+def continued_from(cache: DynamicCache) -> dict[str, Any]:
+    """Keywords of a traced forward pass that goes on from a cache and fills it.
+
+    nnsight knows a cache by this name alone: beside any other it would add a mask of the new tokens.
+    """
+    return {"past_key_values": cache, "use_cache": True}
 
 
 def continuing(
@@ -60,7 +62,7 @@ def continuing(
             layer.keys, layer.values = prefix.rows()
         else:
             filled.layers[index] = Continued(prefix)
-    return continued_from(model, filled)
+    return continued_from(filled)
 
 
 class Prefix:
