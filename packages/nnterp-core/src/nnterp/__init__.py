@@ -23,6 +23,7 @@ from nnterp.dictionaries import (  # noqa: E402
     toy_dictionary,
 )
 from nnterp.module_accessor import ModuleAccessor  # noqa: E402
+from nnterp.rows import EncoderDecoderPrompt  # noqa: E402
 from nnterp.standardized_transformer import StandardizedTransformer  # noqa: E402
 from nnterp.toy import toy_checkpoint  # noqa: E402
 from nnterp.traced import Condition  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "Condition",
     "CrossLayerTranscoder",
     "Dictionary",
+    "EncoderDecoderPrompt",
     "ModuleAccessor",
     "RenameConfig",
     "SparseFeatures",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from nnterp.anatomy import Anatomy, AttnProbFunction
+from nnterp.anatomy import Anatomy, AttnProbFunction, cross_layers
 from nnterp.discovery import (
     Findings,
     Probe,
@@ -25,7 +25,7 @@ from nnterp.discovery import (
     silent_weights,
     sounding,
 )
-from nnterp.errors import Unproven
+from nnterp.errors import Unavailable, Unproven
 from nnterp.table import Side
 from nnterp.traced import Apart, Inside, Lender, Place, Readout, Sharing, StreamLayout
 
@@ -59,6 +59,8 @@ class Facts:
         between: For each layer the operation whose result is `layers_mid`, or None.
         look_inside: Finds where the inside of layers is served; run once, when it is first needed.
         look_for_states: Finds where the states of mixers are served; run once, when it is first needed.
+        encoder: In an encoder-decoder model, what is known of its encoder's layers.
+        cross: The same of the cross-attention in its decoder's layers, as if it were their only part.
         places: Where values were found, by (name, layer), so that each is looked up once.
     """
 
@@ -78,6 +80,8 @@ class Facts:
     between: tuple[Inside | None, ...] = ()
     look_inside: Callable[[], Findings] | None = field(default=None, repr=False)
     look_for_states: Callable[[], States] | None = field(default=None, repr=False)
+    encoder: Facts | None = None
+    cross: Facts | None = None
     places: dict[tuple[str, int | tuple[int, int] | None], Place] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -129,7 +133,26 @@ class Facts:
             with Apart(interleaver), sounding(module, silent_weights(module)):
                 return find_states(Probe(module, self.anatomy, self.repeated))
 
-        return dataclasses.replace(self, look_inside=functools.cache(inside), look_for_states=functools.cache(states))
+        look, look_for_states = functools.cache(inside), functools.cache(states)
+        encoder, cross = self.encoder, self.cross
+        if encoder is not None:
+            encoder = dataclasses.replace(encoder, look_inside=lambda: look().encoder or Findings(), proof=self.proof)
+        if cross is not None:
+            cross = dataclasses.replace(cross, look_inside=lambda: look().cross or Findings(), proof=self.proof)
+        return dataclasses.replace(
+            self, look_inside=look, look_for_states=look_for_states, encoder=encoder, cross=cross
+        )
+
+    def of_stack(self, stack: str) -> Facts:
+        """What is known of the layers that a value belongs to, see `nnterp.table.Label.stack`.
+
+        Raises:
+            Unavailable: The model has no encoder.
+        """
+        own = {"": self, "encoder": self.encoder, "cross": self.cross}[stack]
+        if own is None:
+            raise Unavailable(f"{self.anatomy.model_class} has no encoder that its layers attend to.")
+        return own
 
     def residual_of(self, layer: int) -> ResidualStructure:
         """How one layer combines its parts.
@@ -156,4 +179,8 @@ def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFuncti
         encoded=anatomy.encoder is not None,
     )
     lenders = declared_lenders(module, anatomy.num_layers)
-    return Facts(anatomy, lenders, readout, declared, thresholds=declared_sharing(module))
+    encoder = None if anatomy.encoder is None else Facts(anatomy.encoder, [], readout)
+    across = cross_layers(anatomy)
+    cross = None if not across else Facts(dataclasses.replace(anatomy, blocks=across, encoder=None), [], readout)
+    shared = declared_sharing(module)
+    return Facts(anatomy, lenders, readout, declared, thresholds=shared, encoder=encoder, cross=cross)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Number
 from typing import Any, Protocol, TypeAlias
 
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from nnterp.arguments import count
-from nnterp.huggingface import text_config, uncached
+from nnterp.huggingface import is_encoder_decoder, text_config, uncached
 from nnterp.indices import shown
+from nnterp.rows import Batch, EncoderDecoderPrompt, Row, given
 from nnterp.traced import Readout, Sharing
 
 
@@ -41,58 +42,9 @@ class Reader(Protocol):
         ...
 
 
-Prompt: TypeAlias = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
+__all__ = ["Batch", "EncoderDecoderPrompt", "Row", "given"]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt as the model reads it.
-
-    Attributes:
-        ids: Its token ids, special tokens included, padding excluded.
-        text: Its text, None for a prompt that was given as token ids.
-        offsets: For each token the span of `text` it stands for, None where the tokenizer cannot tell.
-    """
-
-    ids: tuple[int, ...]
-    text: str | None = None
-    offsets: tuple[tuple[int, int], ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of similar length, padded on the tokenizer's side.
-
-    Attributes:
-        indices: For each row, its place among the prompts that were given.
-        rows: The rows.
-        input_ids: `[batch, seq]`, int64, on the CPU.
-        attention_mask: `[batch, seq]`, 1 at tokens and 0 at padding.
-        starts: For each row, where its first token stands, after padding on the left.
-    """
-
-    indices: tuple[int, ...]
-    rows: tuple[Row, ...]
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    starts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def encoding(self) -> dict[str, torch.Tensor]:
-        """What to trace: `model.trace(batch.encoding)`."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-
-    @property
-    def last(self) -> torch.Tensor:
-        """For each row, where its last token stands, `[batch]`."""
-        last = [start + len(row) - 1 for start, row in zip(self.starts, self.rows, strict=True)]
-        return torch.tensor(last, device="cpu")
+Prompt: TypeAlias = EncoderDecoderPrompt | str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
 
 
 def encode(model: Reader, prompts: Prompt | Sequence[Prompt]) -> list[Row]:
@@ -171,7 +123,14 @@ def left_padded(tokenizer: Any) -> Iterator[None]:
 
 def by_length(rows: Sequence[Row]) -> list[int]:
     """Indices of the rows, longest first, in the order given where lengths are equal."""
-    return sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    return sorted(range(len(rows)), key=lambda i: (*(-length for length in rows[i].lengths), i))
+
+
+def sharing_side(model: Reader, row: Row, growth: int = 0) -> tuple[int, ...]:
+    """What rows that may share a batch agree in, in an encoder-decoder model for both of its inputs."""
+    own, heard = row.lengths
+    side = model.sharing.side(own, growth)
+    return side if row.encoder is None else (*side, *model.sharing.side(heard))
 
 
 def sharing_first(model: Reader, rows: Sequence[Row], order: Sequence[int], growth: int = 0) -> list[int]:
@@ -183,7 +142,7 @@ def sharing_first(model: Reader, rows: Sequence[Row], order: Sequence[int], grow
         order: Indices of some of them.
         growth: How many tokens each row will grow by in a generation.
     """
-    sides = (model.sharing.side(len(rows[i]), growth) for i in order)
+    sides = (sharing_side(model, rows[i], growth) for i in order)
     first = next(sides)
     return list(order[: 1 + sum(1 for _ in itertools.takewhile(lambda side: side == first, sides))])
 
@@ -215,7 +174,9 @@ def batches(model: Reader, rows: Sequence[Row], batch_size: int, growth: int = 0
 def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = None) -> Batch:
     """One batch of these rows, in this order."""
     width = max(len(row) for row in rows)
-    left = getattr(model.tokenizer, "padding_side", "left") == "left"
+    heard = [row.encoder for row in rows if row.encoder is not None]
+    left = getattr(model.tokenizer, "padding_side", "left") == "left" and not heard and rows[0].features is None
+    left = left and not is_encoder_decoder(model._module)
     filler = getattr(model.tokenizer, "pad_token_id", None) or 0
     ids = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
@@ -225,7 +186,9 @@ def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = No
         ids[i, start : start + len(row)] = torch.tensor(row.ids, device="cpu")
         mask[i, start : start + len(row)] = 1
         starts.append(start)
-    return Batch(tuple(range(len(rows))) if indices is None else indices, tuple(rows), ids, mask, tuple(starts))
+    indices = tuple(range(len(rows))) if indices is None else indices
+    encoder = pad(model, heard, indices) if heard else None
+    return Batch(indices, tuple(rows), ids, mask, tuple(starts), encoder)
 
 
 def as_prompts(model: Reader, prompts: Any) -> list[Any]:
@@ -234,7 +197,7 @@ def as_prompts(model: Reader, prompts: Any) -> list[Any]:
     Raises:
         TypeError: It is no prompt.
     """
-    if isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts):
+    if isinstance(prompts, (str, EncoderDecoderPrompt)) or _is_chat(prompts) or _is_ids(prompts):
         return [prompts]
     if isinstance(prompts, (bytes, bytearray)):
         raise TypeError(f"A prompt is a text, not bytes: decode {bytes(prompts)!r:.80} first.")
@@ -245,6 +208,8 @@ def as_prompts(model: Reader, prompts: Any) -> list[Any]:
         _warn_of_padding(model, rows)
         return rows
     if isinstance(prompts, Mapping):
+        if is_encoder_decoder(model._module):
+            raise TypeError("Prompts of an encoder-decoder model are texts for its encoder, or EncoderDecoderPrompts.")
         if "input_ids" not in prompts:
             raise TypeError(f"An encoding holds input_ids; this one holds {', '.join(map(str, prompts)) or 'nothing'}.")
         ids = _tensor(prompts["input_ids"])
@@ -324,7 +289,50 @@ def _warn_of_padding(model: Reader, rows: list[torch.Tensor]) -> None:
         )
 
 
-def _row(model: Reader, prompt: Any, vocabulary: int | None, label: str) -> Row:
+def _two_inputs(model: Reader, prompt: Any, vocabulary: int | None, label: str) -> Row:
+    """What the encoder and the decoder of an encoder-decoder model read.
+
+    Raises:
+        ValueError: It is not known with which token the decoder starts, or what the encoder hears has another shape.
+    """
+    if not isinstance(prompt, EncoderDecoderPrompt):
+        prompt = EncoderDecoderPrompt(prompt)
+    heard = prompt.encoder
+    if isinstance(heard, torch.Tensor) and heard.is_floating_point():
+        encoder = Row(tuple(range(_heard_positions(model, heard, label))), features=heard)
+    else:
+        encoder = _row(model, heard, vocabulary, f"{label}: the encoder's input", own=True)
+        if not encoder.ids:
+            raise ValueError(f"{label}: the encoder's input has no tokens, and it needs at least one.")
+    if not isinstance(prompt.decoder, str):
+        return dataclasses.replace(_row(model, prompt.decoder, vocabulary, label, own=True), encoder=encoder)
+    start = getattr(text_config(model._module.config), "decoder_start_token_id", None)
+    start = getattr(model._module.config, "decoder_start_token_id", None) if start is None else start
+    if start is None:
+        raise ValueError(
+            f"{label}: the config of {model.model_class} does not say with which token the decoder starts; give its "
+            "token ids: EncoderDecoderPrompt(text, decoder=[...])."
+        )
+    row = _encoded(model, prompt.decoder, add_special_tokens=False) if prompt.decoder else Row((), "", ())
+    offsets = None if row.offsets is None else ((0, 0), *row.offsets)
+    return Row((int(start), *row.ids), prompt.decoder, offsets, encoder)
+
+
+def _heard_positions(model: Reader, features: torch.Tensor, label: str) -> int:
+    """How many positions an encoder makes of the features it hears."""
+    config = model._module.config
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if positions is None or tuple(features.shape) != (bins, 2 * positions):
+        raise ValueError(
+            f"{label}: the features have shape {list(features.shape)}, and the encoder of {model.model_class} takes "
+            f"[{bins}, {None if positions is None else 2 * positions}]: give what the processor makes of one sound."
+        )
+    return positions
+
+
+def _row(model: Reader, prompt: Any, vocabulary: int | None, label: str, own: bool = False) -> Row:
+    if not own and is_encoder_decoder(model._module):
+        return _two_inputs(model, prompt, vocabulary, label)
     if _is_ids(prompt):
         return Row(token_ids(prompt, vocabulary, label))
     if _is_chat(prompt):

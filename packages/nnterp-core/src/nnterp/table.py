@@ -3,7 +3,7 @@ a row; `nnterp.values` says where each is served in a given model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nnterp.record import Record
@@ -19,10 +19,18 @@ class Label(Record):
         shape: Its axes.
         description: One sentence.
         per_layer: Whether it is indexed by layer.
+        stack: Which layers of an encoder-decoder model: "encoder", "cross" (the decoder's cross-attention), or "" (the
+            decoder's own, and those of any other model).
     """
 
-    def __init__(self, name: str, shape: str, description: str, per_layer: bool) -> None:
+    def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: str = "") -> None:
         self.name, self.shape, self.description, self.per_layer = name, shape, description, per_layer
+        self.stack = stack
+
+    @property
+    def of_encoder(self) -> bool:
+        """Whether its positions are those of the encoder's input: cross-attention's keys and values are, too."""
+        return self.stack == "encoder" or (self.stack == "cross" and "[batch, keys" in self.shape)
 
     @property
     def axes(self) -> int:
@@ -46,6 +54,7 @@ class Value:
         per_layer: Whether it is indexed by layer.
         aliases: TransformerLens' names for it, `{}` standing for the layer.
         note: For the reference page: what a reader must know to use it correctly.
+        stack: As in `Label`.
         label: The part of the row that an accessor needs.
     """
 
@@ -59,15 +68,21 @@ class Value:
     per_layer: bool = True
     aliases: tuple[str, ...] = ()
     note: str = ""
+    stack: str = ""
     label: Label = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "label", Label(self.name, self.shape, self.description, self.per_layer))
+        object.__setattr__(self, "label", Label(self.name, self.shape, self.description, self.per_layer, self.stack))
 
     @property
     def axes(self) -> int:
         """Number of axes."""
         return self.label.axes
+
+    @property
+    def base(self) -> str:
+        """The name of the same value of a decoder's own layers: "layers_output" for "encoder_layers_output"."""
+        return self.name.removeprefix(f"{self.stack}_")
 
     @property
     def is_pattern(self) -> bool:
@@ -82,7 +97,7 @@ PATTERN = "[batch, heads, query, key]"
 EAGER = "Needs `enable_attention_probs=True` (eager attention)."
 NEW = "Where it is a sum or a multiple, reading makes a new tensor: assign it, an edit in place may have no effect."
 
-_ROWS = (
+_ROWS: tuple[Value, ...] = (
     Value(
         "token_embeddings",
         STREAM,
@@ -348,6 +363,19 @@ _ROWS = (
         aliases=("ln_final.hook_normalized",),
     ),
 )
+
+# An encoder-decoder model has these values of its encoder's layers, and of the cross-attention in its decoder's.
+_CROSS = [v for v in _ROWS if v.role == "self_attn" and v.name != "attention_contributions"]
+_ENCODED = [v for v in _ROWS if v.per_layer and v.role in ("layer", "self_attn", "mlp") and v.finder != "features"]
+
+
+def _of_stack(value: Value, stack: str) -> Value:
+    words = {"encoder": "In the encoder: ", "cross": "In attention to the encoder: "}
+    said = words[stack] + value.description[0].lower() + value.description[1:]
+    return replace(value, name=f"{stack}_{value.name}", description=said, aliases=(), stack=stack)
+
+
+_ROWS += (*(_of_stack(v, "encoder") for v in _ENCODED), *(_of_stack(v, "cross") for v in _CROSS))
 
 VALUES: dict[str, Value] = {value.name: value for value in _ROWS}
 LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}

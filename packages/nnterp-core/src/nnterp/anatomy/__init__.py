@@ -1,7 +1,8 @@
 """Find which module of a HuggingFace model plays which part, from its structure alone, before any forward pass."""
 
-from nnterp.anatomy._anatomy import Anatomy, Layer, Part
+from nnterp.anatomy._anatomy import Anatomy, Layer, Part, cross_layers
 from nnterp.anatomy._find import find_anatomy
+from nnterp.anatomy._modules import sublayers
 from nnterp.anatomy._rename import AttnProbFunction, RenameConfig, get_rename_dict
 from nnterp.anatomy._sizes import Sizes, head_width, read_sizes
 
@@ -12,8 +13,10 @@ __all__ = [
     "Part",
     "RenameConfig",
     "Sizes",
+    "cross_layers",
     "find_anatomy",
     "get_rename_dict",
     "head_width",
     "read_sizes",
+    "sublayers",
 ]

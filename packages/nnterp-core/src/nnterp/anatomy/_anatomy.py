@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +211,16 @@ class Anatomy:
 
     def __rich__(self) -> Group:
         return rich_table(self.heading, ("name", "in this model"), self.rows())
+
+
+def cross_layers(anatomy: Anatomy) -> tuple[Layer, ...]:
+    """The layers of a decoder with their cross-attention as their only part; empty if they have none."""
+    if not any(layer.cross_attn for layer in anatomy.blocks):
+        return ()
+    return tuple(
+        replace(layer, kind="cross_attention", mixer=None, self_attn=layer.cross_attn, mlp=None, attentions=())
+        for layer in anatomy.blocks
+    )
 
 
 _ROLES = ("embed_tokens", "layers", "ln_final", "lm_head")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from nnterp.certificate._certificate import Certificate, Line
+from nnterp.certificate._encoder import encoder_attention, encoder_padding, encoder_states
 from nnterp.certificate._evidence import Claimed, Evidence, gather, gather_shapes, is_large, skipped
 from nnterp.certificate._filled import filled
 from nnterp.certificate._idle_trace import idle_trace
@@ -40,6 +41,14 @@ CLAIMS: tuple[Claim, ...] = (
     writes,
     filled,
 )
+
+
+def claims_of(facts: Facts) -> tuple[Claim, ...]:
+    """The claims that are tried for a model: some are about encoders, and come before the padding."""
+    if facts.encoder is None:
+        return CLAIMS
+    at = CLAIMS.index(padding)
+    return (*CLAIMS[:at], encoder_states, encoder_attention, encoder_padding, *CLAIMS[at + 1 :])
 
 
 @plain_defaults()
@@ -87,7 +96,7 @@ def _tried(model: NamedTransformer, facts: Facts, silent: list[Silent]) -> tuple
         evidence = gather(model, is_large(module))
         facts = dataclasses.replace(corrected_by_order(evidence, facts), proof="weights")
         lines: list[Line] = []
-        for claim in CLAIMS:
+        for claim in claims_of(facts):
             line, facts = claim(evidence, facts)
             lines.append(line)
             if line.status == "failed":

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnterp.anatomy import Anatomy, Layer
+from nnterp.anatomy import Anatomy, Layer, sublayers
 from nnterp.certificate._certificate import Line
 from nnterp.discovery import Call, Recording, model_inputs, probe_ids, quiet, record, rounding_of, static_experts
 from nnterp.facts import Facts
@@ -185,7 +185,16 @@ def _watched(module: nn.Module, anatomy: Anatomy) -> set[str]:
         for name, child in module.get_submodule(block.path).named_modules():
             if name and name.count(".") < 3 and not isinstance(child, nn.ModuleList) and not _IN_A_LIST.search(name):
                 paths.add(f"{block.path}.{name}")
+        for name, child in sublayers(module.get_submodule(block.path)):
+            paths |= {f"{block.path}.{name}.{inner}" if inner else f"{block.path}.{name}" for inner in _near(child)}
     return paths | set(_outside(module, anatomy))
+
+
+def _near(module: nn.Module) -> Iterator[str]:
+    """Paths of a module itself, "", and of the modules down to two levels inside, entries of lists left out."""
+    for path, inner in module.named_modules():
+        if path.count(".") < 2 and not isinstance(inner, nn.ModuleList) and not _IN_A_LIST.search(path):
+            yield path
 
 
 def _outside(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:

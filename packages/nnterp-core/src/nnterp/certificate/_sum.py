@@ -142,7 +142,14 @@ def _holds_more(evidence: Evidence, anatomy: Anatomy, layer: Layer) -> bool:
     """Whether a layer holds more than parts and norms, or several streams: then no simple sum is expected."""
     call = evidence.recording.call(layer.path)
     x, y = (None, None) if call is None else (call.stream_in, call.stream_out)
-    if x is None or y is None or x.shape != y.shape or y.dim() > 3 or y.shape[-1] != anatomy.sizes.hidden_size:
+    if (
+        layer.cross_attn is not None
+        or x is None
+        or y is None
+        or x.shape != y.shape
+        or y.dim() > 3
+        or y.shape[-1] != anatomy.sizes.hidden_size
+    ):
         return True
     module = evidence.module.get_submodule(layer.path)
     known = [p.path or p.entry for p in (layer.mixer, layer.self_attn, layer.mlp) if p is not None]

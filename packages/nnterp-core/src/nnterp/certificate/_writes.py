@@ -5,6 +5,7 @@ Each value is written in a row of its own, and one more row has every value writ
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,15 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
 def _targets(evidence: Evidence, facts: Facts) -> list[_Target]:
     """Everything that is a module's input or output, in the order in which the model computes it."""
     found: list[tuple[int, float, _Target]] = []
-    layers = [layer.index for layer in evidence.ran(facts.anatomy)]
     for value in VALUES.values():
+        try:
+            own = facts.of_stack(value.stack)
+        except Unavailable:
+            continue
+        layers = [layer.index for layer in evidence.ran(own.anatomy)]
         for layer in layers if value.per_layer else [None]:
             try:
-                target = _target(evidence, facts, value, layer)
+                target = dataclasses.replace(_target(evidence, own, VALUES[value.base], layer), value=value)
             except Unavailable:
                 continue
             calls = evidence.recording.calls.get(target.site.path)
@@ -134,7 +139,7 @@ def _enters_zeros(evidence: Evidence, facts: Facts, target: _Target) -> bool:
     """Whether a target is what a part is given that returns zeros whatever it is given."""
     if target.layer is None or target.site.side != "input" or target.value.role in (None, "layer"):
         return False
-    part = facts.anatomy.part(target.value.role, target.layer)
+    part = facts.of_stack(target.value.stack).anatomy.part(target.value.role, target.layer)
     made = evidence.recording.made(part.exit)
     return made is not None and not bool(made.any())
 

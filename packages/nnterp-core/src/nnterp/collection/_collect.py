@@ -13,7 +13,7 @@ from nnterp.collection._collected import Collected
 from nnterp.collection._filling import Filling, still_to_run
 from nnterp.collection._generation import over_generation
 from nnterp.collection._pass import read_batch
-from nnterp.collection._plan import make_plan
+from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
@@ -57,10 +57,11 @@ def collect(
     if max_new_tokens is not None:
         _check_generation(remote, positions)
     plan = make_plan(model, values, layers, outputs=True)
-    chosen, single = positions_of(model, rows, -1 if max_new_tokens is not None else positions)
+    seen = own_rows(rows, plan)
+    chosen, single = positions_of(model, seen, -1 if max_new_tokens is not None else positions)
     asked = {
         "values": [target.label for target in plan.targets],
-        "prompts": [row.ids for row in rows],
+        "prompts": [row.identity for row in rows],
         "positions": (chosen, single),
         "dtype": dtype,
         "max_new_tokens": max_new_tokens,
@@ -71,7 +72,7 @@ def collect(
     if max_new_tokens is not None:
         settings = (batch_size, device, dtype, reduce, progress, max_new_tokens, generation)
         return over_generation(model, rows, plan, *settings, call, earlier)
-    result = Filling(plan, rows, chosen, single, device, dtype, reduce, model.readout.layout.extra)
+    result = Filling(plan, seen, chosen, single, device, dtype, reduce, model.readout.layout.extra)
     if earlier is not None:
         result.take_over(earlier)
     with (
@@ -85,6 +86,11 @@ def collect(
                 result.put(left, read_batch(model, plan, left, result.pick(left), result.device, dtype, reduce, remote))
             shown.update(len(batch))
     return result.collected(model.num_layers)
+
+
+def own_rows(rows: Sequence[Row], plan: Plan) -> list[Row]:
+    """The rows whose positions the values of a plan have: the prompts, or what the encoder reads of them."""
+    return [row.encoder for row in rows if row.encoder is not None] if plan.of_encoder else list(rows)
 
 
 def _check_generation(remote: Any, positions: Any) -> None:

@@ -34,7 +34,7 @@ class Filling:
         self.plan, self.rows, self.chosen, self.single = plan, rows, chosen, single
         self.device, self.dtype, self.reduce = torch.device(device), dtype, reduce
         self.width = max(len(c) for c in chosen)
-        self.keys = max(len(r) for r in rows)
+        self.keys = max(len(r) if r.encoder is None else max(r.lengths) for r in rows)
         self.filled: dict[int, torch.Tensor] = {}
         self.blocks: dict[str, torch.Tensor] = {}
         self.done: set[int] = set()
@@ -43,7 +43,8 @@ class Filling:
 
     def pick(self, batch: Batch) -> Selection:
         """Where the positions of this batch's rows stand."""
-        return pick(batch, self.chosen, self.single, self.front)
+        own = batch.encoder if batch.encoder is not None and self.plan.of_encoder else batch
+        return pick(own, self.chosen, self.single, self.front, batch.encoder)
 
     def put(self, batch: Batch, taken: dict[int, torch.Tensor]) -> None:
         """Write a batch to where its prompts belong."""

@@ -55,6 +55,22 @@ class Plan:
     last_use: tuple[tuple[int, ...], ...]
     layers: dict[str, tuple[Index, ...]]
 
+    @property
+    def of_encoder(self) -> bool:
+        """Whether positions are those of the encoder's input.
+
+        Raises:
+            ValueError: Some values are of the encoder's positions and some of the decoder's.
+        """
+        sides = {target.value.label.of_encoder for target in self.targets}
+        if len(sides) > 1:
+            heard = sorted({t.value.name for t in self.targets if t.value.label.of_encoder})
+            raise ValueError(
+                f"{', '.join(heard)} have the positions of the encoder's input, and the other values those of the "
+                "decoder's: collect them in two calls."
+            )
+        return sides.pop()
+
 
 def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any, outputs: bool = False) -> Plan:
     """Look up where everything asked for is served and put it in forward order.
@@ -81,8 +97,8 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
         chosen: Sequence[Index]
         if at is not None:
             first = at[0] if isinstance(at, tuple) else at
-            first = read_index(first, model.num_layers, f"The layer of {name}", "layers")
-            chosen = model.layers_of_texts([first])
+            first = read_index(first, depth_of(model, value), f"The layer of {name}", "layers")
+            chosen = [first] if value.stack else model.layers_of_texts([first])
             chosen = [(first, at[1])] if isinstance(at, tuple) else chosen
         else:
             chosen = _layers(model, value, layers)
@@ -133,8 +149,16 @@ def value_names(values: Any) -> list[str]:
     return wanted
 
 
+def depth_of(model: NamedTransformer, value: Value) -> int:
+    """How many layers a value is indexed by."""
+    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
+
+
 def _layers(model: NamedTransformer, value: Value, layers: Any) -> list[int]:
     """The layers asked for; by default all that have the value and run on a text."""
+    if value.stack == "encoder":
+        every = range(depth_of(model, value))
+        return list(every if layers is None else read_indices(layers, len(every), "layers", "layers"))
     if layers is not None:
         return model.layers_of_texts(read_indices(layers, model.num_layers, "layers", "layers"))
     found, reason = [], None

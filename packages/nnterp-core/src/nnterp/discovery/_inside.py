@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nnterp.anatomy import Layer
+from nnterp.anatomy import Layer, cross_layers
 from nnterp.discovery._linears import arguments_of, ending, linears
 from nnterp.discovery._neurons import find_neurons, find_shared_neurons
 from nnterp.discovery._probe import Probe
@@ -33,6 +33,7 @@ class Findings:
         exits: Path of a module inside a part whose output is also the part's output → the part's own exit.
         ticks: (path, labels, "input" or "output") → when the forward pass first reached it.
         texts: (path, labels) of an instrumented function → its source.
+        encoder, cross: The same of an encoder's layers, and of the cross-attention in a decoder's.
     """
 
     attention: list[Attention | None] = field(default_factory=list)
@@ -43,6 +44,8 @@ class Findings:
     exits: dict[str, str] = field(default_factory=dict)
     ticks: dict[tuple[str, Labels, str], int] = field(default_factory=dict)
     texts: dict[tuple[str, Labels], SourceText] = field(default_factory=dict)
+    encoder: Findings | None = None
+    cross: Findings | None = None
 
 
 def find_inside(probe: Probe) -> Findings:
@@ -72,16 +75,19 @@ class _Look:
             for layer in self.layers
             for i, part in enumerate(layer.attentions)
         }
+        encoder = probe.anatomy.encoder
+        self.encoder = () if encoder is None else encoder.blocks
+        self.cross = cross_layers(probe.anatomy)
         self.current, self.eager = self.recordings()
         self.whole = self.eager or self.current
 
     def recordings(self) -> tuple[Recording, Recording | None]:
-        attentions = [
-            layer.self_attn for layer in (*self.layers, *self.one_of_several.values()) if layer.self_attn is not None
-        ]
+        every = (*self.layers, *self.one_of_several.values(), *self.encoder, *self.cross)
+        attentions = [layer.self_attn for layer in every if layer.self_attn is not None]
         inside = [path for part in attentions for path in with_code(self.root, part)]
         routers = [path for layer in self.layers if (path := router_path(self.root, layer)) is not None]
-        operations = list(dict.fromkeys([*(layer.path for layer in self.layers), *inside, *routers]))
+        layers = [layer.path for layer in (*self.layers, *self.encoder)]
+        operations = list(dict.fromkeys([*layers, *inside, *routers]))
         modules = [path for path, _ in self.root.named_modules(remove_duplicate=False) if path]
         current = self.probe.record(modules=modules, operations=operations)
         if is_eager(self.root) or not inside:
@@ -93,21 +99,28 @@ class _Look:
             return current, None
 
     def findings(self) -> Findings:
+        found = self.of(self.layers, self.one_of_several)
+        if self.cross:
+            found.encoder, found.cross = self.of(self.encoder, {}), self.of(self.cross, {})
+        return found
+
+    def of(self, layers: tuple[Layer, ...], one_of_several: dict[tuple[int, int], Layer]) -> Findings:
+        """What is found in some layers."""
         found = Findings(ticks=self.whole.ticks(), texts={**self.current.texts, **self.whole.texts})
         routers = Routers(self.probe, self.current)
         tolerance = self.probe.tolerance
-        for layer in self.layers:
+        for layer in layers:
             found.attention.append(self.attention(layer))
             found.neurons.append(find_neurons(self.root, layer, self.current, tolerance))
             found.shared_neurons.append(find_shared_neurons(self.root, layer, self.current, tolerance))
             found.routers.append(routers.of(layer))
             found.exits.update(self.same_as_exit(layer))
-        found.several = {at: self.attention(layer) for at, layer in self.one_of_several.items()}
+        found.several = {at: self.attention(layer) for at, layer in one_of_several.items()}
         if self.eager is not None:
             moving = MovingHeads(self.probe, self.current)
             pairs = [
-                *zip(self.layers, found.attention, strict=True),
-                *((self.one_of_several[at], one) for at, one in found.several.items()),
+                *zip(layers, found.attention, strict=True),
+                *((one_of_several[at], one) for at, one in found.several.items()),
             ]
             for layer, attention in pairs:
                 if attention is not None:

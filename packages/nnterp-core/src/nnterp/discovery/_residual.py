@@ -246,8 +246,11 @@ class _Solver:
             yield from (p for p in reversed(inner) if inner[-1].startswith(f"{p}."))
 
     def extras(self) -> list[str]:
-        """Direct children of the layer that are in none of its parts and may add something of their own."""
+        """A decoder's cross-attention, or direct children in none of the parts: they may add something of their own."""
         depth = self.layer.path.count(".") + 1
+        cross = self.layer.cross_attn
+        if cross is not None:
+            return [cross.exit] if cross.exit in self.made else []
         return [
             p
             for p in self.order

@@ -51,7 +51,7 @@ class LayerAccessor:
         return self[layer]
 
     def __len__(self) -> int:
-        return self._model.num_layers
+        return depth_of(self._model, self._value)
 
     def __iter__(self) -> Any:
         raise TypeError(f"{self._value.name} cannot be iterated over; index it: model.{self._value.name}[i].")
@@ -80,6 +80,11 @@ class ModuleListAccessor:
 
     def __repr__(self) -> str:
         return f"<{self._name}: the {self._role} module of each layer that has one>"
+
+
+def depth_of(model: Running, value: Label | Value) -> int:
+    """How many layers a value is indexed by: the encoder's, or the model's own."""
+    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
@@ -155,10 +160,10 @@ def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] |
     if isinstance(layer, str) and value.name == "features":  # by the value that a dictionary reads or writes
         index, label = layer, f"features[{layer!r}]"
     elif isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer, or dictionaries
-        index = layer_index(layer[0], model.num_layers, value.name), layer[1]
+        index = layer_index(layer[0], depth_of(model, value), value.name), layer[1]
         label = f"{value.name}[{layer[0]}, {layer[1]}]"
     elif value.per_layer:
-        index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]
+        index = layer_index(layer, depth_of(model, value), value.name)  # type: ignore[arg-type]
         label = f"{value.name}[{layer}]"
     place = model.place(value.name, index)
     require_running(model, label)

@@ -41,7 +41,7 @@ class Edits(NoEdits):
 
     def begin(self, model: Running, kwargs: dict[str, Any], mask: Any, width: int | None) -> None:
         """Note which rows a run is given, and start the edits that stand for every run."""
-        model.interleaver.given = Given(kwargs.get("input_ids"), mask, width)
+        model.interleaver.given = Given(kwargs.get("decoder_input_ids", kwargs.get("input_ids")), mask, width)
         start_standing(model, model.standing)
 
     def loop(self, loop: Any) -> StepLoop:

@@ -87,7 +87,9 @@ def support(model: Known) -> Support:
     anatomy = model.facts.anatomy
     for name, value in VALUES.items():
         have, why = [], {}
-        for layer in range(anatomy.num_layers) if value.per_layer else [-1]:
+        encoded = anatomy.encoder if value.stack == "encoder" else anatomy
+        depth = 1 if encoded is None else encoded.num_layers
+        for layer in range(depth) if value.per_layer else [-1]:
             try:
                 with contextlib.suppress(ValueError):  # several dictionaries, which have features each
                     model.place(name, layer if value.per_layer else None)
@@ -104,7 +106,8 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
     if value.per_layer:
         index = 0 if layer is None else layer
         if not isinstance(layer, tuple):
-            index = read_index(index, model.facts.anatomy.num_layers, f"The layer of {value.name}", "layers")
+            own = model.facts.of_stack(value.stack).anatomy
+            index = read_index(index, own.num_layers, f"The layer of {value.name}", "layers")
     place = model.place(value.name, index)
     shape = value.shape
     at = "" if index is None else f"[{', '.join(map(str, index if isinstance(index, tuple) else (index,)))}]"

@@ -77,6 +77,8 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
     place = facts.places.get((name, layer))
     if place is None:
         value = get_value(name)
+        every, facts = facts, facts.of_stack(value.stack)
+        value = get_value(value.base)
         if layer is not None and value.per_layer:
             first = layer[0] if isinstance(layer, tuple) else layer
             index = read_index(first, facts.anatomy.num_layers, f"The layer of {name}", "layers")
@@ -86,7 +88,7 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
         else:
             place = FINDERS[value.finder](facts, module, value, layer or 0)
         place = _without_soft_prompt(facts, value, _as_shown(facts, place))
-        facts.places[name, layer] = place
+        every.places[name, layer] = place
     return place
 
 

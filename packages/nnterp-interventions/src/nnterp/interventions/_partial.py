@@ -103,4 +103,4 @@ def cells_of(kept: Kept, *shape: int) -> tuple[dict[str, torch.Tensor], torch.Te
 
 def ids_of(*prompts: Any) -> list[list[tuple[int, ...]]]:
     """The token ids of lists of prompts, which identify them."""
-    return [[row.ids for row in rows] for rows in prompts]
+    return [[row.identity for row in rows] for rows in prompts]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import nnsight
 import torch
 
-from nnterp.inputs import Batch, Row, forward_flags
+from nnterp.inputs import Batch, Row, forward_flags, given
 from nnterp.interventions._engine import POSITION_AXES, Key, Passing, Shortcuts, Step, axes_of, forward_steps, rows_of
 from nnterp.interventions._running import BatchSize, filled, in_batches
 from nnterp.values import get_label, get_value
@@ -50,7 +50,8 @@ def states_of(
         width = max(len(prompt) for prompt in some)
         for k, i in enumerate(chosen):
             for (name, layer), tensor in zip((step.key for step in steps if step.term is None), kept, strict=True):
-                found[i][name, layer] = own_part(tensor[k], name, len(prompts[i]), width)
+                own = own_part(tensor[k], name, len(prompts[i]), width)
+                found[i][name, layer] = own if prompts[i].encoder is None else tensor[k]
             logits[i] = last[k]
     return found, torch.stack([logits[i] for i in range(len(prompts))])
 
@@ -59,7 +60,7 @@ def sharing_groups(model: StandardizedTransformer, prompts: Sequence[Row], short
     """Indices of prompts by which of them may share a batch: of any lengths only with the `ragged` shortcut."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        side = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
+        side = model.sharing.side(len(prompt)) if shortcuts.ragged else prompt.lengths
         groups.setdefault(side, []).append(i)
     return groups.values()
 
@@ -71,13 +72,15 @@ def _run(
     ids, flags = filled(prompts), forward_flags(model)
     count, width = ids.shape
     place, at = torch.arange(count), torch.tensor([len(prompt) - 1 for prompt in prompts])
-    with model.trace({"input_ids": ids}, remote=remote, **flags) as tracer:
+    with model.trace(given(prompts, ids), remote=remote, **flags) as tracer:
         kept, passing = [], Passing(model)
         for step in steps:
             if step.term is not None:
                 passing.hold(step)
                 continue
-            kept.append(rows_of(passing.read(step.key), count, width, get_label(step.key[0])).clone())
+            label = get_label(step.key[0])
+            own = width if prompts[0].encoder is None or not label.of_encoder else len(prompts[0].encoder)
+            kept.append(rows_of(passing.read(step.key), count, own, label).clone())
         nnsight.save(kept)
         if readout:
             whole = passing.read(("layers_output", model.num_layers - 1))

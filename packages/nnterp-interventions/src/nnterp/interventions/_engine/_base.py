@@ -27,11 +27,13 @@ class Base:
         streams: The residual stream entering each layer and leaving the last, `[prompts, seq, hidden]` each; empty if
             no layer is skipped. The first is None if no row begins at layer 0 of a running batch.
         cache: Keys and values of each layer; None if no prefix is shared.
+        prompts: The prompts.
     """
 
     ids: torch.Tensor
     streams: tuple[torch.Tensor | None, ...] = ()
     cache: KeysAndValues | None = None
+    prompts: tuple[Row, ...] = ()
 
 
 def base_of(prompts: Sequence[Row], streams: Sequence[Sequence[torch.Tensor]]) -> Base:
@@ -70,7 +72,7 @@ def run_base(
     """
     ids = filled(prompts)
     if not needs_streams and not needs_cache:
-        return Base(ids)
+        return Base(ids, prompts=tuple(prompts))
     cache = new_cache(model) if needs_cache else None
     flags = forward_flags(model) if cache is None else continued_from(cache)
     value, layers = get_value("layers_output"), model.num_layers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import nnsight
 import torch
 
-from nnterp.inputs import forward_flags
+from nnterp.inputs import forward_flags, given
 from nnterp.interventions._engine._base import Base
 from nnterp.interventions._engine._cache import continuing
 from nnterp.interventions._engine._edits import Cell, Edit, apply_edits, positions_axis, rows_of
@@ -85,7 +85,8 @@ class CellBatchRun:
         if self.first == self.layers and stops_early and not self.groups:  # no layer is left to run
             return at_positions(self.entering(self.first), at, seq, "layers_output"), {}
         steps = forward_steps(model, [*self.groups, *([self.narrowed] if self.narrowed else [])])
-        inputs, flags, indices = {"input_ids": self.ids()}, self.flags(), list(self.batch.indices)
+        own = [self.base.prompts[i] for i in self.which] if self.base.prompts else []
+        inputs, flags, indices = given(own, self.ids()), self.flags(), list(self.batch.indices)
         made: dict[str, torch.Tensor] = {}
         last: torch.Tensor | None = None
         with model.trace(inputs, **flags) as tracer:
@@ -140,7 +141,9 @@ class CellBatchRun:
             self.narrow(passing, step.key)
         else:
             rows = len(self.batch.cells) if self.counts is None or layer is None else self.counts[layer]
-            new = passing.write(step.key, self.groups[step.key], (rows, self.seq), self.batch.offset)
+            label, heard = get_label(step.key[0]), self.base.prompts[0].encoder if self.base.prompts else None
+            seq = len(heard) if label.of_encoder and heard is not None else self.seq
+            new = passing.write(step.key, self.groups[step.key], (rows, seq), self.batch.offset)
             if step.key == ("layers_output", self.layers - 1):
                 return new
         return hidden

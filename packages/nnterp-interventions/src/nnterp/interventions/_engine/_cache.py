@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 

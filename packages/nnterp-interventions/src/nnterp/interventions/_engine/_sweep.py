@@ -139,11 +139,12 @@ class _Sweep:
         left = sorted(of_prompt, key=lambda prompt: -len(self.prompts[prompt]))
         while left:
             longest = len(self.prompts[left[0]])
+            both = self.prompts[left[0]].lengths
             chosen = left[: max(1, min(self.most_rows, self.most_tokens // longest))]
             if self.shortcuts.ragged:
                 chosen = sharing_first(self.model, self.prompts, chosen)
             else:
-                chosen = [prompt for prompt in chosen if len(self.prompts[prompt]) == longest]
+                chosen = [prompt for prompt in chosen if self.prompts[prompt].lengths == both]
             try:
                 enough = self.group(chosen, [i for prompt in chosen for i in of_prompt[prompt]], shown)
             except _Again:
