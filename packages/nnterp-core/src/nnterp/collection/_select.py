@@ -21,6 +21,7 @@ class Selection(Record):
         shape: `(rows, seq)` of the batch.
         starts, lengths: Where each row's first token stands, and how many it has.
         front: How many keys of attention stand before the tokens' (CPM-Ant's soft prompt).
+        heard: For each row how many positions the encoder reads, which are the keys of cross-attention.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Selection(Record):
         starts: torch.Tensor,
         lengths: torch.Tensor,
         front: int = 0,
+        heard: tuple[int, ...] = (),
     ) -> None:
         self.index, self.mask, self.whole, self.single = index, mask, whole, single
         self.shape, self.starts, self.lengths, self.front = shape, starts, lengths, front
+        self.heard = heard
 
 
 def last_of(batch: Batch) -> Selection:
@@ -45,14 +48,17 @@ def last_of(batch: Batch) -> Selection:
     return Selection(batch.last[:, None], mask, False, True, shape, torch.tensor(batch.starts), lengths)
 
 
-def pick(batch: Batch, chosen: Sequence[Sequence[int]], single: bool, front: int = 0) -> Selection:
+def pick(
+    batch: Batch, chosen: Sequence[Sequence[int]], single: bool, front: int = 0, encoder: Batch | None = None
+) -> Selection:
     """Where the positions of a batch's rows stand.
 
     Args:
         batch: The rows.
         chosen: For each prompt that was given, its positions; a row's are found by the batch's `indices`.
         single: Whether the axis of positions is dropped.
-        front: How many keys of attention stand before the tokens'.
+        front: How many keys of attention stand before the tokens' (CPM-Ant's soft prompt).
+        encoder: What the encoder reads.
     """
     own = [chosen[i] for i in batch.indices]
     width = max(len(c) for c in own)
@@ -63,7 +69,8 @@ def pick(batch: Batch, chosen: Sequence[Sequence[int]], single: bool, front: int
     rows, seq = batch.input_ids.shape
     everything = seq == width and bool(mask.all()) and bool((index == torch.arange(width)).all())
     lengths = torch.tensor([len(row) for row in batch.rows])
-    return Selection(index, mask, everything, single, (rows, seq), torch.tensor(batch.starts), lengths, front)
+    heard = () if encoder is None else tuple(len(row) for row in encoder.rows)
+    return Selection(index, mask, everything, single, (rows, seq), torch.tensor(batch.starts), lengths, front, heard)
 
 
 def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> torch.Tensor:
@@ -74,7 +81,7 @@ def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> t
     """
     rows, seq = picked.shape
     if shape.endswith("query, key]"):
-        return _pattern(tensor, picked, label)
+        return _pattern(tensor, picked, label, "cross_attention" in label)
     if tensor.dim() == shape.count(",") and tensor.shape[0] == rows * seq:  # batch and positions in one axis
         tensor = tensor.view(rows, seq, *tensor.shape[1:])
     if tensor.shape[0] != rows or tensor.dim() < 2 or tensor.shape[1] != seq:
@@ -92,11 +99,14 @@ def select(tensor: torch.Tensor, picked: Selection, label: str, shape: str) -> t
     return _zeroed(taken, picked.mask, 1)
 
 
-def _pattern(tensor: torch.Tensor, picked: Selection, label: str) -> torch.Tensor:
+def _pattern(tensor: torch.Tensor, picked: Selection, label: str, cross: bool = False) -> torch.Tensor:
     """`[rows, heads, query, key]` → the queries picked, the keys counted over the row's own tokens."""
     rows, seq = picked.shape
     tensor = tensor[..., picked.front :]
-    if tensor.dim() != 4 or tensor.shape[0] != rows or tensor.shape[2] != seq or tensor.shape[3] != seq:
+    lengths = torch.tensor(picked.heard) if cross else picked.lengths
+    starts = torch.zeros_like(lengths) if cross else picked.starts
+    across = int(lengths.max()) if cross else seq
+    if tensor.dim() != 4 or tensor.shape[0] != rows or tensor.shape[2] != seq or tensor.shape[3] != across:
         raise ValueError(
             f"{label} has shape {list(tensor.shape)} in a batch of {rows} rows of {seq} tokens: its queries or keys "
             f"are not the prompt's tokens. Read it in a trace instead."
@@ -104,10 +114,10 @@ def _pattern(tensor: torch.Tensor, picked: Selection, label: str) -> torch.Tenso
     device = tensor.device
     row = torch.arange(rows, device=device)
     taken = tensor[row[:, None], :, picked.index.to(device)].transpose(1, 2)  # [rows, heads, positions, keys]
-    width = int(picked.lengths.max())
-    keys = (picked.starts[:, None] + torch.arange(width)[None]).clamp(max=seq - 1).to(device)
+    width = int(lengths.max())
+    keys = (starts[:, None] + torch.arange(width)[None]).clamp(max=across - 1).to(device)
     taken = taken.gather(3, keys[:, None, None, :].expand(*taken.shape[:3], width))
-    real = (torch.arange(width)[None] < picked.lengths[:, None]).to(device)
+    real = (torch.arange(width)[None] < lengths[:, None]).to(device)
     taken = taken.masked_fill(~real[:, None, None, :], 0)
     taken = _zeroed(taken, picked.mask, 2)
     return taken[:, :, 0] if picked.single else taken

@@ -17,7 +17,15 @@ from ._loud import make_loud
 from ._narrow import narrow_config
 from ._shrink import tiny_config
 from ._tokenizer import tiny_tokenizer
-from ._zoo import model_types, multimodal_model_types, tiny_checkpoint, tiny_model, unavailable_model_types
+from ._zoo import (
+    encoder_decoder_types,
+    model_types,
+    multimodal_model_types,
+    tiny_checkpoint,
+    tiny_encoder_decoder,
+    tiny_model,
+    unavailable_model_types,
+)
 
 __all__ = [
     "CACHE_INEXACT",
@@ -27,12 +35,14 @@ __all__ = [
     "NO_CACHE",
     "POSITION_IDS_NEEDED",
     "POSITION_IDS_OFFSET",
+    "encoder_decoder_types",
     "make_loud",
     "model_types",
     "multimodal_model_types",
     "narrow_config",
     "tiny_checkpoint",
     "tiny_config",
+    "tiny_encoder_decoder",
     "tiny_model",
     "tiny_tokenizer",
     "unavailable_model_types",

@@ -11,7 +11,7 @@ import torch
 from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
 from ._shrink import tiny_config
-from ._special_cases import MULTIMODAL, UNAVAILABLE
+from ._special_cases import ENCODER_DECODERS, MULTIMODAL, UNAVAILABLE
 from ._tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -88,6 +88,37 @@ def tiny_model(
         model = _auto_class(model_type).from_config(config, dtype=dtype)
     if loud:
         make_loud(model, seed)
+    return model.eval()
+
+
+def encoder_decoder_types() -> tuple[str, ...]:
+    """The model types `tiny_encoder_decoder` builds: types with text in both inputs, and Whisper."""
+    return ENCODER_DECODERS
+
+
+def tiny_encoder_decoder(model_type: str, *, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
+    """A tiny random encoder-decoder model with loud weights, in eval mode on the CPU; see `tiny_model`.
+
+    Args:
+        model_type: One of `encoder_decoder_types()`.
+        seed: Of the weights.
+        **config_overrides: Fields of the configuration; `attn_implementation` works as in `from_pretrained`.
+
+    Raises:
+        KeyError: `model_type` is none of these.
+    """
+    if model_type not in ENCODER_DECODERS:
+        raise KeyError(f"{model_type!r} is none of encoder_decoder_types(): {', '.join(ENCODER_DECODERS)}.")
+    from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+    kind = AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
+    config = tiny_config(
+        model_type, **({"max_source_positions": 24} if model_type == "whisper" else {}), **config_overrides
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind.from_config(config)
+    make_loud(model, seed)
     return model.eval()
 
 

@@ -49,6 +49,12 @@ class Grid:
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         _check_patterns(pairs, names)
+        heard = {get_value(name).label.of_encoder for name in names}
+        if len(heard) > 1:
+            raise ValueError(
+                f"{', '.join(names)} have positions of both the encoder's and the decoder's input: patch them apart."
+            )
+        self.seen = _heard(pairs) if heard == {True} else pairs
         plain = plain_positions(positions)
         self.together = plain is None and (positions == "all" or self.by_head)
         self.columns: list[Any] | None = None
@@ -62,7 +68,7 @@ class Grid:
         self.shape = (len(names), len(self.layers), len(self.units), self.width)
 
     def _every_position(self, pair: int) -> list[Column]:
-        clean, corrupted = len(self.pairs.clean[pair]), len(self.pairs.corrupted[pair])
+        clean, corrupted = len(self.seen.clean[pair]), len(self.seen.corrupted[pair])
         if clean != corrupted:
             raise ValueError(
                 f"Pair {pair}: the clean prompt has {clean} tokens and the corrupted one {corrupted}, so their "
@@ -74,7 +80,7 @@ class Grid:
 
     def _column(self, pair: int, column: Any) -> Column:
         kinds = ("corrupted", "clean") if self.pairs.denoising else ("clean", "corrupted")
-        prompts = self.pairs.into[pair], self.pairs.source[pair]
+        prompts = self.seen.into[pair], self.seen.source[pair]
         into, source = (
             resolve(self.model, prompt, column, f"the {kind} prompt {pair}")
             for prompt, kind in zip(prompts, kinds, strict=True)
@@ -159,9 +165,17 @@ class Grid:
     def _tokens(self, pair: int) -> tuple[str | None, ...]:
         """The clean prompt's tokens in each column."""
         side = 1 if self.pairs.denoising else 0
-        ids = self.pairs.clean[pair].ids
+        ids = self.seen.clean[pair].ids
         own = ["".join(token_texts(self.model, [ids[p] for p in column[side]])) for column in self.where[pair]]
         return (*own, *(None,) * (self.width - len(own)))
+
+
+def _heard(pairs: Pairs) -> Pairs:
+    """Pairs of what the encoder reads of the prompts."""
+    clean, corrupted = (
+        [row.encoder for row in rows if row.encoder is not None] for rows in (pairs.clean, pairs.corrupted)
+    )
+    return Pairs(clean, corrupted, pairs.direction)
 
 
 def _check_patterns(pairs: Pairs, names: list[str]) -> None:

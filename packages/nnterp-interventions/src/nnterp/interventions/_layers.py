@@ -40,7 +40,11 @@ def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -
             raise ValueError(f"{name} is not a value of layers; take one that is, such as layers_output.")
         positions_axis(name)
     layers = integers(layers, "layers")
-    chosen = layers_of(model, layers)
+    if {get_value(name).stack for name in names} == {"encoder"}:
+        depth = model.num_encoder_layers
+        chosen = list(range(depth)) if layers is None else read_indices(layers, depth, "layers", "layers")
+    else:
+        chosen = layers_of(model, layers)
     kept: list[int] = []
     reason: Unavailable | None = None
     for layer in chosen:

@@ -106,6 +106,10 @@ class Passing:
 
 def _rank(model: StandardizedTransformer, key: Key) -> tuple[int, float]:
     value = get_value(key[0])
+    if value.stack == "encoder":  # before all layers of the decoder
+        return (key[1] or 0) - 1_000_000, value.rank
+    if value.stack == "cross":  # between self-attention and feed-forward
+        return key[1] or 0, 2.5 + value.rank / 10
     if key[1] is None:
         return (-1 if value.rank == 0 else model.num_layers, value.rank)
     return key[1], value.rank

@@ -1,0 +1,244 @@
+"""Encoder-decoder models: values of the encoder, of the decoder and of attention between them, against plain runs."""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from nnterp import EncoderDecoderPrompt, StandardizedTransformer
+from nnterp.certificate import certify
+from nnterp.errors import PaddingError, Unavailable
+from nnterp.interventions import activation_patching, logit_lens
+from nnterp.testing import encoder_decoder_types, tiny_encoder_decoder, tiny_model, tiny_tokenizer
+
+TYPES = ("t5", "bart", "whisper")
+LISTED = sorted(encoder_decoder_types())
+TEXTS = ("The capital of France is Paris", "The capital of Japan is Tokyo")
+
+
+@functools.cache
+def model_of(model_type):
+    module = tiny_encoder_decoder(model_type, attn_implementation="eager")
+    return StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+
+
+def prompt(model, which=0, decoder=(5, 20, 30, 41)):
+    if model.anatomy.model_class.startswith("Whisper"):
+        shape = model._module.config.num_mel_bins, 2 * model._module.config.max_source_positions
+        heard = torch.randn(shape, generator=torch.Generator().manual_seed(which))
+        return EncoderDecoderPrompt(heard, list(decoder))
+    return EncoderDecoderPrompt(TEXTS[which], list(decoder))
+
+
+def plain_inputs(model, one):
+    own = {"decoder_input_ids": torch.tensor([list(one.decoder)])}
+    if isinstance(one.encoder, torch.Tensor):
+        return {"input_features": one.encoder[None], **own}
+    return {"input_ids": torch.tensor([model.tokenizer(one.encoder)["input_ids"]]), **own}
+
+
+@torch.no_grad()
+def plain(model, one):
+    options = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    return model._module(**plain_inputs(model, one), **options)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_values_are_huggingfaces(model_type):
+    model = model_of(model_type)
+    one = prompt(model)
+    expected = plain(model, one)
+    with torch.no_grad(), model.trace(one):
+        heard = [model.encoder_layers_output[i].save() for i in range(model.num_encoder_layers)]
+        stream, attended = [], []
+        for i in range(model.num_layers):
+            attended.append(model.cross_attention_probabilities[i].save())
+            stream.append(model.layers_output[i].save())
+        logits = model.logits.save()
+    close(logits, expected.logits)
+    for made, state in zip(heard[:-1], expected.encoder_hidden_states[1:-1], strict=True):
+        close(made, state)
+    for made, state in zip(stream[:-1], expected.decoder_hidden_states[1:-1], strict=True):
+        close(made, state)
+    for made, state in zip(attended, expected.cross_attentions, strict=True):
+        close(made, state)
+    close(model.project_on_vocab(stream[-1]), expected.logits)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_collect_and_lens(model_type):
+    model = model_of(model_type)
+    prompts = [prompt(model, 0), prompt(model, 1, (5, 20, 30)), prompt(model, 1, (9, 44, 30, 41, 60))]
+    found = model.collect(prompts, "encoder_layers_output", positions=-1)["encoder_layers_output"]
+    attended = model.collect(prompts, "cross_attention_probabilities[1]", positions=-1)
+    lens = logit_lens(model, prompts)
+    for i, one in enumerate(prompts):
+        expected = plain(model, one)
+        close(found[1, i], expected.encoder_hidden_states[2][0, -1])
+        row = expected.cross_attentions[1][0, :, -1]
+        close(attended["cross_attention_probabilities", 1][i][:, : row.shape[-1]], row)
+        close(lens[i, -1], expected.logits[0, -1].softmax(-1))
+    with pytest.raises(ValueError, match="two calls"):
+        model.collect(prompts, ["encoder_layers_output", "layers_output"])
+
+
+@torch.no_grad()
+def patched(model, one, path, layer, position, new):
+    """The plain model's logits with one position of what a layer returns replaced."""
+
+    def replace(module, args, output):
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        first = first.clone()
+        first[0, position] = new
+        return first if isinstance(output, torch.Tensor) else (first, *output[1:])
+
+    handle = model._module.get_submodule(path).register_forward_hook(replace)
+    try:
+        return model._module(**plain_inputs(model, one), use_cache=False).logits[0, -1]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("value", ["encoder_layers_output", "layers_output"])
+def test_patching_equals_plain_hooks(model_type, value):
+    model = model_of(model_type)
+    clean, corrupted = prompt(model, 0), prompt(model, 1)
+    encoder = value.startswith("encoder")
+    if encoder and not isinstance(clean.encoder, torch.Tensor):
+        length = len(model.tokenizer(TEXTS[1])["input_ids"])
+        clean = EncoderDecoderPrompt(model.tokenizer(TEXTS[0])["input_ids"][:length], clean.decoder)
+        clean = EncoderDecoderPrompt([*clean.encoder, *[9] * (length - len(clean.encoder))], clean.decoder)
+    blocks = (model.anatomy.encoder if encoder else model.anatomy).blocks
+    scores = activation_patching(
+        model,
+        clean=clean,
+        corrupted=corrupted,
+        metric=lambda logits: logits[:, 7],
+        values=value,
+        layers=[1],
+        positions=[2],
+    )["scores"]
+    inputs = {"input_ids": torch.tensor([clean.encoder])} if isinstance(clean.encoder, list) else {}
+    with torch.no_grad():
+        run = model._module(
+            **{**plain_inputs(model, corrupted), **plain_only(model, clean), **inputs}, output_hidden_states=True
+        )
+    states = run.encoder_hidden_states if encoder else run.decoder_hidden_states
+    expected = patched(model, corrupted, blocks[1].path, 1, 2, states[2][0, 2])
+    close(scores.flatten()[0], expected[7])
+    unpatched = plain(model, corrupted).logits[0, -1, 7]
+    assert (scores.flatten()[0] - unpatched).abs() > 1e-4
+
+
+def plain_only(model, one):
+    return {} if isinstance(one.encoder, list) else plain_inputs(model, one)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("value", ["encoder_mlps_output", "cross_attentions_output", "encoder_attention_head_outputs"])
+def test_writing_has_an_effect_on_what_follows_alone(model_type, value):
+    model = model_of(model_type)
+    one = prompt(model)
+    with torch.no_grad(), model.trace(one):
+        before = model.encoder_layers_output[0].save()
+        getattr(model, value)[2] = getattr(model, value)[2] * 0
+        logits = model.logits.save()
+    close(before, plain(model, one).encoder_hidden_states[1])
+    assert (logits - plain(model, one).logits).abs().max() > 1e-3
+
+
+def test_padded_prompts_are_told_apart():
+    model = model_of("t5")
+    assert model.facts.padding == "exact"
+    both = [prompt(model, 0), EncoderDecoderPrompt("The capital", [5])]
+    together = model.collect(both, "layers_output", positions=-1, batch_size=2)["layers_output"]
+    for i, one in enumerate(both):
+        close(together[:, i], model.collect(one, "layers_output", positions=-1)["layers_output"][:, 0])
+
+
+def test_a_text_is_for_the_encoder():
+    model = model_of("t5")
+    start = model._module.config.decoder_start_token_id
+    with torch.no_grad(), model.trace(TEXTS[0]):
+        logits = model.logits.save()
+    close(logits, plain(model, EncoderDecoderPrompt(TEXTS[0], [start])).logits)
+    row = model.collect(EncoderDecoderPrompt(TEXTS[0], "Paris"), "layers_output").rows[0]
+    assert row.ids == (start, *model.tokenizer("Paris")["input_ids"])
+    with pytest.raises(ValueError, match="two inputs"), model.trace(torch.tensor([[5, 6]])):
+        pass
+
+
+def test_a_model_without_an_encoder_says_so():
+    model = StandardizedTransformer(tiny_model("llama", num_layers=2), tokenizer=tiny_tokenizer())
+    with pytest.raises(Unavailable, match="no encoder"):
+        model.place("encoder_layers_output", 0)
+    with pytest.raises(Unavailable, match="no encoder"):
+        model.collect("The", "cross_attention_probabilities")
+    assert model.support()["encoder_layers_output"] == ()
+
+
+def mutated(model, change):
+    """The verdict on a model whose encoder's or cross-attention's names are wrong."""
+    wrong = object.__new__(type(model))
+    wrong.__dict__.update(model.__dict__, facts=dataclasses.replace(model.facts, anatomy=change(model.facts.anatomy)))
+    return certify(wrong)[0]
+
+
+def with_encoder(anatomy, blocks):
+    return dataclasses.replace(anatomy, encoder=dataclasses.replace(anatomy.encoder, blocks=tuple(blocks)))
+
+
+def swapped(anatomy):
+    first, second, *rest = anatomy.encoder.blocks
+    return with_encoder(anatomy, [dataclasses.replace(second, index=0), dataclasses.replace(first, index=1), *rest])
+
+
+def shortened(anatomy):
+    return with_encoder(anatomy, anatomy.encoder.blocks[:-1])
+
+
+def own_for_cross(anatomy):
+    blocks = [dataclasses.replace(block, cross_attn=block.self_attn) for block in anatomy.blocks]
+    return dataclasses.replace(anatomy, blocks=tuple(blocks))
+
+
+def decoders_for_encoder(anatomy):
+    return with_encoder(anatomy, anatomy.blocks)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+@pytest.mark.parametrize("change", [swapped, shortened, own_for_cross, decoders_for_encoder])
+def test_wrong_names_are_caught(model_type, change):
+    model = model_of(model_type)
+    assert mutated(model, copy.copy).ok
+    assert not mutated(model, change).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [t for t in LISTED if t not in TYPES])
+def test_every_type_is_proven(model_type):
+    module = tiny_encoder_decoder(model_type, attn_implementation="eager")
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    assert model.certificate.ok
+    assert model.support()["encoder_layers_output"] == tuple(range(model.num_encoder_layers))
+
+
+def test_batches_of_different_lengths_are_refused_where_padding_is_not_exact():
+    model = model_of("t5")
+    inexact = dataclasses.replace(model.facts, padding="inexact")
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    ids = torch.tensor([[5, 6, 7], [5, 6, 0]])
+    with (
+        pytest.raises(PaddingError),
+        model.supposing(inexact).trace(
+            {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.tensor([[5], [5]])}
+        ),
+    ):
+        pass
