@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 
+import nnsight
 import pytest
 import torch
 
@@ -55,11 +56,13 @@ def test_values_are_huggingfaces(model_type):
     one = prompt(model)
     expected = plain(model, one)
     with torch.no_grad(), model.trace(one):
-        heard = [model.encoder_layers_output[i].save() for i in range(model.num_encoder_layers)]
-        stream, attended = [], []
+        heard, attended, stream = [], [], []
+        for i in range(model.num_encoder_layers):
+            heard.append(model.encoder_layers_output[i])
         for i in range(model.num_layers):
-            attended.append(model.cross_attention_probabilities[i].save())
-            stream.append(model.layers_output[i].save())
+            attended.append(model.cross_attention_probabilities[i])
+            stream.append(model.layers_output[i])
+        nnsight.save((heard, attended, stream))
         logits = model.logits.save()
     close(logits, expected.logits)
     for made, state in zip(heard[:-1], expected.encoder_hidden_states[1:-1], strict=True):
@@ -165,7 +168,7 @@ def test_padded_prompts_are_told_apart():
 
 def test_a_text_is_for_the_encoder():
     model = model_of("t5")
-    start = model._module.config.decoder_start_token_id
+    model._module.generation_config.decoder_start_token_id = start = 0
     with torch.no_grad(), model.trace(TEXTS[0]):
         logits = model.logits.save()
     close(logits, plain(model, EncoderDecoderPrompt(TEXTS[0], [start])).logits)

@@ -306,8 +306,9 @@ def _two_inputs(model: Reader, prompt: Any, vocabulary: int | None, label: str) 
             raise ValueError(f"{label}: the encoder's input has no tokens, and it needs at least one.")
     if not isinstance(prompt.decoder, str):
         return dataclasses.replace(_row(model, prompt.decoder, vocabulary, label, own=True), encoder=encoder)
-    start = getattr(text_config(model._module.config), "decoder_start_token_id", None)
-    start = getattr(model._module.config, "decoder_start_token_id", None) if start is None else start
+    config = model._module.config
+    stated = (text_config(config), config, getattr(model._module, "generation_config", None))
+    start = next((i for c in stated if (i := getattr(c, "decoder_start_token_id", None)) is not None), None)
     if start is None:
         raise ValueError(
             f"{label}: the config of {model.model_class} does not say with which token the decoder starts; give its "
