@@ -62,7 +62,9 @@ def test_values_are_huggingfaces(model_type):
         for i in range(model.num_layers):
             attended.append(model.cross_attention_probabilities[i])
             stream.append(model.layers_output[i])
-        nnsight.save((heard, attended, stream))
+        nnsight.save(heard)
+        nnsight.save(attended)
+        nnsight.save(stream)
         logits = model.logits.save()
     close(logits, expected.logits)
     for made, state in zip(heard[:-1], expected.encoder_hidden_states[1:-1], strict=True):

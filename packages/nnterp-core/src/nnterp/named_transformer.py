@@ -397,6 +397,11 @@ class NamedTransformer(EditedTransformer):
         return self.anatomy.__rich__()
 
     def _prepare_request(self) -> None:
+        if self.num_encoder_layers:
+            raise Unavailable(
+                f"{self.model_class} reads two inputs, and requests to a remote worker serve models that read one. Load "
+                "the weights here."
+            )
         if getattr(self.tokenizer, "padding_side", "left") != "left":
             raise ValueError(
                 f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "

@@ -10,6 +10,7 @@ import torch
 
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.datasets import ActivationDataset, refuse_for_disk, write_dataset
+from nnterp.errors import Unavailable
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import VALUES, Value
@@ -176,6 +177,10 @@ class ReadTransformer(NamedTransformer):
             >>> dataset = model.collect(prompts, "layers_output", to="activations")
             >>> dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
         """
+        if to is not None and self.num_encoder_layers:
+            raise Unavailable(
+                f"collect(to=folder) keeps prompts with one input, and {self.model_class} reads two; leave out to=."
+            )
         if to is not None:
             refuse_for_disk(device, reduce, max_new_tokens, resume, generation)
             on_disk = (layers, positions, batch_size, dtype, progress, remote, prompts_per_shard, rank)

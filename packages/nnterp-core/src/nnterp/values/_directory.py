@@ -14,6 +14,8 @@ from nnterp.values._lookup import Known
 
 NO_DICTIONARY = "No dictionary is attached: nnterp.attach(model, dictionary, at='layers_output[3]') attaches one."
 
+NO_ENCODER = "This model has no encoder that its layers attend to."
+
 Index = int | tuple[int, int]
 Entry = tuple[Any, str, tuple[Any, ...] | None]
 
@@ -33,6 +35,9 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
     for name, value in VALUES.items():
         if name == "features":  # dictionaries travel beside the directory
             entries[name] = [(None, NO_DICTIONARY, None)]
+            continue
+        if value.stack:  # requests are refused for models that have these
+            entries[name] = [(None, NO_ENCODER, None)]
             continue
         if value.per_layer:
             at = [*layers, *(several if value.role == "self_attn" else ())]

@@ -77,7 +77,13 @@ def page() -> str:
     parts = [
         _HEAD,
         "## Per layer: `model.NAME[layer]`\n",
-        *_table(sorted(per_layer, key=lambda value: value.rank)),
+        *_table(sorted((v for v in per_layer if not v.stack), key=lambda value: value.rank)),
+        "\n## Per layer of an encoder-decoder model\n",
+        "The values above are the decoder's. These are its attention to the encoder, and the encoder's own; see "
+        "[encoder-decoder models](encoder-decoder.md).\n",
+        *_table(sorted((v for v in per_layer if v.stack == "cross"), key=lambda value: value.rank)),
+        "",
+        *_table(sorted((v for v in per_layer if v.stack == "encoder"), key=lambda value: value.rank)),
         "\n## Once per model: `model.NAME`\n",
         *_table(sorted(whole, key=lambda value: value.rank)),
         logits,
