@@ -127,7 +127,7 @@ FLOORS = (
     "selectors indices arguments defaults generation progress identity resuming versions memory sent "
     "_siblings _ids_alone",
     "anatomy traced loading testing",
-    "rows discovery inputs",
+    "rows discovery inputs two_inputs",
     "facts positions standing fingerprint frozen",
     "editing",
     "values",

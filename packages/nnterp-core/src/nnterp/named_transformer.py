@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
-from nnterp.inputs import EncoderDecoderPrompt, encode, pad
 from nnterp.loading import reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
@@ -36,6 +35,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
+from nnterp.two_inputs import both_inputs
 from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place
 from nnterp.wording import ranges
 
@@ -46,17 +46,8 @@ SENT_OF_NNSIGHT = (
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
 SENT = (
-    *(
-        "num_layers",
-        "num_encoder_layers",
-        "hidden_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "intermediate_size",
-        "vocab_size",
-    ),
-    *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
+    *("num_layers", "num_encoder_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+    *("vocab_size", "model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
 )
 
 
@@ -95,33 +86,13 @@ class NamedTransformer(EditedTransformer):
     def _batch(self, invokes: list, fn: Any) -> tuple:
         if is_huggingface(self._module):
             if self.num_encoder_layers and getattr(fn, "__name__", fn) in ("_call", "__call__"):
-                invokes = [self._both_inputs(*invoke) for invoke in invokes]
+                invokes = [both_inputs(self, *invoke) for invoke in invokes]
             return TracedTransformer._batch(self, invokes, fn)
         args, kwargs = TracedTransformer._batch(self, [self._tokenized(*invoke) for invoke in invokes], fn)
         mask = kwargs.get("attention_mask")  # full: padding was refused
         if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         return args, kwargs
-
-    def _both_inputs(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
-        """An invoke's inputs with what the decoder reads; texts are read as prompts.
-
-        Raises:
-            ValueError: Token ids were given for one of the two alone.
-        """
-        first = inputs[0] if inputs else None
-        of_encoder = isinstance(first, (str, EncoderDecoderPrompt))
-        several = isinstance(first, (list, tuple)) and all(isinstance(x, (str, EncoderDecoderPrompt)) for x in first)
-        if of_encoder or (several and first):
-            return (pad(self, encode(self, first)).encoding, *inputs[1:]), kwargs
-        named = {*kwargs, *(first if isinstance(first, Mapping) else ())}
-        if not named & {"decoder_input_ids", "decoder_inputs_embeds"}:
-            raise ValueError(
-                f"{self.model_class} reads two inputs, and was given ids of one. Trace a text for its encoder, an "
-                "nnterp.EncoderDecoderPrompt, or a mapping with input_ids and decoder_input_ids. (A function that "
-                "raises this does not serve encoder-decoder models.)"
-            )
-        return inputs, kwargs
 
     def _tokenized(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
         """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
@@ -398,10 +369,7 @@ class NamedTransformer(EditedTransformer):
 
     def _prepare_request(self) -> None:
         if self.num_encoder_layers:
-            raise Unavailable(
-                f"{self.model_class} reads two inputs, and requests to a remote worker serve models that read one. Load "
-                "the weights here."
-            )
+            raise Unavailable(f"{self.model_class} reads two inputs: it runs here alone, and not on a remote worker.")
         if getattr(self.tokenizer, "padding_side", "left") != "left":
             raise ValueError(
                 f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "

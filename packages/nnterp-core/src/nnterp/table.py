@@ -19,13 +19,11 @@ class Label(Record):
         shape: Its axes.
         description: One sentence.
         per_layer: Whether it is indexed by layer.
-        stack: Which layers of an encoder-decoder model: "encoder", "cross" (the decoder's cross-attention), or "" (the
-            decoder's own, and those of any other model).
+        stack: Layers it belongs to: "encoder", "cross" (a decoder's attention to an encoder), or "" (all others).
     """
 
     def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: str = "") -> None:
-        self.name, self.shape, self.description, self.per_layer = name, shape, description, per_layer
-        self.stack = stack
+        self.name, self.shape, self.description, self.per_layer, self.stack = name, shape, description, per_layer, stack
 
     @property
     def of_encoder(self) -> bool:
@@ -54,8 +52,7 @@ class Value:
         per_layer: Whether it is indexed by layer.
         aliases: TransformerLens' names for it, `{}` standing for the layer.
         note: For the reference page: what a reader must know to use it correctly.
-        stack: As in `Label`.
-        label: The part of the row that an accessor needs.
+        stack, label: As in `Label`; the part of the row that an accessor needs.
     """
 
     name: str
@@ -370,9 +367,8 @@ _ENCODED = [v for v in _ROWS if v.per_layer and v.role in ("layer", "self_attn",
 
 
 def _of_stack(value: Value, stack: str) -> Value:
-    words = {"encoder": "In the encoder: ", "cross": "In attention to the encoder: "}
-    said = words[stack] + value.description[0].lower() + value.description[1:]
-    return replace(value, name=f"{stack}_{value.name}", description=said, aliases=(), stack=stack)
+    words = {"encoder": "In the encoder: ", "cross": "In attention to the encoder: "}[stack] + value.description
+    return replace(value, name=f"{stack}_{value.name}", description=words, aliases=(), stack=stack)
 
 
 _ROWS += (*(_of_stack(v, "encoder") for v in _ENCODED), *(_of_stack(v, "cross") for v in _CROSS))

@@ -49,9 +49,9 @@ def encoder_states(evidence: Evidence, facts: Facts) -> Claimed:
         if made is None:
             return outcome(ENCODER, False, detail=f"{layer.path} returns no tensor", remedy=REMEDY_LAYERS), facts
         if layer is layers[-1]:  # HuggingFace returns the last one normalised, or not, by model
-            norm = evidence.last_call(anatomy.ln_final)
-            normed = [] if norm is None or norm.stream_out is None else [norm.stream_out]
-            made = min([made, *normed], key=lambda one: relative_error(one, state))
+            norms = [call for path in evidence.norms() for call in recording.calls[path]]
+            fed = [n.stream_out for n in norms if n.stream_in is not None and torch.equal(n.stream_in, made)]
+            made = min([made, *(one for one in fed if one is not None)], key=lambda one: relative_error(one, state))
         pairs.append((layer.path, made, state))
     structures = tuple(
         solve_residual(

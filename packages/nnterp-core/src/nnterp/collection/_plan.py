@@ -150,8 +150,12 @@ def value_names(values: Any) -> list[str]:
 
 
 def depth_of(model: NamedTransformer, value: Value) -> int:
-    """How many layers a value is indexed by."""
-    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
+    """How many layers a value is indexed by.
+
+    Raises:
+        Unavailable: The model has no encoder.
+    """
+    return model.facts.of_stack(value.stack).anatomy.num_layers
 
 
 def _layers(model: NamedTransformer, value: Value, layers: Any) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnterp.errors import OutsideTraceError, ShapeError
+from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
 from nnterp.table import Label
 from nnterp.traced._places import Site
 from nnterp.traced._sums import Sum
@@ -51,7 +51,7 @@ class LayerAccessor:
         return self[layer]
 
     def __len__(self) -> int:
-        return depth_of(self._model, self._value)
+        return self._model.num_encoder_layers if self._value.stack == "encoder" else self._model.num_layers
 
     def __iter__(self) -> Any:
         raise TypeError(f"{self._value.name} cannot be iterated over; index it: model.{self._value.name}[i].")
@@ -83,8 +83,16 @@ class ModuleListAccessor:
 
 
 def depth_of(model: Running, value: Label | Value) -> int:
-    """How many layers a value is indexed by: the encoder's, or the model's own."""
-    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
+    """How many layers a value is indexed by: the encoder's, or the model's own.
+
+    Raises:
+        Unavailable: The model has no encoder.
+    """
+    if value.stack != "encoder":
+        return model.num_layers
+    if not model.num_encoder_layers:
+        raise Unavailable(f"{model.model_class} has no encoder that its layers attend to.")
+    return model.num_encoder_layers
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
