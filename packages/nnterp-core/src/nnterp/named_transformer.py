@@ -184,8 +184,7 @@ class NamedTransformer(EditedTransformer):
     @property
     def num_encoder_layers(self) -> int:  # type: ignore[override]
         """Number of layers of the encoder of an encoder-decoder model; 0 if it has none."""
-        encoder = self.facts.anatomy.encoder
-        return 0 if encoder is None else encoder.num_layers
+        return 0 if (encoder := self.facts.anatomy.encoder) is None else encoder.num_layers
 
     @property
     def hidden_size(self) -> int | None:  # type: ignore[override]
@@ -301,10 +300,10 @@ class NamedTransformer(EditedTransformer):
             )
         return part.path
 
+    # -- running ----------------------------------------------------------------------------------------------------
+
     def prepare_run(self) -> None:
         """Does nothing here: the proof has instrumented the operations that make `layers_mid`. A worker does it."""
-
-    # -- running ----------------------------------------------------------------------------------------------------
 
     def prepare(self, remote: Any = False) -> None:
         """Load the weights before a run, unless the run is remote.
@@ -369,7 +368,7 @@ class NamedTransformer(EditedTransformer):
 
     def _prepare_request(self) -> None:
         if self.num_encoder_layers:
-            raise Unavailable(f"{self.model_class} reads two inputs: it runs here alone, and not on a remote worker.")
+            raise Unavailable(f"{self.model_class} reads two inputs: it does not run on a remote worker.")
         if getattr(self.tokenizer, "padding_side", "left") != "left":
             raise ValueError(
                 f"The tokenizer pads on the {self.tokenizer.padding_side}; a remote worker pads on the left. "

@@ -27,7 +27,7 @@ class Label(Record):
 
     @property
     def of_encoder(self) -> bool:
-        """Whether its positions are those of the encoder's input: cross-attention's keys and values are, too."""
+        """Whether its positions are those of the encoder's input."""
         return self.stack == "encoder" or (self.stack == "cross" and "[batch, keys" in self.shape)
 
     @property
@@ -78,7 +78,7 @@ class Value:
 
     @property
     def base(self) -> str:
-        """The name of the same value of a decoder's own layers: "layers_output" for "encoder_layers_output"."""
+        """The same value of a model's own layers: "layers_output" for "encoder_layers_output"."""
         return self.name.removeprefix(f"{self.stack}_")
 
     @property
@@ -361,13 +361,13 @@ _ROWS: tuple[Value, ...] = (
     ),
 )
 
-# An encoder-decoder model has these values of its encoder's layers, and of the cross-attention in its decoder's.
+# Of attention to an encoder, and of an encoder.
 _CROSS = [v for v in _ROWS if v.role == "self_attn" and v.name != "attention_contributions"]
 _ENCODED = [v for v in _ROWS if v.per_layer and v.role in ("layer", "self_attn", "mlp") and v.finder != "features"]
 
 
 def _of_stack(value: Value, stack: str) -> Value:
-    words = {"encoder": "In the encoder: ", "cross": "In attention to the encoder: "}[stack] + value.description
+    words = f"In {'the' if stack == 'encoder' else 'attention to the'} encoder: {value.description}"
     return replace(value, name=f"{stack}_{value.name}", description=words, aliases=(), stack=stack)
 
 

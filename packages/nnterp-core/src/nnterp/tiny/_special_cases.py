@@ -153,9 +153,9 @@ MULTIMODAL: tuple[str, ...] = (
 
 # Encoder-decoder types that are built as well.
 ENCODER_DECODERS: tuple[str, ...] = (
-    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "led", "longt5", "m2m_100", "marian", "mbart"),
-    *("mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "pop2piano", "prophetnet", "seamless_m4t"),
-    *("seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5", "whisper"),
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "longt5", "m2m_100", "marian", "mbart", "mt5"),
+    *("mvp", "nllb-moe", "pegasus", "plbart", "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5"),
+    *("t5gemma", "umt5", "whisper"),
 )
 
 # Members of the causal-LM mapping that no configuration makes a working text model.
