@@ -303,7 +303,7 @@ class NamedTransformer(EditedTransformer):
     # -- running ----------------------------------------------------------------------------------------------------
 
     def prepare_run(self) -> None:
-        """Does nothing here: the proof has instrumented the operations that make `layers_mid`. A worker does it."""
+        """Does nothing here: the proof has instrumented what makes `layers_mid`. A worker does it."""
 
     def prepare(self, remote: Any = False) -> None:
         """Load the weights before a run, unless the run is remote.
@@ -378,16 +378,12 @@ class NamedTransformer(EditedTransformer):
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
-        raise TypeError(
-            f"{type(self).__name__} cannot be copied: its names are bound to one nnsight tree over one module. Make "
-            "another over the same module: StandardizedTransformer(model._module, tokenizer=model.tokenizer)."
-        )
+        how = "StandardizedTransformer(model._module, tokenizer=model.tokenizer)"
+        raise TypeError(f"{type(self).__name__} cannot be copied: make another over the same module: {how}.")
 
     def __deepcopy__(self, memo: Any) -> NamedTransformer:
-        raise TypeError(
-            f"{type(self).__name__} cannot be copied: copy its module, and make another: "
-            "StandardizedTransformer(copy.deepcopy(model._module), tokenizer=model.tokenizer)."
-        )
+        how = "StandardizedTransformer(copy.deepcopy(model._module), tokenizer=model.tokenizer)"
+        raise TypeError(f"{type(self).__name__} cannot be copied: copy its module, and make another: {how}.")
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """What a remote request takes along: the traced half of the model, and where every value is served."""

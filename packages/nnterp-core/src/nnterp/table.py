@@ -361,13 +361,12 @@ _ROWS: tuple[Value, ...] = (
     ),
 )
 
-# Of attention to an encoder, and of an encoder.
 _CROSS = [v for v in _ROWS if v.role == "self_attn" and v.name != "attention_contributions"]
 _ENCODED = [v for v in _ROWS if v.per_layer and v.role in ("layer", "self_attn", "mlp") and v.finder != "features"]
 
 
 def _of_stack(value: Value, stack: str) -> Value:
-    words = f"In {'the' if stack == 'encoder' else 'attention to the'} encoder: {value.description}"
+    words = f"{stack.capitalize()}: {value.description}"
     return replace(value, name=f"{stack}_{value.name}", description=words, aliases=(), stack=stack)
 
 
