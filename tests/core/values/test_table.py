@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 SERVED = [
     n
-    for n in VALUES
+    for n in (name for name, value in VALUES.items() if not value.stack)
     if n
     not in (
         *("router_logits", "router_choices", "other_contributions", "shared_expert_neurons", "mixer_states"),
