@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -328,20 +328,24 @@ class NamedTransformer(EditedTransformer):
         with self._turn:
             return TransformersModel.interleave(self, fn, *args, **kwargs)
 
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
+    def project_on_vocab(
+        self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of hidden states: exactly what the model does after its last layer, final softcap and scales included.
 
         Works inside a trace and outside (where it loads the weights if need be).
 
         Args:
             hidden_state: `[..., hidden]`, as in `layers_output`.
+            tokens: Ids of the tokens whose logits are wanted, if not all; only their rows of the head are multiplied.
 
         Returns:
-            `[..., vocab]` in the model's dtype, on the head's device.
+            `[..., vocab]`, or `[..., tokens]`, in the model's dtype, on the head's device.
 
         Raises:
             ShapeError: The last axis is not the model's hidden size.
             Unavailable: It is not proven what this model does after its last layer.
+            ValueError: `tokens` are no ids of tokens.
 
         Warns:
             UnprovenWarning: The model was loaded with `check_renaming=False`.
@@ -353,7 +357,7 @@ class NamedTransformer(EditedTransformer):
                 UnprovenWarning,
                 stacklevel=3,
             )
-        return TracedTransformer.project_on_vocab(self, hidden_state)
+        return TracedTransformer.project_on_vocab(self, hidden_state, tokens)
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()

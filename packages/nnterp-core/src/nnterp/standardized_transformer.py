@@ -6,6 +6,7 @@ import contextlib
 import functools
 import html
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,10 +275,12 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         self.learn_from_twin()
         return NamedTransformer.__reduce_ex__(self, protocol)
 
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:  # noqa: D102 (inherited)
+    def project_on_vocab(  # noqa: D102 (inherited)
+        self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
         if not self.interleaver.interleaving:
             self.dispatch()
-        return NamedTransformer.project_on_vocab(self, hidden_state)
+        return NamedTransformer.project_on_vocab(self, hidden_state, tokens)
 
     # -- where everything is -----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import nnsight
@@ -284,14 +284,19 @@ class TracedTransformer(TransformersModel):
 
     # -- the vocabulary --------------------------------------------------------------------------------------------
 
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer."""
+    def project_on_vocab(
+        self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer.
+
+        With `tokens`, `[..., tokens]`: their logits alone.
+        """
         width = self.readout.layout.width
         if width and hidden_state.shape[-1] != width:
             raise ShapeError(
                 f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}."
             )
-        return project_on_vocab(self, self.readout, hidden_state)
+        return project_on_vocab(self, self.readout, hidden_state, tokens)
 
     def get_topk_closest_tokens(
         self, hidden_state: torch.Tensor, k: int = 5

@@ -154,7 +154,17 @@ class _Ablations:
         kept = Kept({"scores": self.scores[own].flatten()}, done, held_of(self.earlier, (chosen.start,)))
         self.last = kept, (chosen.start,)
         try:
-            sweep(self.model, some, cells, scored(bound, cells), self.shortcuts, kept=kept, progress=False, **options)
+            sweep(
+                self.model,
+                some,
+                cells,
+                scored(bound, cells),
+                self.shortcuts,
+                kept=kept,
+                tokens=bound.tokens,
+                progress=False,
+                **options,
+            )
         finally:
             found, finished = cells_of(kept, len(some), len(self.cases))
             self.scores[own], self.done[own] = found["scores"], finished

@@ -203,7 +203,9 @@ class _Patching:
         kept.done.update(done.nonzero()[:, 0].tolist())
         options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
         try:
-            sweep(self.model, into, cells, scored(bound, cells), self.shortcuts, kept=kept, **options)
+            sweep(
+                self.model, into, cells, scored(bound, cells), self.shortcuts, kept=kept, tokens=bound.tokens, **options
+            )
         finally:
             found = kept.results["scores"]
             done[list(kept.done)] = True

@@ -263,7 +263,9 @@ class _Paths:
                 edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
             cells.append(Cell(0, tuple(edits)))
         options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
-        found = sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"]
+        found = sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, tokens=bound.tokens, **options)[
+            "scores"
+        ]
         scores.copy_(found)
         done.fill_(True)
 
