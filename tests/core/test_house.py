@@ -128,7 +128,7 @@ FLOORS = (
     "_siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",
-    "facts positions standing fingerprint frozen",
+    "facts positions standing fingerprint frozen few_tokens",
     "editing",
     "values",
     "named_transformer",

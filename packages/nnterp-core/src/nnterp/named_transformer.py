@@ -16,6 +16,7 @@ from nnterp.discovery import ResidualStructure
 from nnterp.editing import EditedTransformer, mentions_edits
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
+from nnterp.few_tokens import logits_of
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
 from nnterp.loading import reported
@@ -357,7 +358,7 @@ class NamedTransformer(EditedTransformer):
                 UnprovenWarning,
                 stacklevel=3,
             )
-        return TracedTransformer.project_on_vocab(self, hidden_state, tokens)
+        return logits_of(self, hidden_state, tokens)
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nnterp.traced._running import Running
 
 Way = Literal["unproven", "chain", "replay", "none"]
-Tokens: TypeAlias = Sequence[int] | torch.Tensor
+Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Chain(Record):
@@ -95,32 +95,29 @@ class Readout(Record):
         """Whether it is proven that hidden states can be projected on the vocabulary, and how."""
         return self.way in ("chain", "replay")
 
-    def project(self, module: nn.Module, hidden: torch.Tensor, tokens: Tokens | None = None) -> torch.Tensor:
+    def project(self, module: nn.Module, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """Logits of hidden states at the output of the last layer: `[..., hidden]` → `[..., vocab]`, the model's dtype.
 
-        With `tokens`, the logits of these alone: `[..., tokens]`.
+        With `head`, what the chain gives with it in place of the model's own.
 
         Raises:
             Unavailable: Neither way gives this model's logits.
-            ValueError: `tokens` are no ids of tokens.
         """
         if self.way == "none":
             raise Unavailable(
                 f"{self.model_class}: hidden states cannot be projected on the vocabulary: {self.reason}."
             )
         if self.way == "replay":
-            logits = self.by_replay(module, hidden)
-            return logits if tokens is None else logits[..., _ids(tokens, logits.shape[-1], logits.device)]
-        return self.by_chain(module, hidden, tokens)
+            return self.by_replay(module, hidden)
+        return self.by_chain(module, hidden, head)
 
-    def by_chain(self, module: nn.Module, hidden: torch.Tensor, tokens: Tokens | None = None) -> torch.Tensor:
+    def by_chain(self, module: nn.Module, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """See `Chain`."""
         if self.ln_final is not None:
             hidden = module.get_submodule(self.ln_final)(hidden)
         if self.lm_head is None:
             raise Unavailable(f"{self.model_class} has no head that hidden states could be given to.")
-        head = module.get_submodule(self.lm_head)
-        return self.chain.finish(head(hidden) if tokens is None else _rows_of_head(head, hidden, tokens))
+        return self.chain.finish((head or module.get_submodule(self.lm_head))(hidden))
 
     def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The model's forward on the hidden state, every layer replaced by one that returns it."""
@@ -138,32 +135,6 @@ class Readout(Record):
         with _LayersReplaced(module, self, layout.native(hidden)):
             logits = module(input_ids=ids, use_cache=False).logits
         return logits.reshape(*shape[:-1], logits.shape[-1]) if layout.plain else logits
-
-
-def _rows_of_head(head: nn.Module, hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """What a head returns for some tokens. Of a plain linear layer, only their rows are multiplied."""
-    forward = head.__dict__.get("forward")
-    state = getattr(forward, "state", None)  # nnsight's forward keeps the one that it found
-    own = forward in (None, nn.Linear.forward) if state is None else state.original is nn.Linear.forward
-    hooked = head._forward_hooks or head._forward_pre_hooks or "_hf_hook" in head.__dict__
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or hooked or not own:
-        logits = head(hidden)
-        return logits[..., _ids(tokens, logits.shape[-1], logits.device)]
-    ids = _ids(tokens, head.out_features, head.weight.device)
-    return nn.functional.linear(hidden, head.weight[ids], None if head.bias is None else head.bias[ids])
-
-
-def _ids(tokens: Tokens, size: int, device: torch.device) -> torch.Tensor:
-    """Ids of tokens, int64 `[tokens]`.
-
-    Raises:
-        ValueError: They are not integers from 0 to `size` - 1, in one list.
-    """
-    ids = torch.as_tensor(tokens)
-    whole = ids.dim() == 1 and len(ids) > 0 and not ids.is_floating_point() and ids.dtype != torch.bool
-    if not whole or bool((ids < 0).any()) or bool((ids >= size).any()):
-        raise ValueError(f"tokens is a list of ids from 0 to {size - 1}, not {tokens!r:.80}.")
-    return ids.long().to(device)
 
 
 class _LayersReplaced:
@@ -189,13 +160,16 @@ class _LayersReplaced:
                 block.__dict__["forward"] = forward
 
 
-def project_on_vocab(
-    model: Running, readout: Readout, hidden: torch.Tensor, tokens: Tokens | None = None
-) -> torch.Tensor:
+def project_on_vocab(model: Running, readout: Readout, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
     """Logits of hidden states in a model that may be running a trace; the trace does not see the modules run."""
+    width = readout.layout.width
+    if width and hidden.shape[-1] != width:
+        raise ShapeError(
+            f"hidden_state has shape {list(hidden.shape)}; its last axis must be the stream's width, {width}."
+        )
     module = model._module
     if not model.interleaver.interleaving:
         paths = [path for path in (readout.ln_final, readout.lm_head) if path is not None]
         hidden = hidden.to(device_of(module, [module.get_submodule(path) for path in paths]))
     with Apart(model.interleaver):
-        return readout.project(module, hidden, tokens)
+        return readout.project(module, hidden, head)

@@ -289,14 +289,10 @@ class TracedTransformer(TransformersModel):
     ) -> torch.Tensor:
         """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer.
 
-        With `tokens`, `[..., tokens]`: their logits alone.
+        With `tokens`, `[..., tokens]`: the logits of these alone.
         """
-        width = self.readout.layout.width
-        if width and hidden_state.shape[-1] != width:
-            raise ShapeError(
-                f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}."
-            )
-        return project_on_vocab(self, self.readout, hidden_state, tokens)
+        logits = project_on_vocab(self, self.readout, hidden_state)
+        return logits if tokens is None else logits[..., torch.as_tensor(tokens)]
 
     def get_topk_closest_tokens(
         self, hidden_state: torch.Tensor, k: int = 5
