@@ -10,6 +10,7 @@ import torch
 
 from nnterp.interventions._engine import Cell, Reduce
 from nnterp.interventions._tokens import ids_per_prompt
+from nnterp.record import Record
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 Score: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]  # from logits [n, vocab] and their prompt's index to [n]
 
 
-@dataclass(frozen=True)
-class Bound:
+class Bound(Record):
     """A metric that is ready for some prompts: a function from logits `[n, vocab]` and their prompt's index to `[n]`.
 
     Attributes:
@@ -26,8 +26,8 @@ class Bound:
         tokens: Ids of the only tokens whose logits it reads, int64 on the CPU; None if it reads all.
     """
 
-    score: Score
-    tokens: torch.Tensor | None = None
+    def __init__(self, score: Score, tokens: torch.Tensor | None = None) -> None:
+        self.score, self.tokens = score, tokens
 
     def __call__(self, logits: torch.Tensor, prompt: int) -> torch.Tensor:
         return self.score(logits, prompt)
