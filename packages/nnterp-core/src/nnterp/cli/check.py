@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nnterp.certificate import Certificate
-from nnterp.cli.models import HELP, not_loaded, source_of
+from nnterp.cli.models import HELP, add_model_arguments, load_model, not_loaded, require_device
 from nnterp.errors import AnatomyError, CertificateError
-from nnterp.files import require_writable
+
+if TYPE_CHECKING:
+    from nnterp.certificate import Certificate
 
 help = "prove that nnterp names a model's parts rightly, and print the certificate"
 examples = ("check toy", "check Qwen/Qwen3-0.6B", "check ./my-model --json certificate.json", "check llama")
@@ -18,10 +19,8 @@ examples = ("check toy", "check Qwen/Qwen3-0.6B", "check ./my-model --json certi
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp check`."""
-    parser.add_argument("model", help=f"{HELP}; or a model type of transformers (checked on a tiny random model of it)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
-    )
+    parser.add_argument("model", metavar="MODEL", help=HELP)
+    add_model_arguments(parser)
     parser.add_argument(
         "--no-weights", action="store_true", help="check only what can be checked without loading the weights"
     )
@@ -30,9 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the certificate; 0 if every line holds, 1 if not."""
+    from nnterp.certificate import Certificate
+    from nnterp.files import require_writable
+
     try:
         if arguments.json is not None:
             require_writable(arguments.json)
+        require_device(arguments.device)
         print_(certificate := _certificate(arguments))
     except CertificateError as error:
         if not isinstance(error.certificate, Certificate):
@@ -60,17 +63,8 @@ def print_(certificate: Certificate) -> None:
 
 
 def _certificate(arguments: argparse.Namespace) -> Certificate:
-    from nnterp import StandardizedTransformer
-    from nnterp.testing import model_types, tiny_model, tiny_tokenizer
-
-    if not os.path.exists(arguments.model) and arguments.model in model_types():
-        model = StandardizedTransformer(tiny_model(arguments.model), tokenizer=tiny_tokenizer())
-    else:
-        # Without proofs kept on disk: what is printed was run now.
-        options = {"trust_remote_code": arguments.trust_remote_code, "keep_proofs": False}
-        model = StandardizedTransformer(source_of(arguments.model), **options)
-        if not arguments.no_weights:
-            model.dispatch()
+    # Without proofs kept on disk: what is printed was run now.
+    model = load_model(arguments, weights=not arguments.no_weights, keep_proofs=False)
     print(model.anatomy, end="\n\n")
     assert model.certificate is not None
     return model.certificate

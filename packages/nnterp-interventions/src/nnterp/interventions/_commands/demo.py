@@ -10,23 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
 from nnterp import plugins
-from nnterp.cli.models import HELP, TOY, not_loaded
+from nnterp.cli.models import HELP, TOY, about_random, add_model_arguments, is_random, load_model, not_loaded
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands import lens
-from nnterp.interventions._commands._models import (
-    add_model_arguments,
-    check_outputs,
-    load_model,
-    progress_bar,
-    quiet,
-)
+from nnterp.interventions._commands._models import check_outputs, progress_bar, quiet
 from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
 from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from nnterp import StandardizedTransformer
@@ -60,10 +53,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp demo`."""
     parser.add_argument(
         "--model",
+        metavar="MODEL",
         default=TOY,
-        help=f"{HELP} (default)",
+        help=f"{HELP}; default: {TOY}",
     )
-    parser.add_argument("--prompt", default=PROMPT, help=f"the text that the layers go on with (default: {PROMPT!r})")
+    parser.add_argument(
+        "--prompt",
+        metavar="PROMPT",
+        default=PROMPT,
+        help=f"the text that the layers go on with (default: {PROMPT!r})",
+    )
     parser.add_argument(
         "--html",
         type=Path,
@@ -118,6 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (RenamingError, OSError, ValueError, RuntimeError) as error:
         print(f"nnterp demo: {not_loaded(arguments.model, error)}", file=sys.stderr)
         return 1
+    if is_random(arguments.model):
+        console.print(about_random(arguments.model), markup=False)
     show(console, model, read, steering, readings, path)
     return 0
 
@@ -130,13 +131,14 @@ def attempt(step: Callable[[StandardizedTransformer], Found], model: Standardize
         return str(error)
 
 
-@torch.no_grad()
 def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
     """Steer both ways along the mean difference of pleasant and unpleasant weather (Rimsky et al. 2024)."""
+    import torch
+
     layer = model.num_layers // 2
 
     def last_state(prompt: str) -> torch.Tensor:
-        with model.trace(prompt):
+        with torch.no_grad(), model.trace(prompt):
             state = model.layers_output[layer][0, -1].save()
         return state
 
@@ -144,7 +146,7 @@ def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
     direction = pleasant.mean(0) - unpleasant.mean(0)
     found = []
     for factor in (0.0, FACTOR, -FACTOR):
-        with model.trace(STEERED):
+        with torch.no_grad(), model.trace(STEERED):
             model.steer(layer, direction, factor)
             probabilities = model.next_token_probs[0].float().cpu().save()
         values, ids = probabilities.topk(k)
