@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnterp.cli.models import HELP, add_model_arguments, load_model, not_loaded, require_device
+from nnterp.cli.models import (
+    HELP,
+    about_random,
+    add_model_arguments,
+    is_random,
+    load_model,
+    not_loaded,
+    require_device,
+)
 from nnterp.errors import AnatomyError, CertificateError
 
 if TYPE_CHECKING:
+    from nnterp.anatomy import Anatomy
     from nnterp.certificate import Certificate
 
 help = "prove that nnterp names a model's parts rightly, and print the certificate"
@@ -52,19 +61,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if certificate.ok else 1
 
 
-def print_(certificate: Certificate) -> None:
-    """Print a certificate: as a table fitted to a terminal, as plain text anywhere else."""
+def print_(shown: Certificate | Anatomy) -> None:
+    """Print a certificate or an anatomy: as a table fitted to a terminal, as plain text anywhere else."""
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(certificate)
+        Console().print(shown)
     else:
-        print(certificate)
+        print(shown)
 
 
 def _certificate(arguments: argparse.Namespace) -> Certificate:
     # Without proofs kept on disk: what is printed was run now.
     model = load_model(arguments, weights=not arguments.no_weights, keep_proofs=False)
-    print(model.anatomy, end="\n\n")
+    if is_random(arguments.model):
+        print(about_random(arguments.model), end="\n\n")
+    print_(model.anatomy)
+    print()
     assert model.certificate is not None
     return model.certificate

@@ -15,7 +15,6 @@ from nnterp.cli.models import HELP, TOY, about_random, add_model_arguments, is_r
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands import lens
 from nnterp.interventions._commands._models import check_outputs, progress_bar, quiet
-from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
 from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
@@ -208,9 +207,11 @@ def show_lens(console: Console, read: LensResult, names: TokenNames) -> None:
     """Print the lens at the last position, and the layer from which its final token is the most probable."""
     from rich.text import Text
 
+    from nnterp.interventions._commands._tables import layer_table, percent
+
     layers = list(read.labels["layers"])
     ids, probabilities = read["top_ids"][0, :, -1], read["top_probs"][0, :, -1]
-    console.print(layer_table(layers, ids, probabilities, names, first="next token"))
+    console.print(layer_table(layers, ids, probabilities, names, first="next token", width=console.width))
     final = int(ids[-1, 0])
     since = len(layers) - 1
     while since and int(ids[since - 1, 0]) == final:
@@ -223,6 +224,8 @@ def show_steering(console: Console, steering: Steering | str, names: TokenNames)
     """Print the next token without steering and with it in both directions."""
     from rich.text import Text
 
+    from nnterp.interventions._commands._tables import side_by_side
+
     if isinstance(steering, str):
         console.print(Text(f"Not with this model: {steering}", style="dim"))
         return
@@ -232,12 +235,14 @@ def show_steering(console: Console, steering: Steering | str, names: TokenNames)
     )
     console.print(Text(about, style="dim"))
     columns = {"as it is": steering.plain, "more pleasant": steering.pleasant, "less pleasant": steering.unpleasant}
-    console.print(side_by_side(columns, names, bar_columns=4 if console.width < 100 else 10))
+    console.print(side_by_side(columns, names, width=console.width))
 
 
 def show_readings(console: Console, readings: PatchscopeResult | str, names: TokenNames) -> None:
     """Print which token the patchscope reads from each layer's hidden state."""
     from rich.text import Text
+
+    from nnterp.interventions._commands._tables import layer_table
 
     if isinstance(readings, str):
         console.print(Text(f"Not with this model: {readings}", style="dim"))
@@ -246,7 +251,7 @@ def show_readings(console: Console, readings: PatchscopeResult | str, names: Tok
     about = f"The hidden state of {word!r}, put into a prompt that repeats words, after each layer."
     console.print(Text(about, style="dim"))
     best, shares, layers = readings["top_ids"][0], readings["top_probs"][0], list(readings.labels["layers"])
-    console.print(layer_table(layers, best, shares, names, first="reads"))
+    console.print(layer_table(layers, best, shares, names, first="reads", width=console.width))
     hits = [str(layers[i]) for i, token in enumerate(best[:, 0].tolist()) if names(token).strip("·") == word]
     where = f"layer{'s' if len(hits) > 1 else ''} {', '.join(hits)}" if hits else "none of this model's layers"
     console.print(Text(f"{word!r} is read out of {where}."))

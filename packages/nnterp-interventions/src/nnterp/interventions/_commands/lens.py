@@ -82,6 +82,7 @@ def print_lens(console: Console, model: StandardizedTransformer, result: LensRes
         result["top_probs"][0, :, -1],
         TokenNames(model.tokenizer),
         first="next token",
+        width=console.width,
     )
     console.print(table)
 
