@@ -83,7 +83,7 @@ def short(value: object) -> str:
 
 def test_importing_nnterp_is_light(fresh):
     """No plotly, no pandas, no modelling code; nothing is said."""
-    out, said = fresh("import json, sys, nnterp; print(json.dumps(sorted(sys.modules)))")
+    out, said = fresh("import json, sys, nnterp; nnterp.Anatomy; print(json.dumps(sorted(sys.modules)))")
     modules = json.loads(out)
     assert "nnterp.standardized_transformer" in modules
     heavy = re.compile(r"(plotly|pandas)(\.|$)|transformers\.models\..*\bmodeling_")
@@ -93,14 +93,18 @@ def test_importing_nnterp_is_light(fresh):
 
 def test_importing_nnterp_leaves_the_slow_parts_of_transformers():
     """They take longer than torch to import, and any model that is loaded brings them."""
-    program = "import sys, nnterp.interventions, nnterp.prompts; print(*sorted(sys.modules))"
+    program = (
+        "import sys, nnterp.interventions, nnterp.prompts; nnterp.interventions.Result; nnterp.Anatomy; "
+        "print(*sorted(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, cwd=ROOT, check=True)
     assert {"transformers.modeling_utils", "transformers.generation.utils"} & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("sibling", [module for module in SIBLINGS if module != "nnterp.display"])
 def test_a_sibling_brings_no_other_sibling_and_nothing_to_draw_with(fresh, sibling):
-    modules = json.loads(fresh(f"import sys, json, {sibling}; print(json.dumps(sorted(sys.modules)))")[0])
+    program = f"import sys, json, {sibling}; {sibling}.__all__; print(json.dumps(sorted(sys.modules)))"
+    modules = json.loads(fresh(program)[0])
     others = {module for module, name in SIBLINGS.items() if name != SIBLINGS[sibling]}
     assert others & set(modules) == set()
     assert {"plotly", "pandas"} & set(modules) == set()
@@ -124,7 +128,7 @@ def test_imports_run_one_way(package, path):
 # nothing above; imports for type checkers and inside functions count.
 FLOORS = (
     "errors record turn wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
-    "selectors indices arguments defaults generation progress identity resuming versions memory sent "
+    "selectors indices arguments defaults generation progress identity resuming versions memory sent lazy "
     "_siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",
@@ -137,7 +141,7 @@ FLOORS = (
     "reading proofs",
     "twin",
     "standardized_transformer",
-    "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",
+    "__init__ _names nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",
     "cli __main__",
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

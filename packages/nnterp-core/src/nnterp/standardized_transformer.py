@@ -26,7 +26,7 @@ from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, travel_by_value
-from nnterp.traced_block import BlockTracer, RequestTracer
+from nnterp.traced_block import BlockTracer, RequestTracer, know_cell
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 
 
@@ -246,6 +246,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
                 block's body stands on the line of its `with`.
         """
         self.require_no_trace("trace()")
+        know_cell()
         if not self.dispatched:
             loading.refuse_unreadable_block(sys._getframe(1))
         if kwargs.get("remote") or kwargs.get("backend") is not None:
@@ -259,6 +260,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's `session`: several traces in one block, and, with `remote=True`, in one request."""
+        know_cell()
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
         return TransformersModel.session(self, *args, **kwargs)
@@ -311,6 +313,13 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
 
     # -- how it shows itself ---------------------------------------------------------------------------------------
 
+    @property
+    def _verdict(self) -> str:
+        return self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
+
+    def __repr__(self) -> str:
+        """Standard names beside native ones, and the certificate's verdict; `model._module` prints the module tree."""
+        return f"{self.anatomy}\n{self._verdict}"
+
     def _repr_html_(self) -> str:
-        verdict = self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
-        return f"{self.anatomy._repr_html_()}<p>{html.escape(verdict)}</p>"
+        return f"{self.anatomy._repr_html_()}<p>{html.escape(self._verdict)}</p>"

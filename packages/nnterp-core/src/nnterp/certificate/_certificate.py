@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from nnterp.arguments import path_of
 from nnterp.errors import CertificateError
 from nnterp.files import write_whole
-from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
+from nnterp.rendering import BAD, GOOD, SOFT, FittedTable, html_table
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import RenderableType
 
 Status = Literal["passed", "failed", "skipped"]
 _MARK = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -163,5 +163,5 @@ class Certificate:
     def _repr_html_(self) -> str:
         return html_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
 
-    def __rich__(self) -> Group:
-        return rich_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
+    def __rich__(self) -> RenderableType:
+        return FittedTable(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])

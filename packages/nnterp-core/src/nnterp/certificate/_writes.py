@@ -1,11 +1,11 @@
 """Claim: noise written through an accessor changes the logits as the same noise from a torch hook does.
 
-Each value is written in a row of its own, and one more row has every value written, all rows in one batch.
+Values are written in rows of their own, and one more row has every value written, all rows in one batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from nnterp.table import VALUES, Value
 from nnterp.tensors import relative_error, stream_in
 from nnterp.traced import Site, read_value, write_value
 from nnterp.values import leaves_inside, site_of
+from nnterp.wording import ranges
 
 WRITES = "every write is causal and equals a torch hook's"
 LENGTH = 4  # tokens of a row
 # How many values get a row of their own; if a model has more, they are sampled evenly. In a large model, where rows are
-# what the certificate costs, only one has, and the others are covered by the row in which all are written.
-ROWS, ROWS_LARGE = 48, 1
+# what the certificate costs, each kind of value has one, at one layer. One more row has all values written.
+ROWS = 48
 EFFECT = 1e-6  # smallest relative change of the logits that counts as an effect
 
 
@@ -60,8 +61,7 @@ class _Edit:
 def writes(evidence: Evidence, facts: Facts) -> Claimed:
     """Covers all values that are a module's input or output. Learns nothing."""
     targets = _targets(evidence, facts)
-    total, limit = len(targets), ROWS_LARGE if evidence.large else ROWS
-    chosen = range(total) if total <= limit else sorted({round((k + 0.5) * total / limit) for k in range(limit)})
+    chosen = _one_of_each_kind(targets) if evidence.large else _sampled(len(targets))
     row_of = {k: row for row, k in enumerate(chosen)}
     everything = len(row_of)  # the row in which all values are written; in the one after it nothing is
     edits = [
@@ -80,7 +80,7 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
     silent = [n for n, row in alone.items() if not relative_error(written[row], written[-1]) > EFFECT and n not in idle]
     error = relative_error(written, hooked)
     ok = not silent and error <= evidence.tolerance
-    detail = f"{total} values, {everything} of them alone"
+    detail = _evidence(targets, row_of.keys())
     if silent:
         detail = f"no effect on the logits: {', '.join(silent[:4])}"
     elif not ok:
@@ -88,6 +88,40 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
         detail = f"not what a hook does: {', '.join(differ[:4])}"
     remedy = "name the parts with RenameConfig"
     return outcome(WRITES, ok, error, evidence.tolerance, detail, remedy), facts
+
+
+def _sampled(total: int) -> list[int]:
+    """All values, or `ROWS` of them at even distances."""
+    return list(range(total)) if total <= ROWS else sorted({round((k + 0.5) * total / ROWS) for k in range(ROWS)})
+
+
+def _one_of_each_kind(targets: list[_Target]) -> list[int]:
+    """One value of each name; the layers of the names are spread over the depth of the model."""
+    kinds: dict[str, list[int]] = {}
+    for k, target in enumerate(targets):
+        kinds.setdefault(target.value.name, []).append(k)
+    depths = ((i + 0.5) / len(kinds) for i in range(len(kinds)))
+    return sorted(ks[round(depth * (len(ks) - 1))] for depth, ks in zip(depths, kinds.values(), strict=True))
+
+
+def _evidence(targets: list[_Target], alone: Collection[int]) -> str:
+    """How many values were written alone, and which were not, or which were, whichever are fewer."""
+    together = [target for k, target in enumerate(targets) if k not in alone]
+    if not together:
+        return f"{len(targets)} values, each written alone"
+    if len(together) <= len(alone):
+        shown = _listed(together)
+        return f"{len(targets)} values: {len(alone)} written alone, {len(together)} only together with all: {shown}"
+    shown = _listed([targets[k] for k in alone])
+    return f"{len(targets)} values: {len(together)} written only together, {len(alone)} also alone: {shown}"
+
+
+def _listed(targets: list[_Target]) -> str:
+    """Names of values with their layers, in the order in which the names first appear."""
+    layers: dict[str, list[int]] = {}
+    for target in targets:
+        layers.setdefault(target.value.name, []).extend([] if target.layer is None else [target.layer])
+    return ", ".join(f"{name}[{ranges(sorted(found))}]" if found else name for name, found in layers.items())
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------

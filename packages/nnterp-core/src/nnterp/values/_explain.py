@@ -6,9 +6,11 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nnterp.errors import Unavailable
 from nnterp.indices import integer, read_index
+from nnterp.rendering import GOOD, SOFT, FittedTable, html_table
 from nnterp.table import VALUES, Value, get_value
 from nnterp.traced import (
     CachedState,
@@ -27,6 +29,11 @@ from nnterp.traced import (
 )
 from nnterp.values._lookup import Known
 from nnterp.wording import ranges
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_HEADER = ("value", "where", "why not elsewhere")
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,32 @@ class Support:
         """Values that some layer lacks, with the reason per layer."""
         return {name: reasons for name, reasons in self.reasons.items() if reasons}
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(value, layers that have it, why the others have not) of each value, as printed."""
         rows = []
         for name, layers in self.layers.items():
             where = "–" if not layers else ("available" if layers == (-1,) else f"layers {ranges(layers, at_most=6)}")
-            why = "; ".join(dict.fromkeys(self.reasons[name].values()))
-            rows.append((name, where, why))
+            rows.append((name, where, "; ".join(dict.fromkeys(self.reasons[name].values()))))
+        return rows
+
+    @property
+    def _caption(self) -> str:
+        return f"Values of {self.model_class}"
+
+    @property
+    def _colours(self) -> list[str]:
+        return [GOOD if self.layers[name] else SOFT for name in self.layers]
+
+    def __str__(self) -> str:
+        rows = self.rows()
         width, second = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)
-        return "\n".join(
-            [f"Values of {self.model_class}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)]
-        )
+        return "\n".join([f"{self._caption}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._caption, _HEADER, self.rows(), colours=self._colours)
+
+    def __rich__(self) -> RenderableType:
+        return FittedTable(self._caption, _HEADER, self.rows(), colours=self._colours)
 
 
 def support(model: Known) -> Support:

@@ -11,6 +11,7 @@ import torch
 
 from nnterp import plugins
 from nnterp.files import read_tensors, write_tensors
+from nnterp.rendering import html_table
 from nnterp.versions import version_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from nnterp.inputs import Row
 
 _KINDS: dict[str, type[Result]] = {}
+SHOWN, LONGEST_LABEL = 8, 60  # rows and characters of a result's table in a notebook
 _DISTRIBUTIONS = ("nnterp-core", "nnterp-interventions", "nnsight", "transformers", "torch")
 
 
@@ -81,13 +83,32 @@ class Result:
         ]
         return f"{type(self).__name__}({'; '.join(parts)}; {self.about.get('model', '')})"
 
+    def _repr_html_(self) -> str:
+        """Tables for a notebook: the tensors with their axes, and where the first one of numbers is largest."""
+        made = (
+            f"{type(self).__name__} of {self.about.get('function', 'a call')} on {self.about.get('model', 'a model')}"
+        )
+        sizes = [
+            (name, " × ".join(f"{axis} {len(self.labels[axis])}" for axis in self.axes[name]), str(tensor.dtype)[6:])
+            for name, tensor in self.tensors.items()
+        ]
+        tables = [html_table(made, ("tensor", "axes", "dtype"), sizes)]
+        numbers = next((name for name, tensor in self.tensors.items() if tensor.is_floating_point()), None)
+        cells = [] if numbers is None else [self._cell(numbers, i) for i in self._strongest(numbers, SHOWN)]
+        if cells:
+            rows = [[_short(value) for value in cell.values()] for cell in cells]
+            tables.append(html_table(f"{numbers}: the {len(cells)} of largest magnitude", tuple(cells[0]), rows))
+        return "".join(tables)
+
     def top(self, k: int = 10, tensor: str | None = None) -> list[dict[str, Any]]:
         """The `k` cells of largest magnitude, largest first: axis name to label, tensor name to value."""
         name = tensor or self.main
+        return [self._cell(name, i) for i in self._strongest(name, k)]
+
+    def _strongest(self, name: str, k: int) -> list[int]:
         flat = self[name].double().flatten()
         strength = torch.where(flat.isnan(), -1.0, flat.abs())
-        order = strength.argsort(descending=True, stable=True)[: min(k, int((strength >= 0).sum()))]
-        return [self._cell(name, int(i)) for i in order]
+        return strength.argsort(descending=True, stable=True)[: min(k, int((strength >= 0).sum()))].tolist()
 
     def to_dataframe(self, tensor: str | None = None) -> pandas.DataFrame:
         """A table with a row for each entry of a tensor (the main one if None).
@@ -174,6 +195,12 @@ class Result:
             NotImplementedError: It has no figure for this class of result.
         """
         return drawn(self, self.figure, **kwargs)
+
+
+def _short(value: Any) -> str:
+    """A label or a number of a table: numbers with four digits, long texts cut."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
 
 
 def drawn(result: Any, figure: str, **kwargs: Any) -> Any:
