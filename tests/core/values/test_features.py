@@ -486,7 +486,7 @@ def test_an_edit_of_features_that_have_no_name_is_refused_with_lines_that_work(m
         model.features[1][0][-1, :3] *= 2
     with pytest.raises(ValueError, match="would change nothing"), model.trace(A):
         for _ in range(2):
-            other, model.features[1, 0][0] = 1, 2
+            model.layers_output[0][0, 0, 0], model.features[1, 0][0] = 1, 2
     with pytest.raises(ValueError, match="would change nothing"), model.trace() as tracer, tracer.invoke(A):
         model.features["layers_output[1]"].mul_(0)
     with torch.no_grad(), model.trace(A):

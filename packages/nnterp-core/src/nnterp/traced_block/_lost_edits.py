@@ -31,14 +31,14 @@ def refuse_lost_edits(model: Any, node: Any, scope: Mapping[str, Any]) -> None:
             if read is not None:
                 whole, text = ast.unparse(read), ast.unparse(statement)
                 raise ValueError(
-                    f"`{text}` would change nothing in the run: {whole} makes a new tensor, and nothing keeps this one. "
+                    f"`{text}` would change nothing: {whole} makes a new tensor, and nothing keeps this one. "
                     f"Edit it under a name and assign it:\n    features = {whole}\n"
                     f"    {text.replace(whole, 'features', 1)}\n    {whole} = features"
                 )
 
 
 def _edited(node: ast.AST) -> Iterator[ast.expr]:
-    """What a statement or call edits in place: the tensors that it assigns into, or that of a method such as `zero_`."""
+    """What a statement or call edits in place: the tensor that it assigns into, or that of a method such as `zero_`."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
         yield node.value
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
