@@ -6,6 +6,8 @@ transcoders, the graph, and what it predicts. `tools/country_features.py` measur
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ SENTENCES = [
     "The continent of {} is",
     "On the map, {} is part of",
 ]
-PROMPT, AT, DRAWS = "The capital of {} is", 3, 10
+PROMPT, AT = "The capital of {} is", 3
 
 
 class Plain:
@@ -92,13 +94,23 @@ class Plain:
         return own[:, country] - torch.cat([own[:, :country], own[:, country + 1 :]], 1).mean(1)
 
 
-@pytest.fixture(scope="module")
-def plain(toy):
+@cache
+def plain_of(toy):
     return Plain(toy)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def plain(toy):
+    return plain_of(toy)
+
+
+@pytest.fixture
 def graphs(toy):
+    return graphs_of(toy)
+
+
+@cache
+def graphs_of(toy):
     transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(toy.num_layers)}
     made = []
     for country, capital in CAPITALS.items():
@@ -107,14 +119,77 @@ def graphs(toy):
     return transcoders, made
 
 
-def ablations(plain, features):
-    """What ablating each country's feature changes, `[countries]`, and the same activation taken from others."""
-    generator, own, controls = torch.Generator().manual_seed(0), [], []
-    decoder = plain.dictionary.decoder
+def seen(graphs, features):
+    """For each country whether its feature has the most influence of all features at its token."""
+    found = []
+    for graph, feature in zip(graphs[1], features, strict=True):
+        here = [(float(graph.influence[i]), graph.nodes[i]) for i in graph.of_kind("feature")]
+        node = max((own for own in here if own[1].position == AT), key=lambda own: own[0])[1]
+        found.append((node.layer, node.feature) == (0, feature))
+    return found
+
+
+def ablated(plain, features):
+    """By hooks: what ablating each country's feature does to the logit difference, `[countries]`."""
+    found = []
     for k, feature in enumerate(features):
-        others = torch.randint(len(decoder), (DRAWS,), generator=generator)
-        rows = torch.cat([torch.zeros(1, decoder.shape[1]), -decoder[[feature]], -decoder[others]])
-        changed = plain.difference(plain.logits(k, float(plain.active[k, feature]) * rows), k)
-        own.append(changed[1] - changed[0])
-        controls.append((changed[2:] - changed[0]).mean())
-    return torch.stack(own), torch.stack(controls)
+        own = plain.active[k, feature] * plain.dictionary.decoder[feature]
+        changed = plain.difference(plain.logits(k, torch.stack([0 * own, -own])), k)
+        found.append(changed[1] - changed[0])
+    return torch.stack(found)
+
+
+def said(plain, features, shift=1):
+    """By hooks: each country's feature is replaced by that of the next; whether the next one's capital is said."""
+    decoder, found = plain.dictionary.decoder, []
+    for k, feature in enumerate(features):
+        other = (k + 1) % len(features)
+        value, put = plain.means[other, plain.features()[other]], features[(k + shift) % len(features)]
+        change = value * decoder[put] - plain.active[k, feature] * decoder[feature]
+        found.append(int(plain.logits(k, change[None])[0].argmax()) == int(plain.capitals[other]))
+    return found
+
+
+def test_each_country_has_a_feature_of_its_own(plain):
+    """Found in sentences without capitals, and active in the prompt of its country alone."""
+    features = plain.features()
+    assert len(set(features)) == len(CAPITALS)
+    active = plain.active[:, features]
+    assert bool((active.argmax(0) == torch.arange(len(CAPITALS))).all())
+    others = active - active.diagonal().diag()
+    assert float(others.max()) < 0.2 * float(active.diagonal().min())
+
+
+def test_it_is_seen_in_the_graph_of_the_capital(plain, toy, graphs):
+    """It leads at its token, does what the graph predicts, and more than all other features there together."""
+    transcoders, made = graphs
+    features = plain.features()
+    assert sum(seen(graphs, features)) >= 7
+    exact, others, predicted, frozen = ablated(plain, features), [], [], []
+    for graph, feature, change in zip(made, features, exact, strict=True):
+        node = graph.index(f"L0 F{feature} @{AT}")
+        rest = [i for i in graph.of_kind("feature") if graph.nodes[i].position == AT and i != node]
+        found = validate_graph(toy, transcoders, graph, [[node], rest], progress=False)
+        assert float(found.model[0, -1]) == pytest.approx(float(change), abs=1e-3)
+        others.append(float(found.model[1, -1]))
+        predicted.append(float(found.predicted[0, -1]))
+        frozen.append(float(found.frozen[0, -1]))
+    assert float(exact.max()) < 0
+    assert sum(exact < torch.tensor(others)) >= 7
+    assert float(exact.mean()) < 3 * min(sum(others) / len(others), -0.1)
+    assert torch.tensor(predicted) == pytest.approx(torch.tensor(frozen), rel=0.25)
+
+
+def test_another_countrys_feature_in_its_place_turns_the_answer(plain):
+    features = plain.features()
+    assert sum(said(plain, features)) >= 5
+    assert sum(said(plain, features, shift=2)) <= 1  # the feature of a third country
+
+
+def test_features_of_other_countries_fail(plain, graphs):
+    """With features exchanged among the countries, nothing of the above holds."""
+    features = plain.features()
+    exchanged = features[3:] + features[:3]
+    assert sum(seen(graphs, exchanged)) == 0
+    assert float(ablated(plain, exchanged).abs().max()) < 0.5
+    assert sum(said(plain, exchanged)) <= 1
