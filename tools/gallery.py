@@ -261,7 +261,7 @@ SECTIONS = [
 
         graph = attribution_graph(model, transcoders, "The capital of Japan is", (" Tokyo", " Rome"), progress=False)
         names = {"L0 F206 @3": "Japan"}
-        figure = graph.prune(0.5, 0.8).plot(labels=names, title="Why Tokyo, and not Rome?")
+        figure = graph.prune(0.6, 0.9).plot(labels=names, title="Why Tokyo, and not Rome?")
         """,
     ),
     (

@@ -11,7 +11,7 @@ from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices, integer, integers, shown_slice
 from nnterp.inputs import Row
 from nnterp.interventions._engine import At, Edit, index_of, label_of, positions_axis, units_axis
-from nnterp.interventions._layers import layers_with
+from nnterp.interventions._layers import places_with
 from nnterp.interventions._units import units_of
 from nnterp.positions import Positions, plain_positions, resolve
 from nnterp.values import get_value
@@ -43,12 +43,12 @@ class Component:
     def __post_init__(self) -> None:
         heads = integers(self.heads, "Component(heads)")
         if self.value == "features" and isinstance(self.layer, tuple):
-            at = tuple(integer(entry, "Component(layer) holds a value that") for entry in self.layer)
-            if len(at) != 2:
+            if len(self.layer) != 2:
                 raise ValueError(f"Component(layer)={self.layer!r}: give (layer, number of the dictionary).")
+            pair = (integer(entry, "Component(layer) holds a value that") for entry in self.layer)
+            object.__setattr__(self, "layer", tuple(pair))
         else:
-            at = integer(self.layer, "Component(layer)")
-        object.__setattr__(self, "layer", at)
+            object.__setattr__(self, "layer", integer(self.layer, "Component(layer)"))
         object.__setattr__(self, "heads", tuple(heads) if isinstance(heads, list) else heads)
         object.__setattr__(self, "positions", plain_positions(self.positions, "Component(positions)"))
 
@@ -85,7 +85,7 @@ def components(
         IndexError: There is no such layer or head.
         Unavailable: The model, or a layer that was asked for, does not have the value.
     """
-    chosen = layers_with(model, [value], layers)
+    chosen = places_with(model, [value], layers)
     heads = integers(heads, "heads") if heads is not None and not isinstance(heads, str) else heads
     positions = plain_positions(positions)
     return [
@@ -109,7 +109,7 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
         raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
     positions_axis(component.value)
     at = component.layer
-    (layer,) = layers_with(model, [value.name], [at] if isinstance(at, tuple) else at)
+    (layer,) = places_with(model, [value.name], [at] if isinstance(at, tuple) else at)
     heads = component.heads
     if heads is not None:
         heads = tuple(u for u in units_of(model, [component.value], heads, [layer]) if u is not None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from nnterp.interventions._engine import At, Cell, Edit, Shortcuts, index_of
-from nnterp.interventions._layers import layers_with
+from nnterp.interventions._layers import places_with
 from nnterp.interventions._pairs import Pairs
 from nnterp.interventions._results import prompt_labels, token_texts
 from nnterp.interventions._states import States
@@ -45,7 +45,7 @@ class Grid:
         heads: Any,
     ) -> None:
         self.model, self.pairs, self.names = model, pairs, names
-        self.layers = layers_with(model, names, layers)
+        self.layers = places_with(model, names, layers)
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         _check_patterns(pairs, names)

@@ -26,10 +26,20 @@ def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers")
     return model.layers_of_texts(None if layers is None else read_indices(layers, model.num_layers, name, "layers"))
 
 
-def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[At]:
-    """The layers asked for, all of which must have the values; if None, the layers that have them.
+def places_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[At]:
+    """As `layers_with`; of features, the dictionaries asked for: a layer, or (layer, number) where a layer has several.
 
-    A dictionary of a layer that has several is asked for and returned as (layer, number).
+    Raises:
+        TypeError, ValueError, IndexError, Unavailable: As `layers_with`; a layer has several dictionaries and no number
+            was given, or a pair may mean two layers or a dictionary.
+    """
+    if names == ["features"] and model.attachments:
+        return _dictionaries(model, layers)
+    return [*layers_with(model, names, layers)]
+
+
+def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[int]:
+    """The layers asked for, all of which must have the values; if None, the layers that have them.
 
     Raises:
         TypeError: `layers` is something else than indices.
@@ -41,11 +51,9 @@ def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -
         if not value.per_layer:
             raise ValueError(f"{name} is not a value of layers; take one that is, such as layers_output.")
         positions_axis(name)
-    if names == ["features"] and model.attachments:
-        return _dictionaries(model, layers)
     layers = integers(layers, "layers")
     chosen = layers_of(model, layers)
-    kept: list[At] = []
+    kept: list[int] = []
     reason: Unavailable | None = None
     for layer in chosen:
         try:
