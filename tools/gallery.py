@@ -232,6 +232,39 @@ SECTIONS = [
         """,
     ),
     (
+        "features",
+        "What a feature stands for",
+        "The texts that activate a feature of a transcoder most, each token coloured by its activation there.",
+        """\
+        from nnterp import toy_dictionary
+        from nnterp.interventions import feature_report
+
+        transcoders = {layer: toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        texts = [
+            "The capital of Japan is Tokyo. The main language of Japan is Japanese.",
+            "Kyoto is a city in Japan. The currency of Japan is the yen.",
+            "Japan is on the continent of Asia.",
+            "The capital of France is Paris. The main language of Italy is Italian.",
+            "I love Japan because it is lovely. The weather today is nice.",
+            "When Mary and John went to the store, John gave a drink to Mary.",
+        ]
+        report = feature_report(model, transcoders[0], texts, features=[206], progress=False)
+        figure = report.plot(feature=206)
+        """,
+    ),
+    (
+        "attribution-graph",
+        "Attribution graph",
+        "Which features lead to the answer (Ameisen et al., 2025), pruned. Feature 206 of layer 0 stands for Japan.",
+        """\
+        from nnterp.interventions import attribution_graph
+
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", (" Tokyo", " Rome"), progress=False)
+        names = {"L0 F206 @3": "Japan"}
+        figure = graph.prune(0.6, 0.9).plot(labels=names, title="Why Tokyo, and not Rome?")
+        """,
+    ),
+    (
         "topk",
         "Top tokens of each layer",
         "The figure of nnterp 1.x, one panel per prompt.",

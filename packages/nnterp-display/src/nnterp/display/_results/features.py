@@ -38,7 +38,7 @@ def contexts_of(given: Any, feature: int | None, top: int | None) -> Contexts:
         ValueError: It has no contexts, not this feature, or several and none was chosen; or it is never active.
     """
     result = require_result(given, "plot_features")
-    if not {"activations", "tokens_ids", "peaks"} <= set(result.tensors):
+    if not {"activations", "token_ids", "peaks"} <= set(result.tensors):
         raise ValueError(f"This result has no contexts of features; it has {', '.join(result.tensors)}.")
     features = list(result.labels["features"])
     if feature is None and len(features) > 1:
@@ -47,7 +47,7 @@ def contexts_of(given: Any, feature: int | None, top: int | None) -> Contexts:
     if chosen not in features:
         raise ValueError(f"This result holds no feature {chosen}; it holds {len(features)}, such as {features[0]}.")
     at = features.index(chosen)
-    ids, values = array_of(result, "tokens_ids")[at], array_of(result, "activations")[at]
+    ids, values = array_of(result, "token_ids")[at], array_of(result, "activations")[at]
     peaks = array_of(result, "peaks")[at]
     ranks = [rank for rank in range(len(ids)) if (ids[rank] >= 0).any()][:top]
     if not ranks:

@@ -13,8 +13,8 @@ import torch
 from nnterp.inputs import forward_flags
 from nnterp.interventions._engine._base import Base
 from nnterp.interventions._engine._cache import continuing
-from nnterp.interventions._engine._edits import Cell, Edit, apply_edits, positions_axis, rows_of
-from nnterp.interventions._engine._passing import Key, Passing, Step, forward_steps
+from nnterp.interventions._engine._edits import Cell, Edit, Key, apply_edits, layer_of, positions_axis, rows_of
+from nnterp.interventions._engine._passing import Passing, Step, forward_steps
 from nnterp.interventions._engine._shortcuts import Shortcuts
 from nnterp.values import get_label, get_value, read_value
 
@@ -120,7 +120,7 @@ class CellBatchRun:
             self.model.skip_layers(0, self.first - 1, skip_with=hidden[:1] if self.joins else hidden)
         done = 0
         for layer in self.joins:
-            while done < len(steps) and (steps[done].key[1] or 0) < layer:
+            while done < len(steps) and layer_of(steps[done].key[1] or 0) < layer:
                 hidden = self.step(passing, steps[done], hidden)
                 done += 1
             self.join(layer)
@@ -139,7 +139,7 @@ class CellBatchRun:
         elif step.key == self.narrowed:
             self.narrow(passing, step.key)
         else:
-            rows = len(self.batch.cells) if self.counts is None or layer is None else self.counts[layer]
+            rows = len(self.batch.cells) if self.counts is None or layer is None else self.counts[layer_of(layer)]
             new = passing.write(step.key, self.groups[step.key], (rows, self.seq), self.batch.offset)
             if step.key == ("layers_output", self.layers - 1):
                 return new
@@ -168,7 +168,8 @@ class CellBatchRun:
         if not self.taken.tail or self.seq == 1 or self.first > last or self.model.anatomy.blocks[last].mlp is None:
             return False
         rank = get_value("mlps_input").rank
-        return not any(layer == last and get_value(name).rank >= rank for name, layer in self.groups)
+        late = [name for name, at in self.groups if at is not None and layer_of(at) == last]
+        return not any(get_value(name).rank >= rank for name in late)
 
     def narrow(self, passing: Passing, key: Key) -> None:
         """Give the last layer's MLP the read position of each row alone.

@@ -30,7 +30,7 @@ class FeatureReport(Result):
     """What features of a dictionary are active on, and what they promote. Made by `feature_report`.
 
     Tensors: `peaks` `[features, rank]`, the largest activation in each of the texts that activate a feature most, NaN
-    where fewer texts do; `texts` and `positions`, which text and where, -1 there; `activations` and `tokens_ids`
+    where fewer texts do; `texts` and `positions`, which text and where, -1 there; `activations` and `token_ids`
     `[features, rank, offset]`, the tokens around the peak (offset 0), NaN and -1 past a text's ends; `density` and
     `mean_activation` `[features]`, the share of positions at which it is active, and its mean where it is; `promoted`,
     `promoted_ids`, `suppressed`, `suppressed_ids` `[features, tokens]`, the logits that its decoder's direction adds
@@ -50,7 +50,7 @@ class FeatureReport(Result):
         for rank, text in enumerate(self["texts"][at].tolist()):
             if text < 0:
                 break
-            ids = self["tokens_ids"][at, rank]
+            ids = self["token_ids"][at, rank]
             there = ids >= 0
             found.append(
                 {
@@ -135,7 +135,7 @@ def feature_report(
 
     Returns:
         A `FeatureReport`, on the CPU, float32 (int64 for texts, positions and token ids): `peaks`, `texts` and
-            `positions` `[features, top]`, `activations` and `tokens_ids` `[features, top, before + 1 + after]`,
+            `positions` `[features, top]`, `activations` and `token_ids` `[features, top, before + 1 + after]`,
             `density` and `mean_activation` `[features]`, `promoted` and `suppressed` `[features, tokens]`; see
             `FeatureReport`. Also `report.table()`, `report.contexts(feature)`, `report.plot(feature=...)`.
 
@@ -171,8 +171,8 @@ def feature_report(
 
     if wanted:
         in_batches(model, [rows[i] for i in wanted], batch_size, second, "feature_report", progress)
-    tensors |= {"activations": windows.activations, "tokens_ids": windows.ids}
-    axes |= dict.fromkeys(("activations", "tokens_ids"), ("features", "rank", "offset"))
+    tensors |= {"activations": windows.activations, "token_ids": windows.ids}
+    axes |= dict.fromkeys(("activations", "token_ids"), ("features", "rank", "offset"))
     labels = {"features": tuple(chosen), "rank": tuple(range(top)), "offset": tuple(range(-before, after + 1))}
     ids = [windows.ids.flatten()]
     if dictionary.output_width == model.hidden_size:
