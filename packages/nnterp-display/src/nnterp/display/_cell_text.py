@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import get_colorscale, sample_colorscale, unlabel_rgb
 
-from nnterp.display._text import escape
+from nnterp.display._text import escape_lines
 from nnterp.display._theme import MONO
 
 _STEPS = 256
@@ -39,7 +39,7 @@ def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *,
     """A trace with one text at the centre of each cell, `[rows][columns]`; the cells keep their own hover text.
 
     Args:
-        texts: The texts, not yet escaped; "" draws nothing.
+        texts: The texts, not yet escaped, of one or several lines; "" draws nothing.
         colours: `[rows, columns]`, of the texts.
         size: Size of the font.
         mono: Use a monospaced font.
@@ -48,7 +48,7 @@ def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *,
     return go.Scatter(
         x=[j for _, j in spots],
         y=[i for i, _ in spots],
-        text=[escape(texts[i][j]) for i, j in spots],
+        text=[escape_lines(texts[i][j]) for i, j in spots],
         mode="text",
         textposition="middle center",
         textfont={"size": size, "color": [colours[i, j] for i, j in spots], **({"family": MONO} if mono else {})},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import textwrap
 from typing import Any, Literal
 
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from nnterp.display._text import escape_lines
+from nnterp.display._text import escape, escape_lines
 
 Theme = Literal["light", "dark"]
 
@@ -20,6 +22,8 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
+_TITLE = 16  # size of the font of titles
+_TOOLBAR = 32  # pixels at the top of a figure that titles leave to plotly's toolbar
 MONO_WIDTH = 0.62  # width of a character over the font size, in the widest of the fonts in MONO
 
 _INKS = {
@@ -48,7 +52,16 @@ def _template(theme: Theme) -> go.layout.Template:
             "paper_bgcolor": ink["paper"],
             "plot_bgcolor": ink["paper"],
             "font": {"family": SANS, "size": 13, "color": ink["ink"]},
-            "title": {"font": {"size": 16, "color": ink["ink"]}, "x": 0, "xref": "paper", "xanchor": "left"},
+            "title": {
+                "font": {"size": _TITLE, "color": ink["ink"]},
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"t": _TOOLBAR},
+            },
             "colorway": list(LINES),
             "xaxis": axis,
             "yaxis": axis,
@@ -106,7 +119,23 @@ def new_figure(title: str | None, **layout: Any) -> go.Figure:
 
 
 def shown(figure: go.Figure, show: bool) -> go.Figure:
-    """Return the figure; show it first if `show`."""
+    """Return the figure with its title in lines that fit; show it first if `show`."""
+    _wrap_title(figure)
     if show:
         figure.show()
     return figure
+
+
+def _wrap_title(figure: go.Figure) -> None:
+    """Break a title that is wider than the figure into lines, and make the figure higher by these."""
+    text, wide = figure.layout.title.text, figure.layout.width
+    if not text or not wide:
+        return
+    plain = [html.unescape(line) for line in text.split("<br>")]
+    columns = max(int((wide - (figure.layout.margin.l or 0) - 12) / (_TITLE * 0.55)), 16)
+    lines = [piece for line in plain for piece in textwrap.wrap(line, columns) or [""]]
+    figure.layout.title.text = "<br>".join(escape(line) for line in lines)
+    more = round(1.3 * _TITLE) * (len(lines) - 1)
+    figure.layout.margin.t = (figure.layout.margin.t or 64) + more
+    if figure.layout.height:
+        figure.layout.height += more
