@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from nnterp.display._arrays import as_array, check_same
 from nnterp.display._grid import Cells, fit, label_pixels, token_ticks
-from nnterp.display._results.attention import patterns
-from nnterp.display._results.labelled import is_numbers
-from nnterp.display._results.picking import refuse_choice
-from nnterp.display._text import as_names, escape
+from nnterp.display._patterns import future, is_causal, read_pattern
+from nnterp.display._text import escape
 from nnterp.display._theme import SEQUENTIAL, new_figure, shown
 from nnterp.display._wall import draw_wall
 from nnterp.token_text import shorten
-
 
 
 def plot_attention(
@@ -57,45 +53,23 @@ def plot_attention(
             300,000 cells.
         IndexError: There is no such prompt.
     """
-    if is_numbers(pattern):
-        refuse_choice("plot_attention", {}, prompt)
-    else:
-        read = patterns(pattern, prompt)
-        pattern = read.values
-        tokens = read.tokens if tokens is None else tokens
-        weighted = weighted or read.weighted
-        layers = read.layers if layers is None else layers
-        heads = read.heads if heads is None else heads
-    probs = as_array(pattern, "pattern ([query, key], [heads, query, key] or [layers, heads, query, key])", 2, 3, 4)
-    _check_pattern(probs, weighted)
-    keys = probs.shape[-1]
-    names = [str(i) for i in range(keys)] if tokens is None else as_names(tokens, tokenizer)
-    check_same("tokens", len(names), keys, "the key axis of pattern")
+    read = read_pattern("plot_attention", pattern, tokens, tokenizer, layers, heads, prompt, weighted)
+    probs, names = read.values, read.tokens
     probs = _blank_future(probs)
-    figure = _one_head(probs, names, title) if probs.ndim == 2 else draw_wall(probs, names, layers, heads, title, page)
-    if weighted:
+    figure = (
+        _one_head(probs, names, title)
+        if probs.ndim == 2
+        else draw_wall(probs, names, read.layers, read.heads, title, page)
+    )
+    if read.weighted:
         bar = {"title": {"text": "attention × value norm"}}
         figure.update_traces(zmax=float(np.nanmax(probs)) or 1.0, colorbar=bar, selector={"type": "heatmap"})
     return shown(figure, show)
 
 
-def _check_pattern(probs: np.ndarray, weighted: bool) -> None:
-    low, high = float(np.nanmin(probs)), float(np.nanmax(np.nansum(probs, -1)))
-    if low < 0 or (high > 1.02 and not weighted):
-        found = f"the smallest number is {low:.3g}" if low < 0 else f"one query's probabilities sum to {high:.3g}"
-        raise ValueError(f"pattern must hold attention probabilities (after the softmax), but {found}.")
-    queries, keys = probs.shape[-2:]
-    if queries > keys:
-        raise ValueError(f"pattern has {queries} queries but only {keys} keys; its last two axes are [query, key].")
-
-
 def _blank_future(probs: np.ndarray) -> np.ndarray:
     """The pattern with NaN at all keys after the query, if they are all zero."""
-    queries, keys = probs.shape[-2:]
-    future = np.triu(np.ones((queries, keys), dtype=bool), keys - queries + 1)
-    if future.any() and not np.nan_to_num(probs[..., future]).any():
-        return np.where(future, np.nan, probs)
-    return probs
+    return np.where(future(probs), np.nan, probs) if is_causal(probs) else probs
 
 
 def _heatmap(z: np.ndarray, hover: Any, **settings: Any) -> go.Heatmap:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import get_colorscale, sample_colorscale, unlabel_rgb
+from plotly.colors import get_colorscale, hex_to_rgb, label_rgb, sample_colorscale, unlabel_rgb
 
 from nnterp.display._text import escape_lines
 from nnterp.display._theme import MONO
@@ -14,18 +15,19 @@ from nnterp.display._theme import MONO
 _STEPS = 256
 
 
-def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray:
+def inks(levels: np.ndarray, scale: Any, *, reverse: bool = False) -> np.ndarray:
     """For each level of a colour scale, "#000000" or "#ffffff", whichever has more contrast (WCAG 2 luminance).
 
     Args:
         levels: Numbers from 0 to 1, of any shape; NaN counts as 0.
-        scale: Name of a plotly colour scale.
+        scale: Name of a plotly colour scale, or its pairs of a level and a colour.
         reverse: Whether the scale is drawn reversed.
 
     Returns:
         An array of strings in the shape of `levels`.
     """
-    colours = [unlabel_rgb(c) for c in sample_colorscale(get_colorscale(scale), list(np.linspace(0, 1, _STEPS)))]
+    pairs = get_colorscale(scale) if isinstance(scale, str) else [(level, _rgb(colour)) for level, colour in scale]
+    colours = [unlabel_rgb(c) for c in sample_colorscale(pairs, list(np.linspace(0, 1, _STEPS)))]
     rgb = np.array(colours) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
@@ -33,6 +35,10 @@ def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray
     places = np.clip(np.nan_to_num(np.asarray(levels, dtype=float)), 0, 1)
     index = np.rint((1 - places if reverse else places) * (_STEPS - 1)).astype(int)
     return table[index]
+
+
+def _rgb(colour: str) -> str:
+    return label_rgb(hex_to_rgb(colour)) if colour.startswith("#") else colour
 
 
 def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *, mono: bool = True) -> go.Scatter:

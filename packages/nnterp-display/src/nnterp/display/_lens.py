@@ -90,7 +90,9 @@ def plot_lens(
         if target is not None and isinstance(target, (list, tuple)):
             raise ValueError("Of a result, target is one token id: each prompt has its own list of targets.")
         one = None if target is None else integer(target, "target")
-        cells, own_title = lens_cells(lens, tokenizer, prompt=prompt, kind=color, top_k=top_k, target=one, layers=layers)
+        cells, own_title = lens_cells(
+            lens, tokenizer, prompt=prompt, kind=color, top_k=top_k, target=one, layers=layers
+        )
         if tokens is not None:
             check_same("tokens", len(tokens), len(cells.inputs), "the column axis of the result")
             cells = replace(cells, inputs=as_names(tokens, tokenizer))
@@ -167,7 +169,12 @@ def _colours(cells: LensCells, scale: Scale) -> tuple[dict[str, Any], dict[str, 
     if cells.kind == "probability":
         ruler = Ruler(cells.colour, scale)
         bar |= ruler.ticks()
-        return colours | {"zmin": ruler.low, "zmax": ruler.high}, bar, ruler.levels(cells.colour), ruler.places(cells.colour)
+        return (
+            colours | {"zmin": ruler.low, "zmax": ruler.high},
+            bar,
+            ruler.levels(cells.colour),
+            ruler.places(cells.colour),
+        )
     largest = float(np.nanmax(cells.colour)) if not np.isnan(cells.colour).all() else 1.0
     z = cells.colour
     top = largest or 1.0

@@ -89,7 +89,7 @@ def _odds(place: int) -> str:
     """The probability at a log-odds of a whole number of decades: about 0.1, 0.01, ... or 0.9, 0.99, ..."""
     if place == 0:
         return "0.5"
-    share = 10.0**-abs(place)
+    share = 10.0 ** -abs(place)
     near = f"{share / (1 + share):.2g}" if abs(place) < 4 else f"1e-{abs(place)}"
     if place < 0:
         return near

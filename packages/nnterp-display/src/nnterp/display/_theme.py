@@ -94,6 +94,11 @@ def _colorbar(ink: dict[str, str]) -> dict[str, Any]:
 TEMPLATES: dict[Theme, go.layout.Template] = {"light": _template("light"), "dark": _template("dark")}
 
 
+def inks_of(theme: Theme) -> dict[str, str]:
+    """The colours of a theme: paper, ink, soft (for what matters less), grid and panel."""
+    return dict(_INKS[theme])
+
+
 def current_theme() -> Theme:
     """The theme of new figures: "dark" if plotly's default template is a dark one, else "light"."""
     return "dark" if "dark" in str(pio.templates.default or "") else "light"

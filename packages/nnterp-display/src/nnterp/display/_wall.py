@@ -204,9 +204,7 @@ def _frame(figure: go.Figure, wall: _Wall) -> None:
     figure.update_layout(shapes=[{"type": "path", "path": "".join(path), "line": line}], annotations=notes)
 
 
-def _name_axes(
-    figure: go.Figure, wall: _Wall, names: list[str], heads: list[str], layers: list[str] | None
-) -> int:
+def _name_axes(figure: go.Figure, wall: _Wall, names: list[str], heads: list[str], layers: list[str] | None) -> int:
     """Set the labels of both axes; returns the pixels that are needed left of the wall."""
     plain = {"type": "category", "showgrid": False, "zeroline": False, "ticks": "", "tickmode": "array"}
     across, down = _categories(wall, names, layers, heads)

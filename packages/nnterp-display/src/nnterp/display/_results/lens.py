@@ -80,7 +80,9 @@ def lens_cells(
     kept = len(result.labels["top"])
     top_k = min(5, kept) if top_k is None else top_k
     if top_k > kept:
-        raise ValueError(f"This result holds the {kept} top tokens of each cell, not {top_k}. Make it with top_k={top_k}.")
+        raise ValueError(
+            f"This result holds the {kept} top tokens of each cell, not {top_k}. Make it with top_k={top_k}."
+        )
     probabilities = columns.take(result, "top_probs")[..., :top_k]
     name = token_namer(result, tokenizer)
     targets = None
