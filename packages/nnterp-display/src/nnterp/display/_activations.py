@@ -45,8 +45,8 @@ def plot_activations(
         show: Also show the view, in a notebook or a browser.
 
     Returns:
-        A page; `nnterp.display.save` writes it. Orange is positive and blue negative, up to the unit's largest magnitude
-        over all texts; every token has its number below it.
+        A page; `nnterp.display.save` writes it. Orange is positive and blue negative, up to the unit's largest
+        magnitude over all texts; every token has its number below it.
 
     Raises:
         ValueError: There is not one row for each token, texts differ in their number of units, or there are more than

@@ -46,11 +46,12 @@ def plot_attention(
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
-        The figure; in a wall of several layers the last layer is on top. Keys after the query are left blank if all their probabilities are exactly 0 (a causal model).
+        The figure; in a wall of several layers the last layer is on top. Keys after the query are left blank if all
+        their probabilities are exactly 0 (a causal model).
 
     Raises:
         ValueError: `pattern` does not hold probabilities, labels do not fit their axis, or the wall has more than
-            300,000 cells.
+            600,000 cells.
         IndexError: There is no such prompt.
     """
     read = read_pattern("plot_attention", pattern, tokens, tokenizer, layers, heads, prompt, weighted)

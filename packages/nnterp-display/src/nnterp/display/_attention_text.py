@@ -46,8 +46,8 @@ def plot_attention_text(
         A page; `nnterp.display.save` writes it. Of a causal model it holds only keys up to the query.
 
     Raises:
-        ValueError: `pattern` does not hold probabilities, labels do not fit their axis, or there are more than 3,000,000
-            numbers.
+        ValueError: `pattern` does not hold probabilities, labels do not fit their axis, or there are more than
+            3,000,000 numbers.
         IndexError: There is no such prompt.
 
     Example:

@@ -71,7 +71,7 @@ def _names(figure: go.Figure) -> list[str]:
 
 
 def _share(figures: list[go.Figure], name: str) -> None:
-    """Give the colour bars of that name the lowest and the highest end of all, and write on them in what can be read."""
+    """Give the colour bars of that name the lowest and the highest end of all; texts on the colours stay readable."""
     bars = [(figure, bar) for figure in figures for own, bar in _bars(figure) if own == name]
     ends = [(bar.zmin, bar.zmax) if isinstance(bar, go.Heatmap) else (bar.cmin, bar.cmax) for _, bar in bars]
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)

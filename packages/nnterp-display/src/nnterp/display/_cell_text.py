@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import get_colorscale, hex_to_rgb, label_rgb, sample_colorscale, unlabel_rgb
+from plotly.colors import get_colorscale, sample_colorscale, unlabel_rgb
 
 from nnterp.display._text import escape_lines
 from nnterp.display._theme import MONO
@@ -26,7 +26,7 @@ def inks(levels: np.ndarray, scale: Any, *, reverse: bool = False) -> np.ndarray
     Returns:
         An array of strings in the shape of `levels`.
     """
-    pairs = get_colorscale(scale) if isinstance(scale, str) else [(level, _rgb(colour)) for level, colour in scale]
+    pairs = get_colorscale(scale) if isinstance(scale, str) else [list(pair) for pair in scale]
     colours = [unlabel_rgb(c) for c in sample_colorscale(pairs, list(np.linspace(0, 1, _STEPS)))]
     rgb = np.array(colours) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -35,10 +35,6 @@ def inks(levels: np.ndarray, scale: Any, *, reverse: bool = False) -> np.ndarray
     places = np.clip(np.nan_to_num(np.asarray(levels, dtype=float)), 0, 1)
     index = np.rint((1 - places if reverse else places) * (_STEPS - 1)).astype(int)
     return table[index]
-
-
-def _rgb(colour: str) -> str:
-    return label_rgb(hex_to_rgb(colour)) if colour.startswith("#") else colour
 
 
 def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *, mono: bool = True) -> go.Scatter:

@@ -45,8 +45,8 @@ def plot_generation(
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
-        The figure, coloured by probability. Hovering says the probability of a token, and of the token that was taken its
-        rank and the entropy of the step.
+        The figure, coloured by probability. Hovering says the probability of a token, and of the token that was taken
+        its rank and the entropy of the step.
 
     Raises:
         ValueError: There is not one row for each token, an id is not in the vocabulary, or these are probabilities.

@@ -39,7 +39,7 @@ class Cells:
 
     @classmethod
     def for_text(cls, rows: int, columns: int, longest: int, lines: int = 1) -> Cells:
-        """Cells wide enough for `longest` characters, up to a limit that is lower for more columns, and `lines` high."""
+        """Cells of `lines` lines, wide enough for `longest` characters, but less wide if there are many columns."""
         font = 12 if rows <= 24 and columns <= 24 else 10
         most = 96 if columns <= 12 else 72 if columns <= 24 else 62
         wanted = round(longest * font * MONO_WIDTH) + _PADDING + 2

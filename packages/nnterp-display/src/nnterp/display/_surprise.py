@@ -74,7 +74,7 @@ def plot_surprise(
     for i, token in enumerate(read.ids.tolist()):
         lines = [
             f"position {i + 1}  {escape(shorten(names(token), 40))}",
-            f"surprise {number(-read.own[i])} nats, probability {number(float(np.exp(read.own[i])))}, rank {read.ranks[i]:,}",
+            f"surprise {number(-read.own[i])} nats, probability {number(np.exp(read.own[i]))}, rank {read.ranks[i]:,}",
             f"entropy {number(read.entropy[i])} nats; expected",
             *(
                 f"{rank}. {escape(shorten(names(other), 40))}  {number(float(np.exp(value)))}"

@@ -48,8 +48,8 @@ def plot_targets(
         scale: For probabilities: "linear", "log", or "logodds" (log10 of p / (1 − p)), to see probabilities that are
             near 0 in most layers. The axis still says probabilities, and the band and the line are made before they are
             put on the scale.
-        value: "rank" draws ranks, 1 for the most probable token, on a logarithmic axis with 1 at the top: the ranks of a
-            result (`logit_lens_table(targets=)`), or those that `targets` holds.
+        value: "rank" draws ranks, 1 for the most probable token, on a logarithmic axis with 1 at the top: the ranks of
+            a result (`logit_lens_table(targets=)`), or those that `targets` holds.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 

@@ -140,6 +140,10 @@ def _wrap_title(figure: go.Figure) -> None:
     columns = max(int((wide - (figure.layout.margin.l or 0) - 12) / (_TITLE * 0.55)), 16)
     lines = [piece for line in plain for piece in textwrap.wrap(line, columns) or [""]]
     figure.layout.title.text = "<br>".join(escape(line) for line in lines)
+    if len(lines) == 1:
+        return
+    # plotly puts the first of several lines higher than a single one.
+    figure.layout.title.pad.t = _TOOLBAR + round(0.7 * _TITLE)
     more = round(1.3 * _TITLE) * (len(lines) - 1)
     figure.layout.margin.t = (figure.layout.margin.t or 64) + more
     if figure.layout.height:

@@ -110,8 +110,8 @@ def logit_lens(
     Returns:
         `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN
         where a shorter prompt has no such position). With `targets` alone the last axis is targets instead of the
-        vocabulary. With `top_k`, `ranks`, `entropy` or `against_last` a `LensResult`. With `return_inv_logits` a pair: this, and the
-        same of the inverse logits.
+        vocabulary. With `top_k`, `ranks`, `entropy` or `against_last` a `LensResult`. With `return_inv_logits` a pair:
+        this, and the same of the inverse logits.
 
     Raises:
         IndexError: There is no such layer or position.
@@ -204,7 +204,8 @@ def logit_lens_table(
 
     Returns:
         `top_probs` and `top_ids` `[prompts, layers, positions, top]`; `entropy`, `last_ranks` and `kl` `[prompts,
-        layers, positions]`; `input_ids` `[prompts, positions]`; with targets also `target_probs` and `target_ranks` `[prompts, layers, positions, targets]`.
+        layers, positions]`; `input_ids` `[prompts, positions]`; with targets also `target_probs` and `target_ranks`
+        `[prompts, layers, positions, targets]`.
     """
     result = logit_lens(
         model,

@@ -36,8 +36,8 @@ class Result:
         tokens: For each prompt, its token at each label of the "positions" axis, None past the prompt's end.
         vocabulary: Text of the token ids that occur in the tensors.
         about: Model, versions, function and arguments.
-        token_bytes: The bytes, in hexadecimal, of each token id in `vocabulary` that is not exactly its text there: part
-            of a character (decoded as `�`), or a word whose space decoding drops.
+        token_bytes: The bytes, in hexadecimal, of each token id in `vocabulary` that is not exactly its text there:
+            part of a character (decoded as `�`), or a word whose space decoding drops.
     """
 
     figure: ClassVar[str] = ""
@@ -229,7 +229,7 @@ def vocabulary_of(model: StandardizedTransformer, ids: torch.Tensor) -> dict[int
 
 
 def token_bytes_of(model: StandardizedTransformer, vocabulary: Mapping[int, str]) -> dict[int, str]:
-    """The bytes, in hexadecimal, of the ids whose text in `vocabulary` is not all there is: see `Result.token_bytes`."""
+    """The bytes, in hexadecimal, of the ids whose text in `vocabulary` is not exact; see `Result.token_bytes`."""
     names = TokenNames(model.tokenizer)
     found = {}
     for token, text in vocabulary.items():

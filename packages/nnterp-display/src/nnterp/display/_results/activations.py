@@ -14,7 +14,7 @@ from nnterp.display._results.picking import at_prompt, pick
 
 @dataclass(frozen=True)
 class UnitValues:
-    """What `plot_activations` draws of a result: tokens, `[positions, units]`, labels and kind of the units, a title."""
+    """What `plot_activations` draws: tokens, values `[positions, units]`, labels and kind of the units, a title."""
 
     tokens: list[str]
     values: np.ndarray
@@ -36,7 +36,8 @@ def unit_values(given: Any, prompt: int | None = None) -> UnitValues:
     others = [axis for axis in result.axes[name] if axis not in ("prompts", "positions")]
     if "positions" not in result.axes[name] or len(others) != 1:
         raise ValueError(
-            f"{name} has axes {', '.join(result.axes[name])}; activations over a text need positions and one further axis."
+            f"{name} has axes {', '.join(result.axes[name])}; activations over a text need positions and one further "
+            "axis."
         )
     picked = pick(result, name, at_prompt(prompt), "positions", others[0])
     tokens = input_names(result, picked.taken.get("prompts", 0), None)

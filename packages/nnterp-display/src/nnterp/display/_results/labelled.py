@@ -18,8 +18,8 @@ class LabelledResult(Protocol):
     """The attributes that figures read from a result; the results of `nnterp.interventions` have them.
 
     Four more are read if they are there: `tokens` (for each prompt, the text at each label of "positions", None past
-    the prompt's end), `vocabulary` (token id → text), `token_bytes` (token id → its bytes in hexadecimal, where the text
-    is not exact) and `about` (a dict with the model's name and the call).
+    the prompt's end), `vocabulary` (token id → text), `token_bytes` (token id → its bytes in hexadecimal, where its
+    text is not exact) and `about` (a dict with the model's name and the call).
     """
 
     @property

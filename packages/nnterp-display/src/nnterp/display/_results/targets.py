@@ -34,7 +34,7 @@ class TargetCurves:
 
 
 def target_curves(given: Any, value: str = "probability") -> TargetCurves:
-    """The result's target probabilities, or ranks from 1, by layer; of an axis of positions, each prompt's last position is taken.
+    """The result's target probabilities, or ranks from 1, by layer; of positions each prompt's last is taken.
 
     Raises:
         TypeError: `given` is no result.
