@@ -144,7 +144,7 @@ const shrink = () => {
   plot.style.transform = scale < 1 ? `scale(${scale})` : '';
   plot.style.width = scale < 1 ? `${drawn.offsetWidth}px` : '100%';
   plot.parentElement.style.height = scale < 1 ? `${drawn.offsetHeight * scale}px` : '';
-  document.body.style.overflowX = scale < 1 ? 'hidden' : '';
+  plot.parentElement.style.overflow = scale < 1 ? 'hidden' : '';
 };
 shrink(); window.addEventListener('resize', shrink);
 document.getElementById('{plot_id}').on('plotly_afterplot', shrink);

@@ -42,10 +42,13 @@ class Ruler:
         elif scale == "logodds":
             self.low = min(np.floor(there.min()) if there.size else -1.0, -1.0)
             self.high = max(np.ceil(there.max()) if there.size else 1.0, 1.0)
-        self.beyond = bool((~np.isnan(places) & ((places < self.low) | (places > self.high))).any())
+        outside = (places < self.low) | (places > self.high)  # NaN is neither
+        self.beyond = scale != "linear" and bool(outside.any())
 
     def places(self, values: Any) -> np.ndarray:
-        """Where these probabilities are; NaN stays NaN."""
+        """Where these probabilities are; NaN stays NaN, and on "linear" every number stays as it is."""
+        if self.scale == "linear":
+            return np.asarray(values, dtype=float)
         return np.clip(_raw(values, self.scale), self.low, self.high)
 
     def levels(self, values: Any) -> np.ndarray:

@@ -91,11 +91,11 @@ def plot_targets(
         for i, (name, values) in enumerate(curves.items())
     ]
     ruler = Ruler(np.concatenate([[*curve.line, *curve.low, *curve.high] for curve in drawn]), scale)
-    for curve in drawn:
-        placed = curve.on(ruler)
+    for own in drawn:
+        placed = own.on(ruler)
         if band_drawn is not None:
             figure.add_trace(_band_trace(placed))
-        figure.add_trace(_line_trace(curve, placed.line, rows, band_drawn))
+        figure.add_trace(_line_trace(own, placed.line, rows, band_drawn))
     _lay_out(figure, rows, "rank (1 = top)" if value == "rank" and unit == "probability" else unit, list(curves))
     _set_scale(figure, ruler, drawn, value)
     note = f"{_BANDS[band_drawn]} ({prompts} prompts)" if band_drawn is not None else ""

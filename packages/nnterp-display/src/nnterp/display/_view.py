@@ -10,7 +10,7 @@ from base64 import b64encode
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
@@ -111,7 +111,7 @@ def _colours(theme: Theme | None) -> str:
 
     if theme is not None:
         return rule(theme) + f":root{{color-scheme:{theme}}}"
-    dark = rule(cast(Theme, "dark"))
+    dark = rule("dark")
     return f":root{{color-scheme:light dark}}{rule('light')}@media (prefers-color-scheme: dark){{{dark}}}"
 
 

@@ -20,3 +20,4 @@ const show = () => {
   }));
 };
 show();
+dark.addEventListener('change', show);

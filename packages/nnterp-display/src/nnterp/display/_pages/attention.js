@@ -49,3 +49,4 @@ const show = () => {
   });
 };
 thumbnails(); show();
+dark.addEventListener('change', show);

@@ -7,11 +7,18 @@ const make = (tag, parent, text, kind) => {
   return element;
 };
 const root = document.getElementById('view');
-// Orange for positive numbers, blue for negative ones: black letters can be read on both, in either theme.
-const shade = (level) => `rgba(${level < 0 ? '86,180,233' : '230,159,0'},${Math.min(Math.abs(level), 1)})`;
+// Orange for positive numbers and blue for negative ones, mixed into the paper; letters in whichever ink reads better.
+const dark = window.matchMedia('(prefers-color-scheme: dark)');
+const paper = () => ((data.theme || (dark.matches ? 'dark' : 'light')) === 'dark' ? [20, 23, 28] : [255, 255, 255]);
+const hue = (level) => (level < 0 ? [86, 180, 233] : [230, 159, 0]);
+const linear = (part) => (part <= 10.3 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4);
 const paint = (element, level) => {
-  element.style.background = shade(level);
-  element.style.color = Math.abs(level) > 0.4 ? '#000' : '';
+  const share = Math.min(Math.abs(level), 1), over = hue(level), under = paper();
+  const mixed = over.map((part, i) => Math.round(share * part + (1 - share) * under[i]));
+  const [red, green, blue] = mixed.map(linear);
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  element.style.background = `rgb(${mixed})`;
+  element.style.color = (luminance + 0.05) ** 2 > 0.05 * 1.05 ? '#000' : '#fff';
 };
 const write = (value) => {
   if (value === null || Number.isNaN(value)) return '–';
