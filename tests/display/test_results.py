@@ -67,8 +67,15 @@ def test_lens_result_is_the_lens(model, lens, prompt):
 def test_lens_result_by_rank_entropy_and_target(model, lens):
     full = logit_lens(model, PROMPTS[0], positions=slice(None), progress=False)[0]
     ids = lens["target_ids"][0].tolist()
-    rank = 10 ** np.array(lens.plot(color="rank").data[0].z)
+    rank = 10 ** np.array(lens.plot(color="rank", target=ids[0]).data[0].z)
     assert np.allclose(rank, 1 + (full > full[..., ids[0], None]).sum(-1).numpy())
+    last = full.gather(-1, full[-1].argmax(-1)[None, :, None].expand(len(full), -1, -1))
+    assert np.allclose(10 ** np.array(lens.plot(color="rank").data[0].z), 1 + (full > last).sum(-1).numpy())
+    figure = lens.plot(color="kl")
+    kl = torch.nn.functional.kl_div(full.log(), full[-1:].expand_as(full), reduction="none").sum(-1)
+    assert np.allclose(figure.data[0].z, kl, atol=1e-5)
+    assert figure.data[0].colorbar.title.text.replace("<br>", " ") == f"KL from layer {len(full) - 1} (nats)"
+    assert f"KL from layer {len(full) - 1} {kl[0, 1]:.3f} nats" in figure.data[0].hovertext[0][1]
     entropy = np.array(lens.plot(color="entropy").data[0].z)
     assert np.allclose(entropy, -(full * full.log()).sum(-1).numpy(), rtol=1e-4)
     target = np.array(lens.plot(target=40).data[0].z)
@@ -86,7 +93,11 @@ def test_lens_result_by_rank_entropy_and_target(model, lens):
     with pytest.raises(IndexError, match="there is no prompt 2"):
         lens.plot(prompt=2)
     with pytest.raises(ValueError, match="has no target_ranks"):
-        logit_lens_table(model, PROMPTS[0], progress=False).plot(color="rank")
+        logit_lens_table(model, PROMPTS[0], progress=False).plot(color="rank", target=40)
+    with pytest.raises(ValueError, match=r"has no last_ranks.*against_last=True"):
+        logit_lens(model, PROMPTS[0], top_k=2, positions=slice(None), progress=False).plot(color="rank")
+    with pytest.raises(ValueError, match="holds the 4 top tokens of each cell, not 5"):
+        lens.plot(top_k=5)
 
 
 def test_lens_result_without_positions_has_a_column_per_prompt(model):
@@ -123,7 +134,7 @@ def test_patchscope_result_is_the_patchscope(model):
     for source in range(2):
         for layer in range(full.shape[1]):
             best = full[source, layer].argmax().item()
-            first = table.cells.values[1 + source][layer].split("<br>")[0]
+            first = table.cells.values[1 + source][full.shape[1] - 1 - layer].split("<br>")[0]
             assert first.startswith(display.escape(names(best)))
             assert first.endswith(f"{full[source, layer, best]:.2f}")
 

@@ -151,7 +151,7 @@ def _colour(
         return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1), None
     if kind == "kl":
         share = probs[-1:]
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             apart = np.log(share) - np.log(probs)
         return np.where(share > 0, share * np.where(share > 0, apart, 0.0), 0.0).sum(-1), None
     if kind == "rank":

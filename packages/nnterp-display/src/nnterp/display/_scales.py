@@ -9,6 +9,7 @@ import numpy as np
 Scale = Literal["linear", "log", "logodds"]
 
 _MOST_TICKS = 9
+_CLOSE = 1e-6  # decades: float32 has no exact 1e-12
 
 
 def check_scale(scale: Any) -> None:
@@ -38,11 +39,11 @@ class Ruler:
         there = places[np.isfinite(places)]
         self.low, self.high = 0.0, 1.0
         if scale == "log":
-            self.low, self.high = min(np.floor(there.min()) if there.size else -1.0, -1.0), 0.0
+            self.low, self.high = min(np.floor(there.min() + _CLOSE) if there.size else -1.0, -1.0), 0.0
         elif scale == "logodds":
-            self.low = min(np.floor(there.min()) if there.size else -1.0, -1.0)
-            self.high = max(np.ceil(there.max()) if there.size else 1.0, 1.0)
-        outside = (places < self.low) | (places > self.high)  # NaN is neither
+            self.low = min(np.floor(there.min() + _CLOSE) if there.size else -1.0, -1.0)
+            self.high = max(np.ceil(there.max() - _CLOSE) if there.size else 1.0, 1.0)
+        outside = (places < self.low - _CLOSE) | (places > self.high + _CLOSE)  # NaN is neither
         self.beyond = scale != "linear" and bool(outside.any())
 
     def places(self, values: Any) -> np.ndarray:
