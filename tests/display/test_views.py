@@ -7,6 +7,7 @@ import json
 import math
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_blocks_hold_every_column_once_and_fit_the_page():
     assert [x for block in blocks for x in block.x] == list(range(23))
     assert np.allclose(np.concatenate([block.z for block in blocks], 1), LENS.max(-1).values)
     domains = [figure.layout[f"yaxis{block.yaxis[1:]}"].domain for block in blocks]
-    assert all(above[0] > below[1] for above, below in zip(domains, domains[1:], strict=False))
+    assert all(above[0] > below[1] for above, below in pairwise(domains))
     assert len(heats(display.plot_lens(LENS, tokens=WORDS, page=3000))) == 1
     assert all(block.showscale is not False for block in blocks), "a colour bar beside each block"
 

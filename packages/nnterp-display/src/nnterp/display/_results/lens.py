@@ -78,7 +78,7 @@ def lens_cells(
         )
     columns = _columns(result, prompt, tokenizer)
     kept = len(result.labels["top"])
-    top_k = min(5, kept) if top_k is None else top_k
+    top_k = kept if top_k is None else top_k
     if top_k > kept:
         raise ValueError(
             f"This result holds the {kept} top tokens of each cell, not {top_k}. Make it with top_k={top_k}."
