@@ -61,7 +61,7 @@ SECTIONS = [
     (
         "lens-kl",
         "How far each layer is from the last",
-        "KL from the last layer's distribution as the colour. `top_k` tokens are in each cell, every second layer is drawn.",
+        "KL from the last layer's distribution as the colour, `top_k` tokens in each cell, and every second layer.",
         """\
         figure = lens.plot(color="kl", top_k=3, every=2, positions=range(12, 22), title="Distance from the last layer")
         """,

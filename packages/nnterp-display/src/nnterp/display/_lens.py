@@ -59,8 +59,8 @@ def plot_lens(
             near 0 in most layers. The bar still says probabilities.
         target: A token id, or one for each position: "probability" and "rank" are then those of this token. For a
             result, one of its targets.
-        top_k: How many tokens to write in each cell and to list on hover. If None, one is in the cell, and hovering lists
-            5, or all that a result holds.
+        top_k: How many tokens to write in each cell and to list on hover. If None, one is in the cell, and hovering
+            lists 5, or all that a result holds.
         every: Draw only every so many-th layer, counted back from the last.
         positions: Which columns to draw, as indices into those that `lens` has; all if None.
         page: The figure's width in pixels, at most. Columns that do not fit go into further blocks below.
