@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
 _TITLE = 16  # size of the font of titles
 _TOOLBAR = 32  # pixels at the top of a figure that titles leave to plotly's toolbar
+_ROOM = 640  # pixels: narrower figures become as wide as their title, up to this
+_SANS_WIDTH = 0.53  # the same of SANS, on average
 MONO_WIDTH = 0.62  # width of a character over the font size, in the widest of the fonts in MONO
 
 _INKS = {
@@ -132,12 +135,17 @@ def shown(figure: go.Figure, show: bool) -> go.Figure:
 
 
 def _wrap_title(figure: go.Figure) -> None:
-    """Break a title that is wider than the figure into lines, and make the figure higher by these."""
-    text, wide = figure.layout.title.text, figure.layout.width
+    """Break a title that is wider than the figure into lines; make a narrow figure wider first, and higher by lines."""
+    text, wide, margin = figure.layout.title.text, figure.layout.width, figure.layout.margin
     if not text or not wide:
         return
     plain = [html.unescape(line) for line in text.split("<br>")]
-    columns = max(int((wide - (figure.layout.margin.l or 0) - 12) / (_TITLE * 0.55)), 16)
+    beside = (margin.l or 0) + 12
+    needed = math.ceil(max(map(len, plain)) * _TITLE * _SANS_WIDTH) + beside
+    if wide < min(needed, _ROOM):
+        margin.r = (margin.r or 0) + min(needed, _ROOM) - wide
+        wide = figure.layout.width = min(needed, _ROOM)
+    columns = max(int((wide - beside) / (_TITLE * _SANS_WIDTH)), 16)
     lines = [piece for line in plain for piece in textwrap.wrap(line, columns) or [""]]
     figure.layout.title.text = "<br>".join(escape(line) for line in lines)
     if len(lines) == 1:
@@ -145,6 +153,6 @@ def _wrap_title(figure: go.Figure) -> None:
     # plotly puts the first of several lines higher than a single one.
     figure.layout.title.pad.t = _TOOLBAR + round(0.7 * _TITLE)
     more = round(1.3 * _TITLE) * (len(lines) - 1)
-    figure.layout.margin.t = (figure.layout.margin.t or 64) + more
+    margin.t = (margin.t or 64) + more
     if figure.layout.height:
         figure.layout.height += more
