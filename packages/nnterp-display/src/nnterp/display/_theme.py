@@ -26,8 +26,8 @@ MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Libe
 _TITLE = 16  # size of the font of titles
 _TOOLBAR = 32  # pixels at the top of a figure that titles leave to plotly's toolbar
 _ROOM = 640  # pixels: narrower figures become as wide as their title, up to this
-_SANS_WIDTH = 0.53  # the same of SANS, on average
 MONO_WIDTH = 0.62  # width of a character over the font size, in the widest of the fonts in MONO
+_SANS_WIDTH = 0.53  # the same of SANS, on average
 
 _INKS = {
     "light": {"paper": "#ffffff", "ink": "#1f2430", "soft": "#5c6370", "grid": "#e3e6ea", "panel": "#f4f6f8"},
