@@ -9,6 +9,7 @@ import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,11 +159,32 @@ def test_activations_over_several_texts():
             display.plot_activations(tokens, values)
 
 
+def test_activations_of_a_result_are_those_of_one_prompt():
+    result = SimpleNamespace(
+        tensors={"activations": torch.arange(12.0).view(2, 3, 2), "input_ids": torch.tensor([[5, 6, 7], [5, 8, -1]])},
+        axes={"activations": ("prompts", "positions", "features"), "input_ids": ("prompts", "positions")},
+        labels={"prompts": ("a", "b"), "positions": (0, 1, 2), "features": (70, 90)},
+        vocabulary={5: "The", 6: " sky", 7: "·", 8: "\ufffd"},
+        token_bytes={8: "e2"},
+    )
+    data = display.plot_activations(result, prompt=1).data
+    assert (data["kind"], data["units"]) == ("feature", ["70", "90"])
+    assert data["texts"][0]["tokens"] == ["The", "⟨E2⟩"]
+    assert np.allclose(numbers(data["texts"][0]["values"]), [6, 8, 7, 9])
+    assert display.plot_activations(result, prompt=0).data["texts"][0]["tokens"] == ["The", "·sky", "⟨U+00B7⟩"]
+    with pytest.raises(ValueError, match="2 prompts: choose one"):
+        display.plot_activations(result)
+    result.axes["activations"] = ("prompts", "layers", "features")
+    with pytest.raises(ValueError, match="positions and one further axis"):
+        display.plot_activations(result)
+
+
 def test_surprise_is_the_loss_of_each_token():
     logits, ids = torch.randn(6, 40, generator=GENERATOR) * 4, [3, 9, 9, 0, 39, 5]
     figure = display.plot_surprise(logits, ids, top_k=2)
     losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
     assert np.isnan(figure.data[0].marker.color[0])
+    assert list(figure.data[0].text) == [f"⟨id {token}⟩" for token in ids]
     assert np.allclose(figure.data[0].marker.color[1:], losses, atol=1e-5)
     assert f"Loss {losses.mean():.3f} nats" in figure.layout.title.text
     logs = logits.log_softmax(-1)

@@ -62,18 +62,18 @@ def plot_activations(
     """
     if values is None:
         read = unit_values(tokens, prompt)
-        tokens, values = read.tokens, read.values
+        names, given = [read.tokens], [read.values]
         units = read.units if units is None else units
         kind = read.kind if kind == "neuron" else kind
         title = read.title if title is None else title
     else:
         refuse_choice("plot_activations", {}, prompt)
-    several = isinstance(values, (list, tuple)) and hasattr(values[0] if values else None, "shape")
-    every = list(values) if several else [values]
-    named = list(tokens) if several else [tokens]
-    check_same("tokens", len(named), len(every), "the list of values")
-    arrays = [as_array(one, "values ([positions, units])", 2) for one in every]
-    names = [as_names(one, tokenizer) for one in named]
+        several = isinstance(values, (list, tuple)) and bool(values) and hasattr(values[0], "shape")
+        given = list(values) if several else [values]
+        named = list(tokens) if several else [tokens]
+        check_same("tokens", len(named), len(given), "the list of values")
+        names = [as_names(one, tokenizer) for one in named]
+    arrays = [as_array(one, "values ([positions, units])", 2) for one in given]
     for own, array in zip(names, arrays, strict=True):
         check_same("tokens", len(own), len(array), "the position axis of values")
     counts = [array.shape[1] for array in arrays]

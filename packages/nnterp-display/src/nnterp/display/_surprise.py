@@ -63,7 +63,7 @@ def plot_surprise(
     if title is None:
         title = f"Loss {loss:.3f} nats per token (perplexity {np.exp(loss):.4g})"
     figure = plot_tokens(
-        [names(token) for token in ids] if tokenizer is None else ids,
+        ids,
         surprise,
         tokenizer,
         name="surprise (nats)",
