@@ -8,6 +8,7 @@ The page shows exactly the code that was run. Images need kaleido and a Chrome o
 from __future__ import annotations
 
 import argparse
+import linecache
 import shutil
 import subprocess
 import tempfile
@@ -333,6 +334,13 @@ SECTIONS = [
 ]
 
 
+def run(code: str, name: str, space: dict[str, Any]) -> None:
+    """Run a section's code; its source can be read back, which traces need."""
+    file = f"<gallery {name}>"
+    linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+    exec(compile(code, file, "exec"), space)
+
+
 def picture(figure: Any, path: Path) -> Path:
     """Write a figure, or what a browser shows of a page, as an image."""
     if not isinstance(figure, display.View):
@@ -357,7 +365,9 @@ def picture(figure: Any, path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS, help="where gallery.md and gallery/ go")
-    out = parser.parse_args().out
+    parser.add_argument("--absent", action="store_true", help="draw only images that are not there")
+    arguments = parser.parse_args()
+    out = arguments.out
     torch.set_num_threads(1)
     space: dict[str, Any] = {}
     exec(SETUP, space)
@@ -368,8 +378,10 @@ def main() -> None:
     size = 0
     for name, title, about, code in SECTIONS:
         code = textwrap.dedent(code).strip()
-        exec(code, space)
-        path = picture(space["figure"], out / "gallery" / f"{name}.png")
+        run(code, name, space)
+        path = out / "gallery" / f"{name}.png"
+        if not (arguments.absent and path.exists()):
+            picture(space["figure"], path)
         size += path.stat().st_size
         page.append(f"## {title}\n\n{about}\n\n```python\n{code}\n```\n\n![{title}](gallery/{name}.png)\n")
         print(f"{path.relative_to(out)}: {path.stat().st_size:,} bytes", flush=True)
