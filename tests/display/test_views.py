@@ -91,7 +91,7 @@ def test_scales_put_probabilities_where_they_belong():
     assert odds.data[0].y[5] == odds.data[0].y.max()
     for place, said in zip(odds.layout.yaxis.tickvals, odds.layout.yaxis.ticktext, strict=True):
         if "−" not in said and "e" not in said:
-            assert float(said) == pytest.approx(10**place / (1 + 10**place), rel=0.02)
+            assert float(said) == pytest.approx(10**place / (1 + 10**place), rel=1e-6)
     assert "layer 4: 0.0000" in log.data[0].hovertext[4], "hovering says the number itself"
     (block,) = heats(display.plot_lens(LENS, scale="log", page=3000))
     assert np.allclose(block.z, LENS.max(-1).values.log10())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -63,14 +64,17 @@ class Ruler:
         whole = np.arange(self.low, self.high + 1)
         step = int(np.ceil(len(whole) / _MOST_TICKS))
         at = whole[whole % step == 0] if step > 1 else whole
-        write = _power if self.scale == "log" else _odds
-        return {"tickmode": "array", "tickvals": at.tolist(), "ticktext": [write(int(place)) for place in at]}
+        if self.scale == "log":
+            return {"tickmode": "array", "tickvals": at.tolist(), "ticktext": [_power(int(place)) for place in at]}
+        round_ones = [_round_odds(int(place)) for place in at]
+        kept = [(place, text) for place, text in round_ones if self.low <= place <= self.high]
+        return {"tickmode": "array", "tickvals": [place for place, _ in kept], "ticktext": [text for _, text in kept]}
 
     def note(self) -> str:
         """What is drawn at the end of the scale instead of beyond it; "" if nothing is."""
         if not self.beyond:
             return ""
-        ends = _power(int(self.low)) if self.scale == "log" else f"{_odds(int(self.low))} or {_odds(int(self.high))}"
+        ends = _power(int(self.low)) if self.scale == "log" else f"{_odds(self.low)} or {_odds(self.high)}"
         return f"probabilities beyond the scale, such as exactly 0, are drawn at {ends}"
 
 
@@ -89,12 +93,20 @@ def _power(place: int) -> str:
     return f"{10.0**place:g}" if place >= -4 else f"1e{place}"
 
 
-def _odds(place: int) -> str:
-    """The probability at a log-odds of a whole number of decades: about 0.1, 0.01, ... or 0.9, 0.99, ..."""
-    if place == 0:
-        return "0.5"
-    share = 10.0 ** -abs(place)
-    near = f"{share / (1 + share):.2g}" if abs(place) < 4 else f"1e-{abs(place)}"
+def _round_odds(decade: int) -> tuple[float, str]:
+    """The place of a round probability and its text: 0.1, 0.01, … for −1, −2, …, 0.5 for 0, 0.9, 0.99, … above."""
+    if decade == 0:
+        return 0.0, "0.5"
+    share = 10.0 ** -abs(decade)
+    place = math.log10(share / (1.0 - share))
+    if decade < 0:
+        return place, _power(decade)
+    return -place, f"{1 - share:.{decade}f}" if decade <= 4 else f"1−1e-{decade}"
+
+
+def _odds(place: float) -> str:
+    """The probability at this log-odds."""
+    share = 10.0 ** -abs(place) / (1 + 10.0 ** -abs(place))
     if place < 0:
-        return near
-    return f"{1 - share / (1 + share):.{max(abs(place), 2)}g}" if place < 4 else f"1−1e-{place}"
+        return f"{share:.2g}"
+    return f"{1 - share:.4g}" if place <= 4 else f"1−{share:.2g}"
