@@ -12,6 +12,7 @@ import torch
 from nnterp import plugins
 from nnterp.files import read_tensors, write_tensors
 from nnterp.rendering import html_table
+from nnterp.token_text import TokenNames
 from nnterp.versions import version_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Result:
         tokens: For each prompt, its token at each label of the "positions" axis, None past the prompt's end.
         vocabulary: Text of the token ids that occur in the tensors.
         about: Model, versions, function and arguments.
+        token_bytes: The bytes, in hexadecimal, of each token id in `vocabulary` that is not exactly its text there:
+            part of a character (decoded as `�`), or a word whose space decoding drops.
     """
 
     figure: ClassVar[str] = ""
@@ -47,6 +50,7 @@ class Result:
     tokens: tuple[tuple[str | None, ...], ...] = ()
     vocabulary: dict[int, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    token_bytes: dict[int, str] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
         _KINDS[cls.__name__] = cls
@@ -165,6 +169,7 @@ class Result:
             "tokens": [list(tokens) for tokens in self.tokens],
             "vocabulary": self.vocabulary,
             "about": self.about,
+            "token_bytes": self.token_bytes,
         }
         write_tensors(path, self.tensors, record, "result")
 
@@ -185,6 +190,7 @@ class Result:
             tokens=tuple(tuple(tokens) for tokens in content["tokens"]),
             vocabulary={int(i): text for i, text in content["vocabulary"].items()},
             about=content["about"],
+            token_bytes={int(i): piece for i, piece in content.get("token_bytes", {}).items()},
         )
 
     def plot(self, **kwargs: Any) -> Any:
@@ -247,6 +253,18 @@ def vocabulary_of(model: StandardizedTransformer, ids: torch.Tensor) -> dict[int
     """The text of every token id in a tensor, except -1."""
     unique = [i for i in ids.unique().tolist() if i >= 0]
     return dict(zip(unique, token_texts(model, unique), strict=True))
+
+
+def token_bytes_of(model: StandardizedTransformer, vocabulary: Mapping[int, str]) -> dict[int, str]:
+    """The bytes, in hexadecimal, of the ids whose text in `vocabulary` is not exact; see `Result.token_bytes`."""
+    names = TokenNames(model.tokenizer)
+    found = {}
+    for token, text in vocabulary.items():
+        raw = names.raw(token)
+        piece = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+        if piece is not None and piece != text.encode("utf-8", "surrogatepass"):
+            found[token] = piece.hex()
+    return found
 
 
 def _plain(value: Any) -> Any:

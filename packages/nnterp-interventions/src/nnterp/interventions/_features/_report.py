@@ -14,7 +14,7 @@ from nnterp.indices import Indices, read_indices
 from nnterp.inputs import Batch, Row, forward_flags
 from nnterp.interventions._features._site import Places, own_positions, shown, warn_of_beginnings
 from nnterp.interventions._fitted._texts import rows_of
-from nnterp.interventions._results import Result, describe_run, vocabulary_of
+from nnterp.interventions._results import Result, describe_run, token_bytes_of, vocabulary_of
 from nnterp.interventions._running import BatchSize, in_batches
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ def feature_report(
     about = describe_run(
         model, "feature_report", at=shown(places.reads), dictionary=dictionary.source, texts=len(rows), skip_first=skip
     )
-    return FeatureReport(tensors, axes, labels, vocabulary=vocabulary_of(model, torch.cat(ids)), about=about)
+    vocabulary = vocabulary_of(model, torch.cat(ids))
+    exact = token_bytes_of(model, vocabulary)
+    return FeatureReport(tensors, axes, labels, vocabulary=vocabulary, about=about, token_bytes=exact)
 
 
 class _Best:
