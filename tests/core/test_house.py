@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -137,6 +138,7 @@ FLOORS = (
     "reading proofs",
     "twin",
     "standardized_transformer",
+    "vllm",
     "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",
     "cli __main__",
 )
@@ -244,6 +246,10 @@ def test_the_packages_are_those_of_the_four_distributions():
 
 @pytest.mark.parametrize("name", public_packages())
 def test_public_names_are_listed_and_documented(name):
+    if name == "nnterp.vllm" and importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ImportError, match="vLLM, which is not installed"):
+            importlib.import_module(name)
+        return
     package = importlib.import_module(name)
     assert package.__doc__, f"{name} does not say what it is for"
     if name == "nnterp.cli":  # a command line, not a library: `main` and the subcommands

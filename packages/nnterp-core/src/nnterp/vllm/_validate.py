@@ -1,0 +1,146 @@
+"""Prove the values of a model in vLLM against HuggingFace's model of the same checkpoint, in another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnterp.certificate import Certificate, Line
+from nnterp.collection import Collected
+from nnterp.versions import version_of
+
+if TYPE_CHECKING:
+    from nnterp.vllm._model import StandardizedVLLM
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+PROMPTS, LENGTH, NEW = 3, 9, 6
+
+# A process of its own: once vLLM's Transformers backend ran, transformers loads no model of the same class.
+_REFERENCE = """
+import json, sys, torch
+from nnterp import StandardizedTransformer
+from nnterp.errors import Unavailable
+
+job = json.loads(sys.argv[1])
+model = StandardizedTransformer(job["model"], dtype=getattr(torch, job["dtype"]), device_map="cpu", **job["options"])
+there = []
+for name, layers in job["values"].items():
+    for layer in layers:
+        try:
+            model.place(name, layer)
+            there.append(name if layer is None else f"{name}[{layer}]")
+        except Unavailable:
+            pass
+model.collect(job["prompts"], [*there, "logits", "next_token_probs"]).save(job["out"])
+new = []
+with torch.no_grad():
+    for ids in job["prompts"]:
+        given = torch.tensor([ids])
+        out = model._module.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=job["new"],
+                                     min_new_tokens=job["new"], do_sample=False, pad_token_id=0)
+        new.append(out[0, len(ids):].tolist())
+print("tokens:" + json.dumps(new))
+"""
+
+
+def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
+    """See `StandardizedVLLM.validate`."""
+    began = time.perf_counter()
+    model.dispatch()
+    config = model.vllm_entrypoint.llm_engine.vllm_config.model_config
+    allowed = TOLERANCE.get(config.dtype, 1e-1) if tolerance is None else tolerance
+    prompts = probe(config.get_vocab_size())
+    values: dict[str, list[int | None]] = {
+        **{name: [None] for name, found in model.served.whole.items() if not isinstance(found, str)},
+        **{name: list(mine) for name in model.served.layers if (mine := model.served.having(name))},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "reference.safetensors"
+        job = {
+            "model": model.repo,
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "options": {k: model.dispatch_options[k] for k in ("revision",) if k in model.dispatch_options},
+            "values": values,
+            "prompts": prompts,
+            "out": str(out),
+            "new": NEW,
+        }
+        tokens = _reference(job)
+        reference = Collected.load(out)
+    ours = model.collect(prompts, [*values, "logits", "next_token_probs"])
+    lines, proven = [], set()
+    for name, layers in {**values, "logits": [None], "next_token_probs": [None]}.items():
+        line, failed = _line(name, layers, ours, reference, allowed)
+        lines.append(line)
+        for layer, error in failed.items():
+            reason = f"it differs from HuggingFace's by {error:.2g} of its size, above {allowed:.2g}"
+            if name in values:
+                model.served = model.served.without(name, layer, reason)
+        if line.status == "passed":
+            proven.add(name)
+    lines.append(_greedy(model, prompts, tokens))
+    model.proven = frozenset(proven)
+    model.certificate = Certificate(
+        model.repo,
+        model.dispatch_options.get("revision"),
+        f"vLLM's {model.model_class}",
+        job["dtype"],  # type: ignore[arg-type]
+        str(model.vllm_entrypoint.llm_engine.vllm_config.device_config.device),
+        {name: version_of(name) for name in ("nnsight", "transformers", "torch")},
+        tuple(lines),
+        time.perf_counter() - began,
+    )
+    return model.certificate
+
+
+def probe(vocabulary: int) -> list[list[int]]:
+    """Prompts of random tokens, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, vocabulary, (LENGTH - 2 * i,), generator=generator).tolist() for i in range(PROMPTS)]
+
+
+def _reference(job: dict[str, Any]) -> list[list[int]]:
+    done = subprocess.run(
+        [sys.executable, "-c", _REFERENCE, json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"HuggingFace's model of {job['model']} could not be run:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.rpartition("tokens:")[2])
+
+
+def _line(
+    name: str, layers: list[int | None], ours: Collected, reference: Collected, allowed: float
+) -> tuple[Line, dict[int | None, float]]:
+    """The line of one value, and the layers that failed with their errors."""
+    claim = f"{name} equals HuggingFace's"
+    compared: dict[int | None, float] = {}
+    for layer in layers:
+        key: Any = name if layer is None else (name, layer)
+        if key not in reference:
+            continue
+        mine, theirs = ours[key].double(), reference[key].double()
+        same = mine.shape == theirs.shape
+        compared[layer] = float((mine - theirs).abs().max() / theirs.abs().max()) if same else float("inf")
+    if not compared:
+        return Line(claim, "skipped", detail="HuggingFace's model does not prove this value"), {}
+    failed = {layer: error for layer, error in compared.items() if not error <= allowed}
+    missing = [layer for layer in layers if layer not in compared]
+    detail = f"not compared on layers {missing}" if missing else ""
+    if failed:
+        detail = f"layers {[layer for layer in failed if layer is not None]} are served no more" if layers else ""
+    status = "failed" if failed else "skipped" if missing else "passed"
+    return Line(claim, status, max(compared.values()), allowed, detail), failed  # type: ignore[arg-type]
+
+
+def _greedy(model: StandardizedVLLM, prompts: list[list[int]], tokens: list[list[int]]) -> Line:
+    outputs = model.run(prompts, NEW, ignore_eos=True)
+    equal = [list(output.outputs[0].token_ids) == mine for output, mine in zip(outputs, tokens, strict=True)]
+    claim = f"{NEW} greedy tokens are those of HuggingFace's generate"
+    return Line(claim, "passed" if all(equal) else "failed", detail="" if all(equal) else f"equal: {equal}")
