@@ -1,4 +1,4 @@
-"""nnsight's worker for vLLM on a CPU: nnsight names one for GPUs only, and its additions do not depend on the device."""
+"""nnsight's worker for vLLM on a CPU: nnsight names one for GPUs, and what it adds does not depend on the device."""
 
 from __future__ import annotations
 

@@ -1,0 +1,135 @@
+"""Steering, skipping, the lens, collecting and generating in vLLM, against HuggingFace's own model."""
+
+import pytest
+import torch
+
+from nnterp.errors import ShapeError, Unavailable
+from nnterp.vllm import logit_lens
+
+from .reference import NEW, PROMPTS, SKIPPED, STEERED
+from .test_values import close
+
+GIVEN = [list(ids) for ids in PROMPTS]
+
+
+def test_the_lens_reads_every_layer(model, reference):
+    lens = logit_lens(model, GIVEN)
+    close(lens, torch.stack(reference["lens"]))
+    assert not model._installed_edits
+
+
+def test_steering_one_of_several_invokes(model, reference):
+    vector, scale = reference["vector"], reference["scale"]
+    with model.trace() as tracer:
+        with tracer.invoke(GIVEN[0]):
+            plain = model.logits.save()
+        with tracer.invoke(GIVEN[1]):
+            model.steer(list(STEERED), vector, scale)
+            steered = model.logits.save()
+    close(plain[0], reference["logits"][0])
+    close(steered[0], reference["steered"][1])
+
+
+def test_skipping_in_one_of_several_invokes(model, reference):
+    with model.trace() as tracer:
+        with tracer.invoke(GIVEN[0]):
+            model.skip_layers(SKIPPED[0], SKIPPED[-1])
+            skipped = model.logits.save()
+        with tracer.invoke(GIVEN[1]):
+            plain = model.logits.save()
+    close(skipped[0], reference["skipped"][0])
+    close(plain[0], reference["logits"][1])
+
+
+def test_greedy_tokens_plain_and_steered(model, reference):
+    def tokens():
+        return [list(output.outputs[0].token_ids) for output in model.run(GIVEN, NEW, ignore_eos=True)]
+
+    assert tokens() == reference["greedy"]
+    with model.steering(reference["vector"], list(STEERED), reference["scale"]):
+        assert tokens() == reference["steered greedy"]
+        logits = model.collect(GIVEN, "logits", positions=-1)["logits"]
+    close(logits, torch.stack([one[-1] for one in reference["steered"]]))
+    assert tokens() == reference["greedy"]
+
+
+def test_steering_the_prompt_alone(model, reference):
+    """The first token is that of a steered prompt, the state of later steps is not steered."""
+    vector, scale = reference["vector"], reference["scale"]
+    with model.steering(vector, list(STEERED), scale, steps="prompt"):
+        first = model.run(GIVEN, 1, ignore_eos=True)
+    assert [list(o.outputs[0].token_ids)[0] for o in first] == [one[0] for one in reference["steered greedy"]]
+    with model.steering(vector, list(STEERED), scale, steps="generated"):
+        logits = model.collect(GIVEN, "logits", positions=-1)["logits"]
+    close(logits, torch.stack([one[-1] for one in reference["logits"]]))
+
+
+def test_steering_at_some_positions(model, reference):
+    vector, scale = reference["vector"], reference["scale"]
+    with model.trace(GIVEN[0]):
+        model.steer(1, vector, scale, token_positions=[0, -1])
+        stream = model.layers_output[1].save()
+    expected = reference["read"][0]["layers_output", 1].clone()
+    expected[:, [0, -1]] += scale * vector
+    close(stream, expected)
+
+
+@pytest.mark.parametrize("positions", [None, -1, [0, 2], slice(1, None)])
+def test_collecting_from_prompts_of_different_lengths(model, reference, positions):
+    collected = model.collect(GIVEN, ["layers_output", "attention_queries", "logits"], positions=positions)
+    for i, (ids, read) in enumerate(zip(GIVEN, reference["read"], strict=True)):
+        own = list(range(len(ids)))
+        own = own if positions is None else own[positions] if isinstance(positions, slice) else positions
+        for layer in range(model.num_layers):
+            mine = collected["layers_output", layer][i]
+            theirs = read["layers_output", layer][0][own]
+            close(mine[: len(theirs)] if theirs.dim() > 1 else mine, theirs)
+            mine = collected["attention_queries", layer][i]
+            theirs = read["attention_queries", layer][0][own]
+            close(mine[: len(theirs)] if theirs.dim() > 2 else mine, theirs)
+
+
+def test_collecting_while_generating(model, reference):
+    collected = model.collect(GIVEN, ["layers_output", "next_token_probs"], max_new_tokens=NEW, ignore_eos=True)
+    assert collected.generated.tolist() == reference["greedy"]
+    assert collected["next_token_probs"].argmax(-1).tolist() == reference["greedy"]
+    whole = [ids + new for ids, new in zip(GIVEN, reference["greedy"], strict=True)]
+    again = model.collect(whole, "layers_output")["layers_output"]
+    for i, ids in enumerate(GIVEN):
+        span = slice(len(ids) - 1, len(ids) - 1 + NEW)
+        close(collected["layers_output"][:, i], again[:, i, span])
+
+
+def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
+    with pytest.raises(ShapeError):
+        model.steering(torch.zeros(3), 1).__enter__()
+    with pytest.raises(Unavailable, match="mixture|fused|does not serve"):
+        model.collect(GIVEN, "router_logits")
+    with pytest.raises(Unavailable, match=r"with model\.steering"), model.trace(GIVEN[0], max_new_tokens=3):
+        model.steer(1, reference["vector"])
+    with pytest.raises(ValueError, match="exactly one prompt|Multiple prompts"), model.trace(GIVEN):
+        model.logits.save()
+    with pytest.raises(IndexError):
+        model.collect(GIVEN, "layers_output", positions=50)
+    assert not model._installed_edits
+    close(model.collect(GIVEN, "logits", positions=-1)["logits"][0], reference["logits"][0][-1])
+
+
+def test_the_certificate_proves_every_value(model):
+    certificate = model.validate()
+    assert certificate.ok, [line for line in certificate.lines if line.status == "failed"]
+    assert {"layers_output", "layers_mid", "attention_keys", "logits", "token_embeddings"} <= model.proven
+    assert certificate.lines[-1].status == "passed"
+
+
+def test_a_value_that_differs_is_served_no_more(model, monkeypatch):
+    """The attention's output, read from where the feed-forward's is."""
+    before = model.served
+    wrong = {**before.layers, "attentions_output": before.layers["mlps_output"]}
+    monkeypatch.setattr(model, "served", type(before)(before.whole, wrong))
+    certificate = model.validate()
+    assert not certificate.ok
+    assert "attentions_output" not in model.proven
+    with pytest.raises(Unavailable, match="differs from HuggingFace's"):
+        model.place("attentions_output", 0)
+    model.served = before
