@@ -72,7 +72,17 @@ def main(names):
             if not child:
                 os.environ["NNTERP_VLLM_MODEL"] = str(folder)
                 here = Path(__file__).parent
-                options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--confcutdir={here}", str(here)]
+                options = [
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    "-p",
+                    "no:xdist",
+                    "-p",
+                    "no:anyio",
+                    f"--confcutdir={here}",
+                    str(here),
+                ]
                 code = pytest.main(options)
                 sys.stdout.flush()
                 os._exit(int(code))

@@ -5,6 +5,7 @@ import torch
 
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.vllm import logit_lens
+from nnterp.vllm._kept import recall
 
 from .reference import NEW, PROMPTS, SKIPPED, STEERED
 from .test_values import close
@@ -58,7 +59,7 @@ def test_steering_the_prompt_alone(model, reference):
     vector, scale = reference["vector"], reference["scale"]
     with model.steering(vector, list(STEERED), scale, steps="prompt"):
         first = model.run(GIVEN, 1, ignore_eos=True)
-    assert [list(o.outputs[0].token_ids)[0] for o in first] == [one[0] for one in reference["steered greedy"]]
+    assert [o.outputs[0].token_ids[0] for o in first] == [one[0] for one in reference["steered greedy"]]
     with model.steering(vector, list(STEERED), scale, steps="generated"):
         logits = model.collect(GIVEN, "logits", positions=-1)["logits"]
     close(logits, torch.stack([one[-1] for one in reference["logits"]]))
@@ -103,11 +104,11 @@ def test_collecting_while_generating(model, reference):
 def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
     with pytest.raises(ShapeError):
         model.steering(torch.zeros(3), 1).__enter__()
-    with pytest.raises(Unavailable, match="mixture|fused|does not serve"):
+    with pytest.raises(Unavailable, match=r"mixture|fused|does not serve"):
         model.collect(GIVEN, "router_logits")
     with pytest.raises(Unavailable, match=r"with model\.steering"), model.trace(GIVEN[0], max_new_tokens=3):
         model.steer(1, reference["vector"])
-    with pytest.raises(ValueError, match="exactly one prompt|Multiple prompts"), model.trace(GIVEN):
+    with pytest.raises(ValueError, match=r"exactly one prompt|Multiple prompts"), model.trace(GIVEN):
         model.logits.save()
     with pytest.raises(IndexError):
         model.collect(GIVEN, "layers_output", positions=50)
@@ -124,12 +125,23 @@ def test_the_certificate_proves_every_value(model):
 
 def test_a_value_that_differs_is_served_no_more(model, monkeypatch):
     """The attention's output, read from where the feed-forward's is."""
-    before = model.served
+    before = model.structure
     wrong = {**before.layers, "attentions_output": before.layers["mlps_output"]}
-    monkeypatch.setattr(model, "served", type(before)(before.whole, wrong))
+    monkeypatch.setattr(model, "structure", type(before)(before.whole, wrong))
     certificate = model.validate()
     assert not certificate.ok
     assert "attentions_output" not in model.proven
     with pytest.raises(Unavailable, match="differs from HuggingFace's"):
         model.place("attentions_output", 0)
     model.served = before
+
+
+def test_a_proof_is_kept_on_disk(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("NNTERP_CACHE", str(tmp_path))
+    certificate = model.validate()
+    model.certificate, model.proven = None, frozenset()
+    assert recall(model)
+    assert model.certificate == certificate
+    assert "layers_output" in model.proven
+    monkeypatch.setitem(model.dispatch_options, "max_model_len", 64)
+    assert not recall(model)

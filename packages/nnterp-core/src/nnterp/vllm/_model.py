@@ -12,7 +12,6 @@ import torch
 from nnsight.modeling.vllm import VLLM
 from nnsight.modeling.vllm.tracer import VLLMTracer
 from torch import nn
-from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
@@ -36,10 +35,12 @@ from nnterp.traced import (
 )
 from nnterp.traced import Steering as SteeringOf
 from nnterp.vllm._collect import collect
+from nnterp.vllm._kept import recall
 from nnterp.vllm._steering import in_every_step, require_plain, steer_pass
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._validate import validate
 from nnterp.vllm._values import Served, served
+from vllm import SamplingParams
 
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
 
@@ -100,7 +101,7 @@ class StandardizedVLLM(VLLM):
             _set_torch_accelerator_to_noop()  # nnsight empties the cache of an accelerator
         VLLM.__init__(self, self.repo, **kwargs)
         self.parts: Parts = find_parts(self._module)
-        self.served = served(self.parts)
+        self.structure = self.served = served(self.parts)
         self.layer_paths = tuple(block.path for block in self.parts.blocks)
         self.final_norm = self.parts.ln_final
         self.model_class = type(self._module).__name__
@@ -108,6 +109,7 @@ class StandardizedVLLM(VLLM):
         self.hidden_size = int(getattr(config, "hidden_size", 0) or 0)
         self.names = self.parts.names()
         bind_names(self, self.names, self.layer_paths)
+        recall(self)
 
     def _load_meta(self, repo_id: str, **kwargs: Any) -> nn.Module:
         # vLLM packs the experts' weights for the CPU while it loads them, which cannot be done without numbers.
@@ -361,7 +363,8 @@ class StandardizedVLLM(VLLM):
     def validate(self, tolerance: float | None = None) -> Certificate:
         """Prove every value against HuggingFace's model of the same checkpoint, which runs in another process.
 
-        A value that differs is served no more. Values that only vLLM has, and those that HuggingFace's model does not
+        A value that differs is served no more. The proof is kept on disk with the others (`nnterp proofs`), and taken
+        over when the same checkpoint is loaded with the same settings, versions and device. Values that only vLLM has, and those that HuggingFace's model does not
         prove, have a skipped line, and are not in `model.proven`.
 
         Args:

@@ -14,7 +14,7 @@ import torch
 
 from nnterp.certificate import Certificate, Line
 from nnterp.collection import Collected
-from nnterp.versions import version_of
+from nnterp.vllm._kept import keep, versions
 
 if TYPE_CHECKING:
     from nnterp.vllm._model import StandardizedVLLM
@@ -57,6 +57,7 @@ def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
     config = model.vllm_entrypoint.llm_engine.vllm_config.model_config
     allowed = TOLERANCE.get(config.dtype, 1e-1) if tolerance is None else tolerance
     prompts = probe(config.get_vocab_size())
+    model.served = model.structure
     values: dict[str, list[int | None]] = {
         **{name: [None] for name, found in model.served.whole.items() if not isinstance(found, str)},
         **{name: list(mine) for name in model.served.layers if (mine := model.served.having(name))},
@@ -75,13 +76,14 @@ def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
         tokens = _reference(job)
         reference = Collected.load(out)
     ours = model.collect(prompts, [*values, "logits", "next_token_probs"])
-    lines, proven = [], set()
+    lines, proven, refused = [], set(), []
     for name, layers in {**values, "logits": [None], "next_token_probs": [None]}.items():
         line, failed = _line(name, layers, ours, reference, allowed)
         lines.append(line)
         for layer, error in failed.items():
             reason = f"it differs from HuggingFace's by {error:.2g} of its size, above {allowed:.2g}"
             if name in values:
+                refused.append((name, layer, reason))
                 model.served = model.served.without(name, layer, reason)
         if line.status == "passed":
             proven.add(name)
@@ -93,10 +95,11 @@ def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
         f"vLLM's {model.model_class}",
         job["dtype"],  # type: ignore[arg-type]
         str(model.vllm_entrypoint.llm_engine.vllm_config.device_config.device),
-        {name: version_of(name) for name in ("nnsight", "transformers", "torch")},
+        versions(),
         tuple(lines),
         time.perf_counter() - began,
     )
+    keep(model, model.certificate, refused)
     return model.certificate
 
 
