@@ -363,9 +363,9 @@ class StandardizedVLLM(VLLM):
     def validate(self, tolerance: float | None = None) -> Certificate:
         """Prove every value against HuggingFace's model of the same checkpoint, which runs in another process.
 
-        A value that differs is served no more. The proof is kept on disk with the others (`nnterp proofs`), and taken
-        over when the same checkpoint is loaded with the same settings, versions and device. Values that only vLLM has, and those that HuggingFace's model does not
-        prove, have a skipped line, and are not in `model.proven`.
+        A value that differs is served no more. Values that only vLLM has, and those that HuggingFace's model does not
+        prove, have a skipped line, and are not in `model.proven`. The proof is kept on disk with the others (`nnterp
+        proofs`), and taken over when the same checkpoint is loaded with the same settings, versions and device.
 
         Args:
             tolerance: The largest difference, relative to the largest magnitude of the value; by the dtype if None.
