@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnterp.errors import ShapeError, Unavailable
+from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.vllm import logit_lens
 from nnterp.vllm._kept import recall
 
@@ -114,6 +114,24 @@ def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
         model.collect(GIVEN, "layers_output", positions=50)
     assert not model._installed_edits
     close(model.collect(GIVEN, "logits", positions=-1)["logits"][0], reference["logits"][0][-1])
+
+
+def test_numbers_that_nothing_has_proven_say_so(model):
+    model.certificate, model._warned = None, False
+    with pytest.warns(UnprovenWarning, match="validate"):
+        model.collect(GIVEN, "logits", positions=-1)
+
+
+def test_several_steps_given_to_the_trace_or_to_an_invoke(model, reference):
+    with pytest.raises(Unavailable, match=r"with model\.steering"), model.trace(max_new_tokens=3) as tracer:
+        with tracer.invoke(GIVEN[0]):
+            model.steer(1, reference["vector"])
+    with model.trace(GIVEN[0], max_new_tokens=NEW, ignore_eos=True) as tracer:
+        tokens = []
+        tokens.save()
+        for _ in tracer.iter[:NEW]:
+            tokens.append(model.next_token_logits.argmax(-1).item())
+    assert tokens == reference["greedy"][0]
 
 
 def test_the_certificate_proves_every_value(model):

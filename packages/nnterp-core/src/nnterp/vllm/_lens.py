@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.vllm._errors import raise_first
+
 if TYPE_CHECKING:
     from nnterp.vllm._model import StandardizedVLLM
 
@@ -50,7 +52,5 @@ def saved(output: Any, name: str) -> Any:
     Raises:
         Exception: The block raised it.
     """
-    from nnsight.intervention.errors import raise_deferred
-
-    raise_deferred(getattr(output, "nnsight_error", None))
+    raise_first([output])
     return output.saves[name]

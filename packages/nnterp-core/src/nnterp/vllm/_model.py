@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from vllm.platforms import current_platform
 
 from nnterp.certificate import Certificate
 from nnterp.collection import Collected
-from nnterp.errors import InsideTraceError, ShapeError, Unavailable
+from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
 from nnterp.indices import Indices
 from nnterp.inputs import encode
 from nnterp.table import LABELS, Label
@@ -35,6 +36,7 @@ from nnterp.traced import (
 )
 from nnterp.traced import Steering as SteeringOf
 from nnterp.vllm._collect import collect
+from nnterp.vllm._errors import raise_first
 from nnterp.vllm._kept import recall
 from nnterp.vllm._steering import in_every_step, require_plain, steer_pass
 from nnterp.vllm._structure import Parts, find_parts
@@ -89,7 +91,7 @@ class StandardizedVLLM(VLLM):
             raise Unavailable("taps= serves few places, and the standard names read any: leave it out.")
         self.proven: frozenset[str] = frozenset()
         self.certificate: Certificate | None = None
-        self.stepping = False
+        self.stepping = self._warned = False
         self.dispatch_options = dict(kwargs)
         self.repo = os.fspath(model)
         if current_platform.is_cpu():
@@ -305,12 +307,37 @@ class StandardizedVLLM(VLLM):
         return VLLM.trace(self, *inputs, **{"max_tokens": 1, "temperature": 0.0, **kwargs})
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
-        settings = [{**self._sampling_kwargs(kwargs)} for _, kwargs in invokes]
-        asked = [one.get("max_tokens", self._default_tokens) for one in settings]
-        self.stepping = any(tokens != 1 for tokens in asked)
-        return VLLM._batch(self, [(inputs, one) for (inputs, _), one in zip(invokes, settings, strict=True)], fn)
+        return VLLM._batch(self, [(inputs, self._sampling_kwargs(kwargs)) for inputs, kwargs in invokes], fn)
 
-    _default_tokens = 1
+    def _attach_mediators(self, params: list, **kwargs: Any) -> list:
+        asked = [
+            one.max_tokens if "max_tokens" in one.nnsight_named else kwargs.get("max_tokens", one.max_tokens)
+            for one in params
+        ]
+        self.stepping = any(tokens != 1 for tokens in asked)  # before the blocks, and this model, are serialized
+        return VLLM._attach_mediators(self, params, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self._warn_unproven()
+        return VLLM._call(self, *args, **kwargs)
+
+    @staticmethod
+    def _collect(mediators: list, outputs: list) -> None:
+        try:
+            VLLM._collect(mediators, outputs)
+        except RuntimeError:
+            raise_first(outputs)
+            raise
+
+    def _warn_unproven(self) -> None:
+        if self.certificate is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Nothing has compared the values of {self.repo} in vLLM with HuggingFace's. Call model.validate() to "
+                "prove them; the proof is kept on disk.",
+                UnprovenWarning,
+                stacklevel=5,
+            )
 
     def _prompt(self, *inputs: Any) -> Any:
         if len(inputs) != 1:
@@ -335,6 +362,7 @@ class StandardizedVLLM(VLLM):
         self.require_no_trace("run()")
         if not self.dispatched:
             self.dispatch()
+        self._warn_unproven()
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": max_new_tokens, **settings})
         return self.vllm_entrypoint.generate(self.prompts_of(prompts), params, use_tqdm=False)
 

@@ -53,6 +53,7 @@ print("tokens:" + json.dumps(new))
 def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
     """See `StandardizedVLLM.validate`."""
     began = time.perf_counter()
+    model._warned = True
     model.dispatch()
     config = model.vllm_entrypoint.llm_engine.vllm_config.model_config
     allowed = TOLERANCE.get(config.dtype, 1e-1) if tolerance is None else tolerance
