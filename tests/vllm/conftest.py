@@ -1,10 +1,7 @@
 """One engine a process: `run.py` makes the checkpoints and their references, and runs these tests once for each."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -18,19 +15,15 @@ def folder():
 
 
 @pytest.fixture(scope="session")
-def reference(folder, tmp_path_factory):
-    """HuggingFace's numbers of it, from a process of its own."""
+def reference():
+    """HuggingFace's numbers of it, which `run.py` made in a process of its own."""
     import torch
 
-    out = tmp_path_factory.mktemp("reference") / "numbers.pt"
-    program = Path(__file__).with_name("reference.py")
-    done = subprocess.run([sys.executable, program, folder, out], capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr
-    return torch.load(out)
+    return torch.load(os.environ["NNTERP_VLLM_REFERENCE"])
 
 
 @pytest.fixture(scope="session")
-def model(folder, reference):
+def model(folder):
     """The checkpoint in vLLM."""
     from nnterp.vllm import StandardizedVLLM
 

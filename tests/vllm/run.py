@@ -1,4 +1,10 @@
-"""Run the tests of this folder on tiny random checkpoints and the toy, a process for each. vLLM is imported once."""
+"""Run the tests of this folder on tiny random checkpoints and the toy, and the page's snippets, a process for each.
+
+HuggingFace's numbers come from processes that were forked before vLLM was imported, which happens once.
+
+    python tests/vllm/run.py                    # all
+    python tests/vllm/run.py gpt2 page          # some
+"""
 
 import os
 import re
@@ -47,48 +53,70 @@ def ran(program):
     return 0
 
 
+def forked(work):
+    """Exit status of a function in a process of its own."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = int(work() or 0)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def page(kept):
+    """Run the page's snippets as one program."""
+    program = Path(kept) / "page.py"
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    program.write_text("\n".join(snippets))
+    return ran(program)
+
+
+def tested(folder, reference):
+    """Run the tests on one checkpoint."""
+    import pytest
+
+    os.environ.update(
+        {"NNTERP_VLLM_MODEL": str(folder), "NNTERP_VLLM_REFERENCE": str(reference), "NNTERP_CACHE": "off"}
+    )
+    here = Path(__file__).parent
+    left_out = [part for name in ("cacheprovider", "xdist", "anyio") for part in ("-p", f"no:{name}")]
+    return pytest.main(["-q", *left_out, f"--confcutdir={here}", str(here)])
+
+
 def main(names):
     os.environ.update(SETTINGS)
-    from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
-    import nnsight.modeling.vllm  # noqa: F401
-    import pytest
+    sys.path[:0] = [str(PAGE.parents[1]), str(Path(__file__).parent)]
+    import reference
 
     import nnterp
     from nnterp.testing import tiny_checkpoint
 
     failed = []
     with tempfile.TemporaryDirectory() as kept:
-        for name in names or ["page", "toy", *CHECKPOINTS]:
-            if name in ("page", "toy"):
-                folder = nnterp.toy_checkpoint()
-            else:
-                folder = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
-            child = os.fork()
-            if not child and name == "page":
-                snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
-                program = Path(kept) / "page.py"
-                program.write_text("\n".join(snippets))
-                os._exit(ran(program))
-            if not child:
-                os.environ["NNTERP_VLLM_MODEL"] = str(folder)
-                here = Path(__file__).parent
-                options = [
-                    "-q",
-                    "-p",
-                    "no:cacheprovider",
-                    "-p",
-                    "no:xdist",
-                    "-p",
-                    "no:anyio",
-                    f"--confcutdir={here}",
-                    str(here),
-                ]
-                code = pytest.main(options)
-                sys.stdout.flush()
-                os._exit(int(code))
+        folders = {}
+        for name in names or ["toy", *CHECKPOINTS]:
+            if name in CHECKPOINTS:
+                folders[name] = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
+            elif name == "toy":
+                folders[name] = nnterp.toy_checkpoint()
+        for name, folder in folders.items():
+            if forked(lambda folder=folder, name=name: reference.main(folder, f"{kept}/{name}.pt")):
+                failed.append(f"{name} in HuggingFace")
+        from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
+        import nnsight.modeling.vllm.vllm  # noqa: F401
+
+        for name, folder in folders.items():
             print(f"--- {name}", flush=True)
-            if os.waitpid(child, 0)[1]:
+            if forked(lambda folder=folder, name=name: tested(folder, f"{kept}/{name}.pt")):
                 failed.append(name)
+        if not names or "page" in names:
+            print("--- docs/vllm.md", flush=True)
+            if forked(lambda: page(kept)):
+                failed.append("docs/vllm.md")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -123,7 +123,7 @@ def test_numbers_that_nothing_has_proven_say_so(model):
 
 
 def test_several_steps_given_to_the_trace_or_to_an_invoke(model, reference):
-    with pytest.raises(Unavailable, match=r"with model\.steering"), model.trace(max_new_tokens=3) as tracer:
+    with pytest.raises(Unavailable, match=r"with model\.steering"), model.trace(max_new_tokens=3) as tracer:  # noqa: SIM117
         with tracer.invoke(GIVEN[0]):
             model.steer(1, reference["vector"])
     with model.trace(GIVEN[0], max_new_tokens=NEW, ignore_eos=True) as tracer:
@@ -134,15 +134,24 @@ def test_several_steps_given_to_the_trace_or_to_an_invoke(model, reference):
     assert tokens == reference["greedy"][0]
 
 
-def test_the_certificate_proves_every_value(model):
+def test_the_certificate_proves_every_value_and_is_kept_on_disk(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("NNTERP_CACHE", str(tmp_path))
     certificate = model.validate()
-    assert certificate.ok, [line for line in certificate.lines if line.status == "failed"]
+    assert certificate.ok, certificate.failures
     assert {"layers_output", "layers_mid", "attention_keys", "logits", "token_embeddings"} <= model.proven
     assert certificate.lines[-1].status == "passed"
+    model.certificate, model.proven = None, frozenset()
+    assert recall(model)
+    assert model.certificate == certificate
+    assert "layers_output" in model.proven
+    monkeypatch.setitem(model.dispatch_options, "max_model_len", 64)
+    assert not recall(model)
 
 
 def test_a_value_that_differs_is_served_no_more(model, monkeypatch):
     """The attention's output, read from where the feed-forward's is."""
+    if model.model_class != "GPT2LMHeadModel":
+        pytest.skip("tried on one model, because it runs a process")
     before = model.structure
     wrong = {**before.layers, "attentions_output": before.layers["mlps_output"]}
     monkeypatch.setattr(model, "structure", type(before)(before.whole, wrong))
@@ -152,14 +161,3 @@ def test_a_value_that_differs_is_served_no_more(model, monkeypatch):
     with pytest.raises(Unavailable, match="differs from HuggingFace's"):
         model.place("attentions_output", 0)
     model.served = before
-
-
-def test_a_proof_is_kept_on_disk(model, monkeypatch, tmp_path):
-    monkeypatch.setenv("NNTERP_CACHE", str(tmp_path))
-    certificate = model.validate()
-    model.certificate, model.proven = None, frozenset()
-    assert recall(model)
-    assert model.certificate == certificate
-    assert "layers_output" in model.proven
-    monkeypatch.setitem(model.dispatch_options, "max_model_len", 64)
-    assert not recall(model)
