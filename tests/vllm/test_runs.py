@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
-from nnterp.vllm import logit_lens
+from nnterp.prompts import Prompt
+from nnterp.vllm import logit_lens, run_prompts
 from nnterp.vllm._kept import recall
 
 from .reference import NEW, PROMPTS, SKIPPED, STEERED
@@ -17,6 +18,18 @@ def test_the_lens_reads_every_layer(model, reference):
     lens = logit_lens(model, GIVEN)
     close(lens, torch.stack(reference["lens"]))
     assert not model._installed_edits
+
+
+def test_probabilities_of_targets(model, reference):
+    """The same prompt twice, with other targets."""
+    asked = [Prompt(ids, {"a": [7, 20 + i], "b": [9]}) for i, ids in enumerate([*GIVEN, GIVEN[0]])]
+    logits = [*reference["logits"], reference["logits"][0]]
+    lens = [*reference["lens"], reference["lens"][0]]
+    last, every = run_prompts(model, asked), run_prompts(model, asked, over_layers=True)
+    for i, prompt in enumerate(asked):
+        for name, tokens in prompt.target_tokens.items():
+            close(last[name][i], logits[i][-1].softmax(-1)[list(tokens)].sum(), 1.0)
+            close(every[name][i], lens[i][:, list(tokens)].sum(-1), 1.0)
 
 
 def test_steering_one_of_several_invokes(model, reference):

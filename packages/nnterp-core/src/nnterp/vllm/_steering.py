@@ -33,6 +33,8 @@ def in_every_step(model: Any, steering: Steering) -> Any:
     chosen = _chosen(steering.steps)
     with model.edit() as (tracer, edit):
         for step in tracer.iter[:]:
+            if limited:
+                model.inputs  # noqa: B018  (waits for the pass, without which a step that is not chosen never ends)
             if not limited or step in chosen:
                 steer_pass(model, steering, step)
     return edit
