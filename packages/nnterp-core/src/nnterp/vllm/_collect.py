@@ -16,13 +16,13 @@ from nnterp.values import canonical
 from nnterp.vllm._lens import saved
 
 if TYPE_CHECKING:
-    from nnterp.vllm._model import StandardizedVLLM
+    from nnterp.vllm._engine import TracedVLLM
 
 OUTPUTS = {"logits": 1.0, "next_token_probs": 2.0}
 
 
 def collect(
-    model: StandardizedVLLM,
+    model: TracedVLLM,
     prompts: Any,
     values: str | Iterable[str],
     layers: Any,
@@ -63,7 +63,7 @@ def collect(
     return Collected(tensors, found, where, shown, tuple(rows), new, done, model.num_layers)  # type: ignore[arg-type]
 
 
-def targets_of(model: StandardizedVLLM, values: Any, layers: Any) -> dict[str, tuple[int | None, ...]]:
+def targets_of(model: TracedVLLM, values: Any, layers: Any) -> dict[str, tuple[int | None, ...]]:
     """Value → its layers, all looked up.
 
     Raises:
@@ -112,7 +112,7 @@ def _tables(rows: Sequence[Row], chosen: Sequence[Sequence[int]]) -> dict[tuple[
 
 
 def _run(
-    model: StandardizedVLLM,
+    model: TracedVLLM,
     rows: Sequence[Row],
     order: list[tuple[str, int | None]],
     wanted: dict[tuple[int, ...], tuple[int, ...]],
@@ -138,7 +138,7 @@ def _run(
 
 
 def read_pass(
-    model: StandardizedVLLM,
+    model: TracedVLLM,
     order: list[tuple[str, int | None]],
     wanted: dict[tuple[int, ...], tuple[int, ...]] | None,
 ) -> dict[tuple[str, int | None], Any]:

@@ -17,7 +17,7 @@ from nnterp.proofs import folder
 from nnterp.versions import version_of
 
 if TYPE_CHECKING:
-    from nnterp.vllm._model import StandardizedVLLM
+    from nnterp.vllm._engine import TracedVLLM
 
 KIND = "proof of a model in vLLM"
 _DISTRIBUTIONS = ("nnterp-core", "nnsight", "transformers", "torch")
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     return {**{name: version_of(name) for name in _DISTRIBUTIONS}, "vllm": vllm.__version__}
 
 
-def key_of(model: StandardizedVLLM) -> str:
+def key_of(model: TracedVLLM) -> str:
     """What a proof depends on: files of the checkpoint, code, places, settings, versions, device; "" if not told."""
     files = checkpoint_digest(model.repo, model.dispatch_options)
     if not files:
@@ -43,7 +43,7 @@ def key_of(model: StandardizedVLLM) -> str:
     return digest((os.path.abspath(model.repo), files, code, places, whole, settings, versions(), device))
 
 
-def keep(model: StandardizedVLLM, certificate: Certificate, failed: list[tuple[str, int | None, str]]) -> None:
+def keep(model: TracedVLLM, certificate: Certificate, failed: list[tuple[str, int | None, str]]) -> None:
     """Write a proof; without a word where it cannot be written, because nothing depends on it."""
     path = _path(model)
     if path is not None:
@@ -53,7 +53,7 @@ def keep(model: StandardizedVLLM, certificate: Certificate, failed: list[tuple[s
             write_tensors(path, {"none": torch.zeros(1)}, record, KIND)
 
 
-def recall(model: StandardizedVLLM) -> bool:
+def recall(model: TracedVLLM) -> bool:
     """Take over the proof on disk, if there is one of this model as it is."""
     path = _path(model)
     try:
@@ -69,6 +69,6 @@ def recall(model: StandardizedVLLM) -> bool:
     return True
 
 
-def _path(model: StandardizedVLLM) -> Path | None:
+def _path(model: TracedVLLM) -> Path | None:
     where, key = folder(), key_of(model)
     return where / "vllm" / f"{key}.safetensors" if where is not None and key else None

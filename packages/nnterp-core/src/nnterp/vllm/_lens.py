@@ -11,7 +11,7 @@ from nnterp.inputs import Row, encode
 from nnterp.vllm._errors import raise_first
 
 if TYPE_CHECKING:
-    from nnterp.vllm._model import StandardizedVLLM
+    from nnterp.vllm._engine import TracedVLLM
 
 Groups: TypeAlias = Sequence[Sequence[int]]  # token ids whose probabilities are added up
 
@@ -23,7 +23,7 @@ class Asked(Protocol):
     target_tokens: Any
 
 
-def logit_lens(model: StandardizedVLLM, prompts: Any, targets: Sequence[Groups] | None = None) -> torch.Tensor:
+def logit_lens(model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None = None) -> torch.Tensor:
     """What each layer's stream predicts after the last token, if the final norm and the head read it.
 
     Args:
@@ -45,9 +45,7 @@ def logit_lens(model: StandardizedVLLM, prompts: Any, targets: Sequence[Groups] 
     return _probabilities(model, prompts, targets, True, "logit_lens()")
 
 
-def run_prompts(
-    model: StandardizedVLLM, prompts: Sequence[Asked], over_layers: bool = False
-) -> dict[str, torch.Tensor]:
+def run_prompts(model: TracedVLLM, prompts: Sequence[Asked], over_layers: bool = False) -> dict[str, torch.Tensor]:
     """The probability of each category of target tokens after each prompt; the vocabulary stays in the engine.
 
     Args:
@@ -74,7 +72,7 @@ def run_prompts(
 
 
 def _probabilities(
-    model: StandardizedVLLM, prompts: Any, targets: Sequence[Groups] | None, over_layers: bool, what: str
+    model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None, over_layers: bool, what: str
 ) -> torch.Tensor:
     model.require_no_trace(what)
     rows = encode(model, prompts)  # type: ignore[arg-type]
@@ -105,7 +103,7 @@ def _grouped(rows: Sequence[Row], targets: Sequence[Groups]) -> tuple[dict[tuple
     return groups, spans
 
 
-def read_lens(model: StandardizedVLLM, groups: dict[tuple[int, ...], list] | None, over_layers: bool) -> torch.Tensor:
+def read_lens(model: TracedVLLM, groups: dict[tuple[int, ...], list] | None, over_layers: bool) -> torch.Tensor:
     """Of the running pass, `[layers, vocab]` or `[layers, groups]`; one row if only the model's own distribution."""
     own = None if groups is None else groups[tuple(model.input_ids[0].tolist())]
     if over_layers:

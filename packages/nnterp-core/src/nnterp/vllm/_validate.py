@@ -14,10 +14,11 @@ import torch
 
 from nnterp.certificate import Certificate, Line
 from nnterp.collection import Collected
+from nnterp.vllm._collect import collect
 from nnterp.vllm._kept import keep, versions
 
 if TYPE_CHECKING:
-    from nnterp.vllm._model import StandardizedVLLM
+    from nnterp.vllm._engine import TracedVLLM
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 PROMPTS, LENGTH, NEW = 3, 9, 6
@@ -50,7 +51,7 @@ print("tokens:" + json.dumps(new))
 """
 
 
-def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
+def validate(model: TracedVLLM, tolerance: float | None) -> Certificate:
     """See `StandardizedVLLM.validate`."""
     began = time.perf_counter()
     model._warned = True
@@ -76,7 +77,8 @@ def validate(model: StandardizedVLLM, tolerance: float | None) -> Certificate:
         }
         tokens = _reference(job)
         reference = Collected.load(out)
-    ours = model.collect(prompts, [*values, "logits", "next_token_probs"])
+    names = [*values, "logits", "next_token_probs"]
+    ours = collect(model, prompts, names, None, None, "cpu", None, None, {})
     lines, proven, refused = [], set(), []
     for name, layers in {**values, "logits": [None], "next_token_probs": [None]}.items():
         line, failed = _line(name, layers, ours, reference, allowed)
@@ -143,7 +145,7 @@ def _line(
     return Line(claim, status, max(compared.values()), allowed, detail), failed  # type: ignore[arg-type]
 
 
-def _greedy(model: StandardizedVLLM, prompts: list[list[int]], tokens: list[list[int]]) -> Line:
+def _greedy(model: TracedVLLM, prompts: list[list[int]], tokens: list[list[int]]) -> Line:
     outputs = model.run(prompts, NEW, ignore_eos=True)
     equal = [list(output.outputs[0].token_ids) == mine for output, mine in zip(outputs, tokens, strict=True)]
     claim = f"{NEW} greedy tokens are those of HuggingFace's generate"
