@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PROMPTS = ([5, 17, 101, 33, 64, 9, 250], [7, 8, 99], [41, 300, 12, 13, 60])
-STEERED, SKIPPED, WRITTEN, NEW, FACTOR = (1, 2), (1, 2), 2, 6, 1.5
+STEERED, SKIPPED, WRITTEN, NEW = (1, 2), (1, 2), 2, 6
 
 LLAMA = {
     "layers": "model.layers",
@@ -52,8 +52,13 @@ SITES = {
 INSIDE = ("attention_queries", "attention_keys", "attention_values")
 
 
+def edited(tensor):
+    """A change that no norm undoes, and that is the same in every layout."""
+    return 0.5 * tensor + tensor.abs()
+
+
 class Run:
-    """One forward pass of the plain model, watched by hooks, with one value multiplied by a factor if asked."""
+    """One forward pass of the plain model, watched by hooks, with one value edited if asked."""
 
     def __init__(self, model, edit=None):
         self.model, self.edit, self.values, self.stack = model, edit, {}, contextlib.ExitStack()
@@ -70,7 +75,7 @@ class Run:
 
     def changed(self, value, layer, tensor):
         self.values[value, layer] = tensor.detach().clone()
-        return tensor * FACTOR if self.edit == (value, layer) else None
+        return edited(tensor) if self.edit == (value, layer) else None
 
     def watch(self, value, layer, module, side):
         def before(_, args, kwargs):

@@ -162,15 +162,16 @@ def test_the_certificate_proves_every_value_and_is_kept_on_disk(model, monkeypat
 
 
 def test_a_value_that_differs_is_served_no_more(model, monkeypatch):
-    """The attention's output, read from where the feed-forward's is."""
+    """The attention's input, read from before the norm."""
     if model.model_class != "GPT2LMHeadModel":
         pytest.skip("tried on one model, because it runs a process")
     before = model.structure
-    wrong = {**before.layers, "attentions_output": before.layers["mlps_output"]}
+    wrong = {**before.layers, "attentions_input": before.layers["layers_input"]}
     monkeypatch.setattr(model, "structure", type(before)(before.whole, wrong))
     certificate = model.validate()
     assert not certificate.ok
-    assert "attentions_output" not in model.proven
+    assert model.proven >= {"layers_input", "attentions_output"}
+    assert "attentions_input" not in model.proven
     with pytest.raises(Unavailable, match="differs from HuggingFace's"):
-        model.place("attentions_output", 0)
+        model.place("attentions_input", 0)
     model.served = before

@@ -7,7 +7,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
 from nnterp.table import VALUES
 
-from .reference import FACTOR, PROMPTS, WRITTEN
+from .reference import PROMPTS, WRITTEN, edited
 
 PER_LAYER = (
     "layers_input attentions_input attention_queries attention_keys attention_values attention_head_outputs "
@@ -72,7 +72,7 @@ def test_a_write_of_a_layer_has_the_effect_it_has_in_huggingface(model, referenc
     if (name, WRITTEN) not in reference["written"]:
         pytest.skip("this model does not have it")
     with model.trace(list(PROMPTS[0])):
-        getattr(model, name)[WRITTEN] = getattr(model, name)[WRITTEN] * FACTOR
+        getattr(model, name)[WRITTEN] = edited(getattr(model, name)[WRITTEN])
         logits = model.logits.save()
     theirs = reference["written"][name, WRITTEN]
     assert (theirs - reference["logits"][0]).abs().max() > 1e-2 * theirs.abs().max()  # it has one
@@ -82,7 +82,7 @@ def test_a_write_of_a_layer_has_the_effect_it_has_in_huggingface(model, referenc
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_write_of_the_model_has_the_effect_it_has_in_huggingface(model, reference, name):
     with model.trace(list(PROMPTS[0])):
-        setattr(model, name, getattr(model, name) * FACTOR)
+        setattr(model, name, edited(getattr(model, name)))
         logits = model.logits.save()
     close(logits[0], reference["written"][name, None])
 

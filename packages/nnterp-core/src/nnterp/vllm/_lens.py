@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
+from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.inputs import Row, encode
 from nnterp.vllm._errors import raise_first
@@ -118,7 +119,12 @@ def saved(output: Any, name: str) -> Any:
     """What an installed block saved for a request.
 
     Raises:
+        OutOfOrderError: The block did not end, because the model never computed something, or had before.
         Exception: The block raised it.
     """
     raise_first([output])
+    if name not in getattr(output, "saves", {}):  # nnsight drops a block that waits for what does not come
+        raise OutOfOrderError(
+            "The pass ended before the values that were asked for came in the order expected of them."
+        )
     return output.saves[name]

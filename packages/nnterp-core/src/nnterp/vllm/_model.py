@@ -117,7 +117,7 @@ class StandardizedVLLM(TracedVLLM):
             The certificate; also `model.certificate`.
 
         Raises:
-            RuntimeError: HuggingFace's model could not be run; says what it said.
+            RuntimeError: HuggingFace's model could not be run (says what it said), or an edit is installed.
         """
         self.require_no_trace("validate()")
         return validate(self, tolerance)

@@ -24,7 +24,7 @@ def tensors_of(output: Any, label: str) -> list[torch.Tensor]:
     Raises:
         TypeError: There are none.
     """
-    found = floats(output if isinstance(output, (tuple, list)) else (output,), {})
+    found = floats(tuple(output) if isinstance(output, (tuple, list)) else (output,), {})
     if not found:
         raise TypeError(f"{label}: the module returned a {type(output).__name__} without a floating point tensor.")
     return found

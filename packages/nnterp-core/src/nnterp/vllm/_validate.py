@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.certificate import Certificate, Line
 from nnterp.collection import Collected
+from nnterp.table import VALUES
 from nnterp.vllm._collect import collect
 from nnterp.vllm._kept import keep, versions
 
@@ -53,6 +55,8 @@ print("tokens:" + json.dumps(new))
 
 def validate(model: TracedVLLM, tolerance: float | None) -> Certificate:
     """See `StandardizedVLLM.validate`."""
+    if model._installed_edits:
+        raise RuntimeError("validate() proves the model as it is: leave the steering, or clear the edits, first.")
     began = time.perf_counter()
     model._warned = True
     model.dispatch()
@@ -77,11 +81,9 @@ def validate(model: TracedVLLM, tolerance: float | None) -> Certificate:
         }
         tokens = _reference(job)
         reference = Collected.load(out)
-    names = [*values, "logits", "next_token_probs"]
-    ours = collect(model, prompts, names, None, None, "cpu", None, None, {})
     lines, proven, refused = [], set(), []
     for name, layers in {**values, "logits": [None], "next_token_probs": [None]}.items():
-        line, failed = _line(name, layers, ours, reference, allowed)
+        line, failed = _line(model, name, layers, prompts, reference, allowed)
         lines.append(line)
         for layer, error in failed.items():
             reason = f"it differs from HuggingFace's by {error:.2g} of its size, above {allowed:.2g}"
@@ -122,25 +124,29 @@ def _reference(job: dict[str, Any]) -> list[list[int]]:
 
 
 def _line(
-    name: str, layers: list[int | None], ours: Collected, reference: Collected, allowed: float
+    model: TracedVLLM, name: str, layers: list[int | None], prompts: Any, reference: Collected, allowed: float
 ) -> tuple[Line, dict[int | None, float]]:
     """The line of one value, and the layers that failed with their errors."""
     claim = f"{name} equals HuggingFace's"
+    there = [layer for layer in layers if (name if layer is None else (name, layer)) in reference]
+    if not there:
+        return Line(claim, "skipped", detail="HuggingFace's model does not prove this value"), {}
+    try:
+        ours = collect(model, prompts, name, None, None, "cpu", None, None, {})
+    except (OutOfOrderError, RuntimeError, TypeError) as error:
+        everywhere: dict[int | None, float] = dict.fromkeys(layers, float("inf"))
+        return Line(claim, "failed", detail=f"it could not be read: {error}"), everywhere
     compared: dict[int | None, float] = {}
-    for layer in layers:
+    for layer in there:
         key: Any = name if layer is None else (name, layer)
-        if key not in reference:
-            continue
         mine, theirs = ours[key].double(), reference[key].double()
         same = mine.shape == theirs.shape
         compared[layer] = float((mine - theirs).abs().max() / theirs.abs().max()) if same else float("inf")
-    if not compared:
-        return Line(claim, "skipped", detail="HuggingFace's model does not prove this value"), {}
     failed = {layer: error for layer, error in compared.items() if not error <= allowed}
     missing = [layer for layer in layers if layer not in compared]
     detail = f"not compared on layers {missing}" if missing else ""
     if failed:
-        detail = f"layers {[layer for layer in failed if layer is not None]} are served no more" if layers else ""
+        detail = f"layers {list(failed)} are served no more" if name in VALUES else "it is wrong"
     status = "failed" if failed else "skipped" if missing else "passed"
     return Line(claim, status, max(compared.values()), allowed, detail), failed  # type: ignore[arg-type]
 
