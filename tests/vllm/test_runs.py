@@ -125,6 +125,12 @@ def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
         model.logits.save()
     with pytest.raises(IndexError):
         model.collect(GIVEN, "layers_output", positions=50)
+    with pytest.raises(Unavailable, match="inference mode"):
+        model.gradients(GIVEN, lambda logits: logits.sum(), "layers_output")
+    with pytest.raises(Unavailable, match="StandardizedTransformer"):
+        model.prepare()
+    with pytest.raises(Unavailable, match="indexed by one number"):
+        model.place("layers_output", (0, 1))
     assert not model._installed_edits
     close(model.collect(GIVEN, "logits", positions=-1)["logits"][0], reference["logits"][0][-1])
 

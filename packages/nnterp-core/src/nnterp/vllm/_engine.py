@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 from nnsight.modeling.vllm import VLLM
-from nnsight.modeling.vllm.tracer import VLLMTracer
 from torch import nn
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
@@ -36,10 +35,6 @@ from nnterp.vllm._values import Served, served
 from vllm import SamplingParams
 
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
-
-
-class _Tracer(VLLMTracer):
-    """nnsight's tracer for vLLM."""
 
 
 class TracedVLLM(VLLM):
@@ -109,6 +104,26 @@ class TracedVLLM(VLLM):
         """Raise `InsideTraceError` inside a trace."""
         if self.interleaver.interleaving:
             raise InsideTraceError(f"{what} runs the model itself, so it cannot be called inside a trace.")
+
+    def prepare(self, remote: Any = False) -> None:
+        """Refuse what `nnterp.interventions` and `nnterp.prompts` do: they need what vLLM does not have.
+
+        Raises:
+            Unavailable: Always.
+        """
+        raise Unavailable(
+            "This function runs models of StandardizedTransformer: padded batches, gradients, patterns or caches that "
+            "vLLM does not share. On vLLM there are model.collect, model.steering, model.run, and nnterp.vllm's "
+            "logit_lens and run_prompts."
+        )
+
+    def gradients(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: vLLM computes in inference mode.
+
+        Raises:
+            Unavailable: Always.
+        """
+        raise Unavailable("vLLM computes in inference mode, without gradients; StandardizedTransformer has them.")
 
     def support(self) -> dict[str, tuple[int, ...] | bool]:
         """Value → the layers that have it; for a value of the model, whether it has it."""
@@ -241,7 +256,6 @@ class TracedVLLM(VLLM):
             ValueError: Several prompts were given: use an invoke for each.
         """
         kwargs = self._sampling_kwargs(kwargs)
-        kwargs.setdefault("tracer_cls", _Tracer)
         return VLLM.trace(self, *inputs, **{"max_tokens": 1, "temperature": 0.0, **kwargs})
 
     def _batch(self, invokes: list, fn: Any) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nnterp.errors import Unavailable
 from nnterp.table import VALUES
@@ -49,7 +49,7 @@ class Served:
     def __init__(self, whole: dict[str, Where], layers: dict[str, tuple[Where, ...]]) -> None:
         self.whole, self.layers = whole, layers
 
-    def place(self, name: str, layer: int | None, model_class: str) -> Place:
+    def place(self, name: str, layer: Any, model_class: str) -> Place:
         """Where a value is served.
 
         Raises:
@@ -59,8 +59,9 @@ class Served:
             found, where = self.whole[name], name
         else:
             every = self.layers[name]
-            assert isinstance(layer, int)
-            found, where = every[layer], f"{name}[{layer}]"
+            found, where = every[layer if isinstance(layer, int) else 0], f"{name}[{layer!r}]"
+            if not isinstance(layer, int) and not isinstance(found, str):
+                found = "its layers hold one attention each, and are indexed by one number"
         if not isinstance(found, str):
             return found
         there = self.having(name)
