@@ -134,7 +134,7 @@ FLOORS = (
     "named_transformer",
     "attaching certificate collection dictionaries module_accessor older traced_block renewal",
     "datasets",
-    "reading proofs",
+    "reading proofs precision",
     "twin",
     "standardized_transformer",
     "__init__ nnsight_utils rename_utils plain_nnsight utils logging gradients readout skipping steering",
