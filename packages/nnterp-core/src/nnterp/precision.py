@@ -104,7 +104,8 @@ def _in_float32(model: NamedTransformer) -> NamedTransformer:
         require_memory(size, device, "A copy of the weights in float32", f"Instead, {instead}")
     module = copy.deepcopy(module).float()
     for inner in module.modules():
-        if hasattr(config := getattr(inner, "config", None), "dtype"):
+        config: Any = getattr(inner, "config", None)
+        if hasattr(config, "dtype"):
             config.dtype = torch.float32
     reference = NamedTransformer(
         module, model.rename_config, tokenizer=copy.deepcopy(model.tokenizer), task="text-generation"
