@@ -1,4 +1,4 @@
-"""`validate(against=)`: the drift of a model in half precision is what plain hooks on two HuggingFace modules measure."""
+"""`validate(against=)`: the drift of a model in half precision is what plain hooks on two modules measure."""
 
 import copy
 
