@@ -1,5 +1,6 @@
 """Sweeps shared by processes: two of them, one killed, give the result of one call; what does not fit is refused."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from nnterp.interventions import (
 from ..core.datasets.processes import contents, ended, forked
 
 PLACES = ["France", "Italy", "Spain", "Germany", "Japan", "Egypt", "Peru"]
-PAIRS = [(f"The capital of {a} is", f"The capital of {b} is") for a, b in zip(PLACES, PLACES[1:], strict=False)]
+PAIRS = [(f"The capital of {a} is", f"The capital of {b} is") for a, b in itertools.pairwise(PLACES)]
 PAIRS[2] = ("Surely the capital of Spain is", "Surely the capital of Italy is")
 SETTINGS = {"progress": False}
 
@@ -124,7 +125,7 @@ def test_other_functions_shard_too(toy, tmp_path):
     prompts, parts = [clean for clean, _ in PAIRS[:4]], components(toy, "mlps_output", layers=[0, 1])
 
     def ablated(some):
-        return ablate(toy, [prompts[i] for i in some], logit_difference(5, 9), parts, **SETTINGS)
+        return ablate(toy, [prompts[i] for i in some], parts, metric=logit_difference(5, 9), **SETTINGS)
 
     def table(some):
         return logit_lens_table(toy, [prompts[i] for i in some], layers=[1, 7], top_k=3)

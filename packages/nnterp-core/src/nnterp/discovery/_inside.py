@@ -116,10 +116,10 @@ class _Look:
                 if attention is not None:
                     moving.prove(layer, attention)
         for attention in (*found.attention, *found.several.values()):
-            if attention is not None and attention.out is not None:
-                if reason := not_additive(self.root, attention.out):
-                    attention.places.pop(HEADS_THROUGH, None)
-                    attention.reasons[HEADS_THROUGH] = reason
+            out = None if attention is None else attention.out
+            if attention is not None and out is not None and (reason := not_additive(self.root, out)):
+                attention.places.pop(HEADS_THROUGH, None)
+                attention.reasons[HEADS_THROUGH] = reason
         return found
 
     def attention(self, layer: Layer) -> Attention | None:

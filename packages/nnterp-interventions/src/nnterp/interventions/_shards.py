@@ -157,8 +157,8 @@ def merge_shards(folder: str | Path) -> Result:
     if missing := [span for span in wanted if span not in spans]:
         told = ", ".join(f"{first} to {end - 1}" for first, end in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} shards are not in {folder}: prompts {told}. Processes are still at work, or "
-            "were killed; make the same call again, and it computes what is missing."
+            f"{len(missing)} of {len(wanted)} shards are not in {folder}: prompts {told}. Processes are still at work, "
+            "or were killed; make the same call again, and it computes what is missing."
         )
     return _merged(sorted(shards, key=lambda shard: shard.about[SHARD]["first"]))
 
