@@ -195,7 +195,7 @@ def test_gradients_equal_autograd_or_are_refused(quantised):
         for call in (
             lambda: model.gradients(CLEAN, lambda logits: logits[0, -1, 7], "layers_output"),
             lambda: attribution_patching(model, CLEAN, CORRUPTED, lambda logits: logits[:, 7]),
-            lambda: fit_jacobian_lens(model, [CLEAN], skip_first=0),
+            lambda: fit_jacobian_lens(model, [CLEAN, CORRUPTED], skip_first=0, held_out=0.0),
         ):
             with pytest.raises(Unavailable, match="is quantised and hands on no gradient"):
                 call()
