@@ -139,7 +139,7 @@ FLOORS = (
     "named_transformer",
     "attaching certificate collection dictionaries module_accessor older traced_block renewal",
     "datasets",
-    "reading proofs",
+    "reading proofs precision",
     "twin",
     "standardized_transformer",
     "vllm",

@@ -12,6 +12,7 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
+from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
 from nnterp.editing import EditedTransformer, mentions_edits
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
@@ -19,7 +20,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
-from nnterp.loading import reported
+from nnterp.loading import left_in_place, reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
     Attached,
@@ -80,8 +81,13 @@ class NamedTransformer(EditedTransformer):
         self.adopt(unproven_facts(self._module, find_anatomy(self._module, rename_config), declared))
 
     def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
-        return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+        with left_in_place(module):
+            return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+
+    @property
+    def device(self) -> torch.device:
+        """Where nnsight moves inputs to: not to the meta device, on which the weights of an offloaded embedding are."""
+        return input_device(self._module) if self.dispatched else TransformersModel.device.fget(self)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
         if is_huggingface(self._module):

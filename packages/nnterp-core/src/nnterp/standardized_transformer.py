@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import html
 import sys
@@ -21,6 +22,7 @@ from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.older import OlderModel, module_of_class, with_older_names
+from nnterp.precision import drift_of
 from nnterp.proofs import certified, check_first_probabilities, proven_by_twin, with_kept_searches
 from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
@@ -156,7 +158,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         """
         self._renewal.notice(self, functools.partial(self._prove, anew=True))
 
-    def validate(self) -> Certificate:
+    def validate(self, against: str | StandardizedTransformer | None = None, prompts: Any = None) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
 
         Everything is proven anew, whatever is kept on disk.
@@ -167,11 +169,39 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
 
         Nothing is loaded for it: without weights, only what a forward pass on fake tensors shows is checked.
 
+        Args:
+            against: Also measure how far this model's values are from those of a more precise one:
+
+                - "float32": a copy with the same weights, cast to float32, on the same devices, proven and then
+                  dropped. What is measured is the rounding of the computation. The rounding of the weights themselves,
+                  if the checkpoint was more precise, is not.
+                - another `StandardizedTransformer` of the same depth and vocabulary, such as the checkpoint in its
+                  own precision, or the model before it was quantised. Everything that differs is measured.
+            prompts: What both are run on, as in `collect`; eight short texts if None.
+
+        Returns:
+            The certificate. Its `drift` is None without `against`, and where a line fails; else an
+            `nnterp.certificate.Drift` with the relative error of every value at every layer and the share of positions
+            at which both predict the same next token.
+
         Raises:
             InsideTraceError: Called inside a trace of this model.
+            ValueError: `against` is something else, or the weights cannot be cast (quantised, offloaded, in float32
+                already); says what to do instead.
+            MemoryError: A copy in float32 does not fit.
+
+        Example:
+            >>> drift = model.validate(against="float32").drift
+            >>> drift.worst("layers_output"), drift.agreement
         """
         self.require_no_trace("validate()")
-        return self._certify(anew=True)
+        if against is None and prompts is not None:
+            raise ValueError("prompts are for validate(against=...), which runs two models on them.")
+        certificate = self._certify(anew=True)
+        if against is not None and certificate.ok:
+            certificate = dataclasses.replace(certificate, drift=drift_of(self, against, prompts))
+            self.certificate = certificate
+        return certificate
 
     def _certify(self, anew: bool = False) -> Certificate:
         self._renewal.follow_tree(self)

@@ -2,6 +2,7 @@
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._certify import CLAIMS, certify
+from nnterp.certificate._drift import Drift, DriftLine
 from nnterp.certificate._filled import FILLED
 from nnterp.certificate._idle_trace import IDLE
 from nnterp.certificate._padding import PADDING
@@ -29,6 +30,8 @@ __all__ = [
     "AttentionProbabilitiesAccessor",
     "Certificate",
     "Contribution",
+    "Drift",
+    "DriftLine",
     "Line",
     "ResidualStructure",
     "Term",

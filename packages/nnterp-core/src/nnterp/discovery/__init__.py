@@ -5,6 +5,7 @@ from nnterp.discovery._between import find_between
 from nnterp.discovery._declared import declared_chain, declared_lenders
 from nnterp.discovery._inside import Findings, find_inside
 from nnterp.discovery._probe import Probe, probe_ids, rounding_of
+from nnterp.discovery._quantised import mixes_rows, require_gradients
 from nnterp.discovery._quiet import quiet, static_experts
 from nnterp.discovery._recording import Call, Recording, SourceText, record
 from nnterp.discovery._residual import Contribution, ResidualStructure, Term, refit, solve_residual
@@ -32,10 +33,12 @@ __all__ = [
     "find_between",
     "find_inside",
     "find_states",
+    "mixes_rows",
     "probe_ids",
     "quiet",
     "record",
     "refit",
+    "require_gradients",
     "rounding_of",
     "silent_weights",
     "solve_residual",

@@ -51,6 +51,7 @@ from nnterp.interventions._patchscope import (
 from nnterp.interventions._patchscope_generate import patchscope_generate
 from nnterp.interventions._paths import PathResult, path_patching
 from nnterp.interventions._results import Result
+from nnterp.interventions._shards import merge_shards, run_shards
 from nnterp.interventions._steer import steer
 from nnterp.interventions._steering import SteeringSweep, steering_sweep
 from nnterp.interventions._subspace import SubspaceResult, fit_subspace, patch_subspace
@@ -117,6 +118,7 @@ __all__ = [
     "logit_difference",
     "logit_lens",
     "logit_lens_table",
+    "merge_shards",
     "optimize_vector",
     "patch_object_attn_lens",
     "patch_subspace",
@@ -127,6 +129,7 @@ __all__ = [
     "probability_difference",
     "probe",
     "repeat_prompt",
+    "run_shards",
     "steer",
     "steering_sweep",
     "steering_vectors",
