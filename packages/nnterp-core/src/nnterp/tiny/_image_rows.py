@@ -1,4 +1,4 @@
-"""What the rules cannot serve in models that take images: one row for each such configuration, and for each such prompt."""
+"""What the rules cannot serve in models that take images: rows for configurations, and for prompts."""
 
 from __future__ import annotations
 

@@ -1,0 +1,24 @@
+"""Prompts as token ids: encoded once, batched by length, given back in the user's order."""
+
+from nnterp.inputs._batches import batches, by_length, forward_flags, left_padded, pad, sharing_first
+from nnterp.inputs._encode import Prompt, context_length, encode, encode_each
+from nnterp.inputs._kinds import as_prompts, token_ids
+from nnterp.inputs._rows import Batch, Reader, Row
+
+__all__ = [
+    "Batch",
+    "Prompt",
+    "Reader",
+    "Row",
+    "as_prompts",
+    "batches",
+    "by_length",
+    "context_length",
+    "encode",
+    "encode_each",
+    "forward_flags",
+    "left_padded",
+    "pad",
+    "sharing_first",
+    "token_ids",
+]
