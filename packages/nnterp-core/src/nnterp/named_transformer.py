@@ -18,6 +18,7 @@ from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
+from nnterp.inputs import Row
 from nnterp.loading import reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
@@ -45,7 +46,16 @@ SENT_OF_NNSIGHT = (
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
 SENT = (
-    *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
+    *(
+        "num_layers",
+        "num_vision_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    ),
     *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
 )
 
@@ -184,6 +194,11 @@ class NamedTransformer(EditedTransformer):
         return self.facts.anatomy.sizes.hidden_size
 
     @property
+    def num_vision_layers(self) -> int:  # type: ignore[override]
+        """Number of layers of the vision tower; 0 until a run with an image has proven them."""
+        return 0 if self.facts.vision is None else len(self.facts.vision.layers)
+
+    @property
     def num_heads(self) -> int | None:  # type: ignore[override]
         """Query heads of an attention layer; None where the config does not state them."""
         return self.facts.anatomy.sizes.num_heads
@@ -234,17 +249,18 @@ class NamedTransformer(EditedTransformer):
             )
         self.output = tensor
 
-    def layers_of_texts(self, asked: Iterable[int] | None = None) -> list[int]:
+    def layers_of_texts(self, asked: Iterable[int] | None = None, images: bool = False) -> list[int]:
         """The layers that a text runs through, for functions that run texts; indices from 0.
 
         Args:
             asked: The layers that a user asked for; all if None. If some of all run only with an image, a warning
                 names them.
+            images: Whether every prompt has an image: then all layers run.
 
         Raises:
             Unavailable: One that was asked for runs only with an image.
         """
-        idle = self.facts.only_with_image
+        idle = () if images else self.facts.only_with_image
         if asked is None:
             if idle:
                 warnings.warn(
@@ -259,6 +275,10 @@ class NamedTransformer(EditedTransformer):
                 f"Layers {ranges([i for i in range(self.num_layers) if i not in idle])} run on texts."
             )
         return layers
+
+    def require_images(self, row: Row) -> None:
+        """Raise, because only `StandardizedTransformer` proves images."""
+        raise Unavailable(f"{self.model_class}: nothing has proven runs with an image.")
 
     # -- where everything is ----------------------------------------------------------------------------------------
 

@@ -74,6 +74,8 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
         value, at = named(name, outputs)
         if value.name == "mixer_states":
             raise ValueError("mixer_states have no positions, and belong to a run with a cache: read them in a trace.")
+        if value.stack == "vision":
+            raise ValueError(f"{value.name} has no positions of a prompt's tokens: read it in a trace.")
         rows[value.name] = value
         mine = asked.setdefault(value.name, [])
         if not value.per_layer:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from nnterp.huggingface import text_config
-from nnterp.images import holds_images
 from nnterp.inputs._kinds import as_prompts, is_pair, processed, row_of, vocabulary_of
 from nnterp.inputs._rows import Reader, Row
+from nnterp.selectors import image_token_ids
 
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]] | Mapping[str, Any]
 
@@ -51,25 +52,47 @@ def encode_each(model: Reader, prompts: Sequence[Any], first: int = 0, images: b
     Raises:
         ValueError, TypeError: As `encode`.
     """
-    prompts = [processed(model, prompt) if is_pair(prompt) else prompt for prompt in prompts]
-    if not images and any(map(holds_images, prompts)):
-        which = first + [holds_images(prompt) for prompt in prompts].index(True)
+    rows = read_each(model, prompts, first)
+    seen = [i for i, row in enumerate(rows) if row.images is not None]
+    if seen and not images:
         raise TypeError(
-            f"Prompt {which} has an image, and this function runs texts. Images are run by model.trace, model.collect, "
-            "logit_lens, run_prompts and activation_patching."
+            f"Prompt {first + seen[0]} has an image, and this function runs texts. Images are run by model.trace, "
+            "model.collect, logit_lens, run_prompts and activation_patching."
         )
+    if seen:
+        model.require_images(rows[seen[0]])
+    return rows
+
+
+def read_each(model: Reader, prompts: Sequence[Any], first: int = 0) -> list[Row]:
+    """As `encode_each` with images, but nothing of runs with images is proven.
+
+    Raises:
+        ValueError, TypeError: As `encode`.
+    """
+    prompts = [processed(model, prompt) if is_pair(prompt) else prompt for prompt in prompts]
     vocabulary, limit = vocabulary_of(model), context_length(model)
     rows = [row_of(model, prompt, vocabulary, f"Prompt {i}") for i, prompt in enumerate(prompts, first)]
     if not rows:
         raise ValueError("No prompts were given: pass a text, or a list with at least one.")
+    tokens = _stand_for_pixels(model)
     for i, row in enumerate(rows, first):
         if not row.ids:
             raise ValueError(f"Prompt {i} ({row.text!r}) has no tokens, and a model needs at least one.")
         if limit is not None and len(row) > limit:
             raise ValueError(f"Prompt {i} has {len(row)} tokens; {model.model_class} was built for at most {limit}.")
-    if any(row.images is not None for row in rows):
-        model.require_images(next(row for row in rows if row.images is not None))
+        if row.images is None and not tokens.isdisjoint(row.ids):
+            raise ValueError(
+                f"Prompt {i} holds the token of an image ({sorted(tokens.intersection(row.ids))[0]}) and no image: "
+                "give the output of the model's processor, with its pixel_values."
+            )
     return rows
+
+
+def _stand_for_pixels(model: Reader) -> frozenset[int]:
+    """The tokens in whose place a model puts an image; none for a model that takes no pixels."""
+    takes = "pixel_values" in inspect.signature(model._module.forward).parameters
+    return image_token_ids(model._module.config) if takes else frozenset()
 
 
 def context_length(model: Reader) -> int | None:

@@ -1,5 +1,7 @@
-"""The table of values: everything that can be read and written in a forward pass, one row each. Adding a value is adding
-a row; `nnterp.values` says where each is served in a given model."""
+"""The table of values: everything that can be read and written in a forward pass, one row each.
+
+Adding a value is adding a row; `nnterp.values` says where each is served in a given model.
+"""
 
 from __future__ import annotations
 

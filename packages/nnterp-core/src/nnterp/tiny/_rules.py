@@ -111,6 +111,7 @@ RULES: dict[str, Any] = {
     **_fields(24, "downsample_hidden_size"),
     "image_size": 32,
     "patch_size": 8,
+    "deepstack_visual_indexes": [0, 1],
     **_fields(HIDDEN, "projection_dim text_hidden_size projector_input_dim projection_hidden_dim vision_hidden_size"),
     **_fields(HIDDEN, "projection_hidden_size"),
     **_fields(96, "projector_hidden_size projection_intermediate_size alignment_intermediate_size"),
