@@ -164,6 +164,11 @@ class NamedTransformer(EditedTransformer):
         return self.facts.sharing
 
     @property
+    def only_with_image(self) -> tuple[int, ...]:
+        """Indices of the layers that run only with an image."""
+        return self.facts.only_with_image
+
+    @property
     def positions_from_mask(self) -> bool:  # type: ignore[override]
         """Whether a padded batch must be told its positions, counted from the mask."""
         return self.facts.positions_from_mask

@@ -95,6 +95,21 @@ def _stand_for_pixels(model: Reader) -> frozenset[int]:
     return image_token_ids(model._module.config) if takes else frozenset()
 
 
+def all_images(model: Reader, rows: Sequence[Row]) -> bool:
+    """Whether every one of these prompts has an image.
+
+    Raises:
+        ValueError: Some have and some have not, and the model has layers that run only with one.
+    """
+    number = sum(row.images is not None for row in rows)
+    if 0 < number < len(rows) and model.only_with_image:
+        raise ValueError(
+            f"{number} of {len(rows)} prompts have an image, and {model.model_class} has layers that run only with "
+            "one: run prompts with images and texts apart."
+        )
+    return number == len(rows)
+
+
 def context_length(model: Reader) -> int | None:
     """The longest input the model was built for; None where its config does not say, or its positions stretch."""
     config = text_config(model._module.config)

@@ -29,6 +29,11 @@ class Reader(Protocol):
         ...
 
     @property
+    def only_with_image(self) -> tuple[int, ...]:
+        """Indices of the layers that run only with an image."""
+        ...
+
+    @property
     def readout(self) -> Readout:
         """How hidden states become logits; holds the stream's layout."""
         ...

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from nnterp.inputs import all_images
 from nnterp.interventions._engine import Cell, Edit, Shortcuts, index_of
 from nnterp.interventions._layers import layers_with
 from nnterp.interventions._pairs import Pairs
@@ -45,7 +46,7 @@ class Grid:
         heads: Any,
     ) -> None:
         self.model, self.pairs, self.names = model, pairs, names
-        self.layers = layers_with(model, names, layers)
+        self.layers = layers_with(model, names, layers, all_images(model, [*pairs.clean, *pairs.corrupted]))
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         _check_patterns(pairs, names)
