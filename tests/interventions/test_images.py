@@ -174,25 +174,13 @@ def test_prompts_with_other_images_are_other_prompts(model):
     assert first.ids == other.ids
     assert first.identity == same.identity != other.identity
     assert first == same != other
-    with pytest.raises(ValueError, match="prompts"):
-        partial_of_another_image(model)
 
 
-def partial_of_another_image(model):
-    """Resume a collection of one image from what an interrupted one of another image had finished."""
-    prompts = [tiny_image_inputs(model._module, seed=seed) for seed in (0, 1)]
-
-    def broken(tensor):
-        if broken.calls:
-            raise RuntimeError("the disk is gone")
-        broken.calls += 1
-        return tensor
-
-    broken.calls = 0
-    with pytest.raises(RuntimeError, match="disk") as caught:
-        model.collect(prompts, "layers_output", positions=-1, reduce=broken)
-    others = [tiny_image_inputs(model._module, seed=seed) for seed in (5, 1)]
-    model.collect(others, "layers_output", positions=-1, reduce=broken, resume=caught.value.partial)
+def test_a_checkpoint_of_other_images_is_refused(model, tmp_path):
+    first, other = ([Prompt(tiny_image_inputs(model._module, seed=seed), {"a": [7]})] for seed in (0, 5))
+    run_prompts(model, first, tqdm=None, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="prompt"):
+        run_prompts(model, other, tqdm=None, checkpoint=tmp_path)
 
 
 def test_functions_that_run_texts_refuse_images(model):

@@ -302,13 +302,25 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
             self.notice_changes()
             if inputs and (holds_images(inputs[0]) or is_pair(inputs[0])):
                 inputs = (self._with_images(inputs[0]), *inputs[1:])
-            elif holds_images(kwargs):
+            elif holds_images(kwargs) and "input_ids" in kwargs:
                 self._with_images(kwargs)
             kwargs.setdefault("tracer_cls", BlockTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
-    def _with_images(self, prompt: Any) -> dict[str, torch.Tensor]:
-        """One prompt with an image as it is traced, once runs with images are proven."""
+    def _with_images(self, prompt: Any) -> Any:
+        """One prompt with an image as it is traced, once runs with images are proven; or several, none of them padded.
+
+        Raises:
+            ValueError: Several prompts are padded, or nothing has proven that rows with images may share a batch.
+        """
+        rows = 1 if is_pair(prompt) or prompt["input_ids"].dim() == 1 else prompt["input_ids"].shape[0]
+        if rows > 1:
+            mask = prompt.get("attention_mask")
+            padded = mask is not None and not bool(mask.all())
+            if padded or self.facts.vision is None or not self.facts.vision.copies:
+                why = "they are padded" if padded else "nothing has proven that rows with images may share a batch"
+                raise ValueError(f"{rows} prompts with images in one encoding, and {why}: trace them one by one.")
+            return prompt
         (row,) = read_each(self, [prompt])
         self.require_images(row)
         return pad(self, [row]).encoding

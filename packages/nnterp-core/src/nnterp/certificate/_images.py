@@ -58,7 +58,7 @@ def certify_images(model: NamedTransformer, row: Row) -> tuple[Certificate, Fact
 
 
 def parts(evidence: Evidence, facts: Facts) -> Claimed:
-    """Layers that run only with an image run here, too. Learns nothing."""
+    """Layers that run only with an image run here, too. Learns when each module runs."""
     wrong, previous = [], 0
     width = None
     for layer in facts.anatomy.blocks:
@@ -79,7 +79,8 @@ def parts(evidence: Evidence, facts: Facts) -> Claimed:
     if logits.shape[1] != evidence.length:
         wrong.append(f"there are logits at {logits.shape[1]} positions of {evidence.length} tokens")
     detail = "; ".join(wrong[:3]) or f"{facts.anatomy.num_layers} layers"
-    return outcome(IMAGE_PARTS, not wrong, detail=detail, remedy=_REMEDY), facts
+    vision = Vision(ticks=evidence.recording.ticks())
+    return outcome(IMAGE_PARTS, not wrong, detail=detail, remedy=_REMEDY), dataclasses.replace(facts, vision=vision)
 
 
 def enters(evidence: Evidence, facts: Facts) -> Claimed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nnterp.anatomy import Anatomy
+from nnterp.discovery._recording import Labels
 
 # Towers of other senses, and generators of images, which a prompt with an image does not run.
 _OTHER = re.compile(r"(^|\.)(audio|speech|video_tower|vqmodel|generation)")
@@ -27,6 +28,7 @@ class Vision:
         joined: Layers of the language model after which the tower adds to the stream at the image's tokens.
         copies: Whether a batch of copies of one prompt gives each what the prompt gives alone.
         reasons: Value → why it is not served.
+        ticks: (module, (), "input" or "output") → when the run with the image reached it, on its own clock.
     """
 
     layers: tuple[str, ...] = ()
@@ -36,6 +38,7 @@ class Vision:
     joined: tuple[int, ...] = ()
     copies: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
+    ticks: Mapping[tuple[str, Labels, str], int] = field(default_factory=dict, repr=False)
 
 
 def vision_stacks(module: nn.Module, anatomy: Anatomy) -> list[tuple[str, ...]]:

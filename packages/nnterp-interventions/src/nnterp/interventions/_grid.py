@@ -128,7 +128,8 @@ class Grid:
     def _same_prefix(self, pair: int, shortcuts: Shortcuts) -> int:
         """Number of first positions at which both runs are equal, in a model proven not to look ahead; else 0."""
         into, source = self.pairs.into[pair].ids, self.pairs.source[pair].ids
-        if not shortcuts.within(len(into)).prefix:
+        pictured = self.pairs.into[pair].images or self.pairs.source[pair].images  # equal ids may hold other images
+        if pictured or not shortcuts.within(len(into)).prefix:
             return 0
         return next(
             (i for i, (a, b) in enumerate(zip(into, source, strict=False)) if a != b), min(len(into), len(source))
