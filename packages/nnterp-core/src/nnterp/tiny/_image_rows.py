@@ -12,8 +12,6 @@ def _sections(*sections: int, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sections], **fields}}
 
 
-# The letters that stand for the digits of a code in the names of Chameleon's tokens.
-_LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 _WINDOWS = {"window_size": 32, "fullatt_block_indexes": [1]}  # of 32 pixels: 2 by 2 patches that are merged
 _TILES = {"image_grid_pinpoints": [[64, 32], [32, 64]], "image_seq_length": 16}
 _POOLED = {"mm_tokens_per_image": 4}
@@ -22,15 +20,10 @@ _TILED_LIST = {"image_size": [32, 32], "patch_size": [8, 8]}
 # Fields of configurations, as in `_special_cases.CONFIG_ROWS`.
 IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 5}},
-    # Images become tokens of a codebook, which the vocabulary holds under names with letters for digits.
-    "chameleon": {
-        "vocabulary_map": {"<image>": 4, **{f"IMGIMG{str(i).translate(_LETTERS)}Z": 100 + i for i in range(32)}},
-    },
-    "chameleon_vqgan": {"num_embeddings": 32, "base_channels": 32, "channel_multiplier": [1, 1, 2], "embed_dim": 64},
     "cosmos3_edge_text": _sections(4, 4, 4),
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [24, 64], "output_channels": 24},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
-    "emu3": {
+    "emu3": {  # images become tokens of a codebook, which the vocabulary holds
         "vocabulary_map": {
             "<image>": 4,
             "<|extra_200|>": 99,
@@ -58,7 +51,7 @@ IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": _sections(3, 3, 3, 3),
     "idefics2": {"perceiver_config": {"resampler_n_latents": 5}},
     "internvl_vision": _TILED_LIST,
-    "janus_vqgan": {"num_embeddings": 32, "base_channels": 32},
+    "janus_vqgan": {"num_embeddings": 32, "base_channels": 32, "channel_multiplier": [1, 1, 2]},
     "kosmos-2.5": {"latent_query_num": 6},
     "kosmos_2_5_vision_model": {"max_num_patches": 16},
     "llama4_vision_model": {"intermediate_size": 256, "vision_output_dim": 64},  # four pixels are put side by side
@@ -102,7 +95,6 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
     "granite4_vision": {"form": "tiled", "tiles": 3, "shape": [60, 30]},
     "granite_docling": {"extra": {"pixel_attention_mask": _mask_of_tiles}},
     "kimi_k25": {"form": "square patches"},
-    "chameleon": {"image_size": 16, "tokens": 16},
     "emu3": {"form": "sized", "image_size": 16, "tokens": 20},
     "kosmos-2.5": {"form": "flattened patches", "tokens": 6},
     "deepseek_vl_hybrid": {"form": "two resolutions"},

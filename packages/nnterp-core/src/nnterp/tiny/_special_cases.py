@@ -141,6 +141,7 @@ NEEDS_TIMM = (
 WITHOUT_IMAGES: dict[str, str] = {
     "blip": _NEEDS_AN_IMAGE,
     "blip-2": _NEEDS_AN_IMAGE,
+    "chameleon": "its forward sets the logits of its image tokens to the lowest number, whatever its head returns",
     "diffusion_gemma": "it denoises blocks of tokens, and does not predict the next token",
     "evolla": "it reads proteins, and AutoModelForImageTextToText does not build it",
     "fast_vlm": NEEDS_TIMM,
