@@ -4,7 +4,7 @@ from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._certify import CLAIMS, certify
 from nnterp.certificate._filled import FILLED
 from nnterp.certificate._idle_trace import IDLE
-from nnterp.certificate._images import certify_images
+from nnterp.certificate._images import IMAGE_ENTERS, certify_images
 from nnterp.certificate._padding import PADDING
 from nnterp.certificate._parts import PARTS
 from nnterp.certificate._probabilities import AttentionProbabilitiesAccessor
@@ -22,6 +22,7 @@ __all__ = [
     "HIDDEN",
     "IDENTITY",
     "IDLE",
+    "IMAGE_ENTERS",
     "PADDING",
     "PARTS",
     "READOUT",
