@@ -42,7 +42,9 @@ def tower(evidence: Evidence, facts: Facts) -> Claimed:
         learnt = dataclasses.replace(facts.vision, layers=layers, attentions=attentions, reasons=missing)
         trial = dataclasses.replace(facts, vision=learnt)
         names = ("vision_layers_input", "vision_layers_output", *(("vision_attentions_output",) if attentions else ()))
-        targets = [(get_label(name), layer) for layer in range(len(layers)) for name in sorted(names, key=_rank)]
+        targets: list[_Target] = [
+            (get_label(name), layer) for layer in range(len(layers)) for name in sorted(names, key=_rank)
+        ]
         if _silent(evidence, trial, targets[0]):
             reasons.append(f"{layers[0].rpartition('.')[0]} does not reach the logits")
             continue

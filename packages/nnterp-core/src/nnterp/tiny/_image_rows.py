@@ -34,6 +34,7 @@ IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {**_sections(3, 3, 2), "moe_intermediate_size": [40, 24]},
     "exaone4_5_vision": _WINDOWS,
     "gemma3": _POOLED,
+    "gemma3n_vision": {"hidden_size": 2048},  # the tower is one of timm's, and has its own size
     "gemma4_unified_vision": {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 64, "output_proj_dims": 64},
     "gemma4": {"vision_config": {}},
     "gemma4_unified": {"vision_config": {}},

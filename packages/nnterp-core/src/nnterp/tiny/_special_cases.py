@@ -165,8 +165,8 @@ WITHOUT_IMAGES: dict[str, str] = {
 # Members of the causal-LM mapping that no configuration makes a working text model.
 UNAVAILABLE: dict[str, str] = {
     "gemma3n": (
-        "its vision tower needs the packages timm, torchvision and Pillow, and its config takes no other tower; "
-        "gemma3n_text is the language model alone"
+        "its vision tower needs the packages timm, torchvision and Pillow (the extra `llms`: pip install "
+        "'nnterp[llms]'), and its config takes no other tower; gemma3n_text is the language model alone"
     ),
     "gemma4_assistant": "a drafting head: its forward requires the embeddings and key-value states of a target model",
     "gemma4_unified_assistant": (

@@ -59,8 +59,9 @@ def sharing_groups(model: StandardizedTransformer, prompts: Sequence[Row], short
     """Indices of prompts by which of them may share a batch: of any lengths only with the `ragged` shortcut."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        side = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
-        side = side if prompt.images is None else (i, "image")
+        side: tuple[Any, ...] = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
+        if prompt.images is not None:
+            side = (i, "image")
         groups.setdefault(side, []).append(i)
     return groups.values()
 
