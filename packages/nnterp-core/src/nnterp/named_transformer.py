@@ -36,8 +36,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place
-from nnterp.wording import ranges
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
 SENT_OF_NNSIGHT = (
@@ -265,21 +264,7 @@ class NamedTransformer(EditedTransformer):
         Raises:
             Unavailable: One that was asked for runs only with an image.
         """
-        idle = () if images else self.facts.only_with_image
-        if asked is None:
-            if idle:
-                warnings.warn(
-                    f"Layers {ranges(idle)} of {self.model_class} run only with an image: they are left out.",
-                    stacklevel=4,
-                )
-            return [layer for layer in range(self.num_layers) if layer not in idle]
-        layers = list(asked)
-        if missing := [layer for layer in layers if layer in idle]:
-            raise Unavailable(
-                f"Layers {ranges(missing)} of {self.model_class} run only with an image, and this function runs texts. "
-                f"Layers {ranges([i for i in range(self.num_layers) if i not in idle])} run on texts."
-            )
-        return layers
+        return layers_that_run(self.facts, asked, images)
 
     def require_images(self, row: Row) -> None:
         """Raise, because only `StandardizedTransformer` proves images."""

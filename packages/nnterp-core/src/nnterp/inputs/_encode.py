@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from nnterp.huggingface import text_config
+from nnterp.huggingface import takes_images, text_config
 from nnterp.inputs._kinds import as_prompts, is_pair, processed, row_of, vocabulary_of
 from nnterp.inputs._rows import Reader, Row
 from nnterp.selectors import image_token_ids
@@ -91,8 +90,7 @@ def read_each(model: Reader, prompts: Sequence[Any], first: int = 0) -> list[Row
 
 def _stand_for_pixels(model: Reader) -> frozenset[int]:
     """The tokens in whose place a model puts an image; none for a model that takes no pixels."""
-    takes = "pixel_values" in inspect.signature(model._module.forward).parameters
-    return image_token_ids(model._module.config) if takes else frozenset()
+    return image_token_ids(model._module.config) if takes_images(model._module) else frozenset()
 
 
 def all_images(model: Reader, rows: Sequence[Row]) -> bool:

@@ -25,7 +25,8 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
-from nnterp.values._lookup import Known, stack_depth
+from nnterp.values._images import stack_depth
+from nnterp.values._lookup import Known
 from nnterp.wording import ranges
 
 

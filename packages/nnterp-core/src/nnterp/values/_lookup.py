@@ -31,6 +31,7 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
+from nnterp.values._images import Missing, of_images, require_images_proven, stack_depth
 from nnterp.wording import ranges
 
 
@@ -43,18 +44,6 @@ class Known(Protocol):
     def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served."""
         ...
-
-
-class Missing(Unavailable):
-    """A layer that does not have a value.
-
-    Attributes:
-        reason: Why, without naming the layer.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
@@ -77,12 +66,14 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
     place = facts.places.get((name, layer))
     if place is None:
         value = get_value(name)
+        if value.stack == "vision":
+            require_images_proven(facts, module, value)
         if layer is not None and value.per_layer:
             first = layer[0] if isinstance(layer, tuple) else layer
             index = read_index(first, stack_depth(facts, value), f"The layer of {name}", "layers")
             layer = (index, layer[1]) if isinstance(layer, tuple) else index
         if value.stack == "vision":
-            return _of_images(facts, value, layer)
+            return of_images(facts, value, layer)
         if isinstance(layer, tuple):
             place = _one_of_several(facts, module, value, *layer)
         else:
@@ -98,31 +89,6 @@ def _plain(layer: Any, name: str) -> int | tuple[int, int]:
     if isinstance(layer, tuple) and len(layer) == 2:
         return integer(layer[0], label), integer(layer[1], f"{label}: the number of the attention")
     return integer(layer, label)
-
-
-def stack_depth(facts: Facts, value: Value) -> int:
-    """How many layers the stack has that a value is of; 1 for a vision tower that nothing has proven yet."""
-    if value.stack != "vision":
-        return facts.anatomy.num_layers
-    return max(1, 0 if facts.vision is None else len(facts.vision.layers))
-
-
-def _of_images(facts: Facts, value: Value, layer: int | tuple[int, int] | None) -> Place:
-    """A value of the vision tower, or what the projector returns."""
-    name, vision = value.name, facts.vision
-    if vision is None:
-        raise Unproven(
-            f"{facts.anatomy.model_class}: {name} is told by a run with an image, and there was none: run one, or call "
-            "model.validate_images(prompt) with a processor's output."
-        )
-    if name in vision.reasons:
-        reason = vision.reasons[name]
-        raise Missing(f"{facts.anatomy.model_class} has no {name}: {reason}.", reason)
-    if value.role == "projector":
-        assert vision.projector is not None
-        return Site(vision.projector, "output")
-    assert isinstance(layer, int)
-    return Site((vision.attentions if value.role == "self_attn" else vision.layers)[layer], value.side or "output")
 
 
 def _missing(facts: Facts, layer: int, name: str, reason: str, have: tuple[int, ...] = ()) -> Missing:
@@ -397,5 +363,5 @@ FINDERS: dict[str, Finder] = {
     "router": _router,
     "neurons": _neurons,
     "features": _features,
-    "vision": lambda facts, module, value, layer: _of_images(facts, value, layer),
+    "vision": lambda facts, module, value, layer: of_images(facts, value, layer),
 }
