@@ -129,7 +129,7 @@ class NamedTransformer(EditedTransformer):
     def supposing(self, facts: Facts) -> NamedTransformer:
         """The same model with other facts, for as long as they are being proven; this one stays as it is.
 
-        The two share the HuggingFace module and nnsight's tree, and the standard names that are bound to the tree.
+        The two share the HuggingFace module, nnsight's tree and the names that are bound to it.
         """
         trial = object.__new__(NamedTransformer)
         trial.__dict__.update(self.__dict__, facts=facts)
@@ -200,7 +200,7 @@ class NamedTransformer(EditedTransformer):
     @property
     def num_vision_layers(self) -> int:  # type: ignore[override]
         """Number of layers of the vision tower; 0 until a run with an image has proven them."""
-        return 0 if self.facts.vision is None else len(self.facts.vision.layers)
+        return len(self.facts.vision.layers) if self.facts.vision else 0
 
     @property
     def num_heads(self) -> int | None:  # type: ignore[override]
@@ -257,9 +257,8 @@ class NamedTransformer(EditedTransformer):
         """The layers that a text runs through, for functions that run texts; indices from 0.
 
         Args:
-            asked: The layers that a user asked for; all if None. If some of all run only with an image, a warning
-                names them.
-            images: Whether every prompt has an image: then all layers run.
+            asked: The layers that a user asked for; all if None. A warning names those that run only with an image.
+            images: Whether every prompt has one: then all layers run.
 
         Raises:
             Unavailable: One that was asked for runs only with an image.
@@ -267,8 +266,7 @@ class NamedTransformer(EditedTransformer):
         return layers_that_run(self.facts, asked, images)
 
     def require_images(self, row: Row) -> None:
-        """Raise, because only `StandardizedTransformer` proves images."""
-        raise Unavailable(f"{self.model_class}: nothing has proven runs with an image.")
+        """Does nothing here; `StandardizedTransformer` proves runs with an image."""
 
     # -- where everything is ----------------------------------------------------------------------------------------
 
@@ -304,8 +302,6 @@ class NamedTransformer(EditedTransformer):
 
     def prepare_run(self) -> None:
         """Does nothing here: the proof has instrumented the operations that make `layers_mid`. A worker does it."""
-
-    # -- running ----------------------------------------------------------------------------------------------------
 
     def prepare(self, remote: Any = False) -> None:
         """Load the weights before a run, unless the run is remote.

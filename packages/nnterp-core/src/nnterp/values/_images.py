@@ -65,18 +65,18 @@ def of_images(facts: Facts, value: Value, layer: int | tuple[int, int] | None) -
 
 def layers_that_run(facts: Facts, asked: Iterable[int] | None, images: bool) -> list[int]:
     """See `NamedTransformer.layers_of_texts`."""
-        idle = () if images else facts.only_with_image
-        if asked is None:
-            if idle:
-                warnings.warn(
-                    f"Layers {ranges(idle)} of {facts.anatomy.model_class} run only with an image: they are left out.",
-                    stacklevel=5,
-                )
-            return [layer for layer in range(facts.anatomy.num_layers) if layer not in idle]
-        layers = list(asked)
-        if missing := [layer for layer in layers if layer in idle]:
-            raise Unavailable(
-                f"Layers {ranges(missing)} of {facts.anatomy.model_class} run only with an image, and this function runs texts. "
-                f"Layers {ranges([i for i in range(facts.anatomy.num_layers) if i not in idle])} run on texts."
+    idle = () if images else facts.only_with_image
+    if asked is None:
+        if idle:
+            warnings.warn(
+                f"Layers {ranges(idle)} of {facts.anatomy.model_class} run only with an image: they are left out.",
+                stacklevel=5,
             )
-        return layers
+        return [layer for layer in range(facts.anatomy.num_layers) if layer not in idle]
+    layers = list(asked)
+    if missing := [layer for layer in layers if layer in idle]:
+        raise Unavailable(
+            f"Layers {ranges(missing)} of {facts.anatomy.model_class} run only with an image, and this function "
+            f"runs texts. Layers {ranges([i for i in range(facts.anatomy.num_layers) if i not in idle])} run on texts."
+        )
+    return layers
