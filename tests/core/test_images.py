@@ -35,6 +35,11 @@ NO_PROJECTOR = {
     "granite4_vision": "features of several layers are spread over the stream",
     "kosmos-2.5": "features are scaled one by one",
     "mllama": "attended to",
+    "ovis2": "a table of visual words is read between the two",
+    "qwen2_5_omni_thinker": "merged windows are put back in order",
+    "qwen2_5_vl": "merged windows are put back in order",
+    "qwen4_exp": "several streams enter layer 0",
+    "unlimited_ocr": "rows of features get new lines between them",
 }
 NO_COPIES = {"hunyuan_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 LINES = 9
