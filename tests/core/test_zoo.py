@@ -25,7 +25,7 @@ SHALLOWEST = {
 }
 # The only layer of a stack of one has no position information.
 FIRST_LAYER_WITHOUT_POSITIONS = {
-    "mistral_large4",  # full attention without rotary embeddings, at the bottom
+    "mistral_large4",  # attention without rotary embeddings, at the bottom
     "flint",  # full attention without rotary embeddings, at the bottom
 }
 

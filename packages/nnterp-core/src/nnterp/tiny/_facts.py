@@ -136,6 +136,6 @@ NO_CACHE: frozenset[str] = frozenset(["granite4_vision", "openai-gpt", "recurren
 NOT_RELOADABLE: dict[str, str] = {
     "emu3": "AutoModelForCausalLM builds Emu3ForCausalLM, whose saved Emu3TextConfig it does not take back",
     "mllama": "AutoModelForCausalLM builds MllamaForCausalLM, whose saved MllamaTextConfig it does not take back",
-    "shieldgemma2": "it builds Gemma3ForConditionalGeneration, whose saved weights have names that it does not read back",
+    "shieldgemma2": "it builds Gemma3ForConditionalGeneration, and does not read the names of its saved weights",
 }
 """Model types whose saved checkpoint `from_pretrained` of the same Auto class refuses, each with the reason."""
