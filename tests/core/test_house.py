@@ -129,7 +129,7 @@ def test_imports_run_one_way(package, path):
 # nothing above; imports for type checkers and inside functions count.
 FLOORS = (
     "errors record turn wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
-    "selectors indices arguments defaults generation progress identity resuming versions memory sent lazy "
+    "selectors images indices arguments defaults generation progress identity resuming versions memory sent lazy "
     "_siblings _ids_alone",
     "anatomy traced loading testing",
     "discovery inputs",

@@ -56,6 +56,12 @@ def accepts_argument(module: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def takes_images(module: nn.Module) -> bool:
+    """Whether a module's forward names an argument for pixels."""
+    named = inspect.signature(module.forward).parameters
+    return not {"pixel_values", "image_patches", "flattened_patches"}.isdisjoint(named)
+
+
 def uncached(module: nn.Module) -> dict[str, Any]:
     """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
     return {"use_cache": False} if accepts_argument(module, "use_cache") else {}

@@ -20,6 +20,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
+from nnterp.inputs import Row
 from nnterp.loading import left_in_place, reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
@@ -37,8 +38,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place
-from nnterp.wording import ranges
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
 SENT_OF_NNSIGHT = (
@@ -47,7 +47,16 @@ SENT_OF_NNSIGHT = (
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
 SENT = (
-    *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
+    *(
+        "num_layers",
+        "num_vision_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    ),
     *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
 )
 
@@ -127,7 +136,7 @@ class NamedTransformer(EditedTransformer):
     def supposing(self, facts: Facts) -> NamedTransformer:
         """The same model with other facts, for as long as they are being proven; this one stays as it is.
 
-        The two share the HuggingFace module and nnsight's tree, and the standard names that are bound to the tree.
+        The two share the HuggingFace module, nnsight's tree and the names that are bound to it.
         """
         trial = object.__new__(NamedTransformer)
         trial.__dict__.update(self.__dict__, facts=facts)
@@ -161,6 +170,11 @@ class NamedTransformer(EditedTransformer):
         return self.facts.sharing
 
     @property
+    def only_with_image(self) -> tuple[int, ...]:
+        """Indices of the layers that run only with an image."""
+        return self.facts.only_with_image
+
+    @property
     def positions_from_mask(self) -> bool:  # type: ignore[override]
         """Whether a padded batch must be told its positions, counted from the mask."""
         return self.facts.positions_from_mask
@@ -189,6 +203,11 @@ class NamedTransformer(EditedTransformer):
     def hidden_size(self) -> int | None:  # type: ignore[override]
         """Width of the residual stream; None where the config does not state it."""
         return self.facts.anatomy.sizes.hidden_size
+
+    @property
+    def num_vision_layers(self) -> int:  # type: ignore[override]
+        """Number of layers of the vision tower; 0 until a run with an image has proven them."""
+        return len(self.facts.vision.layers) if self.facts.vision else 0
 
     @property
     def num_heads(self) -> int | None:  # type: ignore[override]
@@ -241,31 +260,20 @@ class NamedTransformer(EditedTransformer):
             )
         self.output = tensor
 
-    def layers_of_texts(self, asked: Iterable[int] | None = None) -> list[int]:
+    def layers_of_texts(self, asked: Iterable[int] | None = None, images: bool = False) -> list[int]:
         """The layers that a text runs through, for functions that run texts; indices from 0.
 
         Args:
-            asked: The layers that a user asked for; all if None. If some of all run only with an image, a warning
-                names them.
+            asked: The layers that a user asked for; all if None. A warning names those that run only with an image.
+            images: Whether every prompt has one: then all layers run.
 
         Raises:
             Unavailable: One that was asked for runs only with an image.
         """
-        idle = self.facts.only_with_image
-        if asked is None:
-            if idle:
-                warnings.warn(
-                    f"Layers {ranges(idle)} of {self.model_class} run only with an image: they are left out.",
-                    stacklevel=4,
-                )
-            return [layer for layer in range(self.num_layers) if layer not in idle]
-        layers = list(asked)
-        if missing := [layer for layer in layers if layer in idle]:
-            raise Unavailable(
-                f"Layers {ranges(missing)} of {self.model_class} run only with an image, and this function runs texts. "
-                f"Layers {ranges([i for i in range(self.num_layers) if i not in idle])} run on texts."
-            )
-        return layers
+        return layers_that_run(self.facts, asked, images)
+
+    def require_images(self, row: Row) -> None:
+        """Does nothing here; `StandardizedTransformer` proves runs with an image."""
 
     # -- where everything is ----------------------------------------------------------------------------------------
 
@@ -301,8 +309,6 @@ class NamedTransformer(EditedTransformer):
 
     def prepare_run(self) -> None:
         """Does nothing here: the proof has instrumented the operations that make `layers_mid`. A worker does it."""
-
-    # -- running ----------------------------------------------------------------------------------------------------
 
     def prepare(self, remote: Any = False) -> None:
         """Load the weights before a run, unless the run is remote.

@@ -15,6 +15,7 @@ from torch import nn
 from nnterp.certificate._evidence import Claimed, Evidence, outcome
 from nnterp.errors import Unavailable
 from nnterp.facts import Facts
+from nnterp.huggingface import uncached
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import VALUES, Value
 from nnterp.tensors import relative_error, stream_in
@@ -71,7 +72,7 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
     batch = evidence.ids[:, :LENGTH].repeat(everything + 2, 1)
     hooked = _by_hooks(evidence, batch, edits, facts.readout.layout.extra)
     try:
-        written = _by_accessors(evidence.model.supposing(facts), batch, edits)
+        written = _by_accessors(evidence.model.supposing(facts), batch, batch.shape[0], edits)
     except Exception as problem:
         detail = f"{type(problem).__name__}: {str(problem)[:200]}"
         return outcome(WRITES, False, detail=detail), facts
@@ -124,6 +125,19 @@ def _listed(targets: list[_Target]) -> str:
     return ", ".join(f"{name}[{ranges(sorted(found))}]" if found else name for name, found in layers.items())
 
 
+def written_at_once(evidence: Evidence, facts: Facts) -> tuple[int, float]:
+    """Write every value in one run of a prompt with its images, by accessors and by hooks.
+
+    Returns:
+        How many values were written, and how far the two runs' logits are apart.
+    """
+    edits = [_Edit(target, (0,), k) for k, target in enumerate(_targets(evidence, facts))]
+    hooked = _by_hooks(evidence, evidence.ids, edits, facts.readout.layout.extra)
+    given = {"input_ids": evidence.ids, **evidence.beside, **uncached(evidence.module)}
+    written = _by_accessors(evidence.model.supposing(facts), given, 1, edits)
+    return len(edits), relative_error(written, hooked)
+
+
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +145,7 @@ def _targets(evidence: Evidence, facts: Facts) -> list[_Target]:
     """Everything that is a module's input or output, in the order in which the model computes it."""
     found: list[tuple[int, float, _Target]] = []
     layers = [layer.index for layer in evidence.ran(facts.anatomy)]
-    for value in VALUES.values():
+    for value in (value for value in VALUES.values() if value.stack == "layers"):
         for layer in layers if value.per_layer else [None]:
             try:
                 target = _target(evidence, facts, value, layer)
@@ -193,10 +207,9 @@ def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int, extra: int = 0) ->
 # -- written in two ways -----------------------------------------------------------------------------------------------
 
 
-def _by_accessors(model: NamedTransformer, batch: torch.Tensor, edits: list[_Edit]) -> torch.Tensor:
-    """The logits with all edits written as a user writes them."""
-    size = batch.shape[0]
-    with model.trace(batch):
+def _by_accessors(model: NamedTransformer, given: Any, size: int, edits: list[_Edit]) -> torch.Tensor:
+    """The logits with all edits written as a user writes them, in a run of `size` rows."""
+    with model.trace(given):
         for edit in edits:
             label, layer = edit.target.value.label, edit.target.layer
             write_value(model, label, _disturbed(read_value(model, label, layer), edit, size), layer)

@@ -12,6 +12,7 @@ from nnterp.discovery._residual import Contribution, ResidualStructure, Term, re
 from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
+from nnterp.discovery._vision import Vision, attention_of, vision_stacks
 from nnterp.discovery.attention import Attention
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "SourceText",
     "States",
     "Term",
+    "Vision",
+    "attention_of",
     "declared_chain",
     "declared_lenders",
     "declared_sharing",
@@ -44,4 +47,5 @@ __all__ = [
     "solve_residual",
     "sounding",
     "static_experts",
+    "vision_stacks",
 ]

@@ -13,11 +13,20 @@ from ._facts import (
     POSITION_IDS_NEEDED,
     POSITION_IDS_OFFSET,
 )
+from ._image_inputs import tiny_image_inputs
 from ._loud import make_loud
 from ._narrow import narrow_config
 from ._shrink import tiny_config
 from ._tokenizer import tiny_tokenizer
-from ._zoo import model_types, multimodal_model_types, tiny_checkpoint, tiny_model, unavailable_model_types
+from ._zoo import (
+    image_model_types,
+    model_types,
+    model_types_without_images,
+    multimodal_model_types,
+    tiny_checkpoint,
+    tiny_model,
+    unavailable_model_types,
+)
 
 __all__ = [
     "CACHE_INEXACT",
@@ -27,12 +36,15 @@ __all__ = [
     "NO_CACHE",
     "POSITION_IDS_NEEDED",
     "POSITION_IDS_OFFSET",
+    "image_model_types",
     "make_loud",
     "model_types",
+    "model_types_without_images",
     "multimodal_model_types",
     "narrow_config",
     "tiny_checkpoint",
     "tiny_config",
+    "tiny_image_inputs",
     "tiny_model",
     "tiny_tokenizer",
     "unavailable_model_types",

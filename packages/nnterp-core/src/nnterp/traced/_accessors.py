@@ -51,7 +51,7 @@ class LayerAccessor:
         return self[layer]
 
     def __len__(self) -> int:
-        return self._model.num_layers
+        return depth(self._model, self._value)
 
     def __iter__(self) -> Any:
         raise TypeError(f"{self._value.name} cannot be iterated over; index it: model.{self._value.name}[i].")
@@ -80,6 +80,11 @@ class ModuleListAccessor:
 
     def __repr__(self) -> str:
         return f"<{self._name}: the {self._role} module of each layer that has one>"
+
+
+def depth(model: Running, value: Label | Value) -> int:
+    """How many layers the stack has that a value is of."""
+    return model.num_vision_layers if value.stack == "vision" else model.num_layers
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
@@ -158,7 +163,9 @@ def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] |
         index = layer_index(layer[0], model.num_layers, value.name), layer[1]
         label = f"{value.name}[{layer[0]}, {layer[1]}]"
     elif value.per_layer:
-        index = layer_index(layer, model.num_layers, value.name)  # type: ignore[arg-type]
+        if value.stack == "vision" and not model.num_vision_layers:
+            model.place(value.name, 0)  # says why there are none
+        index = layer_index(layer, depth(model, value), value.name)  # type: ignore[arg-type]
         label = f"{value.name}[{layer}]"
     place = model.place(value.name, index)
     require_running(model, label)

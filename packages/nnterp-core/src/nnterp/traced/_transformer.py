@@ -40,6 +40,7 @@ class TracedTransformer(TransformersModel):
 
     # Comments, because a docstring travels.
     num_layers: int  # layers of the residual stream
+    num_vision_layers: int  # layers of the vision tower
     hidden_size: int | None  # sizes are None where the config does not state them
     num_heads: int | None
     num_kv_heads: int | None
@@ -91,6 +92,10 @@ class TracedTransformer(TransformersModel):
         mlps_output: LayerAccessor
         features: LayerAccessor
         ln_final_output: torch.Tensor
+        vision_layers_input: LayerAccessor
+        vision_attentions_output: LayerAccessor
+        vision_layers_output: LayerAccessor
+        image_features: torch.Tensor
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
         args, kwargs = TransformersModel._batch(self, invokes, fn)

@@ -20,6 +20,8 @@ def by_table(name: str, layer: Index, count: int) -> tuple[float, float]:
     if name in FIRST:
         return -2, 0
     value = VALUES[name]
+    if value.stack == "vision":  # the tower runs before the layers of the stream
+        return -1, (layer if isinstance(layer, int) and value.per_layer else 999) + value.rank / 10
     if not value.per_layer:
         return (-1 if value.rank < 1 else count), value.rank
     index = layer[0] if isinstance(layer, tuple) else layer or 0
@@ -35,6 +37,8 @@ def by_probe(model: NamedTransformer, read: Read) -> Span:
     """
     if read.name in FIRST:
         return -2, -2
+    if VALUES[read.name].stack == "vision":
+        raise Unavailable("The probe is a text.")
     if not VALUES[read.name].per_layer:
         return (-1, -1) if VALUES[read.name].rank < 1 else (math.inf, math.inf)
     layer = read.layer

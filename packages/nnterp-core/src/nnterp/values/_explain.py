@@ -27,6 +27,7 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
+from nnterp.values._images import stack_depth
 from nnterp.values._lookup import Known
 from nnterp.wording import ranges
 
@@ -107,10 +108,9 @@ def support(model: Known) -> Support:
     """See `StandardizedTransformer.support`."""
     layers: dict[str, tuple[int, ...]] = {}
     reasons: dict[str, dict[int, str]] = {}
-    anatomy = model.facts.anatomy
     for name, value in VALUES.items():
         have, why = [], {}
-        for layer in range(anatomy.num_layers) if value.per_layer else [-1]:
+        for layer in range(stack_depth(model.facts, value)) if value.per_layer else [-1]:
             try:
                 with contextlib.suppress(ValueError):  # several dictionaries, which have features each
                     model.place(name, layer if value.per_layer else None)
@@ -118,7 +118,7 @@ def support(model: Known) -> Support:
             except Unavailable as error:
                 why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
         layers[name], reasons[name] = tuple(have), why
-    return Support(anatomy.model_class, layers, reasons)
+    return Support(model.facts.anatomy.model_class, layers, reasons)
 
 
 def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> str:
@@ -127,7 +127,7 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
     if value.per_layer:
         index = 0 if layer is None else layer
         if not isinstance(layer, tuple):
-            index = read_index(index, model.facts.anatomy.num_layers, f"The layer of {value.name}", "layers")
+            index = read_index(index, stack_depth(model.facts, value), f"The layer of {value.name}", "layers")
     place = model.place(value.name, index)
     shape = value.shape
     at = "" if index is None else f"[{', '.join(map(str, index if isinstance(index, tuple) else (index,)))}]"

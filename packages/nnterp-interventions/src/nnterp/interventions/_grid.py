@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from nnterp.inputs import all_images
 from nnterp.interventions._engine import At, Cell, Edit, Shortcuts, index_of
 from nnterp.interventions._layers import places_with
 from nnterp.interventions._pairs import Pairs
@@ -45,7 +46,8 @@ class Grid:
         heads: Any,
     ) -> None:
         self.model, self.pairs, self.names = model, pairs, names
-        self.layers = places_with(model, names, layers)
+        images = all_images(model, [*pairs.clean, *pairs.corrupted])
+        self.layers = places_with(model, names, layers, images)
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         _check_patterns(pairs, names)
@@ -127,7 +129,8 @@ class Grid:
     def _same_prefix(self, pair: int, shortcuts: Shortcuts) -> int:
         """Number of first positions at which both runs are equal, in a model proven not to look ahead; else 0."""
         into, source = self.pairs.into[pair].ids, self.pairs.source[pair].ids
-        if not shortcuts.within(len(into)).prefix:
+        pictured = self.pairs.into[pair].images or self.pairs.source[pair].images  # equal ids may hold other images
+        if pictured or not shortcuts.within(len(into)).prefix:
             return 0
         return next(
             (i for i, (a, b) in enumerate(zip(into, source, strict=False)) if a != b), min(len(into), len(source))

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
-def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers") -> list[int]:
+def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers", images: bool = False) -> list[int]:
     """The layers asked for as indices from 0, in the order given; all that run on a text if None or "all".
+
+    With `images`, every prompt has an image, and the layers that run only with one run too.
 
     Raises:
         TypeError: `layers` is something else than indices.
@@ -23,10 +25,11 @@ def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers")
         Unavailable: A layer that was named runs only with an image.
     """
     layers = integers(layers, name)
-    return model.layers_of_texts(None if layers is None else read_indices(layers, model.num_layers, name, "layers"))
+    read = None if layers is None else read_indices(layers, model.num_layers, name, "layers")
+    return model.layers_of_texts(read, images)
 
 
-def places_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[At]:
+def places_with(model: StandardizedTransformer, names: list[str], layers: Any, images: bool = False) -> list[At]:
     """As `layers_with`; of features, the dictionaries asked for: a layer, or (layer, number) where a layer has several.
 
     Raises:
@@ -35,10 +38,10 @@ def places_with(model: StandardizedTransformer, names: list[str], layers: Any) -
     """
     if names == ["features"] and model.attachments:
         return _dictionaries(model, layers)
-    return [*layers_with(model, names, layers)]
+    return [*layers_with(model, names, layers, images)]
 
 
-def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -> list[int]:
+def layers_with(model: StandardizedTransformer, names: list[str], layers: Any, images: bool = False) -> list[int]:
     """The layers asked for, all of which must have the values; if None, the layers that have them.
 
     Raises:
@@ -52,7 +55,7 @@ def layers_with(model: StandardizedTransformer, names: list[str], layers: Any) -
             raise ValueError(f"{name} is not a value of layers; take one that is, such as layers_output.")
         positions_axis(name)
     layers = integers(layers, "layers")
-    chosen = layers_of(model, layers)
+    chosen = layers_of(model, layers, images=images)
     kept: list[int] = []
     reason: Unavailable | None = None
     for layer in chosen:

@@ -13,7 +13,7 @@ from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
 from nnterp.devices import device_of
 from nnterp.indices import Indices
-from nnterp.inputs import Batch, Row, encode, forward_flags
+from nnterp.inputs import Batch, Row, all_images, encode, forward_flags
 from nnterp.interventions._fitted._lens import Lens, mapped
 from nnterp.interventions._inverse import INVERSE, inverse_logits, split_inverse
 from nnterp.interventions._layers import layers_of
@@ -125,7 +125,7 @@ def logit_lens(
         `done`, `[prompts]`, is False.
     """
     model.require_no_trace("logit_lens()")
-    encoded = encode(model, prompts)
+    encoded = encode(model, prompts, images=True)
     if lens is not None and not isinstance(lens, Lens):
         raise TypeError(f"lens is a Lens, as fit_tuned_lens() returns it, not {lens!r:.80}.")
     if lens is not None:
@@ -133,7 +133,7 @@ def logit_lens(
         model.prepare(remote)
         lens.check(model)
         layers = (*lens.layers, model.num_layers - 1) if layers is None else layers
-    chosen = layers_of(model, layers)
+    chosen = layers_of(model, layers, images=all_images(model, encoded))
     maps: Maps = [None] * len(set(chosen)) if lens is None else lens.maps_for(sorted(set(chosen)))
     plain = plain_positions(positions)
     each = per_prompt(-1 if positions is None else plain, len(encoded))

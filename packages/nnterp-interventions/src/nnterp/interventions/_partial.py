@@ -101,6 +101,6 @@ def cells_of(kept: Kept, *shape: int) -> tuple[dict[str, torch.Tensor], torch.Te
     return {name: tensor.unflatten(0, shape) for name, tensor in kept.results.items()}, done
 
 
-def ids_of(*prompts: Any) -> list[list[tuple[int, ...]]]:
-    """The token ids of lists of prompts, which identify them."""
-    return [[row.ids for row in rows] for rows in prompts]
+def ids_of(*prompts: Any) -> list[list[tuple[int | str, ...]]]:
+    """The token ids of lists of prompts, with digests of their images: they identify them."""
+    return [[row.identity for row in rows] for rows in prompts]

@@ -107,7 +107,7 @@ def activation_patching(
     """
     model.require_no_trace("activation_patching()")
     check_batch_size(batch_size)
-    pairs = encode_pairs(model, clean, corrupted, direction)
+    pairs = encode_pairs(model, clean, corrupted, direction, images=True)
     model.prepare(remote)
     names = [values] if isinstance(values, str) else listed(values, "values", "the name of a value, or several")
     if not names:

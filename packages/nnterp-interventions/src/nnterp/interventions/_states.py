@@ -57,9 +57,11 @@ def states_of(
 
 def sharing_groups(model: StandardizedTransformer, prompts: Sequence[Row], shortcuts: Shortcuts) -> Iterable[list[int]]:
     """Indices of prompts by which of them may share a batch: of any lengths only with the `ragged` shortcut."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        side = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
+        side: tuple[Any, ...] = model.sharing.side(len(prompt)) if shortcuts.ragged else (len(prompt),)
+        if prompt.images is not None:
+            side = (i, "image")
         groups.setdefault(side, []).append(i)
     return groups.values()
 
@@ -71,7 +73,8 @@ def _run(
     ids, flags = filled(prompts), forward_flags(model)
     count, width = ids.shape
     place, at = torch.arange(count), torch.tensor([len(prompt) - 1 for prompt in prompts])
-    with model.trace({"input_ids": ids}, remote=remote, **flags) as tracer:
+    images = {} if prompts[0].images is None else prompts[0].images.tensors
+    with model.trace({"input_ids": ids, **images}, remote=remote, **flags) as tracer:
         kept, passing = [], Passing(model)
         for step in steps:
             if step.term is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import nnsight
 import torch
 
+from nnterp.images import Images
 from nnterp.inputs import Row, forward_flags
 from nnterp.interventions._engine._cache import KeysAndValues, new_cache, stored
 from nnterp.interventions._running import filled
@@ -27,11 +28,13 @@ class Base:
         streams: The residual stream entering each layer and leaving the last, `[prompts, seq, hidden]` each; empty if
             no layer is skipped. The first is None if no row begins at layer 0 of a running batch.
         cache: Keys and values of each layer; None if no prefix is shared.
+        images: Of the one prompt, if it has any; nothing is then left out of a cell's run.
     """
 
     ids: torch.Tensor
     streams: tuple[torch.Tensor | None, ...] = ()
     cache: KeysAndValues | None = None
+    images: Images | None = None
 
 
 def base_of(prompts: Sequence[Row], streams: Sequence[Sequence[torch.Tensor]]) -> Base:
@@ -70,7 +73,7 @@ def run_base(
     """
     ids = filled(prompts)
     if not needs_streams and not needs_cache:
-        return Base(ids)
+        return Base(ids, images=prompts[0].images)
     cache = new_cache(model) if needs_cache else None
     flags = forward_flags(model) if cache is None else {"past_key_values": cache, "use_cache": True}
     value, layers = get_value("layers_output"), model.num_layers

@@ -85,7 +85,7 @@ class CellBatchRun:
         if self.first == self.layers and stops_early and not self.groups:  # no layer is left to run
             return at_positions(self.entering(self.first), at, seq, "layers_output"), {}
         steps = forward_steps(model, [*self.groups, *([self.narrowed] if self.narrowed else [])])
-        inputs, flags, indices = {"input_ids": self.ids()}, self.flags(), list(self.batch.indices)
+        inputs, flags, indices = {"input_ids": self.ids(), **self.images()}, self.flags(), list(self.batch.indices)
         made: dict[str, torch.Tensor] = {}
         last: torch.Tensor | None = None
         with model.trace(inputs, **flags) as tracer:
@@ -100,6 +100,10 @@ class CellBatchRun:
     def ids(self) -> torch.Tensor:
         """Token ids that the forward pass is given; rows that join on the way bring a stream and need no ids."""
         return self.base.ids[self.which[:1] if self.joins else self.which, self.batch.offset : self.batch.end]
+
+    def images(self) -> dict[str, torch.Tensor]:
+        """The images of the prompt, once for each row."""
+        return {} if self.base.images is None else self.base.images.repeated(len(self.batch.cells))
 
     def flags(self) -> dict[str, Any]:
         """Keywords of the forward pass: the cached prefix, if there is one."""
@@ -196,7 +200,8 @@ def run_remotely(
             groups.setdefault((edit.value, edit.layer), []).append((row, edit))
     ids, steps = base.ids[torch.tensor(list(batch.which))], forward_steps(model, groups)
     rows, seq = ids.shape
-    with model.trace({"input_ids": ids}, remote=remote, **forward_flags(model)):
+    images = {} if base.images is None else base.images.repeated(rows)
+    with model.trace({"input_ids": ids, **images}, remote=remote, **forward_flags(model)):
         passing = Passing(model)
         for step in steps:
             if step.term is not None:

@@ -147,6 +147,7 @@ class _Sweep:
                 chosen = sharing_first(self.model, self.prompts, chosen)
             else:
                 chosen = [prompt for prompt in chosen if len(self.prompts[prompt]) == longest]
+                chosen = sharing_first(self.model, self.prompts, chosen)
             try:
                 enough = self.group(chosen, [i for prompt in chosen for i in of_prompt[prompt]], shown)
             except _Again:
@@ -164,7 +165,12 @@ class _Sweep:
             return True
         prompts = [self.prompts[prompt] for prompt in chosen]
         length = max(len(prompt) for prompt in prompts)
-        taken = self.shortcuts.within(length, self.model.facts.thresholds.limit)
+        with_images = prompts[0].images is not None
+        # Shortcuts are proven on texts: positions, masks and what a tower adds between layers are others with an image.
+        plain = Shortcuts(reasons=("the prompt has an image",))
+        taken = plain if with_images else self.shortcuts.within(length, self.model.facts.thresholds.limit)
+        vision = self.model.facts.vision
+        most = 1 if with_images and (vision is None or not vision.copies) else self.most_rows
         spans = {i: self.span(self.cells[i], taken, length) for i in indices}
         needs_streams = any(span.layer > 0 for span in spans.values())
         needs_cache = any(span.position > 0 and self.runs(self.cells[i], span, taken) for i, span in spans.items())
@@ -180,7 +186,7 @@ class _Sweep:
         device = input_device(self.model._module).type
         while waiting := [i for i in indices if i not in self.done]:
             own_spans = [spans[i] for i in waiting]
-            for tile in plan(own_spans, self.layers, self.most_rows, self.most_tokens, device, taken.join):
+            for tile in plan(own_spans, self.layers, min(most, self.most_rows), self.most_tokens, device, taken.join):
                 batch = self.batch(tile, [waiting[k] for k in tile.cells], place)
                 if self.held.keys() >= set(batch.indices):
                     self.readouts.hold(list(batch.indices), torch.stack([self.held[i] for i in batch.indices]))
