@@ -20,7 +20,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
-from nnterp.inputs import Row
+from nnterp.inputs import Row, tokenized
 from nnterp.loading import left_in_place, reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
@@ -47,16 +47,7 @@ SENT_OF_NNSIGHT = (
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
 SENT = (
-    *(
-        "num_layers",
-        "num_vision_layers",
-        "hidden_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "intermediate_size",
-        "vocab_size",
-    ),
+    *"num_layers num_vision_layers hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size".split(),
     *("model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
 )
 
@@ -101,18 +92,11 @@ class NamedTransformer(EditedTransformer):
     def _batch(self, invokes: list, fn: Any) -> tuple:
         if is_huggingface(self._module):
             return TracedTransformer._batch(self, invokes, fn)
-        args, kwargs = TracedTransformer._batch(self, [self._tokenized(*invoke) for invoke in invokes], fn)
+        args, kwargs = TracedTransformer._batch(self, [tokenized(self.tokenizer, *invoke) for invoke in invokes], fn)
         mask = kwargs.get("attention_mask")  # full: padding was refused
         if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         return args, kwargs
-
-    def _tokenized(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
-        """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
-        texts = [inputs[0]] if inputs and isinstance(inputs[0], str) else inputs[0] if inputs else None
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            return inputs, kwargs
-        return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}

@@ -1,7 +1,7 @@
 """Prompts as token ids: encoded once, batched by length, given back in the user's order."""
 
 from nnterp.inputs._batches import batches, by_length, forward_flags, left_padded, pad, sharing_first
-from nnterp.inputs._encode import Prompt, all_images, context_length, encode, encode_each, read_each
+from nnterp.inputs._encode import Prompt, all_images, context_length, encode, encode_each, read_each, tokenized
 from nnterp.inputs._kinds import as_prompts, is_pair, token_ids
 from nnterp.inputs._rows import Batch, Reader, Row
 
@@ -24,4 +24,5 @@ __all__ = [
     "read_each",
     "sharing_first",
     "token_ids",
+    "tokenized",
 ]

@@ -118,3 +118,11 @@ def context_length(model: Reader) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def tokenized(tokenizer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
+    texts = [inputs[0]] if inputs and isinstance(inputs[0], str) else inputs[0] if inputs else None
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        return inputs, kwargs
+    return (dict(tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
