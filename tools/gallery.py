@@ -22,7 +22,7 @@ from nnterp import display, toy_checkpoint
 
 DOCS = Path(__file__).parents[1] / "docs"
 VIEW_HEIGHT = 260  # pixels of a picture of a page with a text
-LIMIT = 2_000_000  # bytes of all images together
+LIMIT = 2_500_000  # bytes of all images together
 
 HEAD = """\
 # Gallery
