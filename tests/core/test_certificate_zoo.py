@@ -22,7 +22,9 @@ REFUSED = {
 NO_SUM = {
     "deepseek_v4": "hyper-connections",
     "gemma3n_text": "alternating updates of several streams",
+    "glm5_next": "hyper-connections",
     "hy_v4": "hyper-connections",
+    "inkling2": "attention over earlier streams",
     "inkling2_text": "attention over earlier streams",
     "longcat_flash": "two attentions and three feed-forwards in a layer",
     "qwen4_exp": "hyper-connections",
@@ -31,7 +33,7 @@ NO_SUM = {
 }
 
 # Models that mix the streams of all layers before the head.
-NO_READOUT = {"inkling2_text"}
+NO_READOUT = {"inkling2", "inkling2_text"}
 
 LINES = 10
 
