@@ -121,6 +121,7 @@ def _run(
 ) -> list[Any]:
     last = all(mine == (len(ids) - 1,) for ids, mine in wanted.items())
     sent = None if last else wanted
+    taken: Any
     if max_new_tokens is None:
         with model.edit() as (_, edit):
             taken = read_pass(model, order, sent)
