@@ -139,7 +139,7 @@ FLOORS = (
     "named_transformer",
     "attaching certificate collection dictionaries module_accessor older traced_block renewal",
     "datasets",
-    "reading proofs precision",
+    "reading proofs precision image_runs",
     "twin",
     "standardized_transformer",
     "vllm",

@@ -56,7 +56,11 @@ def steer_pass(model: Any, steering: Steering, step: int) -> None:
     """Steer the stream leaving the layers of a steering in the pass that is running."""
     require_running(model, "steer()")
     own = steering.others
+    added = own["mode"] == "add" and not own["keep_norm"] and own["token_positions"] is None
     for layer, vector in steering.vectors.items():
+        if added:
+            add(model, layer, own["factor"] * vector)
+            continue
         stream = model.layers_output[layer]
         vector = vector.to(stream.device)
         try:
@@ -69,6 +73,19 @@ def steer_pass(model: Any, steering: Steering, step: int) -> None:
         if own["token_positions"] is not None:
             new = _at(own["token_positions"], stream, new, step)
         model.layers_output[layer] = new
+
+
+def add(model: Any, layer: int, vector: torch.Tensor) -> None:
+    """Add a vector to the stream leaving a layer, in place: it is read once, and copied never."""
+    label = f"layers_output[{layer}]"
+    carried = model.place("layers_output", layer).parts(model, label)[0]
+    try:
+        carried += vector.to(carried)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"steer: layer {layer}: a vector of shape {list(vector.shape)} does not fit the stream, "
+            f"{list(carried.shape)} ({error})."
+        ) from error
 
 
 def _at(positions: Any, stream: torch.Tensor, new: torch.Tensor, step: int) -> torch.Tensor:

@@ -82,8 +82,8 @@ def validate(model: TracedVLLM, tolerance: float | None) -> Certificate:
         tokens = _reference(job)
         reference = Collected.load(out)
     lines, proven, refused = [], set(), []
-    every: dict[str, list[int | None]] = {**values, "logits": [None], "next_token_probs": [None]}
-    for name, layers in every.items():
+    outputs: dict[str, list[int | None]] = {"logits": [None], "next_token_probs": [None]}
+    for name, layers in {**values, **outputs}.items():
         line, failed = _line(model, name, layers, prompts, reference, allowed)
         lines.append(line)
         for layer, error in failed.items():
