@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -114,7 +116,8 @@ def lenses(model: StandardizedTransformer, prompts: int, length: int) -> Iterato
     tokens = ids(prompts, length)
     plain, shape = forward(model, tokens), f"{prompts} prompts × {length} tokens"
     lens = partial(logit_lens, model, tokens, progress=False)
-    yield Line("lenses", f"logit lens of all layers, {shape}", plain, lens, 1, 1.15)
+    hooks = {"plain hooks and the head": _hooked_lens(model, forward(model, tokens, body=True))}
+    yield Line("lenses", f"logit lens of all layers, {shape}", plain, lens, 1, 1.15, hooks)
     yield Line("lenses", f"the same, targets and top 5, {shape}", plain, partial(lens, targets=5, top_k=5), 1, 1.15)
     many = ids(128, 16, 3).tolist()
     asked = [Prompt(row, {"target": [5], "other": [6]}, {}) for row in many]
@@ -153,6 +156,12 @@ def attribution(model: StandardizedTransformer, length: int) -> Iterator[Line]:
     yield Line("attribution", "all streams by position, 4 pairs", plain, nodes, 1, 4)
     heads = partial(nodes, "attention_head_outputs", heads="all", positions=list(range(length)))
     yield Line("attribution", "all heads by position, 4 pairs", plain, heads, 1, 4)
+    pair = partial(attribution_patching, model, clean[:1], corrupted[:1], METRIC, progress=False)
+    for value, units in (("layers_output", None), ("attention_head_outputs", "all")):
+        own = partial(pair, value, heads=units)
+        name = f"audit of 50 of {value}, with the estimates, 1 pair"
+        estimates = {"the estimates alone": partial(own, audit=0)}
+        yield Line("attribution", name, forward(model, corrupted[:1]), own, 1, None, estimates)
     edges = partial(edge_attribution, model, clean, corrupted, METRIC, audit=0, progress=False)
     yield Line("attribution", "all edges, one gradient, 4 pairs", plain, edges, 1, 6)
 
@@ -197,7 +206,7 @@ def loading(model: StandardizedTransformer) -> Iterator[Line]:
     """Loading from a folder, in loads of the plain model."""
     if model.device.type != "cpu" or sum(p.numel() for p in model._module.parameters()) > 5e8:
         return
-    folder = tempfile.TemporaryDirectory()
+    folder, kept = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
     model._module.save_pretrained(folder.name)
     model.tokenizer.save_pretrained(folder.name)
 
@@ -210,8 +219,26 @@ def loading(model: StandardizedTransformer) -> Iterator[Line]:
     def unproven() -> None:
         StandardizedTransformer(folder.name, check_renaming=False).dispatch()
 
-    yield Line("loading", "load with the certificate", plain, proven, 1, None, {"without checks": unproven})
+    def restored() -> None:
+        with _proofs_in(kept.name):
+            proven()
+
+    others = {"with the proofs of an earlier load": restored, "without checks": unproven}
+    with _proofs_in("off"):
+        yield Line("loading", "load with the certificate", plain, proven, 1, None, others)
     folder.cleanup()
+    kept.cleanup()
+
+
+@contextlib.contextmanager
+def _proofs_in(folder: str) -> Iterator[None]:
+    """Keep proofs in a folder while the block runs; "off" keeps none."""
+    before = os.environ.get("NNTERP_CACHE")
+    os.environ["NNTERP_CACHE"] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop("NNTERP_CACHE") if before is None else os.environ.__setitem__("NNTERP_CACHE", before)
 
 
 def _plus(output: object, vector: torch.Tensor) -> object:
@@ -237,6 +264,32 @@ def _hooked(model: StandardizedTransformer, run: Run, take: object) -> Run:
         torch.stack(found).cpu() if len({f.shape for f in found}) == 1 else [f.cpu() for f in found]
 
     return hooked
+
+
+def _hooked_lens(model: StandardizedTransformer, run: Run) -> Run:
+    """A lens by hooks: the last token of all layers, then the final norm, the head and probabilities, all at once."""
+    blocks = [model._module.get_submodule(path) for path in model.layer_paths]
+    after = [model._module.get_submodule(path) for path in (model.readout.ln_final, model.readout.lm_head) if path]
+
+    @torch.no_grad()
+    def lens() -> None:
+        found: list[torch.Tensor] = []
+
+        def keep(module: object, args: object, out: object) -> None:
+            found.append((out[0] if isinstance(out, tuple) else out)[:, -1].clone())
+
+        handles = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        logits = torch.stack(found, dim=1)
+        for module in after:
+            logits = module(logits)
+        logits.float().softmax(-1).cpu()
+
+    return lens
 
 
 def _interp_engine(model: StandardizedTransformer, tokens: torch.Tensor) -> dict[str, Run]:

@@ -7,6 +7,9 @@
 Plain torch on one core. Training is BatchTopK (Bussmann, Leask, Nanda 2024): of a batch, the `k` times batch size
 largest features stay. What is saved is a JumpReLU dictionary with one threshold, at which on average `k` features of a
 position are active. Features that stay silent are given the error to explain (Gao et al. 2024, A.2).
+
+The MLP of layer 0 tells tokens apart, so its transcoder has more features, of which fewer are active, and they begin as
+copies of activations that are far from one another; those of the other dictionaries begin at random activations.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ from nnterp.traced import JumpRelu
 
 HERE = Path(__file__).parent
 RESIDUAL_LAYER = 4
-FEATURES, ACTIVE = {"residual": 768, "transcoder": 384}, {"residual": 16, "transcoder": 12}
+FEATURES = {"residual": 768, "transcoder": 384, "transcoder_0": 1280}
+ACTIVE = {"residual": 16, "transcoder": 12, "transcoder_0": 4}
+APART = {"transcoder_0"}
 DOCUMENTS, BATCH, STEPS, RATE = 16_000, 1024, 2500, 3e-3
+CANDIDATES, LEAST_COSINE, RATE_APART = 16_384, 0.7, 1e-3
 SILENT_AFTER, REVIVED, REVIVAL = 50, 64, 1 / 32
 
 
@@ -68,28 +74,58 @@ def activations(seed: int, count: int, wanted: set[str]) -> dict[str, torch.Tens
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
-def trained(x: torch.Tensor, y: torch.Tensor, features: int, active: int, steps: int) -> dict[str, torch.Tensor]:
+def far_apart(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows of `x`, each chosen to be far in angle from all that were chosen before, `[count]`."""
+    some = torch.randperm(len(x))[:CANDIDATES]
+    unit = torch.nn.functional.normalize(x[some], dim=-1)
+    chosen = [0]
+    nearest = unit @ unit[0]
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, unit @ unit[chosen[-1]])
+    return some[chosen]
+
+
+def beginning(x: torch.Tensor, y: torch.Tensor, features: int, apart: bool) -> list[torch.Tensor]:
+    """Weights to begin with: encoder, its bias, decoder, its bias.
+
+    Args:
+        x, y: What is encoded and decoded to.
+        features: How many.
+        apart: Each feature is a copy of one activation and what the MLP makes of it, active within an angle.
+    """
+    if not apart:
+        encoder = torch.nn.functional.normalize(x[torch.randperm(len(x))[:features]], dim=-1)
+        decoder = torch.nn.functional.normalize(encoder @ torch.linalg.lstsq(x, y).solution, dim=-1)
+        return [encoder, torch.zeros(features), decoder, torch.zeros(y.shape[1])]
+    rows = far_apart(x, features)
+    length = x[rows].norm(dim=-1).clamp(min=float(x.norm(dim=-1).mean()))
+    scale = y[rows].norm(dim=-1) / length / (1 - LEAST_COSINE)
+    encoder, decoder = (torch.nn.functional.normalize(t[rows], dim=-1) for t in (x, y))
+    return [encoder * scale[:, None], -LEAST_COSINE * length * scale, decoder, torch.zeros(y.shape[1])]
+
+
+def trained(
+    x: torch.Tensor, y: torch.Tensor, features: int, active: int, steps: int, size: int = BATCH, apart: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights of a JumpReLU dictionary that maps activations `x` to `y`, both `[tokens, hidden]`."""
     x_mean, y_mean = x.mean(0), y.mean(0)
     x_scale, y_scale = ((t - t.mean(0)).square().sum(-1).mean().div(t.shape[1]).sqrt() for t in (x, y))
     x, y = (x - x_mean) / x_scale, (y - y_mean) / y_scale
-    encoder = torch.nn.functional.normalize(x[torch.randperm(len(x))[:features]], dim=-1)
-    linear = torch.linalg.lstsq(x, y).solution
-    decoder = torch.nn.functional.normalize(encoder @ linear, dim=-1)
-    weights = [encoder, torch.zeros(features), decoder, torch.zeros(y.shape[1])]
+    rate, weights = RATE_APART if apart else RATE, beginning(x, y, features, apart)
     for weight in weights:
         weight.requires_grad_()
     encoder, encoder_bias, decoder, decoder_bias = weights
-    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
     silent = torch.zeros(features)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        chosen = torch.randint(len(x), (BATCH,))
+            group["lr"] = rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        chosen = torch.randint(len(x), (size,))
         given, wanted = x[chosen], y[chosen]
         pre = given @ encoder.T + encoder_bias
         found = pre.relu()
-        least = found.flatten().topk(active * BATCH, sorted=False).values.min()
+        least = found.flatten().topk(active * size, sorted=False).values.min()
         kept = found * (found >= least)
         error = wanted - (kept @ decoder + decoder_bias)
         loss = error.square().sum(-1).mean() / wanted.square().sum(-1).mean()
@@ -140,6 +176,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of some of them")
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--features", type=int)
     parser.add_argument("--active", type=int)
@@ -163,8 +200,10 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
         began = time.process_time()
         kind = name.partition("_")[0]
-        features, active = arguments.features or FEATURES[kind], arguments.active or ACTIVE[kind]
-        weights = trained(training[reads], training[writes], features, active, arguments.steps)
+        features = arguments.features or FEATURES.get(name, FEATURES[kind])
+        active = arguments.active or ACTIVE.get(name, ACTIVE[kind])
+        options = (features, active, arguments.steps, arguments.batch, name in APART)
+        weights = trained(training[reads], training[writes], *options)
         figures = measured(weights, held_out[reads], held_out[writes])
         print(name, figures, f"{time.process_time() - began:.0f} s", flush=True)
         save(arguments.out / name, weights, reads, writes)

@@ -8,6 +8,10 @@ The page shows exactly the code that was run. Images need kaleido and a Chrome o
 from __future__ import annotations
 
 import argparse
+import linecache
+import shutil
+import subprocess
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,8 @@ import torch
 from nnterp import display, toy_checkpoint
 
 DOCS = Path(__file__).parents[1] / "docs"
-LIMIT = 2_000_000  # bytes of all images together
+VIEW_HEIGHT = 260  # pixels of a picture of a page with a text
+LIMIT = 2_500_000  # bytes of all images together
 
 HEAD = """\
 # Gallery
@@ -25,7 +30,8 @@ HEAD = """\
 Each figure comes with the code that drew it, on the model that is part of nnterp (`nnterp.toy_checkpoint()`). Figures
 are `plotly.graph_objects.Figure`: hovering shows exact numbers, `figure.show()` shows the figure, and
 `display.save(figure, "figure.html")` writes a page that opens offline (or a `.png` or `.svg`, with
-`pip install 'nnterp-display[images]'`).
+`pip install 'nnterp-display[images]'`). With `plotlyjs="directory"` or `"cdn"` a page takes a few hundred kB at most,
+and finds plotly.js beside it or on the web.
 
 This page and its images are made by `uv run python tools/gallery.py`.
 
@@ -51,6 +57,14 @@ SECTIONS = [
         text = "The Eiffel Tower is in the city of Paris. The capital of Italy is Rome. The capital of Japan is"
         lens = logit_lens_table(model, text)
         figure = lens.plot(tokenizer=model.tokenizer)
+        """,
+    ),
+    (
+        "lens-kl",
+        "How far each layer is from the last",
+        "KL from the last layer's distribution as the colour, `top_k` tokens in each cell, and every second layer.",
+        """\
+        figure = lens.plot(color="kl", top_k=3, every=2, positions=range(12, 22), title="Distance from the last layer")
         """,
     ),
     (
@@ -89,6 +103,14 @@ SECTIONS = [
         ]
         results = run_prompts(model, prompts, get_probs_func=logit_lens, tqdm=None)
         figure = results.plot(title="The capital emerges over depth")
+        """,
+    ),
+    (
+        "targets-odds",
+        "Targets on a log-odds scale",
+        "The same probabilities as log-odds: what happens near 0, before a target emerges, can be seen.",
+        """\
+        figure = results.plot(scale="logodds", title="The capital emerges over depth")
         """,
     ),
     (
@@ -141,15 +163,68 @@ SECTIONS = [
         """,
     ),
     (
+        "attention-text",
+        "Attention over the text",
+        "A page with a picker of layers and heads: the token under the mouse shades the tokens it attends to.",
+        """\
+        figure = display.plot_attention_text(pattern, tokens, model.tokenizer, title="Attention over the text")
+        """,
+    ),
+    (
+        "activations",
+        "Neurons over the text",
+        "A page with a picker of neurons: each token is shaded by the neuron's activation.",
+        """\
+        neurons = model.collect(clean, "mlp_neurons[3]")["mlp_neurons[3]"][0]  # [positions, neurons]
+        strongest = neurons.amax(0).topk(20).indices
+        figure = display.plot_activations(
+            tokens, neurons[:, strongest], model.tokenizer, units=strongest, title="Neurons of layer 3"
+        )
+        """,
+    ),
+    (
+        "surprise",
+        "Loss and surprise",
+        "Each token coloured by the loss on it. Hovering says what was expected instead.",
+        """\
+        ids = model.tokenizer(text)["input_ids"]
+        with model.trace(text):
+            logits = model.logits.save()  # [1, positions, vocab]
+        figure = display.plot_surprise(logits[0], ids, model.tokenizer)
+        """,
+    ),
+    (
         "tokens",
         "Tokens by a value",
-        "A text in reading order, each token coloured by a number: here its surprise, −log of its probability.",
+        "A text in reading order, each token coloured by a number: here the entropy of what comes next.",
         """\
-        probs = logit_lens(model, text, positions=slice(None), layers=-1)[0, 0]  # [positions, vocab]
-        ids = model.tokenizer(text)["input_ids"]
-        surprise = -probs[range(len(ids) - 1), ids[1:]].log()
-        figure = display.plot_tokens(
-            ids[1:], surprise, model.tokenizer, name="surprise (nats)", title="What was surprising"
+        entropy = lens["entropy"][0, -1]  # [positions], of the last layer
+        figure = display.plot_tokens(ids, entropy, model.tokenizer, name="entropy (nats)", title="Where it is unsure")
+        """,
+    ),
+    (
+        "generation",
+        "A generation, step by step",
+        "The token that was taken at each step, and what was most probable there.",
+        """\
+        prompt = model.tokenizer("The capital of France is")["input_ids"]
+        continued = model.tokenizer(" Paris. The capital of Italy is Rome.", add_special_tokens=False)["input_ids"]
+        with model.trace([prompt + continued]):
+            steps = model.logits.save()
+        figure = display.plot_generation(steps[0, len(prompt) - 1 : -1], continued, model.tokenizer, top_k=4)
+        """,
+    ),
+    (
+        "side-by-side",
+        "Two prompts side by side",
+        "Any two figures on one page, with the same colours for the same numbers.",
+        """\
+        figure = display.side_by_side(
+            *(
+                logit_lens_table(model, f"The capital of {country} is").plot(color="entropy", title=country)
+                for country in ("France", "Japan")
+            ),
+            title="Two prompts",
         )
         """,
     ),
@@ -232,6 +307,39 @@ SECTIONS = [
         """,
     ),
     (
+        "features",
+        "What a feature stands for",
+        "The texts that activate a feature of a transcoder most, each token coloured by its activation there.",
+        """\
+        from nnterp import toy_dictionary
+        from nnterp.interventions import feature_report
+
+        transcoders = {layer: toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        texts = [
+            "The capital of Japan is Tokyo. The main language of Japan is Japanese.",
+            "Kyoto is a city in Japan. The currency of Japan is the yen.",
+            "Japan is on the continent of Asia.",
+            "The capital of France is Paris. The main language of Italy is Italian.",
+            "I love Japan because it is lovely. The weather today is nice.",
+            "When Mary and John went to the store, John gave a drink to Mary.",
+        ]
+        report = feature_report(model, transcoders[0], texts, features=[206], progress=False)
+        figure = report.plot(feature=206)
+        """,
+    ),
+    (
+        "attribution-graph",
+        "Attribution graph",
+        "Which features lead to the answer (Ameisen et al., 2025), pruned. Feature 206 of layer 0 stands for Japan.",
+        """\
+        from nnterp.interventions import attribution_graph
+
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", (" Tokyo", " Rome"), progress=False)
+        names = {"L0 F206 @3": "Japan"}
+        figure = graph.prune(0.6, 0.9).plot(labels=names, title="Why Tokyo, and not Rome?")
+        """,
+    ),
+    (
         "topk",
         "Top tokens of each layer",
         "The figure of nnterp 1.x, one panel per prompt.",
@@ -259,10 +367,40 @@ SECTIONS = [
 ]
 
 
+def run(code: str, name: str, space: dict[str, Any]) -> None:
+    """Run a section's code; its source can be read back, which traces need."""
+    file = f"<gallery {name}>"
+    linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+    exec(compile(code, file, "exec"), space)
+
+
+def picture(figure: Any, path: Path) -> Path:
+    """Write a figure, or what a browser shows of a page, as an image."""
+    if not isinstance(figure, display.View):
+        return display.save(figure, path, scale=1.25)
+    browser = next(found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name)))
+    with tempfile.TemporaryDirectory() as folder:
+        page = display.save(figure, Path(folder) / "view.html", theme="light")
+        window = f"--window-size=900,{VIEW_HEIGHT if not figure.needs_plotly else figure.height}"
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--virtual-time-budget=4000",
+            window,
+        ]
+        shot = [browser, *flags, f"--user-data-dir={folder}/profile", f"--screenshot={path}", page.as_uri()]
+        subprocess.run(shot, check=True, capture_output=True, timeout=120)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS, help="where gallery.md and gallery/ go")
-    out = parser.parse_args().out
+    parser.add_argument("--absent", action="store_true", help="draw only images that are not there")
+    arguments = parser.parse_args()
+    out = arguments.out
     torch.set_num_threads(1)
     space: dict[str, Any] = {}
     exec(SETUP, space)
@@ -273,8 +411,10 @@ def main() -> None:
     size = 0
     for name, title, about, code in SECTIONS:
         code = textwrap.dedent(code).strip()
-        exec(code, space)
-        path = display.save(space["figure"], out / "gallery" / f"{name}.png", scale=1.25)
+        run(code, name, space)
+        path = out / "gallery" / f"{name}.png"
+        if not (arguments.absent and path.exists()):
+            picture(space["figure"], path)
         size += path.stat().st_size
         page.append(f"## {title}\n\n{about}\n\n```python\n{code}\n```\n\n![{title}](gallery/{name}.png)\n")
         print(f"{path.relative_to(out)}: {path.stat().st_size:,} bytes", flush=True)

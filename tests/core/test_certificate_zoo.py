@@ -1,12 +1,14 @@
 """Every causal language model that transformers has: proven, or refused with the reason."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from nnterp import RenameConfig, StandardizedTransformer
 from nnterp.anatomy import find_anatomy
-from nnterp.certificate import CONSECUTIVE, FILLED, HIDDEN, IDENTITY, PADDING, READOUT
+from nnterp.certificate import CONSECUTIVE, FILLED, HIDDEN, IDENTITY, PADDING, READOUT, certify
 from nnterp.errors import RenamingError
 from nnterp.testing import LEFT_PADDING_INEXACT, model_types, multimodal_model_types, tiny_model, tiny_tokenizer
 
@@ -20,7 +22,9 @@ REFUSED = {
 NO_SUM = {
     "deepseek_v4": "hyper-connections",
     "gemma3n_text": "alternating updates of several streams",
+    "glm5_next": "hyper-connections",
     "hy_v4": "hyper-connections",
+    "inkling2": "attention over earlier streams",
     "inkling2_text": "attention over earlier streams",
     "longcat_flash": "two attentions and three feed-forwards in a layer",
     "qwen4_exp": "hyper-connections",
@@ -29,7 +33,7 @@ NO_SUM = {
 }
 
 # Models that mix the streams of all layers before the head.
-NO_READOUT = {"inkling2_text"}
+NO_READOUT = {"inkling2", "inkling2_text"}
 
 LINES = 10
 
@@ -76,6 +80,36 @@ def test_certificate_prints_saves_and_loads(tmp_path, tiny):
         assert line.name in text
     assert certificate.versions["transformers"] in text
     assert certificate["project_on_vocab"].error <= certificate["project_on_vocab"].tolerance
+
+
+def test_what_was_written_alone_and_what_only_together_is_named(toy, monkeypatch):
+    few = toy.certificate["every write"].detail
+    total, alone, together = map(int, re.match(r"(\d+) values: (\d+) written alone, (\d+) only together", few).groups())
+    assert (total, alone + together) == (66, 66)
+    assert len(written(few)) == together
+
+    monkeypatch.setattr("nnterp.certificate._certify.is_large", lambda module: True)
+    many = certify(toy)[0]["every write"]
+    assert many.status == "passed"
+    total, together, alone = map(
+        int, re.match(r"(\d+) values: (\d+) written only together, (\d+)", many.detail).groups()
+    )
+    assert (total, alone + together) == (66, 66)
+    names = [name for name, _ in written(many.detail)]
+    assert len(names) == len(set(names)) == alone, "each kind of value is written alone at one layer"
+    assert {name for name, _ in written(few)} <= set(names)
+    layers = [layer for _, layer in written(many.detail) if layer is not None]
+    assert min(layers) < toy.num_layers / 4 < 3 * toy.num_layers / 4 <= max(layers)
+
+
+def written(detail):
+    """(name, layer) of each value that a line lists, layer None for what the model has once."""
+    found = []
+    for name, layers in re.findall(r"([a-z_]+)(?:\[([\d–, ]+)\])?(?:, |$)", detail.rpartition(": ")[2]):
+        for piece in layers.split(", ") if layers else [""]:
+            first, _, last = piece.partition("–")
+            found += [(name, i) for i in range(int(first), int(last or first) + 1)] if first else [(name, None)]
+    return found
 
 
 def test_certificate_sees_a_broken_model(tiny):

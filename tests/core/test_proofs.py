@@ -175,6 +175,11 @@ def _swap(model):
     data[[10, 60]] = data[[60, 10]]
 
 
+def _swap_neighbours(model):
+    data = model._module.model.embed_tokens.weight.data  # rows of 256 bytes
+    data[[400, 401]] = data[[401, 400]]
+
+
 def _buffer(model):
     model._module.model.rotary_emb.inv_freq.data.mul_(1.01)
 
@@ -212,7 +217,7 @@ def _training(model):
 
 
 CHANGES = {
-    "weights": [_weights, _swap, _buffer],
+    "weights": [_weights, _swap, _swap_neighbours, _buffer],
     "config": [_config],
     "modules": [_attribute, _training],
     "attention": [_attention],
@@ -261,10 +266,14 @@ def test_changed_code_has_another_key(part, checkpoint, cache, monkeypatch):
     assert differ == expected.get(part, {"model's code"})
 
 
-@pytest.mark.parametrize("how", ["other weights", "same size, later", "times put back", "config", "dtype"])
+@pytest.mark.parametrize(
+    "how", ["other weights", "same size, later", "times put back", "shard in a folder", "config", "dtype"]
+)
 def test_a_changed_checkpoint_is_certified_anew(how, checkpoint, tmp_path, cache, certifying):
     where, options = tmp_path / "model", {}
     shutil.copytree(checkpoint, where)
+    if how == "shard in a folder":
+        shard_in_a_folder(where)
     load(where)
     assert len(certifying) == 2
     file = where / "model.safetensors"
@@ -278,6 +287,10 @@ def test_a_changed_checkpoint_is_certified_anew(how, checkpoint, tmp_path, cache
         file.write_bytes(content)
         if how == "times put back":
             os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    elif how == "shard in a folder":
+        content = bytearray((where / "parts" / "one.safetensors").read_bytes())
+        content[-2] ^= 1
+        (where / "parts" / "one.safetensors").write_bytes(content)
     elif how == "config":
         config = json.loads((where / "config.json").read_text())
         (where / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
@@ -286,6 +299,16 @@ def test_a_changed_checkpoint_is_certified_anew(how, checkpoint, tmp_path, cache
     del certifying[:]
     load(where, **options)
     assert certifying
+
+
+def shard_in_a_folder(where):
+    """Put the weights into a folder inside, named by an index."""
+    file = where / "model.safetensors"
+    (where / "parts").mkdir()
+    names = list(load_file(file))
+    file.rename(where / "parts" / "one.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "parts/one.safetensors")}
+    (where / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def test_only_a_checkpoint_as_it_was_loaded_has_proofs(checkpoint, cache):
@@ -416,6 +439,17 @@ def test_a_damaged_or_hostile_file_is_ignored_and_made_anew(damage, checkpoint, 
     del certifying[:]
     load(checkpoint)
     assert not certifying
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+def test_a_proof_of_another_user_is_ignored(checkpoint, cache, certifying, monkeypatch):
+    load(checkpoint)
+    del certifying[:]
+    load(checkpoint)
+    assert not certifying
+    monkeypatch.setattr(shelf_room.os, "getuid", lambda: os.stat(checkpoint).st_uid + 1)
+    load(checkpoint)
+    assert certifying
 
 
 def test_a_proof_is_json_and_tensors(checkpoint, cache):

@@ -84,7 +84,8 @@ class Browser:
             const plot = document.querySelector('.js-plotly-plot'), layout = plot._fullLayout;
             const box = plot.querySelector(`.nsewdrag[data-subplot="${arguments[4]}"]`).getBoundingClientRect();
             const [xa, ya] = [layout[arguments[2]], layout[arguments[3]]];
-            return [box.left + xa.c2p(arguments[0]), box.top + ya.c2p(arguments[1])];
+            const scale = box.width / xa._length;  // a page shrinks a figure that is wider than the window
+            return [box.left + scale * xa.c2p(arguments[0]), box.top + scale * ya.c2p(arguments[1])];
         """
         xname, yname = subplot.split("y")
         axes = (xname.replace("x", "xaxis"), f"yaxis{yname}")

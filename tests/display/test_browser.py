@@ -72,9 +72,15 @@ def every_figure():
     texts = words
     lens = dense(6, n, n)
     return {
-        "lens": display.plot_lens(lens, tokenizer, tokens=texts, title="<b>title</b> & $co$"),
+        "lens": display.plot_lens(lens, tokenizer, tokens=texts, title="<b>title</b> & $co$", page=3000),
         "rank": display.plot_lens(lens, tokenizer, tokens=texts, color="rank"),
         "entropy": display.plot_lens(lens, tokenizer, tokens=texts, color="entropy"),
+        "kl": display.plot_lens(lens, tokenizer, tokens=texts, color="kl", top_k=3, every=2, page=600),
+        "log": display.plot_lens(lens, tokenizer, tokens=texts, scale="logodds", positions=range(0, n, 2)),
+        "generation": display.plot_generation(lens[0].log(), range(n), tokenizer, page=700),
+        "surprise": display.plot_surprise(lens[0].log(), range(n), tokenizer),
+        "odds": display.plot_targets({"a": torch.rand(9, 30) ** 20, "b": torch.rand(9, 30)}, scale="logodds"),
+        "ranks": display.plot_targets({"a": torch.rand(9, 30) * 40000 + 1}, value="rank"),
         "short": display.plot_lens(dense(2, 3, n), tokenizer, tokens=texts[:3], color="rank"),
         "shortest": display.plot_patching(torch.ones(1, 2), score="normalised logit difference of two names"),
         "targets": display.plot_targets(
@@ -227,7 +233,14 @@ def test_hover_on_the_other_figures(figures, browser, tmp_path):
     x, y = spot[0][2] - (n - 1) / 2 + 1, spot[1][1] - (n - 1) / 2 + 4
     assert (
         browser.hover(x, y)
-        == f"layer 1, head 2\nquery 4  $x^2$\nkey 1  <b>bold</b>\n{causal(3, 4, n, n)[1, 2, 4, 1]:.4f}"
+        == f"layer 1, query 4  $x^2$\nhead 2, key 1  <b>bold</b>\n{causal(3, 4, n, n)[1, 2, 4, 1]:.4f}"
+    )
+    browser.open(display.save(figures["heads"], tmp_path / "heads.html"))
+    tile = figures["heads"].data[4]
+    x, y = (list(getattr(figures["heads"].layout, axis).categoryarray) for axis in ("xaxis", "yaxis"))
+    assert (
+        browser.hover(x.index(tile.x[1]), y.index(tile.y[4]))
+        == f"head 4\nquery 4  $x^2$\nkey 1  <b>bold</b>\n{causal(5, n, n)[4, 4, 1]:.4f}"
     )
     browser.open(display.save(figures["tokens"], tmp_path / "tokens.html"))
     bar = figures["tokens"].data[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from nnterp import plugins
 from nnterp.cli import main
@@ -83,6 +85,39 @@ def test_every_command_takes_the_toy_and_shows_examples(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"examples:\n  nnterp {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_tables_fit_the_terminal_and_cut_nothing(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["lens", "toy", "The capital of France is"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if re.match(r"\s+\d+ ", line)]
+    assert max(map(len, out.splitlines())) <= width
+    assert "…" not in out
+    for row in rows:  # the most probable token and at least one of those after it, each with its probability
+        assert len(re.findall(r"\S+ +[█▏▎▍▌▋▊▉]* +<?\d+\.\d %|\S+ <?\d+\.\d %", row)) >= 2
+    assert ("█" in out) == (width >= 72)
+
+
+@pytest.mark.parametrize("width", [50, 80, 140])
+def test_a_certificate_fits_the_terminal(width, toy):
+    console = Console(file=StringIO(), width=width)
+    console.print(toy.certificate)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    for line in toy.certificate.lines:
+        assert line.name in text or width == 140
+        assert line.error is None or f"{line.error:.1e}" in text
+    assert ("allowed 1e-05" in text) == (width < 140)
+
+
+def test_a_model_type_is_a_name_in_every_command(capsys):
+    for words in (["check", "llama"], ["lens", "llama", "The"], ["demo", "--model", "llama"]):
+        assert main(words) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "llama is a model type of transformers: this is a tiny model of that type with random weights" in out
 
 
 @pytest.mark.parametrize("command", [["lens", "x", "The", "--html", "f.html"], ["demo", "--html", "f.html"]])

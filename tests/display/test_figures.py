@@ -17,6 +17,11 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+def causal(*shape):
+    future = torch.triu(torch.ones(shape[-2:], dtype=torch.bool), 1)
+    return torch.rand(shape).masked_fill(future, float("-inf")).softmax(-1)
+
+
 @pytest.fixture(scope="module")
 def lens():
     return (torch.randn(5, 7, 509, generator=torch.Generator().manual_seed(0)) * 3).softmax(-1)
@@ -127,25 +132,37 @@ def test_attention_blanks_the_future_and_nothing_else():
 def test_wall_shows_each_head_in_its_tile():
     probs = torch.rand(3, 4, 5, 5).softmax(-1)
     figure = display.plot_attention(probs, layers=[2, 5, 7])
-    z, hover = np.array(figure.data[0].z, dtype=float), figure.data[0].hovertext
+    (heat,) = figure.data
+    z, rows, columns = np.array(heat.z, dtype=float), list(heat.y), list(heat.x)
+    assert len(set(rows)) == len(rows) == len(z)
+    assert len(set(columns)) == len(columns) == z.shape[1]
     for layer, name in enumerate(("2", "5", "7")):
         for head in range(4):
             for query in range(5):
                 for key in range(5):
-                    there = (
-                        [
-                            (i, j)
-                            for i in range(z.shape[0])
-                            for j in range(z.shape[1])
-                            if hover[i][j] == f"layer {name}, head {head}<br>query {query}  {query}<br>key {key}  {key}"
-                        ]
-                        if (query, key) == (4, 1)
-                        else []
-                    )
-                    for i, j in there:
-                        assert z[i, j] == pytest.approx(probs[layer, head, query, key].item())
-                    if (query, key) == (4, 1):
-                        assert len(there) == 1
+                    i = rows.index(f"layer {name}, query {query}  {query}")
+                    j = columns.index(f"head {head}, key {key}  {key}")
+                    assert z[i, j] == pytest.approx(probs[layer, head, query, key].item())
+    assert rows.index("layer 7, query 0  0") < rows.index("layer 2, query 0  0"), "the last layer is on top"
+    assert [note.text for note in figure.layout.annotations][:5] == ["L7 H0", "L7 H1", "L7 H2", "L7 H3", "L5 H0"]
+    assert np.isfinite(z).sum() == probs.numel()
+
+
+def test_wall_of_one_layer_names_each_tile():
+    probs = torch.rand(5, 4, 4).softmax(-1)
+    figure = display.plot_attention(probs, list("abcd"), heads=["<b>0</b>", 1, 2, 3, 4])
+    assert [trace.name for trace in figure.data] == ["head &lt;b&gt;0&lt;/b&gt;", *(f"head {i}" for i in range(1, 5))]
+    for head, trace in enumerate(figure.data):
+        assert np.allclose(trace.z, probs[head])
+        assert [str(name).replace("<i></i>", "") for name in trace.x] == [f"key {i}  {c}" for i, c in enumerate("abcd")]
+        assert trace.hovertemplate.startswith("%{fullData.name}<br>%{y}<br>%{x}")
+    assert [note.text for note in figure.layout.annotations] == [trace.name for trace in figure.data]
+
+
+def test_a_wall_costs_a_page_no_text_for_each_cell():
+    sizes = [len(display.plot_attention(causal(layers, 9, 20, 20)).to_json()) for layers in (5, 10, 20)]
+    assert (sizes[2] - sizes[1]) / (sizes[1] - sizes[0]) == pytest.approx(2, abs=0.2)
+    assert sizes[2] < 10 * 20 * 9 * 20 * 20
 
 
 @pytest.mark.parametrize(
@@ -154,7 +171,7 @@ def test_wall_shows_each_head_in_its_tile():
         (torch.randn(4, 4), "after the softmax"),
         (torch.ones(4, 4), "sum to 4"),
         (torch.full((5, 4), 0.1), "5 queries but only 4 keys"),
-        (torch.full((40, 32, 20, 20), 0.01), "Choose layers, heads or positions"),
+        (torch.full((60, 32, 20, 20), 0.01), "Choose layers, heads or positions"),
     ],
 )
 def test_attention_refuses(pattern, message):
@@ -194,7 +211,7 @@ def test_patchscope_cells(tokenizer, lens):
     for source in range(3):
         for layer in range(5):
             best = lens[layer, source].topk(2)
-            lines = table.cells.values[1 + source][layer].split("<br>")
+            lines = table.cells.values[1 + source][4 - layer].split("<br>")
             for line, token, value in zip(lines, best.indices.tolist(), best.values.tolist(), strict=True):
                 assert line.startswith(display.escape(names(token)))
                 assert line.endswith(f"{value:.2f}")

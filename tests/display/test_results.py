@@ -67,8 +67,15 @@ def test_lens_result_is_the_lens(model, lens, prompt):
 def test_lens_result_by_rank_entropy_and_target(model, lens):
     full = logit_lens(model, PROMPTS[0], positions=slice(None), progress=False)[0]
     ids = lens["target_ids"][0].tolist()
-    rank = 10 ** np.array(lens.plot(color="rank").data[0].z)
+    rank = 10 ** np.array(lens.plot(color="rank", target=ids[0]).data[0].z)
     assert np.allclose(rank, 1 + (full > full[..., ids[0], None]).sum(-1).numpy())
+    last = full.gather(-1, full[-1].argmax(-1)[None, :, None].expand(len(full), -1, -1))
+    assert np.allclose(10 ** np.array(lens.plot(color="rank").data[0].z), 1 + (full > last).sum(-1).numpy())
+    figure = lens.plot(color="kl")
+    kl = torch.nn.functional.kl_div(full.log(), full[-1:].expand_as(full), reduction="none").sum(-1)
+    assert np.allclose(figure.data[0].z, kl, atol=1e-5)
+    assert figure.data[0].colorbar.title.text.replace("<br>", " ") == f"KL from layer {len(full) - 1} (nats)"
+    assert f"KL from layer {len(full) - 1} {kl[0, 1]:.3f} nats" in figure.data[0].hovertext[0][1]
     entropy = np.array(lens.plot(color="entropy").data[0].z)
     assert np.allclose(entropy, -(full * full.log()).sum(-1).numpy(), rtol=1e-4)
     target = np.array(lens.plot(target=40).data[0].z)
@@ -86,7 +93,11 @@ def test_lens_result_by_rank_entropy_and_target(model, lens):
     with pytest.raises(IndexError, match="there is no prompt 2"):
         lens.plot(prompt=2)
     with pytest.raises(ValueError, match="has no target_ranks"):
-        logit_lens_table(model, PROMPTS[0], progress=False).plot(color="rank")
+        logit_lens_table(model, PROMPTS[0], progress=False).plot(color="rank", target=40)
+    with pytest.raises(ValueError, match=r"has no last_ranks.*against_last=True"):
+        logit_lens(model, PROMPTS[0], top_k=2, positions=slice(None), progress=False).plot(color="rank")
+    with pytest.raises(ValueError, match="holds the 4 top tokens of each cell, not 5"):
+        lens.plot(top_k=5)
 
 
 def test_lens_result_without_positions_has_a_column_per_prompt(model):
@@ -123,7 +134,7 @@ def test_patchscope_result_is_the_patchscope(model):
     for source in range(2):
         for layer in range(full.shape[1]):
             best = full[source, layer].argmax().item()
-            first = table.cells.values[1 + source][layer].split("<br>")[0]
+            first = table.cells.values[1 + source][full.shape[1] - 1 - layer].split("<br>")[0]
             assert first.startswith(display.escape(names(best)))
             assert first.endswith(f"{full[source, layer, best]:.2f}")
 
@@ -143,7 +154,7 @@ def test_patching_result_by_position_and_by_head(model):
         both.plot(values="mlp_contributions")
     chosen = both.plot(values="mlp_contributions", prompts="mean")
     assert np.allclose(chosen.data[0].z, both["scores"][:, 1].nanmean(0))
-    assert "mean over 2 prompts" in chosen.layout.title.text
+    assert "mean over 2 prompts" in chosen.layout.title.text.replace("<br>", " ")
     with pytest.raises(ValueError, match="is not among the values"):
         both.plot(values="nothing", prompts="mean")
     with pytest.raises(ValueError, match="has no axis 'banana'"):
@@ -166,7 +177,7 @@ def test_ablation_of_heads_is_a_map_of_what_changes(model):
     assert list(figure.layout.yaxis.ticktext) == ["0", "2"]
     assert "change of target probability" in figure.data[0].hovertext[1][2]
     assert figure.data[0].hovertext[1][2].startswith("layer 2<br>head 2<br>")
-    assert figure.layout.title.text.startswith("Ablation (mean, prompt The Eiffel Tower")
+    assert figure.layout.title.text.replace("<br>", " ").startswith("Ablation (mean, prompt The Eiffel Tower")
     assert result.plot(prompt=1) == figure
     assert np.allclose(result.plot(prompt=-2).data[0].z, change[0].view(2, -1), atol=1e-7)
     mean = result.plot(prompts="mean")
@@ -210,7 +221,7 @@ def test_circuit_and_faithfulness_of_results(model):
     figure = display.plot_circuit(circuit.top(60), edges=10)
     kept = circuit.top(60)
     total = sum(len(edge.receiver.nodes) for edge in kept.edges)
-    assert f"the 10 strongest of {total} edges" in figure.layout.title.text
+    assert f"the 10 strongest of {total} edges" in figure.layout.title.text.replace("<br>", " ")
     hover = next(trace for trace in figure.data if trace.name == "edges").hovertext
     first = kept.edges[0]
     assert len(hover) == 10
@@ -260,8 +271,10 @@ def test_direct_attribution_of_heads_is_a_map_with_the_rest_of_each_layer(model)
         assert z[layer, 2] == pytest.approx(named[f"L{layer}.H2"], abs=1e-6)
         assert z[layer, -1] == pytest.approx(named[f"L{layer} mlp"], abs=1e-6)
     assert list(figure.layout.xaxis.ticktext)[-1] == "mlp"
-    assert figure.layout.title.text.startswith("Direct attribution of the logit difference (prompt The Eiffel")
-    assert f"embeddings {display._arrays.number(named['embeddings'])}" in figure.layout.title.text
+    assert figure.layout.title.text.replace("<br>", " ").startswith(
+        "Direct attribution of the logit difference (prompt The Eiffel"
+    )
+    assert f"embeddings {display._arrays.number(named['embeddings'])}" in figure.layout.title.text.replace("<br>", " ")
     mean = display.plot_direct_attribution(result, prompts="mean")
     grid = result.grid().mean(0).numpy()
     assert np.allclose(np.array(mean.data[0].z)[:, : model.num_heads], grid, atol=1e-6)
@@ -280,7 +293,7 @@ def test_direct_attribution_of_other_parts(model):
     figure = display.plot_direct_attribution(by_neuron, most=12)
     largest = by_neuron["scores"][0].abs().sort(descending=True).values[:12]
     assert np.allclose(sorted(np.abs(figure.data[0].x)), sorted(largest.numpy()), atol=1e-7)
-    assert "the 12 largest of" in figure.layout.title.text
+    assert "the 12 largest of" in figure.layout.title.text.replace("<br>", " ")
     with pytest.raises(ValueError, match="most is the number of bars"):
         display.plot_direct_attribution(by_neuron, most=0)
 

@@ -198,6 +198,55 @@ def test_several_layers_of_different_sizes_in_one_call():
         detach(model)
 
 
+def test_several_dictionaries_of_one_layer():
+    """Each by its own index: against a model that has the same dictionary alone, and against plain hooks."""
+    model = wrapped("llama")
+    first, second = random_dictionary(model.hidden_size, 1), random_dictionary(model.hidden_size, 2, 56)
+    sites = {(1, 0): (first, "layers_output", "layers_output"), (1, 1): (second, "mlps_input", "mlps_output")}
+    patching = {"metric": metric, "values": "features", "heads": [3, 17, 39], "positions": -1}
+    alone = {}
+    try:
+        for index, (d, reads, writes) in sites.items():
+            attach(model, d, f"{reads}[1]", f"{writes}[1]")
+            assert components(model, "features", (1, 0), 3) == [Component("features", 1, 3)]
+            alone[index] = activation_patching(model, CLEAN, CORRUPTED, **patching)["scores"]
+            detach(model)
+        for d, reads, writes in sites.values():
+            attach(model, d, f"{reads}[1]", f"{writes}[1]")
+        found = activation_patching(model, CLEAN, CORRUPTED, **patching)
+        assert found.labels["layers"] == ("1, 0", "1, 1")
+        torch.testing.assert_close(found["scores"], torch.cat(list(alone.values()), 1), rtol=1e-4, atol=1e-5)
+        assert float((found["scores"][:, 0] - found["scores"][:, 1]).abs().max()) > 1e-3
+        one = activation_patching(model, CLEAN, CORRUPTED, layers=(1, 1), **patching)["scores"]
+        torch.testing.assert_close(one, alone[1, 1], rtol=1e-4, atol=1e-5)
+        both = [Component("features", (1, 0), 3), Component("features", (1 - model.num_layers, 1), 55)]
+        assert str(both[0]) == "features[1, 0] head 3"
+        assert both[:1] == components(model, "features", [(1, 0)], 3)
+        ablated = ablate(model, CLEAN, both, metric=metric)["scores"][0]
+        for (d, reads, writes), unit, score in zip(sites.values(), (3, 55), ablated, strict=True):
+            edited = run_edited(model, d, reads, writes, CLEAN, only(unit, 0.0))[-1]
+            close(score, metric(edited[None])[0], edited)
+        estimated = attribution_patching(
+            model, CLEAN, CORRUPTED, metric, values="features", layers=[(1, 1)], heads=[55]
+        )
+        clean, corrupted = (features_of(model, second, "mlps_input", prompt)[:, 55] for prompt in (CLEAN, CORRUPTED))
+        slope = model.gradients(CORRUPTED, lambda x: metric(x[:, -1]).sum(), "features[1, 1]")["features", (1, 1)][
+            0, :, 55
+        ]
+        close(estimated["scores"].flatten()[0], ((clean - corrupted) * slope).sum(), torch.ones(()))
+        with pytest.raises(ValueError, match="two numbers"):
+            components(model, "features", 1)
+        with pytest.raises(IndexError, match=r"numbers \[0, 1\]"):
+            components(model, "features", [(1, 2)])
+        detach(model, (1, 1))
+        attach(model, first, "layers_output[0]")
+        assert len(components(model, "features", [1, 0])) == 2
+        with pytest.raises(ValueError, match=r"\[1, 0\] or \[\(1, 0\)\]"):
+            components(model, "features", (1, 0))
+    finally:
+        detach(model)
+
+
 def test_steering_by_a_feature():
     model = wrapped("llama")
     d = random_dictionary(model.hidden_size)

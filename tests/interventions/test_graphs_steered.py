@@ -336,34 +336,12 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert names["graph"].sum_error < 1e-4
     assert AttributionGraph.load(tmp_path / "capital").nodes == names["small"].nodes
     assert (tmp_path / "graphs" / "capital.json").is_file()
-    assert len(names["japan"]) == 64
-    changes = [float(own[0, -1]) for own in (names["turned"].predicted, names["turned"].frozen, names["turned"].model)]
-    assert changes == pytest.approx([-4.41, -5.18, -9.25], abs=0.02)  # as the page says
-
-
-def test_features_found_for_a_country_change_its_capital(toy):
-    """They lower its logit in both models, in the frozen one by what the graph predicts (0.91; the model 0.38)."""
-    import nnterp
-
-    transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
-    capitals = {"France": " Paris", "Italy": " Rome", "Spain": " Madrid", "Germany": " Berlin", "Japan": " Tokyo"}
-    graphs = {
-        country: attribution_graph(toy, transcoders, f"The capital of {country} is", capital, progress=False)
-        for country, capital in capitals.items()
-    }
-    assert max(graph.sum_error for graph in graphs.values()) < 1e-4
-    seen = {
-        country: {(node.layer, node.feature) for node in graph.nodes if node.kind == "feature" and node.position >= 3}
-        for country, graph in graphs.items()
-    }
-    predicted, frozen, model = [], [], []
-    for country, graph in graphs.items():
-        own = seen[country] - set().union(*(found for other, found in seen.items() if other != country))
-        nodes = [node for node in graph.nodes if node.kind == "feature" and (node.layer, node.feature) in own]
-        assert len(nodes) > 10
-        found = validate_graph(toy, transcoders, graph, [nodes], factor=-1.0, progress=False)
-        for changes, value in ((predicted, found.predicted), (frozen, found.frozen), (model, found.model)):
-            changes.append(float(value[0, -1]))
-    predicted, frozen, model = (torch.tensor(own) for own in (predicted, frozen, model))
-    assert float(torch.stack([predicted, frozen, model]).max()) < -1
-    assert float(torch.corrcoef(torch.stack([predicted, frozen]))[0, 1]) > 0.85
+    assert (names["feature"]["France"], names["feature"]["Japan"]) == (23, 206)  # as the page says, and what follows
+    (first, most), (_, second), _ = names["capital"].top(3)
+    assert (str(first), len(names["rest"])) == (names["japan"], 103)
+    assert (most, second) == pytest.approx((0.37, 0.07), abs=0.005)
+    ablated = names["ablated"]
+    changes = torch.stack([own[:, -1] for own in (ablated.predicted, ablated.frozen, ablated.model)])
+    expected = torch.tensor([[-6.59, -0.76], [-6.91, -0.74], [-18.51, -0.34]])
+    torch.testing.assert_close(changes, expected, atol=0.02, rtol=0)
+    assert float(names["logits"][0, -1].softmax(-1).max()) == pytest.approx(0.975, abs=0.002)

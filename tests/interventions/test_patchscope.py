@@ -124,7 +124,9 @@ def test_one_source_for_all_targets(tiny):
 
 
 def test_target_prompts():
-    assert repeat_prompt() == TargetPrompt("king king\n1135 1135\nhello hello\n?", -1)
+    lines = repeat_prompt().prompt.split("\n")
+    assert lines[:2] == ["king king", "1135 1135"]
+    assert (len(lines), lines[-1], repeat_prompt().index_to_patch) == (9, "?", -1)
     assert repeat_prompt(["a", "b"], rel=":", sep=" ", placeholder="x", index_to_patch=2) == TargetPrompt(
         "a:a b:b x", 2
     )
@@ -228,3 +230,20 @@ def test_several_streams_are_patched_together(tiny):
                 handle.remove()
             torch.testing.assert_close(found[i, k], logits.softmax(-1), atol=1e-4, rtol=1e-3)
             assert written[layer][i][ids.shape[1]] == logits.argmax()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_the_default_prompt_repeats_the_word_of_the_source_on_real_models(real, name):
+    """With three words, the paper's prompt, both models go on with a newline instead."""
+    model = real(name)
+    sources = ["The capital of France", "She went to buy a new guitar", "My favourite animal is the tiger"]
+    words = [source.split()[-1] for source in sources]
+    layers = [0, model.num_layers // 6, model.num_layers // 3 - 1]
+
+    def said(target):
+        table = patchscope_table(model, sources, target, layers, top_k=1, progress=False)
+        return [[table.vocabulary[i].strip() for i in row] for row in table["top_ids"][:, :, 0].tolist()]
+
+    assert said(repeat_prompt()) == [[word] * len(layers) for word in words]
+    assert not any(word in row for word, row in zip(words, said(repeat_prompt(["king", "1135", "hello"])), strict=True))

@@ -33,6 +33,26 @@ def test_access_names_what_there_is():
     assert repr(result).startswith("Result(scores [a 2]")
 
 
+def test_a_notebook_shows_tensors_and_the_strongest_cells(tiny):
+    result = Result(
+        {"top_ids": torch.tensor([[7, 9]]), "scores": torch.tensor([[1.5, -3.00004]])},
+        {"top_ids": ("prompts", "positions"), "scores": ("prompts", "positions")},
+        {"prompts": ("<b>one</b>",), "positions": (0, 1)},
+        tokens=(("a", " <i>"),),
+        about={"function": "f", "model": "m"},
+    )
+    shown = result._repr_html_()
+    assert "Result of f on m" in shown
+    assert "prompts 1 × positions 2" in shown
+    assert "<b>one</b>" not in shown
+    assert "&lt;b&gt;one&lt;/b&gt;" in shown
+    below = shown[shown.index("scores: the 2 of largest magnitude") :]
+    assert below.index(">-3<") < below.index(">1.5<")
+    lens = logit_lens_table(tiny("llama"), [CLEAN, CLEAN[:3]], 3)
+    numbers = next(name for name, tensor in lens.tensors.items() if tensor.is_floating_point())
+    assert f">{lens.top(1, numbers)[0][numbers]:.4g}<" in lens._repr_html_()
+
+
 def test_figures(tiny):
     pytest.importorskip("nnterp.display")
     from plotly.graph_objects import Figure

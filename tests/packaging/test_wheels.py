@@ -30,6 +30,7 @@ import nnterp
 for module in {present}:
     found = importlib.import_module(module)
     assert found.__file__.startswith(sys.prefix), found.__file__
+    assert found.__all__  # imports what it offers
 for module, distribution in {absent}.items():
     try:
         importlib.import_module(module)

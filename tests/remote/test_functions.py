@@ -85,7 +85,7 @@ CALLS = {
     "logit_lens": lambda m, r: logit_lens(m, PROMPTS, remote=r),
     "logit_lens, inverse": lambda m, r: logit_lens(m, PROMPTS, remote=r, return_inv_logits=True),
     "logit_lens, reduced": lambda m, r: logit_lens(
-        m, PROMPTS, remote=r, top_k=3, entropy=True, positions=[-1, -2], layers=[2, 0]
+        m, PROMPTS, remote=r, top_k=3, entropy=True, against_last=True, positions=[-1, -2], layers=[2, 0]
     ),
     "patchscope_lens": lambda m, r: patchscope_lens(m, PROMPTS, repeat_prompt(), layers=[1, 2], remote=r),
     "patchscope_generate": lambda m, r: patchscope_generate(

@@ -1,5 +1,7 @@
 """Dictionaries attached to a model: what their features are in every kind of run, and what is refused."""
 
+import re
+
 import nnsight
 import pytest
 import torch
@@ -472,6 +474,34 @@ def test_reads_and_writes_that_are_refused(model):
         model.features[2].save()
     with pytest.raises(IndexError), torch.no_grad(), model.trace(A):
         model.features[1][..., 40].save()
+
+
+def test_an_edit_of_features_that_have_no_name_is_refused_with_lines_that_work(model):
+    d = dictionary()
+    attach(model, d, "layers_output[1]")
+    refused = "features = model.features[1]\n.*{}\n.*model.features[1] = features"
+    with pytest.raises(ValueError, match=_pattern(refused.format("features[:, :, 7] = 0"))), model.trace(A):
+        model.features[1][:, :, 7] = 0
+    with pytest.raises(ValueError, match=_pattern(refused.format("features[0][-1, :3] *= 2"))), model.trace(A):
+        model.features[1][0][-1, :3] *= 2
+    with pytest.raises(ValueError, match="would change nothing"), model.trace(A):
+        for _ in range(2):
+            model.layers_output[0][0, 0, 0], model.features[1, 0][0] = 1, 2
+    with pytest.raises(ValueError, match="would change nothing"), model.trace() as tracer, tracer.invoke(A):
+        model.features["layers_output[1]"].mul_(0)
+    with torch.no_grad(), model.trace(A):
+        edited = model.features[1]
+        edited[:, :, 7] = 0
+        edited[0, -1].mul_(2)
+        model.features[1] = edited
+        model.features[1] *= 1
+        model.layers_output[2][:, 0] = 0
+        found = model.logits.save()
+    assert not torch.equal(found[0], logits_of(model, A))
+
+
+def _pattern(text):
+    return re.escape(text).replace(r"\.\*", " *")
 
 
 def test_a_model_without_weights(tmp_path):

@@ -17,6 +17,7 @@ from nnterp.discovery import (
     Probe,
     ResidualStructure,
     States,
+    Vision,
     declared_chain,
     declared_lenders,
     declared_sharing,
@@ -53,6 +54,7 @@ class Facts:
         positions_from_mask: Whether a padded batch must be told its positions, counted from the mask.
         why_unproven: What errors say about facts that are not proven: why, and what to do.
         only_with_image: Indices of the layers that run only when there is an image (Mllama's cross-attention).
+        vision: What a run with an image proved; None before there was one.
         repeated: Modules that run more than once in a forward pass.
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
@@ -74,6 +76,7 @@ class Facts:
     positions_from_mask: bool = True
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
     only_with_image: tuple[int, ...] = ()
+    vision: Vision | None = None
     repeated: frozenset[str] = frozenset()
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()
@@ -149,7 +152,7 @@ class Facts:
         Raises:
             Unavailable: The model has no encoder.
         """
-        own = {"": self, "encoder": self.encoder, "cross": self.cross}[stack]
+        own = {"layers": self, "encoder": self.encoder, "cross": self.cross}[stack]
         if own is None:
             raise Unavailable(f"{self.anatomy.model_class} has no encoder that its layers attend to.")
         return own

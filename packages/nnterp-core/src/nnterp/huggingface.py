@@ -68,6 +68,12 @@ def cache_argument(module: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
+def takes_images(module: nn.Module) -> bool:
+    """Whether a module's forward names an argument for pixels."""
+    named = inspect.signature(module.forward).parameters
+    return not {"pixel_values", "image_patches", "flattened_patches"}.isdisjoint(named)
+
+
 def uncached(module: nn.Module) -> dict[str, Any]:
     """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
     return {"use_cache": False} if accepts_argument(module, "use_cache") else {}

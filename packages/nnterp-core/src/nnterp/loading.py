@@ -156,6 +156,34 @@ def prefix_free(tokenizer: Any) -> Any:
 
 
 @contextlib.contextmanager
+def left_in_place(module: nn.Module) -> Iterator[None]:
+    """A block in which transformers does not move a module whose weights accelerate brings in when they are needed.
+
+    Raises:
+        ValueError: Weights are on the meta device, and nothing brings them in.
+    """
+    absent = [
+        path
+        for path, inner in (module.named_modules() if is_huggingface(module) else ())
+        if not hasattr(inner, "_hf_hook") and any(p.device.type == "meta" for p in inner.parameters(recurse=False))
+    ]
+    if absent:
+        raise ValueError(
+            f"The weights of {type(module).__name__} at {absent[0] or 'its root'} are on the meta device, and nothing "
+            "brings them in. Give the name of the checkpoint instead of the module, or load the module's weights first."
+        )
+    unplaced = getattr(module, "hf_device_map", None) is None
+    offloaded = unplaced and any(p.device.type == "meta" for p in module.parameters())
+    if offloaded:
+        module.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if offloaded:
+            del module.hf_device_map
+
+
+@contextlib.contextmanager
 def reported(reports: list[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
     """While the block is open, keep what transformers says of every checkpoint that it loads.
 

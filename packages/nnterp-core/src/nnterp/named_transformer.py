@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
+from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
 from nnterp.editing import EditedTransformer, mentions_edits
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
+from nnterp.few_tokens import logits_of
 from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
 from nnterp.identity import checkpoint_digest
-from nnterp.loading import reported
+from nnterp.inputs import Row, both_inputs, tokenized
+from nnterp.loading import left_in_place, reported
 from nnterp.sent import SentByName
 from nnterp.traced import (
     Attached,
@@ -35,9 +38,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.two_inputs import both_inputs
-from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place
-from nnterp.wording import ranges
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
 SENT_OF_NNSIGHT = (
@@ -46,9 +47,12 @@ SENT_OF_NNSIGHT = (
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
 SENT = (
-    *("num_layers", "num_encoder_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
-    *("vocab_size", "model_class", "layer_paths", "readout", "lenders", "positions_from_mask", "standing", "attached"),
+    *"num_layers num_vision_layers num_encoder_layers hidden_size num_heads num_kv_heads head_dim".split(),
+    *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
+    *("standing", "attached"),
 )
+
+_ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
 
 class NamedTransformer(EditedTransformer):
@@ -80,26 +84,24 @@ class NamedTransformer(EditedTransformer):
         self.adopt(unproven_facts(self._module, find_anatomy(self._module, rename_config), declared))
 
     def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        # nnsight puts a transformers pipeline around a loaded module; one that is not HuggingFace's has no use for it.
-        return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+        with left_in_place(module):
+            return TransformersModel._wrap(self, module, *args, **kwargs) if is_huggingface(module) else module
+
+    @property
+    def device(self) -> torch.device:
+        """Where nnsight moves inputs to: not to the meta device, on which the weights of an offloaded embedding are."""
+        return input_device(self._module) if self.dispatched else TransformersModel.device.fget(self)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
         if is_huggingface(self._module):
             if self.num_encoder_layers and getattr(fn, "__name__", fn) in ("_call", "__call__"):
                 invokes = [both_inputs(self, *invoke) for invoke in invokes]
             return TracedTransformer._batch(self, invokes, fn)
-        args, kwargs = TracedTransformer._batch(self, [self._tokenized(*invoke) for invoke in invokes], fn)
+        args, kwargs = TracedTransformer._batch(self, [tokenized(self.tokenizer, *invoke) for invoke in invokes], fn)
         mask = kwargs.get("attention_mask")  # full: padding was refused
         if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         return args, kwargs
-
-    def _tokenized(self, inputs: tuple, kwargs: dict[str, Any]) -> tuple:
-        """An invoke's inputs with its texts as token ids, for a module without a transformers pipeline."""
-        texts = [inputs[0]] if inputs and isinstance(inputs[0], str) else inputs[0] if inputs else None
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            return inputs, kwargs
-        return (dict(self.tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)), *inputs[1:]), kwargs
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}
@@ -123,7 +125,7 @@ class NamedTransformer(EditedTransformer):
     def supposing(self, facts: Facts) -> NamedTransformer:
         """The same model with other facts, for as long as they are being proven; this one stays as it is.
 
-        The two share the HuggingFace module and nnsight's tree, and the standard names that are bound to the tree.
+        The two share the HuggingFace module, nnsight's tree and the names that are bound to it.
         """
         trial = object.__new__(NamedTransformer)
         trial.__dict__.update(self.__dict__, facts=facts)
@@ -157,6 +159,11 @@ class NamedTransformer(EditedTransformer):
         return self.facts.sharing
 
     @property
+    def only_with_image(self) -> tuple[int, ...]:
+        """Indices of the layers that run only with an image."""
+        return self.facts.only_with_image
+
+    @property
     def positions_from_mask(self) -> bool:  # type: ignore[override]
         """Whether a padded batch must be told its positions, counted from the mask."""
         return self.facts.positions_from_mask
@@ -184,12 +191,17 @@ class NamedTransformer(EditedTransformer):
     @property
     def num_encoder_layers(self) -> int:  # type: ignore[override]
         """Number of layers of the encoder of an encoder-decoder model; 0 if it has none."""
-        return 0 if (encoder := self.facts.anatomy.encoder) is None else encoder.num_layers
+        return 0 if self.facts.encoder is None else self.facts.encoder.anatomy.num_layers
 
     @property
     def hidden_size(self) -> int | None:  # type: ignore[override]
         """Width of the residual stream; None where the config does not state it."""
         return self.facts.anatomy.sizes.hidden_size
+
+    @property
+    def num_vision_layers(self) -> int:  # type: ignore[override]
+        """Number of layers of the vision tower; 0 until a run with an image has proven them."""
+        return len(self.facts.vision.layers) if self.facts.vision else 0
 
     @property
     def num_heads(self) -> int | None:  # type: ignore[override]
@@ -242,31 +254,20 @@ class NamedTransformer(EditedTransformer):
             )
         self.output = tensor
 
-    def layers_of_texts(self, asked: Iterable[int] | None = None) -> list[int]:
+    def layers_of_texts(self, asked: Iterable[int] | None = None, images: bool = False) -> list[int]:
         """The layers that a text runs through, for functions that run texts; indices from 0.
 
         Args:
-            asked: The layers that a user asked for; all if None. If some of all run only with an image, a warning
-                names them.
+            asked: The layers that a user asked for; all if None. A warning names those that run only with an image.
+            images: Whether every prompt has one: then all layers run.
 
         Raises:
             Unavailable: One that was asked for runs only with an image.
         """
-        idle = self.facts.only_with_image
-        if asked is None:
-            if idle:
-                warnings.warn(
-                    f"Layers {ranges(idle)} of {self.model_class} run only with an image: they are left out.",
-                    stacklevel=4,
-                )
-            return [layer for layer in range(self.num_layers) if layer not in idle]
-        layers = list(asked)
-        if missing := [layer for layer in layers if layer in idle]:
-            raise Unavailable(
-                f"Layers {ranges(missing)} of {self.model_class} run only with an image, and this function runs texts. "
-                f"Layers {ranges([i for i in range(self.num_layers) if i not in idle])} run on texts."
-            )
-        return layers
+        return layers_that_run(self.facts, asked, images)
+
+    def require_images(self, row: Row) -> None:
+        """Does nothing here; `StandardizedTransformer` proves runs with an image."""
 
     # -- where everything is ----------------------------------------------------------------------------------------
 
@@ -300,10 +301,8 @@ class NamedTransformer(EditedTransformer):
             )
         return part.path
 
-    # -- running ----------------------------------------------------------------------------------------------------
-
     def prepare_run(self) -> None:
-        """Does nothing here: the proof has instrumented what makes `layers_mid`. A worker does it."""
+        """Does nothing here: the proof has instrumented the operations that make `layers_mid`. A worker does it."""
 
     def prepare(self, remote: Any = False) -> None:
         """Load the weights before a run, unless the run is remote.
@@ -336,20 +335,24 @@ class NamedTransformer(EditedTransformer):
         with self._turn:
             return TransformersModel.interleave(self, fn, *args, **kwargs)
 
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
+    def project_on_vocab(
+        self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of hidden states: exactly what the model does after its last layer, final softcap and scales included.
 
         Works inside a trace and outside (where it loads the weights if need be).
 
         Args:
             hidden_state: `[..., hidden]`, as in `layers_output`.
+            tokens: Ids of the tokens whose logits are wanted, if not all; only their rows of the head are multiplied.
 
         Returns:
-            `[..., vocab]` in the model's dtype, on the head's device.
+            `[..., vocab]`, or `[..., tokens]`, in the model's dtype, on the head's device.
 
         Raises:
             ShapeError: The last axis is not the model's hidden size.
             Unavailable: It is not proven what this model does after its last layer.
+            ValueError: `tokens` are no ids of tokens.
 
         Warns:
             UnprovenWarning: The model was loaded with `check_renaming=False`.
@@ -361,7 +364,7 @@ class NamedTransformer(EditedTransformer):
                 UnprovenWarning,
                 stacklevel=3,
             )
-        return TracedTransformer.project_on_vocab(self, hidden_state)
+        return logits_of(self, hidden_state, tokens)
 
     def __rich__(self) -> Any:
         return self.anatomy.__rich__()
@@ -378,12 +381,10 @@ class NamedTransformer(EditedTransformer):
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
-        how = "StandardizedTransformer(model._module, tokenizer=model.tokenizer)"
-        raise TypeError(f"{type(self).__name__} cannot be copied: make another over the same module: {how}.")
+        raise TypeError("A model cannot be copied: " + _ANOTHER.format("model._module"))
 
     def __deepcopy__(self, memo: Any) -> NamedTransformer:
-        how = "StandardizedTransformer(copy.deepcopy(model._module), tokenizer=model.tokenizer)"
-        raise TypeError(f"{type(self).__name__} cannot be copied: copy its module, and make another: {how}.")
+        raise TypeError("A model cannot be copied: " + _ANOTHER.format("copy.deepcopy(model._module)"))
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """What a remote request takes along: the traced half of the model, and where every value is served."""

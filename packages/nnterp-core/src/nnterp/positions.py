@@ -9,14 +9,25 @@ import torch
 
 from nnterp.indices import axes_of_array, integers, shown_slice, within
 from nnterp.inputs import Reader, Row
-from nnterp.selectors import TextSelector, at, last_of, overlapping
+from nnterp.selectors import (
+    ImageSelector,
+    TextSelector,
+    at,
+    image,
+    image_positions,
+    image_token_ids,
+    last_of,
+    overlapping,
+)
 
 __all__ = [
+    "ImageSelector",
     "Plain",
     "Positions",
     "TextSelector",
     "at",
     "describe",
+    "image",
     "is_one_position",
     "last_of",
     "per_prompt",
@@ -26,10 +37,10 @@ __all__ = [
 
 
 # Positions as functions take them: see `plain_positions`.
-Positions: TypeAlias = "int | slice | TextSelector | Iterable[Any] | torch.Tensor | None"
+Positions: TypeAlias = "int | slice | TextSelector | ImageSelector | Iterable[Any] | torch.Tensor | None"
 
 # Positions in plain form: an index, a slice, a selector, several of these, or None for all.
-Plain: TypeAlias = "int | slice | TextSelector | tuple[Plain, ...] | None"
+Plain: TypeAlias = "int | slice | TextSelector | ImageSelector | tuple[Plain, ...] | None"
 
 
 def plain_positions(given: Any, name: str = "positions") -> Plain:
@@ -46,7 +57,7 @@ def plain_positions(given: Any, name: str = "positions") -> Plain:
         TypeError: It is something else: a boolean, a float.
         ValueError: It is empty, or a text.
     """
-    if isinstance(given, TextSelector):
+    if isinstance(given, (TextSelector, ImageSelector)):
         return given
     if isinstance(given, str) and given != "all":
         raise ValueError(
@@ -57,7 +68,7 @@ def plain_positions(given: Any, name: str = "positions") -> Plain:
     several = isinstance(items, Iterable) and not isinstance(items, (str, bytes, bytearray, memoryview, Mapping, Set))
     if several and axes_of_array(items) is None:
         items = list(items)
-        if any(isinstance(item, (TextSelector, slice, str)) or _is_list(item) for item in items):
+        if any(isinstance(item, (TextSelector, ImageSelector, slice, str)) or _is_list(item) for item in items):
             return tuple(plain_positions(item, name) for item in items)
     found = integers(items, name)
     return tuple(found) if isinstance(found, list) else found
@@ -120,6 +131,8 @@ def _resolved(model: Reader, row: Row, positions: Plain, label: str) -> tuple[in
         return found
     if isinstance(positions, TextSelector):
         return _by_text(row, positions, label)
+    if isinstance(positions, ImageSelector):
+        return image_positions(row.ids, image_token_ids(model._module.config), positions.number, label)
     if isinstance(positions, int):
         try:
             return (within(positions, len(row), label, "tokens"),)

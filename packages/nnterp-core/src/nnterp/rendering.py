@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 # Both show on light and on dark backgrounds.
 GOOD, BAD, SOFT = "#009e73", "#d55e00", "#808890"
+LAST_COLUMN = 40  # the most characters that a table is kept wide for
 
 
 def html_table(
@@ -41,18 +43,56 @@ def html_table(
     )
 
 
-def rich_table(
-    caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, colours: Sequence[str] = ()
-) -> Group:
-    """A caption and a table for `rich`; see `html_table`. Brackets in the texts are no markup."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+class FittedTable:
+    """A caption and a table for `rich`. In a terminal that is too narrow for the table, each row is several lines.
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for i, row in enumerate(rows):
-        table.add_row(*(Text(text, style=colours[i] if colours and not j else "") for j, text in enumerate(row)))
-    return Group(Text(caption, style="bold"), table)
+    Args:
+        caption: Text above the table.
+        header: Names of the columns.
+        rows: Texts, taken literally: brackets are no markup.
+        colours: A colour for the first cell of each row.
+    """
+
+    def __init__(
+        self, caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, colours: Sequence[str] = ()
+    ) -> None:
+        self.caption, self.header = caption, header
+        self.rows, self.colours = [list(row) for row in rows], list(colours)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.cells import cell_len
+        from rich.text import Text
+
+        yield Text(self.caption, style="bold")
+        *columns, last = zip(*(map(cell_len, row) for row in [self.header, *self.rows]), strict=True)
+        needed = sum(max(lengths) + 3 for lengths in columns) + min(max(last), LAST_COLUMN) + 3
+        yield self._table() if needed <= options.max_width or len(self.header) < 3 else self._stacked()
+
+    def _table(self) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in self.header:
+            table.add_column(Text(name), overflow="fold")
+        for row, first in zip(self.rows, self._styles(), strict=True):
+            table.add_row(Text(row[0], style=first), *map(Text, row[1:]))
+        return table
+
+    def _stacked(self) -> Table:
+        """The first cell beside the second, and under it the others that are not empty, with their columns' names."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row, first in zip(self.rows, self._styles(), strict=True):
+            told = [f"{name} {text}".strip() for name, text in zip(self.header[2:], row[2:], strict=True) if text]
+            under = Text(f"\n{'; '.join(told)}" if told else "", style="dim")
+            table.add_row(Text(row[0], style=first), Text(row[1]) + under)
+        return table
+
+    def _styles(self) -> list[str]:
+        return self.colours or [""] * len(self.rows)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from nnterp.indices import integer, shown
 from nnterp.record import Record
+
+_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
 
 
 class TextSelector(Record):
@@ -17,6 +20,30 @@ class TextSelector(Record):
     def __repr__(self) -> str:
         later = "" if self.occurrence == 0 else f", {self.occurrence}"
         return f"{self.which}({self.text!r}{later})"
+
+
+class ImageSelector(Record):
+    """The tokens of an image in the prompt; make one with `image`."""
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return "image()" if self.number is None else f"image({self.number})"
+
+
+def image(number: int | None = None) -> ImageSelector:
+    """The tokens of all images in the prompt, or of one: the `number`-th run of image tokens next to each other.
+
+    Negative numbers count from the last.
+
+    Raises:
+        TypeError: The number is no integer.
+
+    Example:
+        >>> model.collect(processor(text=text, images=picture, return_tensors="pt"), "layers_output", positions=image())
+    """
+    return ImageSelector(None if number is None else integer(number, "image(number)"))
 
 
 def at(text: str, occurrence: int = 0) -> TextSelector:
@@ -53,3 +80,38 @@ def overlapping(selector: TextSelector, text: str, spans: list[tuple[int, int]],
     if not tokens:
         raise ValueError(f"{selector}: no token of {label} stands for that text: {text!r}")
     return tuple(tokens) if selector.which == "at" else (tokens[-1],)
+
+
+def image_token_ids(config: Any) -> frozenset[int]:
+    """The ids of the tokens that stand for an image in a model's prompts, as its config states them."""
+    found = (getattr(config, name, None) for name in _TOKENS)
+    return frozenset(i for i in found if isinstance(i, int) and not isinstance(i, bool))
+
+
+def image_positions(ids: Iterable[int], tokens: frozenset[int], number: int | None, label: str) -> tuple[int, ...]:
+    """The positions of image tokens among token ids.
+
+    Args:
+        ids: Token ids of a prompt.
+        tokens: Those that stand for images.
+        number: Which run of image tokens next to each other, negative ones from the last; None for all.
+        label: How errors call the prompt.
+
+    Raises:
+        ValueError: There is no image token, or no such run.
+    """
+    runs: list[list[int]] = []
+    for i, token in enumerate(ids):
+        if token in tokens:
+            if runs and runs[-1][-1] == i - 1:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+    if not runs:
+        named = f"no token {', '.join(map(str, sorted(tokens)))}" if tokens else "and its model no token for images"
+        raise ValueError(f"image(): {label} has no image tokens ({named}): give a processor's output with an image.")
+    if number is None:
+        return tuple(i for run in runs for i in run)
+    if not -len(runs) <= number < len(runs):
+        raise ValueError(f"image({number}): {label} has {len(runs)} runs of image tokens, counted from 0.")
+    return tuple(runs[number])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import html
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,22 @@ from nnterp.anatomy import RenameConfig
 from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate
 from nnterp.errors import RemoteModelError, Unavailable, Unproven
 from nnterp.facts import Facts, unproven_facts
+from nnterp.image_runs import ImageTransformer
+from nnterp.images import holds_images
+from nnterp.inputs import is_pair
 from nnterp.named_transformer import NamedTransformer
 from nnterp.older import OlderModel, module_of_class, with_older_names
+from nnterp.precision import drift_of
 from nnterp.proofs import certified, check_first_probabilities, proven_by_twin, with_kept_searches
 from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, travel_by_value
-from nnterp.traced_block import BlockTracer, RequestTracer
+from nnterp.traced_block import BlockTracer, RequestTracer, know_cell
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 
 
-class StandardizedTransformer(OlderModel, ReadTransformer):
+class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     """A causal language model in its original HuggingFace implementation, with one name for every part of it.
 
     Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
@@ -155,7 +161,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         """
         self._renewal.notice(self, functools.partial(self._prove, anew=True))
 
-    def validate(self) -> Certificate:
+    def validate(self, against: str | StandardizedTransformer | None = None, prompts: Any = None) -> Certificate:
         """Check every claim about this model's parts and return the certificate; see `nnterp.certificate`.
 
         Everything is proven anew, whatever is kept on disk.
@@ -166,11 +172,39 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
 
         Nothing is loaded for it: without weights, only what a forward pass on fake tensors shows is checked.
 
+        Args:
+            against: Also measure how far this model's values are from those of a more precise one:
+
+                - "float32": a copy with the same weights, cast to float32, on the same devices, proven and then
+                  dropped. What is measured is the rounding of the computation. The rounding of the weights themselves,
+                  if the checkpoint was more precise, is not.
+                - another `StandardizedTransformer` of the same depth and vocabulary, such as the checkpoint in its
+                  own precision, or the model before it was quantised. Everything that differs is measured.
+            prompts: What both are run on, as in `collect`; eight short texts if None.
+
+        Returns:
+            The certificate. Its `drift` is None without `against`, and where a line fails; else an
+            `nnterp.certificate.Drift` with the relative error of every value at every layer and the share of positions
+            at which both predict the same next token.
+
         Raises:
             InsideTraceError: Called inside a trace of this model.
+            ValueError: `against` is something else, or the weights cannot be cast (quantised, offloaded, in float32
+                already); says what to do instead.
+            MemoryError: A copy in float32 does not fit.
+
+        Example:
+            >>> drift = model.validate(against="float32").drift
+            >>> drift.worst("layers_output"), drift.agreement
         """
         self.require_no_trace("validate()")
-        return self._certify(anew=True)
+        if against is None and prompts is not None:
+            raise ValueError("prompts are for validate(against=...), which runs two models on them.")
+        certificate = self._certify(anew=True)
+        if against is not None and certificate.ok:
+            certificate = dataclasses.replace(certificate, drift=drift_of(self, against, prompts))
+            self.certificate = certificate
+        return certificate
 
     def _certify(self, anew: bool = False) -> Certificate:
         self._renewal.follow_tree(self)
@@ -245,6 +279,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
                 block's body stands on the line of its `with`.
         """
         self.require_no_trace("trace()")
+        know_cell()
         if not self.dispatched:
             loading.refuse_unreadable_block(sys._getframe(1))
         if kwargs.get("remote") or kwargs.get("backend") is not None:
@@ -253,11 +288,16 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         else:
             self.dispatch()
             self.notice_changes()
+            if inputs and (holds_images(inputs[0]) or is_pair(inputs[0])):
+                inputs = (self._with_images(inputs[0]), *inputs[1:])
+            elif holds_images(kwargs) and "input_ids" in kwargs:
+                self._with_images(kwargs)
             kwargs.setdefault("tracer_cls", BlockTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's `session`: several traces in one block, and, with `remote=True`, in one request."""
+        know_cell()
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
         return TransformersModel.session(self, *args, **kwargs)
@@ -274,10 +314,12 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
         self.learn_from_twin()
         return NamedTransformer.__reduce_ex__(self, protocol)
 
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:  # noqa: D102 (inherited)
+    def project_on_vocab(  # noqa: D102 (inherited)
+        self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
         if not self.interleaver.interleaving:
             self.dispatch()
-        return NamedTransformer.project_on_vocab(self, hidden_state)
+        return NamedTransformer.project_on_vocab(self, hidden_state, tokens)
 
     # -- where everything is -----------------------------------------------------------------------------------------
 
@@ -308,6 +350,13 @@ class StandardizedTransformer(OlderModel, ReadTransformer):
 
     # -- how it shows itself ---------------------------------------------------------------------------------------
 
+    @property
+    def _verdict(self) -> str:
+        return self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
+
+    def __repr__(self) -> str:
+        """Standard names beside native ones, and the certificate's verdict; `model._module` prints the module tree."""
+        return f"{self.anatomy}\n{self._verdict}"
+
     def _repr_html_(self) -> str:
-        verdict = self.certificate.verdict if self.certificate is not None else "Not certified (check_renaming=False)"
-        return f"{self.anatomy._repr_html_()}<p>{html.escape(verdict)}</p>"
+        return f"{self.anatomy._repr_html_()}<p>{html.escape(self._verdict)}</p>"

@@ -41,11 +41,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """
     if actual.shape != expected.shape:
         return float("inf")
+    error = error_at_positions(actual, expected).max().item()
+    return error if error == error else float("inf")
+
+
+def error_at_positions(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The error at each position, relative to the norm of what is expected there, `[...]` of `[..., width]`; float64.
+
+    Norms below a thousandth of the largest count as that.
+    """
     actual, expected = actual.double(), expected.double()
     norm = expected.norm(dim=-1)
     floor = norm.max().clamp(min=1e-30) * 1e-3
-    error = ((actual - expected).norm(dim=-1) / norm.clamp(min=float(floor))).max().item()
-    return error if error == error else float("inf")
+    return (actual - expected).norm(dim=-1) / norm.clamp(min=float(floor))
 
 
 def same(a: Any, b: Any, tolerance: float) -> bool:

@@ -92,24 +92,29 @@ class TokenNames:
 
     def __call__(self, token: int) -> str:
         """The visible text of one id; an id the tokenizer has no token for is shown as `⟨id 50300⟩`."""
+        raw = self.raw(token)
+        if raw is None:
+            return f"⟨id {int(token)}⟩"
+        return visible_bytes(raw) if isinstance(raw, bytes) else visible(raw)
+
+    def raw(self, token: int) -> str | bytes | None:
+        """What one id stands for: its bytes if the tokenizer says them, else its text; None for an unknown id."""
         token = int(token)
         if self.tokenizer is None:
-            return f"⟨id {token}⟩"
+            return None
         if token in self.verbatim:
-            return visible(self.verbatim[token])
+            return self.verbatim[token]
         try:
             piece = self.tokenizer.convert_ids_to_tokens(token)
         except (IndexError, KeyError, ValueError, OverflowError):
             piece = None
-        if piece is None:
-            return f"⟨id {token}⟩"
-        if isinstance(piece, bytes):
-            return visible_bytes(piece)
+        if piece is None or isinstance(piece, bytes):
+            return piece
         if self.byte_of is not None and all(char in self.byte_of for char in piece):
-            return visible_bytes(bytes(self.byte_of[char] for char in piece))
+            return bytes(self.byte_of[char] for char in piece)
         if match := _BYTE_PIECE.fullmatch(piece):
-            return visible_bytes(bytes([int(match[1], 16)]))
-        return visible(piece.replace("▁", " "))
+            return bytes([int(match[1], 16)])
+        return str(piece.replace("▁", " "))
 
     def many(self, tokens: Iterable[int]) -> list[str]:
         """The visible text of several ids."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from nnterp.anatomy._sizes import Sizes
 from nnterp.errors import Unavailable
 from nnterp.indices import read_index
-from nnterp.rendering import html_table, rich_table
+from nnterp.rendering import FittedTable, html_table
 from nnterp.wording import generic_path, ranges
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import RenderableType
 
 KINDS = ("attention", "cross_attention", "linear_attention", "state_space", "convolution", "recurrent", "none")
 
@@ -209,8 +209,8 @@ class Anatomy:
     def _repr_html_(self) -> str:
         return html_table(self.heading, ("name", "in this model"), self.rows())
 
-    def __rich__(self) -> Group:
-        return rich_table(self.heading, ("name", "in this model"), self.rows())
+    def __rich__(self) -> RenderableType:
+        return FittedTable(self.heading, ("name", "in this model"), self.rows())
 
 
 def cross_layers(anatomy: Anatomy) -> tuple[Layer, ...]:

@@ -145,8 +145,9 @@ def find_head(model: nn.Module, rename: RenameConfig, stack: str) -> str | None:
     except (NotImplementedError, AttributeError):
         module = None
     path = path_of(model, module)
-    if path is None:
-        path = next((name for name in _names.LM_HEAD if get_child(model, name) is not None), None)
+    if path is None:  # beside the layers, or in a language model that stands whole inside another model
+        beside = (f"{owner}.{name}".lstrip(".") for owner in ("", *ancestors(stack)) for name in _names.LM_HEAD)
+        path = next((name for name in beside if get_child(model, name) is not None), None)
     # BERT's head is a transform and a projection: the head is the outermost module around them without the layers.
     while path is not None and "." in path and not stack.startswith(path.rpartition(".")[0] + "."):
         path = path.rpartition(".")[0]

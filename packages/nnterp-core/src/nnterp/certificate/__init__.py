@@ -2,8 +2,10 @@
 
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._certify import CLAIMS, certify
+from nnterp.certificate._drift import Drift, DriftLine
 from nnterp.certificate._filled import FILLED
 from nnterp.certificate._idle_trace import IDLE
+from nnterp.certificate._images import IMAGE_ENTERS, certify_images
 from nnterp.certificate._padding import PADDING
 from nnterp.certificate._parts import PARTS
 from nnterp.certificate._probabilities import AttentionProbabilitiesAccessor
@@ -21,6 +23,7 @@ __all__ = [
     "HIDDEN",
     "IDENTITY",
     "IDLE",
+    "IMAGE_ENTERS",
     "PADDING",
     "PARTS",
     "READOUT",
@@ -29,8 +32,11 @@ __all__ = [
     "AttentionProbabilitiesAccessor",
     "Certificate",
     "Contribution",
+    "Drift",
+    "DriftLine",
     "Line",
     "ResidualStructure",
     "Term",
     "certify",
+    "certify_images",
 ]

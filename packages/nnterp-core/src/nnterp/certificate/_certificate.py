@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnterp.arguments import path_of
+from nnterp.certificate._drift import Drift, DriftLine
 from nnterp.errors import CertificateError
 from nnterp.files import write_whole
-from nnterp.rendering import BAD, GOOD, SOFT, html_table, rich_table
+from nnterp.rendering import BAD, GOOD, SOFT, FittedTable, html_table
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import RenderableType
 
 Status = Literal["passed", "failed", "skipped"]
 _MARK = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -53,6 +54,7 @@ class Certificate:
         versions: Versions of nnterp, nnsight, transformers and torch.
         lines: The checks, in the order they were made.
         seconds: How long they took.
+        drift: How far its values are from a more precise model's, if that was asked for (`validate(against=...)`).
     """
 
     model: str
@@ -63,6 +65,7 @@ class Certificate:
     versions: dict[str, str]
     lines: tuple[Line, ...] = field(default=())
     seconds: float = 0.0
+    drift: Drift | None = None
 
     @property
     def ok(self) -> bool:
@@ -124,7 +127,7 @@ class Certificate:
             lines = tuple(Line(**line) for line in data["lines"])
             if any(line.status not in _MARK for line in lines):
                 raise ValueError("a line has a status that there is not")
-            return cls(**{**data, "lines": lines})
+            return cls(**{**data, "lines": lines, "drift": _drift_of(data.get("drift"))})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no certificate, or a damaged one ({error}).") from error
 
@@ -158,10 +161,23 @@ class Certificate:
             for r in rows
         )
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return "\n".join([self.verdict, *body, f"  {versions}; {self.seconds:.2f} s"])
+        drift = () if self.drift is None else (str(self.drift),)
+        return "\n".join([self.verdict, *body, f"  {versions}; {self.seconds:.2f} s", *drift])
 
     def _repr_html_(self) -> str:
-        return html_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
+        colours = [_COLOUR[line.status] for line in self.lines]
+        drift = "" if self.drift is None else self.drift._repr_html_()
+        return html_table(self.verdict, _HEADER, self.rows(), colours=colours) + drift
 
-    def __rich__(self) -> Group:
-        return rich_table(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
+        table = FittedTable(self.verdict, _HEADER, self.rows(), colours=[_COLOUR[line.status] for line in self.lines])
+        return table if self.drift is None else Group(table, self.drift)
+
+
+def _drift_of(stored: dict[str, Any] | None) -> Drift | None:
+    """A drift as JSON holds it."""
+    if stored is None:
+        return None
+    return Drift(**{**stored, "lines": tuple(DriftLine(**line) for line in stored["lines"])})

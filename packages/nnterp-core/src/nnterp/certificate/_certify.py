@@ -62,7 +62,12 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
     declared = None if model.rename_config is None else model.rename_config.attn_prob_source
     facts = unproven_facts(model._module, model.anatomy, declared)
     lines, facts = (_with_weights if model.dispatched else _without_weights)(model, facts)
-    certificate = Certificate(
+    return stamped(model, facts, lines, started), facts
+
+
+def stamped(model: NamedTransformer, facts: Facts, lines: list[Line], started: float) -> Certificate:
+    """Lines as a certificate of a model; `started` is the time at which the first was begun."""
+    return Certificate(
         model=model.repo_id or "",
         revision=model.revision,
         model_class=facts.anatomy.model_class,
@@ -72,7 +77,6 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
         lines=tuple(lines),
         seconds=time.perf_counter() - started,
     )
-    return certificate, facts
 
 
 def _with_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line], Facts]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +15,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnterp.anatomy import Anatomy, Layer, sublayers
 from nnterp.certificate._certificate import Line
-from nnterp.discovery import Call, Recording, model_inputs, probe_ids, quiet, record, rounding_of, static_experts
+from nnterp.devices import input_device
+from nnterp.discovery import (
+    Call,
+    Recording,
+    attention_of,
+    model_inputs,
+    probe_ids,
+    quiet,
+    record,
+    rounding_of,
+    static_experts,
+    vision_stacks,
+)
 from nnterp.facts import Facts
 from nnterp.huggingface import uncached, with_logits
+from nnterp.inputs import Row
 from nnterp.named_transformer import NamedTransformer
 from nnterp.tensors import relative_error
 
@@ -45,6 +60,7 @@ class Evidence:
         recording: The forward pass on it.
         tolerance: The largest relative error that counts as equal, for the dtype the model computes in.
         large: Whether a forward pass costs more than the bookkeeping around it.
+        beside: What a forward pass on these ids is given beside them: the images of the prompt.
     """
 
     model: NamedTransformer
@@ -53,6 +69,7 @@ class Evidence:
     recording: Recording
     tolerance: float
     large: bool
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -77,9 +94,9 @@ class Evidence:
         """What the plain module returns, run without a cache."""
         return with_logits(self.module(**self.inputs(ids), **uncached(self.module)))
 
-    def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model is given for these tokens; see `nnterp.discovery.model_inputs`."""
-        return model_inputs(self.module, ids, self.model.tokenizer.all_special_ids)
+    def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
+        """What the model is given for these tokens: them, and beside them what an encoder reads, or images."""
+        return {**model_inputs(self.module, ids, self.model.tokenizer.all_special_ids), **self.beside}
 
     # -- calls of the anatomy's modules ------------------------------------------------------------------------------
 
@@ -145,6 +162,22 @@ def gather(model: NamedTransformer, large: bool) -> Evidence:
     return _evidence(model, ids, recording, large)
 
 
+def gather_images(model: NamedTransformer, row: Row, beside: Mapping[str, Any] | None = None) -> Evidence:
+    """Record one forward pass on a prompt with an image; `beside` is given in place of its images."""
+    module = model._module
+    device = input_device(module)
+    ids = torch.tensor([row.ids], device=device)
+    given = {} if row.images is None else row.images.tensors
+    beside = {name: tensor.to(device) for name, tensor in given.items()} if beside is None else beside
+    inputs = {"input_ids": ids, **beside, **uncached(module)}
+    modules = sorted(_watched(module, model.anatomy) | set(_of_images(module, model.anatomy)))
+    try:
+        recording = record(module, lambda: module(**inputs, output_hidden_states=True), modules=modules)
+    except Exception:
+        recording = record(module, lambda: module(**inputs), modules=modules)
+    return dataclasses.replace(_evidence(model, ids, recording, is_large(module)), beside=beside)
+
+
 def gather_shapes(model: NamedTransformer, large: bool) -> Evidence:
     """Record one forward pass on fake tensors, which have shapes and no numbers."""
     module = model._module
@@ -195,6 +228,16 @@ def _near(module: nn.Module) -> Iterator[str]:
     for path, inner in module.named_modules():
         if path.count(".") < 2 and not isinstance(inner, nn.ModuleList) and not _IN_A_LIST.search(path):
             yield path
+
+
+def _of_images(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:
+    """The layers of towers with their attentions, and every module that stands outside of all layers."""
+    stacks = vision_stacks(module, anatomy)
+    for path in itertools.chain.from_iterable(stacks):
+        yield path
+        yield f"{path}.{attention_of(module.get_submodule(path))}"
+    layers = tuple(f"{path}." for path in (*(b.path for b in anatomy.blocks), *itertools.chain(*stacks)))
+    yield from (path for path, _ in module.named_modules() if path and not f"{path}.".startswith(layers))
 
 
 def _outside(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:

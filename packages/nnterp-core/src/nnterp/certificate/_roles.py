@@ -8,7 +8,7 @@ import torch
 
 from nnterp.anatomy import Part
 from nnterp.certificate._evidence import REMEDY_PARTS, Claimed, Evidence, outcome
-from nnterp.discovery import Call
+from nnterp.discovery import Call, mixes_rows
 from nnterp.facts import Facts
 from nnterp.tensors import relative_error, stream_out
 
@@ -18,6 +18,8 @@ CHANGED = 1  # the position whose input is changed to see what else changes
 
 def roles(evidence: Evidence, facts: Facts) -> Claimed:
     """Told by calling parts again on edited inputs. Learns nothing."""
+    if reason := mixes_rows(evidence.module):
+        return outcome(ROLES, False, detail=reason), facts
     problems: list[str] = []
     mixing: set[type] = set()
     still: list[tuple[type, str]] = []

@@ -1,12 +1,12 @@
 """Claim: noise written through an accessor changes the logits as the same noise from a torch hook does.
 
-Each value is written in a row of its own, and one more row has every value written, all rows in one batch.
+Values are written in rows of their own, and one more row has every value written, all rows in one batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,21 @@ import torch
 from torch import nn
 
 from nnterp.certificate._evidence import Claimed, Evidence, outcome
-from nnterp.discovery import model_inputs
 from nnterp.errors import Unavailable
 from nnterp.facts import Facts
+from nnterp.huggingface import uncached
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import VALUES, Value
 from nnterp.tensors import relative_error, stream_in
 from nnterp.traced import Site, read_value, write_value
 from nnterp.values import leaves_inside, site_of
+from nnterp.wording import ranges
 
 WRITES = "every write is causal and equals a torch hook's"
 LENGTH = 4  # tokens of a row
 # How many values get a row of their own; if a model has more, they are sampled evenly. In a large model, where rows are
-# what the certificate costs, only one has, and the others are covered by the row in which all are written.
-ROWS, ROWS_LARGE = 48, 1
+# what the certificate costs, each kind of value has one, at one layer. One more row has all values written.
+ROWS = 48
 EFFECT = 1e-6  # smallest relative change of the logits that counts as an effect
 
 
@@ -62,8 +63,7 @@ class _Edit:
 def writes(evidence: Evidence, facts: Facts) -> Claimed:
     """Covers all values that are a module's input or output. Learns nothing."""
     targets = _targets(evidence, facts)
-    total, limit = len(targets), ROWS_LARGE if evidence.large else ROWS
-    chosen = range(total) if total <= limit else sorted({round((k + 0.5) * total / limit) for k in range(limit)})
+    chosen = _one_of_each_kind(targets) if evidence.large else _sampled(len(targets))
     row_of = {k: row for row, k in enumerate(chosen)}
     everything = len(row_of)  # the row in which all values are written; in the one after it nothing is
     edits = [
@@ -73,7 +73,7 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
     batch = evidence.ids[:, :LENGTH].repeat(everything + 2, 1)
     hooked = _by_hooks(evidence, batch, edits, facts.readout.layout.extra)
     try:
-        written = _by_accessors(evidence.model.supposing(facts), batch, edits)
+        written = _by_accessors(evidence.model.supposing(facts), evidence.inputs(batch), batch.shape[0], edits)
     except Exception as problem:
         detail = f"{type(problem).__name__}: {str(problem)[:200]}"
         return outcome(WRITES, False, detail=detail), facts
@@ -82,7 +82,7 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
     silent = [n for n, row in alone.items() if not relative_error(written[row], written[-1]) > EFFECT and n not in idle]
     error = relative_error(written, hooked)
     ok = not silent and error <= evidence.tolerance
-    detail = f"{total} values, {everything} of them alone"
+    detail = _evidence(targets, row_of.keys())
     if silent:
         detail = f"no effect on the logits: {', '.join(silent[:4])}"
     elif not ok:
@@ -92,13 +92,60 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
     return outcome(WRITES, ok, error, evidence.tolerance, detail, remedy), facts
 
 
+def _sampled(total: int) -> list[int]:
+    """All values, or `ROWS` of them at even distances."""
+    return list(range(total)) if total <= ROWS else sorted({round((k + 0.5) * total / ROWS) for k in range(ROWS)})
+
+
+def _one_of_each_kind(targets: list[_Target]) -> list[int]:
+    """One value of each name; the layers of the names are spread over the depth of the model."""
+    kinds: dict[str, list[int]] = {}
+    for k, target in enumerate(targets):
+        kinds.setdefault(target.value.name, []).append(k)
+    depths = ((i + 0.5) / len(kinds) for i in range(len(kinds)))
+    return sorted(ks[round(depth * (len(ks) - 1))] for depth, ks in zip(depths, kinds.values(), strict=True))
+
+
+def _evidence(targets: list[_Target], alone: Collection[int]) -> str:
+    """How many values were written alone, and which were not, or which were, whichever are fewer."""
+    together = [target for k, target in enumerate(targets) if k not in alone]
+    if not together:
+        return f"{len(targets)} values, each written alone"
+    if len(together) <= len(alone):
+        shown = _listed(together)
+        return f"{len(targets)} values: {len(alone)} written alone, {len(together)} only together with all: {shown}"
+    shown = _listed([targets[k] for k in alone])
+    return f"{len(targets)} values: {len(together)} written only together, {len(alone)} also alone: {shown}"
+
+
+def _listed(targets: list[_Target]) -> str:
+    """Names of values with their layers, in the order in which the names first appear."""
+    layers: dict[str, list[int]] = {}
+    for target in targets:
+        layers.setdefault(target.value.name, []).extend([] if target.layer is None else [target.layer])
+    return ", ".join(f"{name}[{ranges(sorted(found))}]" if found else name for name, found in layers.items())
+
+
+def written_at_once(evidence: Evidence, facts: Facts) -> tuple[int, float]:
+    """Write every value in one run of a prompt with its images, by accessors and by hooks.
+
+    Returns:
+        How many values were written, and how far the two runs' logits are apart.
+    """
+    edits = [_Edit(target, (0,), k) for k, target in enumerate(_targets(evidence, facts))]
+    hooked = _by_hooks(evidence, evidence.ids, edits, facts.readout.layout.extra)
+    given = {**evidence.inputs(evidence.ids), **uncached(evidence.module)}
+    written = _by_accessors(evidence.model.supposing(facts), given, 1, edits)
+    return len(edits), relative_error(written, hooked)
+
+
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
 def _targets(evidence: Evidence, facts: Facts) -> list[_Target]:
     """Everything that is a module's input or output, in the order in which the model computes it."""
     found: list[tuple[int, float, _Target]] = []
-    for value in VALUES.values():
+    for value in (value for value in VALUES.values() if value.stack != "vision"):
         try:
             own = facts.of_stack(value.stack)
         except Unavailable:
@@ -165,10 +212,9 @@ def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int, extra: int = 0) ->
 # -- written in two ways -----------------------------------------------------------------------------------------------
 
 
-def _by_accessors(model: NamedTransformer, batch: torch.Tensor, edits: list[_Edit]) -> torch.Tensor:
-    """The logits with all edits written as a user writes them."""
-    size, inputs = batch.shape[0], model_inputs(model._module, batch, model.tokenizer.all_special_ids)
-    with model.trace(inputs):
+def _by_accessors(model: NamedTransformer, given: Any, size: int, edits: list[_Edit]) -> torch.Tensor:
+    """The logits with all edits written as a user writes them, in a run of `size` rows."""
+    with model.trace(given):
         for edit in edits:
             label, layer = edit.target.value.label, edit.target.layer
             write_value(model, label, _disturbed(read_value(model, label, layer), edit, size), layer)

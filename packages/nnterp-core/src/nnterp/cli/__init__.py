@@ -29,13 +29,19 @@ class Command(Protocol):
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
+    words = sys.argv[1:] if argv is None else argv
+    names = plugins.names(plugins.COMMANDS)
+    if words and words[0] in names:  # the others are not imported
+        names = (words[0],)
     parser = argparse.ArgumentParser(
-        prog="nnterp", description="One interface to the inside of any causal language model."
+        prog="nnterp",
+        description="One interface to the inside of any causal language model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=versions())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands: dict[str, Command] = {}
-    for name in plugins.names(plugins.COMMANDS):
+    for name in names:
         command: Command = plugins.load(plugins.COMMANDS, name)
         commands[name] = command
         shown = "\n".join(f"  nnterp {example}" for example in command.examples)
@@ -48,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
         )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     return commands[arguments.command].run(arguments)
 
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nnterp.certificate import Certificate
-from nnterp.cli.models import HELP, not_loaded, source_of
+from nnterp.cli.models import (
+    HELP,
+    about_random,
+    add_model_arguments,
+    is_random,
+    load_model,
+    not_loaded,
+    require_device,
+)
 from nnterp.errors import AnatomyError, CertificateError
-from nnterp.files import require_writable
+
+if TYPE_CHECKING:
+    from nnterp.anatomy import Anatomy
+    from nnterp.certificate import Certificate
 
 help = "prove that nnterp names a model's parts rightly, and print the certificate"
 examples = ("check toy", "check Qwen/Qwen3-0.6B", "check ./my-model --json certificate.json", "check llama")
@@ -18,10 +28,8 @@ examples = ("check toy", "check Qwen/Qwen3-0.6B", "check ./my-model --json certi
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp check`."""
-    parser.add_argument("model", help=f"{HELP}; or a model type of transformers (checked on a tiny random model of it)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
-    )
+    parser.add_argument("model", metavar="MODEL", help=HELP)
+    add_model_arguments(parser)
     parser.add_argument(
         "--no-weights", action="store_true", help="check only what can be checked without loading the weights"
     )
@@ -30,9 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the certificate; 0 if every line holds, 1 if not."""
+    from nnterp.certificate import Certificate
+    from nnterp.files import require_writable
+
     try:
         if arguments.json is not None:
             require_writable(arguments.json)
+        require_device(arguments.device)
         print_(certificate := _certificate(arguments))
     except CertificateError as error:
         if not isinstance(error.certificate, Certificate):
@@ -49,28 +61,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if certificate.ok else 1
 
 
-def print_(certificate: Certificate) -> None:
-    """Print a certificate: as a table fitted to a terminal, as plain text anywhere else."""
+def print_(shown: Certificate | Anatomy) -> None:
+    """Print a certificate or an anatomy: as a table fitted to a terminal, as plain text anywhere else."""
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(certificate)
+        Console().print(shown)
     else:
-        print(certificate)
+        print(shown)
 
 
 def _certificate(arguments: argparse.Namespace) -> Certificate:
-    from nnterp import StandardizedTransformer
-    from nnterp.testing import model_types, tiny_model, tiny_tokenizer
-
-    if not os.path.exists(arguments.model) and arguments.model in model_types():
-        model = StandardizedTransformer(tiny_model(arguments.model), tokenizer=tiny_tokenizer())
-    else:
-        # Without proofs kept on disk: what is printed was run now.
-        options = {"trust_remote_code": arguments.trust_remote_code, "keep_proofs": False}
-        model = StandardizedTransformer(source_of(arguments.model), **options)
-        if not arguments.no_weights:
-            model.dispatch()
-    print(model.anatomy, end="\n\n")
+    # Without proofs kept on disk: what is printed was run now.
+    model = load_model(arguments, weights=not arguments.no_weights, keep_proofs=False)
+    if is_random(arguments.model):
+        print(about_random(arguments.model), end="\n\n")
+    print_(model.anatomy)
+    print()
     assert model.certificate is not None
     return model.certificate

@@ -17,7 +17,7 @@ from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices
-from nnterp.inputs import Row, batches, encode, left_padded
+from nnterp.inputs import Row, all_images, batches, encode, left_padded
 from nnterp.named_transformer import NamedTransformer
 from nnterp.positions import is_one_position, per_prompt, plain_positions, resolve
 from nnterp.progress import bar, check_progress
@@ -49,14 +49,14 @@ def collect(
     check_progress(progress)
     if reduce is not None and not callable(reduce) and not (isinstance(reduce, str) and reduce in ("mean", "sum")):
         raise ValueError(f"reduce is 'mean', 'sum', a function or None, not {reduce!r}.")
-    rows = encode(model, prompts)
+    rows = encode(model, prompts, images=max_new_tokens is None)
     if max_new_tokens is None and generation:
         raise TypeError(
             f"collect() got {', '.join(generation)}; these are settings of a generation, which needs max_new_tokens=."
         )
     if max_new_tokens is not None:
         _check_generation(remote, positions)
-    plan = make_plan(model, values, layers, outputs=True)
+    plan = make_plan(model, values, layers, outputs=True, images=all_images(model, rows))
     seen = own_rows(rows, plan)
     chosen, single = positions_of(model, seen, -1 if max_new_tokens is not None else positions)
     asked = {

@@ -11,7 +11,7 @@ from nnterp.errors import Unavailable
 from nnterp.indices import integers, read_index, read_indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
-from nnterp.values import Combine, Value, reads, when
+from nnterp.values import Combine, Value, reads, stack_depth, when
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,12 @@ class Plan:
         return sides.pop()
 
 
-def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any, outputs: bool = False) -> Plan:
+def make_plan(
+    model: NamedTransformer, values: str | Iterable[str], layers: Any, outputs: bool = False, images: bool = False
+) -> Plan:
     """Look up where everything asked for is served and put it in forward order.
+
+    With `images`, every prompt has an image, and the layers are there that run only with one.
 
     A layer that is given twice in `layers` is twice in the result; a layer that two names ask for is there once.
 
@@ -90,6 +94,8 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
         value, at = named(name, outputs)
         if value.name == "mixer_states":
             raise ValueError("mixer_states have no positions, and belong to a run with a cache: read them in a trace.")
+        if value.stack == "vision":
+            raise ValueError(f"{value.name} has no positions of a prompt's tokens: read it in a trace.")
         rows[value.name] = value
         mine = asked.setdefault(value.name, [])
         if not value.per_layer:
@@ -97,11 +103,11 @@ def make_plan(model: NamedTransformer, values: str | Iterable[str], layers: Any,
         chosen: Sequence[Index]
         if at is not None:
             first = at[0] if isinstance(at, tuple) else at
-            first = read_index(first, depth_of(model, value), f"The layer of {name}", "layers")
-            chosen = [first] if value.stack else model.layers_of_texts([first])
+            first = read_index(first, stack_depth(model.facts, value), f"The layer of {name}", "layers")
+            chosen = [first] if value.stack == "encoder" else model.layers_of_texts([first], images)
             chosen = [(first, at[1])] if isinstance(at, tuple) else chosen
         else:
-            chosen = _layers(model, value, layers)
+            chosen = _layers(model, value, layers, images)
         there = tuple(mine)
         mine.extend(layer for layer in chosen if layer not in there)
 
@@ -149,24 +155,15 @@ def value_names(values: Any) -> list[str]:
     return wanted
 
 
-def depth_of(model: NamedTransformer, value: Value) -> int:
-    """How many layers a value is indexed by.
-
-    Raises:
-        Unavailable: The model has no encoder.
-    """
-    return model.facts.of_stack(value.stack).anatomy.num_layers
-
-
-def _layers(model: NamedTransformer, value: Value, layers: Any) -> list[int]:
-    """The layers asked for; by default all that have the value and run on a text."""
+def _layers(model: NamedTransformer, value: Value, layers: Any, images: bool) -> list[int]:
+    """The layers asked for; by default all that have the value and run on these prompts."""
     if value.stack == "encoder":
-        every = range(depth_of(model, value))
+        every = range(stack_depth(model.facts, value))
         return list(every if layers is None else read_indices(layers, len(every), "layers", "layers"))
     if layers is not None:
-        return model.layers_of_texts(read_indices(layers, model.num_layers, "layers", "layers"))
+        return model.layers_of_texts(read_indices(layers, model.num_layers, "layers", "layers"), images)
     found, reason = [], None
-    for layer in model.layers_of_texts():
+    for layer in model.layers_of_texts(images=images):
         try:
             model.place(value.name, layer)
             found.append(layer)

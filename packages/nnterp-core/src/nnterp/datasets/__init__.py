@@ -2,7 +2,17 @@
 
 from nnterp.datasets._column import ActivationColumn, Where
 from nnterp.datasets._dataset import ActivationDataset
+from nnterp.datasets._ranks import rank_of, require_whole_model
 from nnterp.datasets._shuffled import ShuffledRows
 from nnterp.datasets._writing import refuse_for_disk, write_dataset
 
-__all__ = ["ActivationColumn", "ActivationDataset", "ShuffledRows", "Where", "refuse_for_disk", "write_dataset"]
+__all__ = [
+    "ActivationColumn",
+    "ActivationDataset",
+    "ShuffledRows",
+    "Where",
+    "rank_of",
+    "refuse_for_disk",
+    "require_whole_model",
+    "write_dataset",
+]

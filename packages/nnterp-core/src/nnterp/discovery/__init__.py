@@ -5,12 +5,14 @@ from nnterp.discovery._between import find_between
 from nnterp.discovery._declared import declared_chain, declared_lenders
 from nnterp.discovery._inside import Findings, find_inside
 from nnterp.discovery._probe import Probe, model_inputs, probe_ids, rounding_of
+from nnterp.discovery._quantised import mixes_rows, require_gradients
 from nnterp.discovery._quiet import quiet, static_experts
 from nnterp.discovery._recording import Call, Recording, SourceText, record
 from nnterp.discovery._residual import Contribution, ResidualStructure, Term, refit, solve_residual
 from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
+from nnterp.discovery._vision import Vision, attention_of, vision_stacks
 from nnterp.discovery.attention import Attention
 
 __all__ = [
@@ -26,20 +28,25 @@ __all__ = [
     "SourceText",
     "States",
     "Term",
+    "Vision",
+    "attention_of",
     "declared_chain",
     "declared_lenders",
     "declared_sharing",
     "find_between",
     "find_inside",
     "find_states",
+    "mixes_rows",
     "model_inputs",
     "probe_ids",
     "quiet",
     "record",
     "refit",
+    "require_gradients",
     "rounding_of",
     "silent_weights",
     "solve_residual",
     "sounding",
     "static_experts",
+    "vision_stacks",
 ]

@@ -12,12 +12,15 @@ from nnterp.anatomy import Layer, cross_layers
 from nnterp.discovery._linears import arguments_of, ending, linears
 from nnterp.discovery._neurons import find_neurons, find_shared_neurons
 from nnterp.discovery._probe import Probe
+from nnterp.discovery._quantised import not_additive
 from nnterp.discovery._quiet import quiet
 from nnterp.discovery._recording import Labels, Recording, SourceText
 from nnterp.discovery._routers import Routers, router_path
 from nnterp.discovery.attention import Attention, MovingHeads, find_attention, with_code
 from nnterp.eager import eagerly, is_eager
 from nnterp.traced import Place
+
+HEADS_THROUGH = "attention_head_contributions"
 
 
 @dataclass
@@ -125,6 +128,11 @@ class _Look:
             for layer, attention in pairs:
                 if attention is not None:
                     moving.prove(layer, attention)
+        for attention in (*found.attention, *found.several.values()):
+            out = None if attention is None else attention.out
+            if attention is not None and out is not None and (reason := not_additive(self.root, out)):
+                attention.places.pop(HEADS_THROUGH, None)
+                attention.reasons[HEADS_THROUGH] = reason
         return found
 
     def attention(self, layer: Layer) -> Attention | None:

@@ -18,10 +18,12 @@ def checksum(module: nn.Module) -> str:
 
     It holds the name, shape and dtype of each tensor, the sum of its bits as 64-bit integers, and numbers sampled at
     equal distances, which tell apart tensors with the same numbers in another order. The cost is one read of the
-    weights. Of a tensor without numbers (on the meta device) only name, shape and dtype count. Buffers that are not
-    saved with the model are left out, because they may differ between devices in their last bit.
+    weights; offloaded ones are read from where they are kept. Of a tensor without numbers (on the meta device) only
+    name, shape and dtype count. Buffers that are not saved with the model are left out, because they may differ between
+    devices in their last bit.
     """
-    return checksum_of_tensors([*module.named_parameters(), *_persistent_buffers(module)])
+    named = (*module.named_parameters(), *_persistent_buffers(module))
+    return checksum_of_tensors((name, _with_numbers(module, name, tensor)) for name, tensor in named)
 
 
 def checksum_of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -33,6 +35,17 @@ def checksum_of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
             if plain.numel() and not plain.is_meta and not plain.is_quantized:
                 digest.update(_words(plain).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _with_numbers(root: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a module; if accelerate has offloaded it, what would be brought in."""
+    path, _, own = name.rpartition(".")
+    hook = getattr(root.get_submodule(path), "_hf_hook", None) if tensor.is_meta else None
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None and own in kept:
+            return kept[own].to(tensor.dtype)
+    return tensor
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,13 +13,16 @@ from ._facts import (
     POSITION_IDS_NEEDED,
     POSITION_IDS_OFFSET,
 )
+from ._image_inputs import tiny_image_inputs
 from ._loud import make_loud
 from ._narrow import narrow_config
 from ._shrink import tiny_config
 from ._tokenizer import tiny_tokenizer
 from ._zoo import (
     encoder_decoder_types,
+    image_model_types,
     model_types,
+    model_types_without_images,
     multimodal_model_types,
     tiny_checkpoint,
     tiny_encoder_decoder,
@@ -36,13 +39,16 @@ __all__ = [
     "POSITION_IDS_NEEDED",
     "POSITION_IDS_OFFSET",
     "encoder_decoder_types",
+    "image_model_types",
     "make_loud",
     "model_types",
+    "model_types_without_images",
     "multimodal_model_types",
     "narrow_config",
     "tiny_checkpoint",
     "tiny_config",
     "tiny_encoder_decoder",
+    "tiny_image_inputs",
     "tiny_model",
     "tiny_tokenizer",
     "unavailable_model_types",

@@ -42,7 +42,9 @@ LEFT_PADDING_INEXACT: dict[str, str] = {
     "llama4_text": "the attention temperature follows the index in the padded row, not position_ids",
     "marian": _NO_POSITION_IDS,
     "mbart": _NO_POSITION_IDS,
+    "minimax_m3_vl": "blocks of keys are cut from the start of the padded row",
     "minimax_m3_vl_text": "blocks of keys are cut from the start of the padded row",
+    "mistral_large4": _INDEXER,
     "mvp": _NO_POSITION_IDS,
     "paligemma": _SDPA_MASK,
     "pegasus": _NO_POSITION_IDS,
@@ -76,6 +78,7 @@ POSITION_IDS_NEEDED: frozenset[str] = frozenset(
         "gpt_neo",
         "hunyuan_v1_dense",
         "hunyuan_v1_moe",
+        "hunyuan_vl",
         "megatron-bert",
         "openai-gpt",
         "reformer",
@@ -90,7 +93,16 @@ The `position_ids` have to be computed from the attention mask.
 """
 
 POSITION_IDS_OFFSET: frozenset[str] = frozenset(
-    ["camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
+    [
+        "camembert",
+        "data2vec-text",
+        "kosmos-2.5",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ]
 )
 """Model types that count positions from `padding_idx + 1`. Pass no `position_ids`: `input_ids` are enough."""
 
@@ -104,8 +116,10 @@ CACHE_INEXACT: dict[str, str] = {
     "deepseek_v32": _STEPWISE_INDEXER,
     "dots3_note": _STEPWISE_INDEXER,
     "dots3_note_text": _STEPWISE_INDEXER,
+    "glm5_next": _STEPWISE_INDEXER,
     "glm_moe_dsa": _STEPWISE_INDEXER,
     "hy_v4": _STEPWISE_INDEXER,
+    "mistral_large4": _STEPWISE_INDEXER,
     "moshi": "its cache keeps the sliding window, which its forward over a whole row does not apply",
     "paligemma": _SDPA_MASK,
     "prophetnet": NOT_CAUSAL["prophetnet"],
@@ -116,11 +130,12 @@ CACHE_INEXACT: dict[str, str] = {
 Each with the reason, found by feeding one token at a time.
 """
 
-NO_CACHE: frozenset[str] = frozenset(["openai-gpt", "recurrent_gemma", "reformer", "xlm", "xlnet"])
+NO_CACHE: frozenset[str] = frozenset(["granite4_vision", "openai-gpt", "recurrent_gemma", "reformer", "xlm", "xlnet"])
 """Model types without `past_key_values` from which a row could be continued."""
 
 NOT_RELOADABLE: dict[str, str] = {
     "emu3": "AutoModelForCausalLM builds Emu3ForCausalLM, whose saved Emu3TextConfig it does not take back",
     "mllama": "AutoModelForCausalLM builds MllamaForCausalLM, whose saved MllamaTextConfig it does not take back",
+    "shieldgemma2": "it builds Gemma3ForConditionalGeneration, and does not read the names of its saved weights",
 }
 """Model types whose saved checkpoint `from_pretrained` of the same Auto class refuses, each with the reason."""

@@ -5,7 +5,7 @@ What no rule can serve is a row in `_special_cases`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ._tokenizer import RESERVED_TOKEN_IDS, VOCAB_SIZE
@@ -108,7 +108,13 @@ RULES: dict[str, Any] = {
     "encoder_hash_byte_group_vocab": 503,
     **_fields(HIDDEN, "adapter_in_dim adapter_out_dim adapter_input_size output_channels"),
     **_fields(24, "nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel"),
+    **_fields(24, "downsample_hidden_size"),
     "image_size": 32,
+    "patch_size": 8,
+    "deepstack_visual_indexes": [0, 1],
+    **_fields(HIDDEN, "projection_dim text_hidden_size projector_input_dim projection_hidden_dim vision_hidden_size"),
+    **_fields(HIDDEN, "projection_hidden_size"),
+    **_fields(96, "projector_hidden_size projection_intermediate_size alignment_intermediate_size"),
     # low ranks
     **_fields(10, "adapter_rank laurel_rank gated_norm_rank hc_lowrank"),
     "hidden_size_per_layer_input": 14,
@@ -148,14 +154,22 @@ _FROM_NONE = frozenset(
 )
 
 _TOKEN_ENDINGS = ("_token_id", "_token_index")
+# Fields whose rule is about images, and holds only in configurations with one of these other fields.
+_ONLY_WITH = {"patch_size": {"num_channels", "in_channels", "image_size"}}
 
 
-def replaces_default(name: str, default: Any) -> bool:
-    """Whether a rule sets a field that has this default value."""
+def replaces_default(name: str, default: Any, beside: Collection[str] = ()) -> bool:
+    """Whether a rule sets a field that has this default value, in a configuration with these other fields."""
+    if name in _ONLY_WITH and not _ONLY_WITH[name].intersection(beside):
+        return False
     if name.endswith(_TOKEN_ENDINGS):
         return isinstance(default, (int, list)) or name in ("eos_token_id", "bos_token_id", "pad_token_id")
     if name == "is_decoder":  # the only bool that is set
         return True
+    if isinstance(default, (list, tuple)) and not isinstance(
+        RULES.get(name), (list, tuple)
+    ):  # one entry for each stage
+        return False
     return name in RULES and not isinstance(default, bool) and (default is not None or name in _FROM_NONE)
 
 

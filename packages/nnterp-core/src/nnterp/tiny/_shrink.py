@@ -109,7 +109,7 @@ def _split_overrides(
 
 def _by_rule(defaults: Mapping[str, Any], full: PreTrainedConfig | None) -> dict[str, Any]:
     """The fields that the rules set."""
-    values = {name: value_by_rule(name) for name, default in defaults.items() if replaces_default(name, default)}
+    values = {name: value_by_rule(name) for name, given in defaults.items() if replaces_default(name, given, defaults)}
     if "kv_lora_rank" in defaults:  # latent attention expands to one key and one value per query head
         values["num_key_value_heads"] = HEADS
     rope = getattr(full, "rope_parameters", None)
@@ -150,7 +150,7 @@ def _tiny_parts(
             continue
         layers = num_layers if key == _text_part(parts) else None
         if key.startswith(("vision", "audio")):
-            layers = TOWER_LAYERS
+            layers = CONFIG_ROWS.get(part.config_class.model_type, {}).get("depth", TOWER_LAYERS)
         made[key] = _tiny(part.config_class, row.get(key, {}), layers, for_parts.get(key, {}))
     return made
 

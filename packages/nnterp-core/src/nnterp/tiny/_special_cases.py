@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._image_rows import IMAGE_CONFIG_ROWS
+
 _SLIDE, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 # Fields of a configuration, set after those of `_rules`. A function is called with the number of layers. "depth" is
 # the default number of layers. Lists with one entry per layer are repeated to the number of layers asked for.
 CONFIG_ROWS: dict[str, dict[str, Any]] = {
+    **IMAGE_CONFIG_ROWS,
     # The layers of these are of one kind by default although the architecture has several.
     "granitemoehybrid": {"layer_types": [_LINEAR, _FULL, _LINEAR, _FULL], "position_embedding_type": "rope"},
     "laguna": {
@@ -129,26 +132,16 @@ LOUD_ROWS: dict[str, dict[str, float]] = {
     "gemma4_text": {"q_norm.weight": 0.4},  # scale 1
     "gemma4_unified_text": {"q_norm.weight": 0.4},  # scale 1
     "gpt_neo": {"q_proj.weight": 0.3},  # scale 1
+    "mllama_text_model": {"attn_gate": 12.0, "mlp_gate": 12.0},  # of cross-attention, zero at first
     "inkling_text": {"q_norm.weight": 3.0},  # scale 1 / head size
     "inkling2_text": {"q_norm.weight": 1.5},  # scale 1 / head size
 }
 
-# Types with images in and text out that are built as well; models of the causal-LM mapping are not repeated here.
-MULTIMODAL: tuple[str, ...] = (
-    "aria",
-    "aya_vision",
-    "idefics3",
-    "internvl",
-    "llava",
-    "llava_next",
-    "llava_onevision",
-    "mistral3",
-    "paligemma",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "smolvlm",
+_NEEDS_AN_IMAGE = "its forward takes no text without an image, and the certificate begins with a text"
+_ENCODER = "an encoder reads the prompt, and the decoder's own tokens come beside it: it is no model of one stream"
+NEEDS_TIMM = (
+    "its vision tower needs the packages timm, torchvision and Pillow, which the extra `llms` installs: "
+    "pip install 'nnterp[llms]'"
 )
 
 # Encoder-decoder types that are built as well.
@@ -157,12 +150,36 @@ ENCODER_DECODERS: tuple[str, ...] = (
     *("mvp", "nllb-moe", "pegasus", "plbart", "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5"),
     *("t5gemma", "umt5", "whisper"),
 )
+# Types with images in and text out that are not built with their images, each with the reason.
+WITHOUT_IMAGES: dict[str, str] = {
+    "blip": _NEEDS_AN_IMAGE,
+    "blip-2": _NEEDS_AN_IMAGE,
+    "chameleon": "its forward sets the logits of its image tokens to the lowest number, whatever its head returns",
+    "diffusion_gemma": "it denoises blocks of tokens, and does not predict the next token",
+    "evolla": "it reads proteins, and AutoModelForImageTextToText does not build it",
+    "fast_vlm": NEEDS_TIMM,
+    "florence2": _ENCODER,
+    "gemma3n": NEEDS_TIMM,
+    "git": "it puts an image in front of the text, where no token stands: its stream is longer than the prompt",
+    "idefics": _NEEDS_AN_IMAGE,
+    "instructblip": _NEEDS_AN_IMAGE,
+    "instructblipvideo": _NEEDS_AN_IMAGE,
+    "kosmos-2": _NEEDS_AN_IMAGE,
+    "mistral4": "it takes no images: the mapping lists its language model",
+    "perception_lm": NEEDS_TIMM,
+    "pi0": "it predicts a robot's actions, and no tokens",
+    "pix2struct": _ENCODER,
+    "pp_formulanet": _ENCODER,
+    "t5gemma2": _ENCODER,
+    "udop": _ENCODER,
+    "vision-encoder-decoder": _ENCODER,
+}
 
 # Members of the causal-LM mapping that no configuration makes a working text model.
 UNAVAILABLE: dict[str, str] = {
     "gemma3n": (
-        "its vision tower needs the packages timm, torchvision and Pillow, and its config takes no other tower; "
-        "gemma3n_text is the language model alone"
+        "its vision tower needs the packages timm, torchvision and Pillow (the extra `llms`: pip install "
+        "'nnterp[llms]'), and its config takes no other tower; gemma3n_text is the language model alone"
     ),
     "gemma4_assistant": "a drafting head: its forward requires the embeddings and key-value states of a target model",
     "gemma4_unified_assistant": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
 from ._shrink import tiny_config
-from ._special_cases import ENCODER_DECODERS, MULTIMODAL, UNAVAILABLE
+from ._special_cases import ENCODER_DECODERS, NEEDS_TIMM, UNAVAILABLE, WITHOUT_IMAGES
 from ._tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,31 @@ def multimodal_model_types() -> tuple[str, ...]:
 
     They are the classes of `AutoModelForImageTextToText` and run on text alone.
     """
-    return MULTIMODAL
+    return tuple(t for t in image_model_types() if t not in _class_names())
+
+
+def image_model_types() -> tuple[str, ...]:
+    """The model types that `tiny_model(model_type, images=True)` builds, and `tiny_image_inputs` makes prompts for.
+
+    They are transformers' image-text-to-text mapping without `model_types_without_images()`.
+    """
+    return tuple(t for t in _image_class_names() if t not in model_types_without_images())
+
+
+def model_types_without_images() -> dict[str, str]:
+    """The model types of transformers' image-text-to-text mapping that are not built with images, each with the reason.
+
+    Those that need packages of the extra `llms` are left out of it where these are installed.
+    """
+    have = all(find_spec(name) is not None for name in ("timm", "torchvision", "PIL"))
+    unbuilt = {t: reason for t, reason in WITHOUT_IMAGES.items() if not (have and reason == NEEDS_TIMM)}
+    return {t: unbuilt[t] for t in _image_class_names() if t in unbuilt}
+
+
+def _image_class_names() -> Mapping[str, str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def tiny_model(
@@ -50,6 +75,7 @@ def tiny_model(
     num_layers: int | None = None,
     dtype: torch.dtype = torch.float32,
     loud: bool = True,
+    images: bool = False,
     **config_overrides: Any,
 ) -> PreTrainedModel:
     """A tiny random model of `model_type`, in eval mode on the CPU, with the architecture's own features on.
@@ -59,7 +85,7 @@ def tiny_model(
     the global random state, which is left as it was.
 
     Args:
-        model_type: one of `model_types()` or `multimodal_model_types()`.
+        model_type: one of `model_types()`, `multimodal_model_types()` or `image_model_types()`.
         seed: of the weights.
         num_layers: depth of the stack; by default 4, or as many as it takes for every kind of layer to occur. A smaller
             number keeps the first layers; where none of them has attention, the model runs with `use_cache=False`
@@ -67,6 +93,8 @@ def tiny_model(
         dtype: of the parameters.
         loud: redraw the weights so that activations and logits are of order one and every part shows in the logits;
             otherwise keep the model's own initialisation.
+        images: build the class of `AutoModelForImageTextToText`, which takes images (`tiny_image_inputs`), also where
+            the causal-LM mapping has another class for the type.
         **config_overrides: fields of the configuration, set last and passed to its class as they are. A field that only
             the text part of a composite configuration has is set there; `vision_config={...}` and the like set fields
             of the other parts. `attn_implementation` works as in `from_pretrained`.
@@ -75,17 +103,19 @@ def tiny_model(
         KeyError: `model_type` is not a causal LM of the installed transformers, or cannot be built; the message
             says why.
     """
-    if model_type in UNAVAILABLE:
-        raise KeyError(f"No tiny model of {model_type!r}: {UNAVAILABLE[model_type]}.")
-    if model_type not in _class_names() and model_type not in MULTIMODAL:
+    with_images = images or model_type not in _class_names()
+    reasons = model_types_without_images() if with_images else UNAVAILABLE
+    if model_type in reasons:
+        raise KeyError(f"No tiny model of {model_type!r}: {reasons[model_type]}.")
+    if model_type not in (_image_class_names() if with_images else _class_names()):
         raise KeyError(
             f"{model_type!r} is not a causal LM of the installed transformers: "
-            "take one of model_types() or multimodal_model_types()."
+            "take one of model_types(), multimodal_model_types() or, with images=True, image_model_types()."
         )
     config = tiny_config(model_type, num_layers=num_layers, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _auto_class(model_type).from_config(config, dtype=dtype)
+        model = _auto_class(with_images).from_config(config, dtype=dtype)
     if loud:
         make_loud(model, seed)
     return model.eval()
@@ -143,7 +173,7 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **kwargs: Any) -> Path:
     return folder
 
 
-def _auto_class(model_type: str) -> Any:
+def _auto_class(with_images: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText if model_type in MULTIMODAL else AutoModelForCausalLM
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM

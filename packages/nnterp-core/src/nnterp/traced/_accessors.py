@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnterp.errors import OutsideTraceError, ShapeError, Unavailable
+from nnterp.errors import OutsideTraceError, ShapeError
 from nnterp.table import Label
 from nnterp.traced._places import Site
 from nnterp.traced._sums import Sum
@@ -51,7 +51,7 @@ class LayerAccessor:
         return self[layer]
 
     def __len__(self) -> int:
-        return self._model.num_encoder_layers if self._value.stack == "encoder" else self._model.num_layers
+        return depth(self._model, self._value)
 
     def __iter__(self) -> Any:
         raise TypeError(f"{self._value.name} cannot be iterated over; index it: model.{self._value.name}[i].")
@@ -82,17 +82,10 @@ class ModuleListAccessor:
         return f"<{self._name}: the {self._role} module of each layer that has one>"
 
 
-def depth_of(model: Running, value: Label | Value) -> int:
-    """How many layers a value is indexed by: the encoder's, or the model's own.
-
-    Raises:
-        Unavailable: The model has no encoder.
-    """
-    if value.stack != "encoder":
-        return model.num_layers
-    if not model.num_encoder_layers:
-        raise Unavailable(f"{model.model_class} has no encoder that its layers attend to.")
-    return model.num_encoder_layers
+def depth(model: Running, value: Label | Value) -> int:
+    """How many layers the stack has that a value is of."""
+    own = {"vision": model.num_vision_layers, "encoder": model.num_encoder_layers}
+    return own.get(value.stack, model.num_layers)
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
@@ -168,10 +161,12 @@ def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] |
     if isinstance(layer, str) and value.name == "features":  # by the value that a dictionary reads or writes
         index, label = layer, f"features[{layer!r}]"
     elif isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer, or dictionaries
-        index = layer_index(layer[0], depth_of(model, value), value.name), layer[1]
+        index = layer_index(layer[0], depth(model, value), value.name), layer[1]
         label = f"{value.name}[{layer[0]}, {layer[1]}]"
     elif value.per_layer:
-        index = layer_index(layer, depth_of(model, value), value.name)  # type: ignore[arg-type]
+        if not depth(model, value):
+            model.place(value.name, 0)  # says why there are none
+        index = layer_index(layer, depth(model, value), value.name)  # type: ignore[arg-type]
         label = f"{value.name}[{layer}]"
     place = model.place(value.name, index)
     require_running(model, label)

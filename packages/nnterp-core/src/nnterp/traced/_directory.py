@@ -36,7 +36,9 @@ class Directory:
                     raise Unavailable(reason)
                 if layer is None:
                     return found
-                return relocated(found, LAYER, layer_paths[layer[0] if isinstance(layer, tuple) else layer])
+                index = layer[0] if isinstance(layer, tuple) else layer
+                # a layer of a vision tower is named by its own path, and may have a number that no other layer has
+                return relocated(found, LAYER, layer_paths[index]) if index < len(layer_paths) else found
         raise Unavailable(f"{name} of layer {layer} was not looked up before the request was sent.")
 
     def module_path(self, role: str, layer: int, layer_paths: tuple[str, ...]) -> str:

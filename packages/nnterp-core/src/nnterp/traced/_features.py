@@ -183,8 +183,8 @@ class Attached(Record):
         shown_index = ", ".join(map(str, index)) if isinstance(index, tuple) else repr(index)
         if found:
             raise ValueError(
-                f"features[{shown_index}] may mean several dictionaries: {listed(found)}. In a trace and in "
-                f"collect, index one of them by its two numbers; for other functions, detach the others."
+                f"features[{shown_index}] may mean several dictionaries: {listed(found)}. Name one of them by its two "
+                f"numbers."
             )
         raise Unavailable(
             f"No dictionary is attached at features[{shown_index}]; attached are: {listed(self.features.values())}. "

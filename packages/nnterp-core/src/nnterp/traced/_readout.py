@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nnterp.traced._running import Running
 
 Way = Literal["unproven", "chain", "replay", "none"]
+Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Chain(Record):
@@ -96,8 +98,10 @@ class Readout(Record):
         """Whether it is proven that hidden states can be projected on the vocabulary, and how."""
         return self.way in ("chain", "replay")
 
-    def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def project(self, module: nn.Module, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """Logits of hidden states at the output of the last layer: `[..., hidden]` → `[..., vocab]`, the model's dtype.
+
+        With `head`, what the chain gives with it in place of the model's own.
 
         Raises:
             Unavailable: Neither way gives this model's logits.
@@ -108,15 +112,15 @@ class Readout(Record):
             )
         if self.way == "replay":
             return self.by_replay(module, hidden)
-        return self.by_chain(module, hidden)
+        return self.by_chain(module, hidden, head)
 
-    def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def by_chain(self, module: nn.Module, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """See `Chain`."""
         if self.ln_final is not None:
             hidden = module.get_submodule(self.ln_final)(hidden)
         if self.lm_head is None:
             raise Unavailable(f"{self.model_class} has no head that hidden states could be given to.")
-        return self.chain.finish(module.get_submodule(self.lm_head)(hidden))
+        return self.chain.finish((head or module.get_submodule(self.lm_head))(hidden))
 
     def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The model's forward on the hidden state, every layer replaced by one that returns it."""
@@ -167,11 +171,16 @@ class _LayersReplaced:
                 block.__dict__["forward"] = forward
 
 
-def project_on_vocab(model: Running, readout: Readout, hidden: torch.Tensor) -> torch.Tensor:
+def project_on_vocab(model: Running, readout: Readout, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
     """Logits of hidden states in a model that may be running a trace; the trace does not see the modules run."""
+    width = readout.layout.width
+    if width and hidden.shape[-1] != width:
+        raise ShapeError(
+            f"hidden_state has shape {list(hidden.shape)}; its last axis must be the stream's width, {width}."
+        )
     module = model._module
     if not model.interleaver.interleaving:
         paths = [path for path in (readout.ln_final, readout.lm_head) if path is not None]
         hidden = hidden.to(device_of(module, [module.get_submodule(path) for path in paths]))
     with Apart(model.interleaver):
-        return readout.project(module, hidden)
+        return readout.project(module, hidden, head)

@@ -17,6 +17,7 @@ class Running(Protocol):
 
     num_layers: int
     num_encoder_layers: int
+    num_vision_layers: int
     model_class: str
     layer_paths: tuple[str, ...]
     interleaver: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import nnsight
@@ -41,6 +41,7 @@ class TracedTransformer(TransformersModel):
     # Comments, because a docstring travels.
     num_layers: int  # layers of the residual stream
     num_encoder_layers: int  # of the encoder of an encoder-decoder model, else 0
+    num_vision_layers: int  # layers of the vision tower
     hidden_size: int | None  # sizes are None where the config does not state them
     num_heads: int | None
     num_kv_heads: int | None
@@ -92,6 +93,10 @@ class TracedTransformer(TransformersModel):
         mlps_output: LayerAccessor
         features: LayerAccessor
         ln_final_output: torch.Tensor
+        vision_layers_input: LayerAccessor
+        vision_attentions_output: LayerAccessor
+        vision_layers_output: LayerAccessor
+        image_features: torch.Tensor
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
         args, kwargs = TransformersModel._batch(self, invokes, fn)
@@ -290,14 +295,15 @@ class TracedTransformer(TransformersModel):
 
     # -- the vocabulary --------------------------------------------------------------------------------------------
 
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer."""
-        width = self.readout.layout.width
-        if width and hidden_state.shape[-1] != width:
-            raise ShapeError(
-                f"hidden_state has shape {list(hidden_state.shape)}; its last axis must be the stream's width, {width}."
-            )
-        return project_on_vocab(self, self.readout, hidden_state)
+    def project_on_vocab(
+        self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer.
+
+        With `tokens`, `[..., tokens]`: the logits of these alone.
+        """
+        logits = project_on_vocab(self, self.readout, hidden_state)
+        return logits if tokens is None else logits[..., torch.as_tensor(tokens)]
 
     def get_topk_closest_tokens(
         self, hidden_state: torch.Tensor, k: int = 5

@@ -5,7 +5,8 @@ block reads at constant indices stands in its source, so a block that only reads
 beginning, in the order in which the pass comes by.
 """
 
+from nnterp.traced_block._cells import know_cell
 from nnterp.traced_block._request import RequestTracer
 from nnterp.traced_block._tracer import BlockTracer
 
-__all__ = ["BlockTracer", "RequestTracer"]
+__all__ = ["BlockTracer", "RequestTracer", "know_cell"]

@@ -10,7 +10,7 @@ from nnterp.errors import Unavailable
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import VALUES
 from nnterp.traced_block._reads import FIRST, Index, Read
-from nnterp.values import reads, when
+from nnterp.values import reads, stack_depth, when
 
 Span = tuple[float, float]  # when the first and the last tensor of a value are computed
 
@@ -20,6 +20,8 @@ def by_table(name: str, layer: Index, count: int) -> tuple[float, float]:
     if name in FIRST:
         return -2, 0
     value = VALUES[name]
+    if value.stack in ("vision", "encoder"):  # the tower and the encoder run before the layers of the stream
+        return -1, (layer if isinstance(layer, int) and value.per_layer else 999) + value.rank / 10
     if not value.per_layer:
         return (-1 if value.rank < 1 else count), value.rank
     index = layer[0] if isinstance(layer, tuple) else layer or 0
@@ -35,11 +37,13 @@ def by_probe(model: NamedTransformer, read: Read) -> Span:
     """
     if read.name in FIRST:
         return -2, -2
+    if VALUES[read.name].stack == "vision":
+        raise Unavailable("The probe is a text.")
     if not VALUES[read.name].per_layer:
         return (-1, -1) if VALUES[read.name].rank < 1 else (math.inf, math.inf)
     layer = read.layer
     if isinstance(layer, int):
-        layer %= model.num_layers
+        layer %= stack_depth(model.facts, VALUES[read.name])
     # A state is put together from what enters the mixer and what its code returns.
     names = ("mixers_input", "mixers_output") if read.name == "mixer_states" else (read.name,)
     pieces = [piece for name in names for piece in reads(model, model.place(name, layer))[0]]

@@ -14,6 +14,7 @@ from torch import nn
 
 from nnterp.editing import EDITS, mentions_edits
 from nnterp.traced import StepTracer
+from nnterp.traced_block._lost_edits import refuse_lost_edits
 
 NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy"}  # they know nothing of nnterp
 
@@ -24,6 +25,7 @@ class RequestTracer(StepTracer):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         model: Any = self.envoy
         scope = {**self.info.frame.f_globals, **self.info.frame.f_locals}  # type: ignore[union-attr]
+        refuse_lost_edits(model, self.node, scope)
         try:
             edits = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
         except Exception:  # an object that cannot be looked into: then the edits are sent

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import copy
+import traceback
 from collections.abc import Mapping
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.tracer import InterleavingTracer, Invoker
+from nnsight.schema.config import CONFIG
+from nnsight.tracing.util import filter_traceback
 
 from nnterp.traced import StepTracer
 from nnterp.traced_block._advice import lines_in_order
+from nnterp.traced_block._lost_edits import refuse_lost_edits
 from nnterp.traced_block._order import in_table_order, sorted_reads
 from nnterp.traced_block._reads import FIRST, Read, names_of_model, read_at, reads_of
 
@@ -29,12 +33,14 @@ class BlockTracer(StepTracer):
             OutOfOrderError: A value was read that the forward pass had left behind, in a block that does more than
                 read at constant indices. Shows the block's lines in the order that works.
         """
-        frame = self.info.frame  # cleared when the block has run
+        frame, node = self.info.frame, self.node  # cleared when the block has run
         try:
             with self.envoy._turn:  # type: ignore[union-attr]
-                InterleavingTracer.execute(self, in_forward_order(self, self.envoy, self.node, code, frame))
-        except OutOfOrderError as error:
-            explain_order(error, self.envoy, self.node, frame)
+                InterleavingTracer.execute(self, in_forward_order(self, self.envoy, node, code, frame))
+        except Exception as error:
+            if isinstance(error, OutOfOrderError):
+                explain_order(error, self.envoy, node, frame)
+            error.__traceback__ = shortened(error.__traceback__, frame, node)
             raise
 
     def invoke(self, *args: Any, **kwargs: Any) -> BlockInvoker:
@@ -59,10 +65,14 @@ def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: 
         node: The `with` statement.
         code: Its block.
         frame: Where it stands.
+
+    Raises:
+        ValueError: It edits features where it reads them, which changes nothing.
     """
     # Looked at once. nnsight keeps the node for as long as the program runs, so that its id stays its own.
     known: dict[int, CodeType | None] = model.__dict__.setdefault("_sorted_blocks", {})
     if id(node) not in known:
+        refuse_lost_edits(model, node, _scope(frame))
         known[id(node)] = _sorted(tracer, model, node, frame)
     return known[id(node)] or code
 
@@ -105,6 +115,29 @@ class _Moved(ast.NodeTransformer):
         entry = ast.Constant(self.place[read.name, read.layer])
         kept = ast.Subscript(ast.Name(KEPT, ast.Load()), entry, ast.Load())
         return ast.fix_missing_locations(ast.copy_location(kept, node))
+
+
+def shortened(trace: TracebackType | None, frame: FrameType | None, node: ast.AST | None) -> TracebackType | None:
+    """A traceback without what stands between the `with` and its block: the model's forward pass, 20 to 50 frames.
+
+    Below a block of the user's, frames of nnterp are left out as well, except the one that raised. An error that does
+    not come out of the block keeps all its frames, and so does every error while nnsight's `CONFIG.APP.DEBUG` is set.
+    """
+    if frame is None or not isinstance(node, ast.With) or CONFIG.APP.DEBUG:
+        return trace
+    walked = list(traceback.walk_tb(trace))
+    block, last = frame.f_code.co_filename, node.end_lineno or node.lineno
+    starts = (i for i, (f, line) in enumerate(walked) if f.f_code.co_filename == block and node.lineno <= line <= last)
+    start = next(starts, None)
+    if start is None:
+        return trace
+    below = [entry for entry, _ in walked[start:]]
+    kept = {id(entry) for entry in below if _is_nnterps(below[0]) or not _is_nnterps(entry)} | {id(below[-1])}
+    return filter_traceback(trace, lambda entry: id(entry) in kept)
+
+
+def _is_nnterps(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "nnterp"
 
 
 def _scope(frame: FrameType) -> dict[str, Any]:

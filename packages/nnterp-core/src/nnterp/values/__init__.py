@@ -6,8 +6,10 @@ from nnterp.values._aliases import canonical
 from nnterp.values._attached import Attachment, attached_of, features_of, spelled
 from nnterp.values._directory import directory_of
 from nnterp.values._explain import Support, explain, source_of, support
+from nnterp.values._images import layers_that_run
 from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
 from nnterp.values._read_order import Combine, gradient_reads, reads, when
+from nnterp.values._stacks import stack_depth
 
 __all__ = [
     "FINDERS",
@@ -32,12 +34,14 @@ __all__ = [
     "get_value",
     "gradient_reads",
     "layer_index",
+    "layers_that_run",
     "leaves_inside",
     "read_value",
     "reads",
     "site_of",
     "source_of",
     "spelled",
+    "stack_depth",
     "support",
     "when",
     "write_value",

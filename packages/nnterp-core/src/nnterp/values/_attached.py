@@ -10,7 +10,8 @@ from nnterp.record import Record
 from nnterp.table import get_value
 from nnterp.traced import Attached, Dictionary, Features, listed
 from nnterp.values._aliases import canonical
-from nnterp.values._lookup import Known, Missing
+from nnterp.values._images import Missing
+from nnterp.values._lookup import Known
 
 At = tuple[int, int]  # a layer, and the number of a dictionary in it
 

@@ -36,8 +36,13 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
         if name == "features":  # dictionaries travel beside the directory
             entries[name] = [(None, NO_DICTIONARY, None)]
             continue
-        if value.stack:  # requests are refused for models that have these
+        if value.stack in ("encoder", "cross"):  # requests are refused for models that have these
             entries[name] = [(None, NO_ENCODER, None)]
+            continue
+        if value.stack == "vision" and value.per_layer:
+            vision = range(0 if model.facts.vision is None else len(model.facts.vision.layers))
+            each = [(*_found_or_reason(partial(model.place, name), layer), (layer,)) for layer in vision]
+            entries[name] = [*each, (*_found_or_reason(partial(model.place, name), 0), None)][: len(each) or 1]
             continue
         if value.per_layer:
             at = [*layers, *(several if value.role == "self_attn" else ())]

@@ -6,9 +6,11 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nnterp.errors import Unavailable
 from nnterp.indices import integer, read_index
+from nnterp.rendering import GOOD, SOFT, FittedTable, html_table
 from nnterp.table import VALUES, Value, get_value
 from nnterp.traced import (
     CachedState,
@@ -26,7 +28,13 @@ from nnterp.traced import (
     View,
 )
 from nnterp.values._lookup import Known
+from nnterp.values._stacks import stack_depth
 from nnterp.wording import ranges
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_HEADER = ("value", "where", "why not elsewhere")
 
 
 @dataclass(frozen=True)
@@ -68,28 +76,41 @@ class Support:
         """Values that some layer lacks, with the reason per layer."""
         return {name: reasons for name, reasons in self.reasons.items() if reasons}
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(value, layers that have it, why the others have not) of each value, as printed."""
         rows = []
         for name, layers in self.layers.items():
             where = "–" if not layers else ("available" if layers == (-1,) else f"layers {ranges(layers, at_most=6)}")
-            why = "; ".join(dict.fromkeys(self.reasons[name].values()))
-            rows.append((name, where, why))
+            rows.append((name, where, "; ".join(dict.fromkeys(self.reasons[name].values()))))
+        return rows
+
+    @property
+    def _caption(self) -> str:
+        return f"Values of {self.model_class}"
+
+    @property
+    def _colours(self) -> list[str]:
+        return [GOOD if self.layers[name] else SOFT for name in self.layers]
+
+    def __str__(self) -> str:
+        rows = self.rows()
         width, second = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)
-        return "\n".join(
-            [f"Values of {self.model_class}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)]
-        )
+        return "\n".join([f"{self._caption}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._caption, _HEADER, self.rows(), colours=self._colours)
+
+    def __rich__(self) -> RenderableType:
+        return FittedTable(self._caption, _HEADER, self.rows(), colours=self._colours)
 
 
 def support(model: Known) -> Support:
     """See `StandardizedTransformer.support`."""
     layers: dict[str, tuple[int, ...]] = {}
     reasons: dict[str, dict[int, str]] = {}
-    anatomy = model.facts.anatomy
     for name, value in VALUES.items():
         have, why = [], {}
-        encoded = anatomy.encoder if value.stack == "encoder" else anatomy
-        depth = 1 if encoded is None else encoded.num_layers
-        for layer in range(depth) if value.per_layer else [-1]:
+        for layer in _layers(model, value) if value.per_layer else [-1]:
             try:
                 with contextlib.suppress(ValueError):  # several dictionaries, which have features each
                     model.place(name, layer if value.per_layer else None)
@@ -97,7 +118,15 @@ def support(model: Known) -> Support:
             except Unavailable as error:
                 why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
         layers[name], reasons[name] = tuple(have), why
-    return Support(anatomy.model_class, layers, reasons)
+    return Support(model.facts.anatomy.model_class, layers, reasons)
+
+
+def _layers(model: Known, value: Value) -> range:
+    """The layers of the stack that a value is of; of an encoder that the model lacks, one."""
+    try:
+        return range(stack_depth(model.facts, value))
+    except Unavailable:
+        return range(1)
 
 
 def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> str:
@@ -106,8 +135,7 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
     if value.per_layer:
         index = 0 if layer is None else layer
         if not isinstance(layer, tuple):
-            own = model.facts.of_stack(value.stack).anatomy
-            index = read_index(index, own.num_layers, f"The layer of {value.name}", "layers")
+            index = read_index(index, stack_depth(model.facts, value), f"The layer of {value.name}", "layers")
     place = model.place(value.name, index)
     shape = value.shape
     at = "" if index is None else f"[{', '.join(map(str, index if isinstance(index, tuple) else (index,)))}]"

@@ -31,6 +31,8 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
+from nnterp.values._images import Missing, of_images, require_images_proven
+from nnterp.values._stacks import stack_depth
 from nnterp.wording import ranges
 
 
@@ -43,18 +45,6 @@ class Known(Protocol):
     def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
         """Where a value is served."""
         ...
-
-
-class Missing(Unavailable):
-    """A layer that does not have a value.
-
-    Attributes:
-        reason: Why, without naming the layer.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
@@ -76,13 +66,16 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
         layer = _plain(layer, name)
     place = facts.places.get((name, layer))
     if place is None:
-        value = get_value(name)
-        every, facts = facts, facts.of_stack(value.stack)
-        value = get_value(value.base)
+        every, value = facts, get_value(name)
+        if value.stack == "vision":
+            require_images_proven(facts, module, value)
         if layer is not None and value.per_layer:
             first = layer[0] if isinstance(layer, tuple) else layer
-            index = read_index(first, facts.anatomy.num_layers, f"The layer of {name}", "layers")
+            index = read_index(first, stack_depth(facts, value), f"The layer of {name}", "layers")
             layer = (index, layer[1]) if isinstance(layer, tuple) else index
+        if value.stack == "vision":
+            return of_images(facts, value, layer)
+        facts, value = facts.of_stack(value.stack), get_value(value.base)
         if isinstance(layer, tuple):
             place = _one_of_several(facts, module, value, *layer)
         else:
@@ -372,4 +365,5 @@ FINDERS: dict[str, Finder] = {
     "router": _router,
     "neurons": _neurons,
     "features": _features,
+    "vision": lambda facts, module, value, layer: of_images(facts, value, layer),
 }

@@ -35,6 +35,13 @@ Where is one read? `model.explain(name, layer=3)` prints the native module or op
 layout.
 """
 
+_IMAGES = """
+## Of images: `model.NAME[layer]` of the vision tower, and `model.image_features`
+
+They are there in runs with an image, after a first one has proven them; see [images](images.md). The tower runs before
+the layers of the language model, so read them first.
+"""
+
 _TAIL = """
 ## Where they are read
 
@@ -71,22 +78,28 @@ with model.trace("The Eiffel Tower is in"):
 
 def page() -> str:
     """The reference page."""
-    per_layer = [value for value in VALUES.values() if value.per_layer]
-    whole = [value for value in VALUES.values() if not value.per_layer]
+    text = [value for value in VALUES.values() if value.stack == "layers"]
+    per_layer = [value for value in text if value.per_layer]
+    whole = [value for value in text if not value.per_layer]
+    across = [value for value in VALUES.values() if value.stack == "cross"]
+    encoder = [value for value in VALUES.values() if value.stack == "encoder"]
+    images = [value for value in VALUES.values() if value.stack == "vision"]
     logits = "| `logits` | `[batch, seq, vocab]` | The model's output. | |"
     parts = [
         _HEAD,
         "## Per layer: `model.NAME[layer]`\n",
-        *_table(sorted((v for v in per_layer if not v.stack), key=lambda value: value.rank)),
+        *_table(sorted(per_layer, key=lambda value: value.rank)),
         "\n## Per layer of an encoder-decoder model\n",
         "The values above are the decoder's. These are its attention to the encoder, and the encoder's own; see "
         "[encoder-decoder models](encoder-decoder.md).\n",
-        *_table(sorted((v for v in per_layer if v.stack == "cross"), key=lambda value: value.rank)),
+        *_table(sorted(across, key=lambda value: value.rank)),
         "",
-        *_table(sorted((v for v in per_layer if v.stack == "encoder"), key=lambda value: value.rank)),
+        *_table(sorted(encoder, key=lambda value: value.rank)),
         "\n## Once per model: `model.NAME`\n",
         *_table(sorted(whole, key=lambda value: value.rank)),
         logits,
+        _IMAGES,
+        *_table(images),
         _TAIL,
     ]
     return "\n".join(parts)

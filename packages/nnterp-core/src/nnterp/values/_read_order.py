@@ -70,7 +70,8 @@ def when(model: Known, place: Place) -> float:
     if isinstance(place, Site) and place.path == model.facts.anatomy.ln_final:
         return math.inf  # after the last layer, with which the probe ends
     if isinstance(place, Site):
-        return ticks[place.path, (), place.side]
+        key = place.path, (), place.side
+        return ticks[key] if key in ticks else _with_image(model, place)
     if isinstance(place, Item):
         return ticks[place.path, (), "output"]
     if isinstance(place, Inside):
@@ -82,6 +83,24 @@ def when(model: Known, place: Place) -> float:
         part = model.facts.anatomy.part("self_attn", place.layer)
         return ticks[part.entry, (), "output"] - 0.5
     raise TypeError(f"{type(place).__name__} is made of other places; ask for those.")
+
+
+def _with_image(model: Known, place: Site) -> float:
+    """When a pass reaches a place in a layer that runs only with an image: just after the last layer before it that
+    the text probe ran.
+
+    Raises:
+        KeyError: No run with an image reached it either.
+    """
+    vision, ticks, blocks = model.facts.vision, model.facts.inside.ticks, model.facts.anatomy.blocks
+    if vision is None:
+        raise KeyError((place.path, (), place.side))
+    now, base, began = vision.ticks[place.path, (), place.side], 0.0, 0
+    for block in blocks:
+        left = block.path, (), "output"
+        if left in ticks and vision.ticks[left] < now:
+            base, began = ticks[left], vision.ticks[left]
+    return base + (now - began) * 1e-6
 
 
 def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place], Combine]:

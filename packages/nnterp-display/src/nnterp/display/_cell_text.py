@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import get_colorscale, sample_colorscale, unlabel_rgb
 
-from nnterp.display._text import escape
+from nnterp.display._text import escape_lines
 from nnterp.display._theme import MONO
 
 _STEPS = 256
 
 
-def inks(levels: np.ndarray, scale: str, *, reverse: bool = False) -> np.ndarray:
+def inks(levels: np.ndarray, scale: Any, *, reverse: bool = False) -> np.ndarray:
     """For each level of a colour scale, "#000000" or "#ffffff", whichever has more contrast (WCAG 2 luminance).
 
     Args:
         levels: Numbers from 0 to 1, of any shape; NaN counts as 0.
-        scale: Name of a plotly colour scale.
+        scale: Name of a plotly colour scale, or its pairs of a level and a colour.
         reverse: Whether the scale is drawn reversed.
 
     Returns:
         An array of strings in the shape of `levels`.
     """
-    colours = [unlabel_rgb(c) for c in sample_colorscale(get_colorscale(scale), list(np.linspace(0, 1, _STEPS)))]
+    pairs = get_colorscale(scale) if isinstance(scale, str) else [list(pair) for pair in scale]
+    colours = [unlabel_rgb(c) for c in sample_colorscale(pairs, list(np.linspace(0, 1, _STEPS)))]
     rgb = np.array(colours) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
@@ -39,7 +41,7 @@ def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *,
     """A trace with one text at the centre of each cell, `[rows][columns]`; the cells keep their own hover text.
 
     Args:
-        texts: The texts, not yet escaped; "" draws nothing.
+        texts: The texts, not yet escaped, of one or several lines; "" draws nothing.
         colours: `[rows, columns]`, of the texts.
         size: Size of the font.
         mono: Use a monospaced font.
@@ -48,7 +50,7 @@ def cell_text(texts: Sequence[Sequence[str]], colours: np.ndarray, size: int, *,
     return go.Scatter(
         x=[j for _, j in spots],
         y=[i for i, _ in spots],
-        text=[escape(texts[i][j]) for i, j in spots],
+        text=[escape_lines(texts[i][j]) for i, j in spots],
         mode="text",
         textposition="middle center",
         textfont={"size": size, "color": [colours[i, j] for i, j in spots], **({"family": MONO} if mono else {})},

@@ -34,7 +34,7 @@ def plot_certificate(certificate: Certificate, *, title: str | None = None, show
     rows = certificate.rows()
     verdict, *_ = str(certificate).split("\n", 1)
     claims, details = _wrap([row[1] for row in rows], 52), _wrap([row[4] for row in rows], 64)
-    figure = new_figure(title or "\n".join(textwrap.wrap(verdict, 96)))
+    figure = new_figure(title or verdict)
     figure.update_layout(title_font_size=14)
     figure.add_trace(
         go.Table(
@@ -71,8 +71,8 @@ def _wrap(texts: list[str], columns: int) -> list[str]:
 
 
 def _fit(figure: go.Figure, height: int) -> None:
-    """Size the figure around a table of `height` pixels and a title of one or more lines."""
-    top = 40 + 20 * len(figure.layout.title.text.split("<br>"))
+    """Size the figure around a table of `height` pixels."""
+    top = 64
     figure.update_layout(
         width=sum(_WIDTHS) + 32,
         height=top + height + 24,

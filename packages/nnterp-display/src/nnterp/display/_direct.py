@@ -72,7 +72,6 @@ def plot_direct_attribution(
         cells, columns, axis, rest = drawn
         whole = f"{title or ''}{': ' if title and rest else ''}{rest}"
         figure = plot_patching(cells, columns, column_axis=axis, score=label, title=whole or None)
-        figure.update_layout(width=max(figure.layout.width, 100 + 9 * len(whole)))  # the title says what is in no cell
         return shown(figure, show)
     if len(names) > most:
         kept = np.sort(np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:most])

@@ -11,7 +11,7 @@ from nnterp.arguments import count
 from nnterp.display._arrays import number
 from nnterp.display._cell_text import inks
 from nnterp.display._results.features import contexts_of
-from nnterp.display._text import as_names, escape
+from nnterp.display._text import escape
 from nnterp.display._theme import SEQUENTIAL, new_figure, shown
 from nnterp.display._tokens import bar_below, boxes, lay_out
 from nnterp.token_text import shorten, width
@@ -49,7 +49,7 @@ def plot_features(
     for line, (tokens, own) in enumerate(zip(read.tokens, read.values, strict=True)):
         at = 0
         peak = int(np.nanargmax(own))
-        for i, name in enumerate(as_names(tokens)):
+        for i, name in enumerate(tokens):
             text = shorten(name, _LONGEST)
             texts.append(text)
             starts.append(at)

@@ -38,12 +38,12 @@ class Cells:
         return max(int((self.width - _PADDING) / (self.font * MONO_WIDTH)), 1)
 
     @classmethod
-    def for_text(cls, rows: int, columns: int, longest: int) -> Cells:
-        """Cells wide enough for `longest` characters, up to a limit that is lower for more columns."""
+    def for_text(cls, rows: int, columns: int, longest: int, lines: int = 1) -> Cells:
+        """Cells of `lines` lines, wide enough for `longest` characters, but less wide if there are many columns."""
         font = 12 if rows <= 24 and columns <= 24 else 10
         most = 96 if columns <= 12 else 72 if columns <= 24 else 62
         wanted = round(longest * font * MONO_WIDTH) + _PADDING + 2
-        return cls(min(max(wanted, 40), most), round(font * 1.9), font)
+        return cls(min(max(wanted, 40), most), round(font * (1.9 + 1.3 * (lines - 1))), font)
 
     @classmethod
     def for_colour(cls, rows: int, columns: int) -> Cells:
@@ -121,17 +121,24 @@ def fit(
     # A colour bar as tall as a long figure could not be seen together with all cells.
     bar = max(min(height + 20, 420), 130)
     bottom = max(bottom, bar - height)
+    wide = 0
     for trace in figure.select_traces({"type": "heatmap"}):
-        lines = _wrapped(html.unescape(trace.colorbar.title.text), bar + min(top - 10, bottom))
-        right += 17 * (len(lines) - 1)
-        trace.colorbar.title.text = "<br>".join(escape(line) for line in lines)
+        trace.colorbar.title.text = wrap_bar_title(trace.colorbar.title.text, bar + min(top - 10, bottom))
+        wide = max(wide, 17 * trace.colorbar.title.text.count("<br>"))
         trace.colorbar.update(lenmode="pixels", len=bar, y=1, yanchor="top", ypad=10)
+    right += wide
     total = max(left + width + right, least)
     return figure.update_layout(
         width=total,
         height=top + height + bottom,
         margin={"l": left, "r": total - left - width, "t": top, "b": bottom, "pad": 0},
     )
+
+
+def wrap_bar_title(text: str, pixels: int) -> str:
+    """The title of a colour bar, escaped as it was given, in lines of at most `pixels`."""
+    plain = html.unescape(text.replace("<br>", " "))
+    return "<br>".join(escape(line) for line in _wrapped(plain, pixels))
 
 
 def _wrapped(text: str, pixels: int, font: int = 13) -> list[str]:

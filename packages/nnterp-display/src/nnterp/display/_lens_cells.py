@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from nnterp.display._text import as_names
 from nnterp.indices import integers
 from nnterp.token_text import TokenNames
 
-Colour = Literal["probability", "rank", "entropy"]
+Colour = Literal["probability", "rank", "entropy", "kl"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class LensCells:
         probabilities: `[layers, positions, k]`, of these tokens.
         colour: `[layers, positions]`, the value that colours the cell.
         colour_name: Name of that value, with its unit.
-        kind: Which of the three values it is.
+        kind: Which of the values it is.
         layers, positions: Labels of the axes.
         inputs: The input token at each position, "" where it is not known.
-        targets: For each position, the token whose probability or rank `colour` is; None if `colour` is the top
+        targets: For each column, the token whose probability or rank `colour` is; None if `colour` is the top
             token's probability, or an entropy.
         column_axis: Title of the axis of columns.
     """
@@ -44,15 +44,34 @@ class LensCells:
     targets: list[str] | None = None
     column_axis: str = "position (input token)"
 
+    def take(self, rows: Sequence[int], columns: Sequence[int]) -> LensCells:
+        """The cells of some rows and some columns, in that order."""
+        return replace(
+            self,
+            tokens=[[self.tokens[i][j] for j in columns] for i in rows],
+            probabilities=self.probabilities[np.ix_(rows, columns)],
+            colour=self.colour[np.ix_(rows, columns)],
+            layers=[self.layers[i] for i in rows],
+            positions=[self.positions[j] for j in columns],
+            inputs=[self.inputs[j] for j in columns],
+            targets=None if self.targets is None else [self.targets[j] for j in columns],
+        )
+
 
 COLOUR_NAMES: dict[tuple[Colour, bool], str] = {
     ("probability", False): "probability of the top token",
     ("probability", True): "probability of the target",
     ("rank", True): "rank of the target (1 = top)",
-    ("rank", False): "rank of the last layer's token (1 = top)",
+    ("rank", False): "rank of layer {last}'s token (1 = top)",
     ("entropy", False): "entropy (nats)",
+    ("kl", False): "KL from layer {last} (nats)",
 }
 """Names of the colour bar, by kind and by whether the value is a target's."""
+
+
+def colour_title(kind: Colour, targeted: bool, last: Any) -> str:
+    """The name of the colour bar; `last` is the label of the last layer."""
+    return COLOUR_NAMES[kind, targeted and kind in ("probability", "rank")].format(last=last)
 
 
 def cells_of_probabilities(
@@ -84,7 +103,7 @@ def cells_of_probabilities(
         tokens=[[names.many(cell) for cell in row] for row in order],
         probabilities=np.take_along_axis(probs, order, -1),
         colour=colour,
-        colour_name=COLOUR_NAMES[kind, target is not None and kind != "entropy"],
+        colour_name=colour_title(kind, target is not None, rows[-1]),
         kind=kind,
         layers=rows,
         positions=list(range(num_positions)),
@@ -130,6 +149,11 @@ def _colour(
     """
     if kind == "entropy":
         return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1), None
+    if kind == "kl":
+        share = probs[-1:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            apart = np.log(share) - np.log(probs)
+        return np.where(share > 0, share * np.where(share > 0, apart, 0.0), 0.0).sum(-1), None
     if kind == "rank":
         target = top[-1] if target is None else target
         return (probs > _probability_of(probs, target)).sum(-1) + 1.0, target

@@ -127,7 +127,7 @@ class _Map:
         rows, count = self.cells.shape
         if self.with_numbers:
             return Cells(46, 24, 11)
-        return Cells(max(min(1400 // count, 30), 16), max(min(900 // rows, 24), 14), 11)
+        return Cells(max(min(960 // count, 30), 14), max(min(900 // rows, 24), 14), 11)
 
 
 def _draw(drawn: _Map, title: str | None) -> go.Figure:

@@ -52,14 +52,17 @@ def plot_patchscope(
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
-        The figure; cells are shaded by the probability of their first token.
+        The figure, the last layer on top; cells are shaded by the probability of their first token.
 
     Raises:
-        ValueError: `readings` does not hold probabilities, or labels do not fit their axis.
+        ValueError: `readings` does not hold probabilities, labels do not fit their axis, or a result holds fewer tokens
+            than `top_k`.
     """
     if not is_numbers(readings):
         read = readings_of(readings, tokenizer)
         kept = _shown_tokens(top_k, len(read.layers))
+        if top_k is not None and kept > (held := read.probabilities.shape[-1]):
+            raise ValueError(f"This result holds the {held} top tokens of each reading, not {kept}.")
         texts = [[cell[:kept] for cell in column] for column in read.texts]
         cells, shades = _ranked_lines(texts, read.probabilities), read.probabilities[..., 0]
         title = read.title if title is None else title
@@ -75,6 +78,8 @@ def plot_patchscope(
         raise ValueError(f"Each source needs one reading per layer; they have {[len(column) for column in cells]}.")
     headings = axis_labels(sources, columns, "sources", "the source axis of readings")
     row_names = axis_labels(layers, rows, "layers", "the layer axis of readings")
+    cells, row_names = [column[::-1] for column in cells], row_names[::-1]  # the last layer on top, as in every figure
+    shades = None if shades is None else shades[:, ::-1]
     return shown(_draw(_lay_out(cells, headings, row_names), cells, shades, title), show)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import re
 from pathlib import Path
+from typing import get_args
 
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.offline import get_plotlyjs
 
 from nnterp.display._theme import TEMPLATES, Theme, with_theme
+from nnterp.display._view import PlotlyJs, View
 from nnterp.files import write_whole
 
 IMAGES = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
@@ -21,7 +24,13 @@ class ImageWriterMissing(RuntimeError):
 
 
 def save(
-    figure: go.Figure, path: str | Path, *, theme: Theme | None = None, scale: float = 2.0, title: str | None = None
+    figure: go.Figure | View,
+    path: str | Path,
+    *,
+    theme: Theme | None = None,
+    scale: float = 2.0,
+    title: str | None = None,
+    plotlyjs: PlotlyJs = "inline",
 ) -> Path:
     """Write a figure to a file; the suffix of the path says which kind of file.
 
@@ -32,17 +41,20 @@ def save(
     Missing directories are made. If writing fails, the file that was there before stays as it was.
 
     Args:
-        figure: Any plotly figure.
+        figure: Any plotly figure, or a `View`.
         path: The file to write.
         theme: "light" or "dark"; the figure's own if None.
         scale: Pixels of an image per pixel of the figure.
         title: The page's title; the figure's if None.
+        plotlyjs: Where a page finds plotly.js, which takes 4.5 MB. "inline": in itself. "directory": in the file
+            `plotly.min.js` beside it, which is written if it is not there. "cdn": on the web, so that the page does not
+            open offline. A `View` that holds no plotly figure needs none.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: The path's suffix is none of these.
+        ValueError: The path's suffix is none of these, a `View` is to become an image, or there is no such `plotlyjs`.
         ImageWriterMissing: There is no image writer; the message says how to install one. `.html` needs none.
         OSError: The directory or the file cannot be written.
     """
@@ -51,37 +63,60 @@ def save(
     if kind not in (*PAGES, *IMAGES):
         known = ", ".join(f".{name}" for name in ("html", *IMAGES))
         raise ValueError(f"Cannot tell from {path.name!r} what to write: its suffix must be one of {known}.")
+    if plotlyjs not in get_args(PlotlyJs):
+        raise ValueError(f"plotlyjs must be 'inline', 'directory' or 'cdn', not {plotlyjs!r}.")
+    if isinstance(figure, View):
+        if kind not in PAGES:
+            raise ValueError(
+                f"This view is a page that answers to the mouse, so it cannot become a .{kind}: use .html."
+            )
+        _write_library(path, plotlyjs, figure.needs_plotly)
+        write_whole(path, figure.page(title, theme=theme, plotlyjs=plotlyjs).encode())
+        return path
     if theme is not None:
         figure = with_theme(figure, theme)
     if kind in PAGES:
-        content = page(figure, title, follow_reader=theme is None).encode()
+        _write_library(path, plotlyjs, True)
+        content = page(figure, title, follow_reader=theme is None, plotlyjs=plotlyjs).encode()
     else:
         content = _image(figure, kind, scale)
     write_whole(path, content)
     return path
 
 
-def page(figure: go.Figure, title: str | None = None, *, follow_reader: bool = True) -> str:
-    """An HTML page with the figure and plotly.js in it.
+def _write_library(path: Path, plotlyjs: PlotlyJs, needed: bool) -> None:
+    """Write plotly.js beside the page if the page looks for it there and it is absent or of another version."""
+    if plotlyjs != "directory" or not needed:
+        return
+    library, script = path.parent / "plotly.min.js", get_plotlyjs().encode()
+    if not library.is_file() or library.read_bytes() != script:
+        write_whole(library, script)
+
+
+def page(
+    figure: go.Figure, title: str | None = None, *, follow_reader: bool = True, plotlyjs: PlotlyJs = "inline"
+) -> str:
+    """An HTML page with the figure, and with plotly.js in it or a reference to it.
 
     Args:
         figure: Any plotly figure.
         title: The page's title; the figure's if None.
         follow_reader: Show figures of this package in the reader's light or dark setting.
+        plotlyjs: As in `save`.
     """
     if title is None:
-        title = re.sub(r"<br\s*/?>.*", "", figure.layout.title.text or "", flags=re.DOTALL)
+        title = re.sub(r"<br\s*/?>", " ", figure.layout.title.text or "")
         title = html.unescape(re.sub(r"<[^>]*>", "", title)) or "nnterp"
     body = pio.to_html(
         figure,
-        include_plotlyjs=True,
+        include_plotlyjs=True if plotlyjs == "inline" else plotlyjs,
         include_mathjax=False,
         full_html=False,
         default_width="100%",
         default_height="100%",
         config={"displaylogo": False, "showTips": False},
         div_id="figure",
-        post_script=_follow_reader() if follow_reader and _is_ours(figure) else None,
+        post_script=([_follow_reader()] if follow_reader and _is_ours(figure) else []) + [_SHRINK],
     )
     light, dark = (TEMPLATES[name].layout.paper_bgcolor for name in ("light", "dark"))
     paper = figure.layout.paper_bgcolor or figure.layout.template.layout.paper_bgcolor or "#ffffff"
@@ -98,6 +133,22 @@ def page(figure: go.Figure, title: str | None = None, *, follow_reader: bool = T
         f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{style}</style></head>\n'
         f"<body>{body}</body></html>\n"
     )
+
+
+_SHRINK = """
+const shrink = () => {
+  const plot = document.getElementById('{plot_id}'), drawn = plot.querySelector('.svg-container');
+  if (!drawn) return;
+  const scale = Math.min(1, (document.documentElement.clientWidth - 32) / drawn.offsetWidth);
+  plot.style.transformOrigin = '0 0';
+  plot.style.transform = scale < 1 ? `scale(${scale})` : '';
+  plot.style.width = scale < 1 ? `${drawn.offsetWidth}px` : '100%';
+  plot.parentElement.style.height = scale < 1 ? `${drawn.offsetHeight * scale}px` : '';
+  plot.parentElement.style.overflow = scale < 1 ? 'hidden' : '';
+};
+shrink(); window.addEventListener('resize', shrink);
+document.getElementById('{plot_id}').on('plotly_afterplot', shrink);
+"""
 
 
 def _is_ours(figure: go.Figure) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import plotly.graph_objects as go
 
 from nnterp.display._arrays import as_array, axis_labels, number
 from nnterp.display._results.targets import target_curves
+from nnterp.display._scales import Ruler, Scale, check_scale
 from nnterp.display._text import escape
 from nnterp.display._theme import DASHES, LINES, SYMBOLS, new_figure, shown
 from nnterp.token_text import shorten, visible, width
@@ -29,6 +31,8 @@ def plot_targets(
     layers: Sequence[Any] | None = None,
     band: Band | None = "quartiles",
     unit: str = "probability",
+    scale: Scale = "linear",
+    value: Literal["probability", "rank"] = "probability",
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
@@ -41,6 +45,11 @@ def plot_targets(
         band: "quartiles" (line at the median, band from the first to the third quartile), "sd" (mean ± one standard
             deviation), "ci95" (mean ± 1.96 standard errors), or None for the mean alone. NaN is left out.
         unit: Name of the y axis.
+        scale: For probabilities: "linear", "log", or "logodds" (log10 of p / (1 − p)), to see probabilities that are
+            near 0 in most layers. The axis still says probabilities, and the band and the line are made before they are
+            put on the scale.
+        value: "rank" draws ranks, 1 for the most probable token, on a logarithmic axis with 1 at the top: the ranks of
+            a result (`logit_lens_table(targets=)`), or those that `targets` holds.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
@@ -48,10 +57,16 @@ def plot_targets(
         The figure.
 
     Raises:
-        ValueError: There is no layer axis, or the categories have different numbers of layers.
+        ValueError: There is no layer axis, the categories have different numbers of layers, there is no such `scale` or
+            `value`, a result has no ranks, or what is given as ranks or on a scale of probabilities is none.
     """
+    check_scale(scale)
+    if value not in ("probability", "rank"):
+        raise ValueError(f"value must be 'probability' or 'rank', not {value!r}.")
+    if value == "rank" and scale != "linear":
+        raise ValueError(f"scale={scale!r} is a scale of probabilities; ranks have a logarithmic axis already.")
     if not isinstance(targets, Mapping):
-        read = target_curves(targets)
+        read = target_curves(targets, value)
         targets = read.curves
         layers = read.layers if layers is None else layers
         title = read.title if title is None else title
@@ -67,17 +82,39 @@ def plot_targets(
     prompts = max(curve.shape[0] for curve in curves.values())
     band_drawn = band if prompts > 1 else None
 
+    for name, curve in curves.items():
+        _check_values(name, curve, value, scale)
+
     figure = new_figure(title)
-    for i, (name, values) in enumerate(curves.items()):
-        curve = _Curve(values, *_summary(values, band), visible_name(name), i)
+    drawn = [
+        _Curve(values, *_summary(values, band), visible_name(name), i)
+        for i, (name, values) in enumerate(curves.items())
+    ]
+    ruler = Ruler(np.concatenate([[*curve.line, *curve.low, *curve.high] for curve in drawn]), scale)
+    for own in drawn:
+        placed = own.on(ruler)
         if band_drawn is not None:
-            figure.add_trace(_band_trace(curve))
-        figure.add_trace(_line_trace(curve, rows, band_drawn))
-    _lay_out(figure, rows, unit, [visible_name(name) for name in curves])
-    if band_drawn is not None:
-        note = f"{_BANDS[band_drawn]} ({prompts} prompts)"
+            figure.add_trace(_band_trace(placed))
+        figure.add_trace(_line_trace(own, placed.line, rows, band_drawn))
+    _lay_out(figure, rows, "rank (1 = top)" if value == "rank" and unit == "probability" else unit, list(curves))
+    _set_scale(figure, ruler, drawn, value)
+    note = f"{_BANDS[band_drawn]} ({prompts} prompts)" if band_drawn is not None else ""
+    note = "; ".join(filter(None, (note, ruler.note())))
+    if note:
+        lines = textwrap.wrap(note, max(int((figure.layout.width - 80) / 6), 40))
+        figure.update_layout(height=figure.layout.height + 14 * len(lines), margin_b=84 + 14 * (len(lines) - 1))
+        note = "<br>".join(lines)
         figure.add_annotation(
-            text=note, xref="paper", yref="paper", x=0, y=0, yshift=-72, xanchor="left", yanchor="bottom", font_size=11
+            text=note,
+            xref="paper",
+            yref="paper",
+            x=0,
+            y=0,
+            yshift=-54,
+            xanchor="left",
+            yanchor="top",
+            align="left",
+            font_size=11,
         )
     return shown(figure, show)
 
@@ -98,6 +135,11 @@ class _Curve:
     name: str
     index: int
 
+    def on(self, ruler: Ruler) -> _Curve:
+        """The same curve with line and band in places on a scale."""
+        line, low, high = (ruler.places(part) for part in (self.line, self.low, self.high))
+        return replace(self, line=line, low=low, high=high)
+
     @property
     def label(self) -> str:
         return escape(shorten(self.name, 32))
@@ -111,6 +153,19 @@ def _by_prompt(name: Any, values: Any) -> np.ndarray:
     """The values of one target as `[prompts, layers]`."""
     curve = as_array(values, f"target {name!r} ([prompts, layers] or [layers])", 1, 2)
     return curve[None] if curve.ndim == 1 else curve
+
+
+def _check_values(name: Any, curve: np.ndarray, value: str, scale: Scale) -> None:
+    """Check that a curve can be drawn as ranks, or on a scale of probabilities."""
+    if np.isnan(curve).all():
+        return
+    low, high = float(np.nanmin(curve)), float(np.nanmax(curve))
+    if value == "rank" and low < 1:
+        raise ValueError(f"Target {name!r} holds {low:g}, which is no rank; ranks are counted from 1.")
+    if scale != "linear" and (low < 0 or high > 1.02):
+        raise ValueError(
+            f"Target {name!r} holds numbers from {low:g} to {high:g}; scale={scale!r} is for probabilities."
+        )
 
 
 def _summary(values: np.ndarray, band: Band | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,8 +188,8 @@ def _band_trace(curve: _Curve) -> go.Scatter:
         x=[*x, *reversed(x)],
         y=[*curve.high, *curve.low[::-1]],
         fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.2)",
-        line={"width": 0},
+        fillcolor=f"rgba({red},{green},{blue},0.3)",
+        line={"width": 1, "color": f"rgba({red},{green},{blue},0.75)"},
         mode="lines",
         legendgroup=curve.label,
         showlegend=False,
@@ -142,10 +197,10 @@ def _band_trace(curve: _Curve) -> go.Scatter:
     )
 
 
-def _line_trace(curve: _Curve, rows: list[str], band: Band | None) -> go.Scatter:
+def _line_trace(curve: _Curve, places: np.ndarray, rows: list[str], band: Band | None) -> go.Scatter:
     return go.Scatter(
         x=list(range(len(rows))),
-        y=curve.line,
+        y=places,
         name=curve.label,
         legendgroup=curve.label,
         mode="lines+markers",
@@ -165,7 +220,20 @@ def _hover(curve: _Curve, layer: int, label: str, band: Band | None) -> str:
     return "<br>".join(lines)
 
 
-def _lay_out(figure: go.Figure, rows: list[str], unit: str, names: list[str]) -> None:
+def _set_scale(figure: go.Figure, ruler: Ruler, curves: list[_Curve], value: str) -> None:
+    """Set the y axis to the scale of probabilities, or to ranks."""
+    if value == "rank":
+        most = max(float(np.nanmax(curve.high)) for curve in curves if not np.isnan(curve.high).all())
+        decades = max(float(np.ceil(np.log10(max(most, 2.0)))), 1.0)
+        at = list(range(int(decades) + 1))
+        figure.update_yaxes(type="log", range=[decades, -0.08], tickformat=None, rangemode="normal")
+        figure.update_yaxes(tickmode="array", tickvals=[10**i for i in at], ticktext=[f"{10**i:,}" for i in at])
+    elif ruler.scale != "linear":
+        room = 0.03 * (ruler.high - ruler.low)
+        figure.update_yaxes(**ruler.ticks(), range=[ruler.low - room, ruler.high + room], rangemode="normal")
+
+
+def _lay_out(figure: go.Figure, rows: list[str], unit: str, names: list[Any]) -> None:
     """Set axes, legend and size; the legend gets as much room as its longest name needs."""
     count = len(rows)
     pixels = max(560, min(18 * count, 1100))
@@ -181,7 +249,7 @@ def _lay_out(figure: go.Figure, rows: list[str], unit: str, names: list[str]) ->
     figure.update_yaxes(title_text=escape(unit), rangemode="tozero")
     if unit == "probability":
         figure.update_yaxes(range=[-0.02, 1.02], tickformat=".1f")
-    legend = max(width(shorten(name, 32)) for name in names) * 8 + 70
+    legend = max(width(shorten(visible_name(name), 32)) for name in names) * 8 + 70
     figure.update_layout(
         width=pixels + 70 + legend,
         height=420,

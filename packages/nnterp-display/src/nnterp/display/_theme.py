@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import math
+import textwrap
 from typing import Any, Literal
 
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from nnterp.display._text import escape_lines
+from nnterp.display._text import escape, escape_lines
 
 Theme = Literal["light", "dark"]
 
@@ -20,7 +23,11 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
+_TITLE = 16  # size of the font of titles
+_TOOLBAR = 32  # pixels at the top of a figure that titles leave to plotly's toolbar
+_ROOM = 640  # pixels: narrower figures become as wide as their title, up to this
 MONO_WIDTH = 0.62  # width of a character over the font size, in the widest of the fonts in MONO
+_SANS_WIDTH = 0.53  # the same of SANS, on average
 
 _INKS = {
     "light": {"paper": "#ffffff", "ink": "#1f2430", "soft": "#5c6370", "grid": "#e3e6ea", "panel": "#f4f6f8"},
@@ -48,7 +55,16 @@ def _template(theme: Theme) -> go.layout.Template:
             "paper_bgcolor": ink["paper"],
             "plot_bgcolor": ink["paper"],
             "font": {"family": SANS, "size": 13, "color": ink["ink"]},
-            "title": {"font": {"size": 16, "color": ink["ink"]}, "x": 0, "xref": "paper", "xanchor": "left"},
+            "title": {
+                "font": {"size": _TITLE, "color": ink["ink"]},
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"t": _TOOLBAR},
+            },
             "colorway": list(LINES),
             "xaxis": axis,
             "yaxis": axis,
@@ -81,6 +97,11 @@ def _colorbar(ink: dict[str, str]) -> dict[str, Any]:
 TEMPLATES: dict[Theme, go.layout.Template] = {"light": _template("light"), "dark": _template("dark")}
 
 
+def inks_of(theme: Theme) -> dict[str, str]:
+    """The colours of a theme: paper, ink, soft (for what matters less), grid and panel."""
+    return dict(_INKS[theme])
+
+
 def current_theme() -> Theme:
     """The theme of new figures: "dark" if plotly's default template is a dark one, else "light"."""
     return "dark" if "dark" in str(pio.templates.default or "") else "light"
@@ -106,7 +127,32 @@ def new_figure(title: str | None, **layout: Any) -> go.Figure:
 
 
 def shown(figure: go.Figure, show: bool) -> go.Figure:
-    """Return the figure; show it first if `show`."""
+    """Return the figure with its title in lines that fit; show it first if `show`."""
+    _wrap_title(figure)
     if show:
         figure.show()
     return figure
+
+
+def _wrap_title(figure: go.Figure) -> None:
+    """Break a title that is wider than the figure into lines; make a narrow figure wider first, and higher by lines."""
+    text, wide, margin = figure.layout.title.text, figure.layout.width, figure.layout.margin
+    if not text or not wide:
+        return
+    plain = [html.unescape(line) for line in text.split("<br>")]
+    beside = (margin.l or 0) + 12
+    needed = math.ceil(max(map(len, plain)) * _TITLE * _SANS_WIDTH) + beside
+    if wide < min(needed, _ROOM):
+        margin.r = (margin.r or 0) + min(needed, _ROOM) - wide
+        wide = figure.layout.width = min(needed, _ROOM)
+    columns = max(int((wide - beside) / (_TITLE * _SANS_WIDTH)), 16)
+    lines = [piece for line in plain for piece in textwrap.wrap(line, columns) or [""]]
+    figure.layout.title.text = "<br>".join(escape(line) for line in lines)
+    if len(lines) == 1:
+        return
+    # plotly puts the first of several lines higher than a single one.
+    figure.layout.title.pad.t = _TOOLBAR + round(0.7 * _TITLE)
+    more = round(1.3 * _TITLE) * (len(lines) - 1)
+    margin.t = (margin.t or 64) + more
+    if figure.layout.height:
+        figure.layout.height += more

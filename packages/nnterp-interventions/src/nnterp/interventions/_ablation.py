@@ -13,7 +13,7 @@ from nnterp.defaults import plain_defaults
 from nnterp.indices import integer
 from nnterp.inputs import Row, encode
 from nnterp.interventions._components import Component, check, cut, edit_of, positions_of
-from nnterp.interventions._engine import Cell, Kept, Shortcuts, axes_of, positions_axis, sweep
+from nnterp.interventions._engine import Cell, Kept, Key, Shortcuts, axes_of, positions_axis, sweep
 from nnterp.interventions._metrics import bind_some, by_prompt, kl_divergence, metric_name, scored
 from nnterp.interventions._partial import DONE, Resume, cells_of, held_of, ids_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
@@ -154,7 +154,17 @@ class _Ablations:
         kept = Kept({"scores": self.scores[own].flatten()}, done, held_of(self.earlier, (chosen.start,)))
         self.last = kept, (chosen.start,)
         try:
-            sweep(self.model, some, cells, scored(bound, cells), self.shortcuts, kept=kept, progress=False, **options)
+            sweep(
+                self.model,
+                some,
+                cells,
+                scored(bound, cells),
+                self.shortcuts,
+                kept=kept,
+                tokens=bound.tokens,
+                progress=False,
+                **options,
+            )
         finally:
             found, finished = cells_of(kept, len(some), len(self.cases))
             self.scores[own], self.done[own] = found["scores"], finished
@@ -245,10 +255,10 @@ def _fillings(
 def _means(
     model: StandardizedTransformer,
     prompts: list[Row],
-    keys: list[tuple[str, int]],
+    keys: Sequence[Key],
     shortcuts: Shortcuts,
     remote: Any,
-) -> dict[tuple[str, int], torch.Tensor]:
+) -> dict[Key, torch.Tensor]:
     """Mean of values over all positions of all prompts, float64, with an axis of one position.
 
     Raises:
@@ -257,7 +267,7 @@ def _means(
     for name, _ in keys:
         if {"query", "key"} <= set(axes_of(get_value(name))):
             raise ValueError(f"{name} has an axis of keys as long as the prompt, so it has no mean over positions.")
-    sums: dict[tuple[str, int], torch.Tensor] = {}
+    sums: dict[Key, torch.Tensor] = {}
     for start in range(0, len(prompts), PROMPTS):
         found, _ = states_of(model, prompts[start : start + PROMPTS], keys, shortcuts, remote)
         for states in found:

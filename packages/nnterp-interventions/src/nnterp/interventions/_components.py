@@ -10,8 +10,8 @@ import torch
 from nnterp.defaults import plain_defaults
 from nnterp.indices import Indices, integer, integers, shown_slice
 from nnterp.inputs import Row
-from nnterp.interventions._engine import Edit, index_of, positions_axis, units_axis
-from nnterp.interventions._layers import layers_of, layers_with
+from nnterp.interventions._engine import At, Edit, index_of, label_of, positions_axis, units_axis
+from nnterp.interventions._layers import places_with
 from nnterp.interventions._units import units_of
 from nnterp.positions import Positions, plain_positions, resolve
 from nnterp.values import get_value
@@ -26,7 +26,7 @@ class Component:
 
     Attributes:
         value: Name of a value, such as "attention_head_outputs" or "mlps_output".
-        layer: Its layer; negative counts from the last.
+        layer: Its layer; negative counts from the last. Of "features" also (layer, number), as `nnterp.attach` returns.
         heads: A head (or neuron) or several, or a slice of them; all if None.
         positions: Over each prompt's own tokens: indices, selectors or a list of these; all if None.
 
@@ -36,13 +36,19 @@ class Component:
     """
 
     value: str
-    layer: int
+    layer: At
     heads: int | slice | tuple[int, ...] | None = None
     positions: Positions = None
 
     def __post_init__(self) -> None:
         heads = integers(self.heads, "Component(heads)")
-        object.__setattr__(self, "layer", integer(self.layer, "Component(layer)"))
+        if self.value == "features" and isinstance(self.layer, tuple):
+            if len(self.layer) != 2:
+                raise ValueError(f"Component(layer)={self.layer!r}: give (layer, number of the dictionary).")
+            pair = (integer(entry, "Component(layer) holds a value that") for entry in self.layer)
+            object.__setattr__(self, "layer", tuple(pair))
+        else:
+            object.__setattr__(self, "layer", integer(self.layer, "Component(layer)"))
         object.__setattr__(self, "heads", tuple(heads) if isinstance(heads, list) else heads)
         object.__setattr__(self, "positions", plain_positions(self.positions, "Component(positions)"))
 
@@ -53,7 +59,7 @@ class Component:
             listed = (self.heads,) if isinstance(self.heads, int) else self.heads or ()
             heads = f" head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
         at = "" if self.positions is None else f" at {self.positions}"
-        return f"{self.value}[{self.layer}]{heads}{at}"
+        return f"{label_of(self.value, self.layer)}{heads}{at}"
 
 
 @plain_defaults()
@@ -69,7 +75,8 @@ def components(
     Args:
         model: The model.
         value: Name of the value.
-        layers: The layer or layers; all that have the value if None.
+        layers: The layer or layers; all that have the value if None. Of "features" also the index of a dictionary, as
+            `nnterp.attach` returns it, or a list of these.
         heads: One component for each of these heads (or neurons): indices, or "all". None for one component a layer.
         positions: As in `Component`, the same for all.
 
@@ -78,7 +85,7 @@ def components(
         IndexError: There is no such layer or head.
         Unavailable: The model, or a layer that was asked for, does not have the value.
     """
-    chosen = layers_with(model, [value], layers)
+    chosen = places_with(model, [value], layers)
     heads = integers(heads, "heads") if heads is not None and not isinstance(heads, str) else heads
     positions = plain_positions(positions)
     return [
@@ -101,8 +108,8 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
     if not value.per_layer:
         raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
     positions_axis(component.value)
-    (layer,) = layers_of(model, component.layer)
-    model.place(value.name, layer)
+    at = component.layer
+    (layer,) = places_with(model, [value.name], [at] if isinstance(at, tuple) else at)
     heads = component.heads
     if heads is not None:
         heads = tuple(u for u in units_of(model, [component.value], heads, [layer]) if u is not None)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from nnterp.errors import Unavailable
 from nnterp.interventions._components import Component
+from nnterp.interventions._engine import At, layer_of
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-Written: TypeAlias = tuple[str, int]  # a value's name and its layer
+Written: TypeAlias = tuple[str, At]  # a value's name and its layer
 
 _OUTPUTS = {"mixer": "mixers_output", "self_attn": "attentions_output", "mlp": "mlps_output"}
 _CONTRIBUTIONS = {
@@ -67,7 +68,7 @@ def as_contribution(model: StandardizedTransformer, component: Component) -> Com
     if component.value in _CONTRIBUTIONS.values():
         return replace(component, value=_CONTRIBUTIONS[role])
     if component.value in _OUTPUTS.values():
-        return replace(component, value=_held(model, component.layer, role)[0])
+        return replace(component, value=_held(model, layer_of(component.layer), role)[0])
     return component
 
 
@@ -88,7 +89,7 @@ def writes_at(model: StandardizedTransformer, component: Component) -> set[Writt
 
 def _role(model: StandardizedTransformer, component: Component) -> str:
     """The part that a component belongs to; the attention is the mixer unless the layer has another one."""
-    block = model.anatomy.blocks[component.layer]
+    block = model.anatomy.blocks[layer_of(component.layer)]
     if component.value.startswith("mlp"):
         return "mlp"
     return "self_attn" if component.value.startswith("attention") and block.self_attn != block.mixer else "mixer"

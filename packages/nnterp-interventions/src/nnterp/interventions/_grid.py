@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from nnterp.interventions._engine import Cell, Edit, Shortcuts, index_of
-from nnterp.interventions._layers import layers_with
+from nnterp.inputs import all_images
+from nnterp.interventions._engine import At, Cell, Edit, Shortcuts, index_of
+from nnterp.interventions._layers import places_with
 from nnterp.interventions._pairs import Pairs
 from nnterp.interventions._results import prompt_labels, token_texts
 from nnterp.interventions._states import States
@@ -45,7 +46,8 @@ class Grid:
         heads: Any,
     ) -> None:
         self.model, self.pairs, self.names = model, pairs, names
-        self.layers = layers_with(model, names, layers)
+        images = all_images(model, [*pairs.clean, *pairs.corrupted])
+        self.layers = places_with(model, names, layers, images)
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         _check_patterns(pairs, names)
@@ -121,7 +123,7 @@ class Grid:
             kept.append((tuple(at[k] for k in own), tuple(at_source[k] for k in own)))
         return kept
 
-    def cell(self, prompt: int, key: tuple[str, int], unit: int | None, column: Column, states: States) -> Cell:
+    def cell(self, prompt: int, key: tuple[str, At], unit: int | None, column: Column, states: States) -> Cell:
         """The cell of one value and layer, one head (or all) and one column; arguments as for `cells`."""
         at, at_source = column
         if not at:  # both runs are equal up to here
@@ -133,7 +135,8 @@ class Grid:
     def _same_prefix(self, pair: int, shortcuts: Shortcuts) -> int:
         """Number of first positions at which both runs are equal, in a model proven not to look ahead; else 0."""
         into, source = self.pairs.into[pair].ids, self.pairs.source[pair].ids
-        if not shortcuts.within(len(into)).prefix:
+        pictured = self.pairs.into[pair].images or self.pairs.source[pair].images  # equal ids may hold other images
+        if pictured or not shortcuts.within(len(into)).prefix:
             return 0
         return next(
             (i for i, (a, b) in enumerate(zip(into, source, strict=False)) if a != b), min(len(into), len(source))
@@ -150,7 +153,7 @@ class Grid:
         labels: dict[str, tuple[Any, ...]] = {
             "prompts": prompt_labels(self.pairs.clean, self.model),
             "values": tuple(self.names),
-            "layers": tuple(self.layers),
+            "layers": tuple(at if isinstance(at, int) else ", ".join(map(str, at)) for at in self.layers),
             "heads": tuple(self.units),
             "positions": positions,
         }

@@ -13,14 +13,21 @@ from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
 from nnterp.devices import device_of
 from nnterp.indices import Indices
-from nnterp.inputs import Batch, Row, encode, forward_flags
+from nnterp.inputs import Batch, Row, all_images, encode, forward_flags
 from nnterp.interventions._fitted._lens import Lens, mapped
 from nnterp.interventions._inverse import INVERSE, inverse_logits, split_inverse
 from nnterp.interventions._layers import layers_of
 from nnterp.interventions._lens_run import LensRun
 from nnterp.interventions._partial import Resume, ids_of, resumed
 from nnterp.interventions._reduction import Reduction
-from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
+from nnterp.interventions._results import (
+    Result,
+    describe_run,
+    prompt_labels,
+    token_bytes_of,
+    token_texts,
+    vocabulary_of,
+)
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
 from nnterp.interventions._spots import Spots, spots_of, states_at
 from nnterp.interventions._tokens import groups_per_prompt
@@ -40,8 +47,10 @@ Maps = list[tuple[torch.Tensor, torch.Tensor | None] | None]  # of a fitted lens
 class LensResult(Result):
     """What a lens read: any of `top_probs` and `top_ids`, `target_probs` and `target_ranks`, `entropy` (in nats).
 
-    All have the axes `prompts`, `layers` and, if positions were asked for, `positions`; then `top` or `targets`. The
-    labels of `targets` are indices in each prompt's own list of targets, whose token ids are in `target_ids`.
+    With `against_last` also `last_ranks` and `kl` (in nats). All have the axes `prompts`, `layers` and, if positions
+    were asked for, `positions`; then `top` or `targets`. The labels of `targets` are indices in each prompt's own list
+    of targets, whose token ids are in `target_ids`. `input_ids` `[prompts, positions]` are the prompts' own tokens at
+    these positions.
     """
 
     figure: ClassVar[str] = "lens"
@@ -63,6 +72,7 @@ def logit_lens(
     top_k: int | None = None,
     ranks: bool = False,
     entropy: bool = False,
+    against_last: bool = False,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
     resume: Resume = None,
@@ -90,6 +100,8 @@ def logit_lens(
         top_k: Return the most probable tokens instead of the vocabulary.
         ranks: Also return the ranks of the targets, 0 for the most probable token.
         entropy: Return the entropy of the distribution, in nats.
+        against_last: Return how each layer compares with the last of the layers read: `last_ranks`, the rank of the
+            token that is on top there (0 for the most probable), and `kl`, KL(last ‖ layer) in nats.
         batch_size: Prompts in one forward pass; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
@@ -98,8 +110,8 @@ def logit_lens(
     Returns:
         `[prompts, layers, vocab]`, with `positions` `[prompts, layers, positions, vocab]`, float32, on the CPU (NaN
         where a shorter prompt has no such position). With `targets` alone the last axis is targets instead of the
-        vocabulary. With `top_k`, `ranks` or `entropy` a `LensResult`. With `return_inv_logits` a pair: this, and the
-        same of the inverse logits.
+        vocabulary. With `top_k`, `ranks`, `entropy` or `against_last` a `LensResult`. With `return_inv_logits` a pair:
+        this, and the same of the inverse logits.
 
     Raises:
         IndexError: There is no such layer or position.
@@ -113,7 +125,7 @@ def logit_lens(
         `done`, `[prompts]`, is False.
     """
     model.require_no_trace("logit_lens()")
-    encoded = encode(model, prompts)
+    encoded = encode(model, prompts, images=True)
     if lens is not None and not isinstance(lens, Lens):
         raise TypeError(f"lens is a Lens, as fit_tuned_lens() returns it, not {lens!r:.80}.")
     if lens is not None:
@@ -121,21 +133,21 @@ def logit_lens(
         model.prepare(remote)
         lens.check(model)
         layers = (*lens.layers, model.num_layers - 1) if layers is None else layers
-    chosen = layers_of(model, layers)
+    chosen = layers_of(model, layers, images=all_images(model, encoded))
     maps: Maps = [None] * len(set(chosen)) if lens is None else lens.maps_for(sorted(set(chosen)))
     plain = plain_positions(positions)
     each = per_prompt(-1 if positions is None else plain, len(encoded))
     where = [
         resolve(model, prompt, own, f"prompt {i}") for i, (prompt, own) in enumerate(zip(encoded, each, strict=True))
     ]
-    reduced = targets is not None or top_k is not None or entropy
+    reduced = targets is not None or top_k is not None or entropy or against_last
     if ranks and targets is None:
         raise ValueError("ranks=True asks for the ranks of targets, but no targets were given.")
     if top_k is not None:
         top_k = count(top_k, "top_k", 1, model.vocab_size)
     check_batch_size(batch_size)
     ids = None if targets is None else groups_per_prompt(model, targets, len(encoded), "targets")
-    reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy)
+    reduction = Reduction(not reduced, return_inv_logits, top_k, ids, ranks, entropy, against_last)
     if not reduced:
         whole = (1 + return_inv_logits, len(encoded), len(chosen), max(map(len, where)), model.vocab_size or 0)
         smaller = "Ask for targets=, top_k= or entropy= instead of all probabilities, or for fewer layers or positions."
@@ -144,6 +156,7 @@ def logit_lens(
     asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
     asked |= {} if lens is None else {"lens": lens.kind, "fitted_on": lens.origin.model}
     settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}
+    settings |= {"against_last": True} if against_last else {}
     settings |= {} if lens is None else {"lens": lens}
     call = Call(model, "logit_lens", {"prompts": ids_of(encoded), "layers": chosen, "top_k": top_k, **settings})
     found = LensRun(resumed(call, resume), prompt_labels(encoded, model), chosen)
@@ -153,7 +166,7 @@ def logit_lens(
     if positions is None:
         tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
     readings = [tensors] if not return_inv_logits else split_inverse(tensors)
-    if not reduced or (top_k is None and not ranks and not entropy):
+    if not reduced or (top_k is None and not ranks and not entropy and not against_last):
         name = "target_probs" if reduced else "probs"
         return readings[0][name] if not return_inv_logits else (readings[0][name], readings[1][name])
     results = []
@@ -190,8 +203,9 @@ def logit_lens_table(
         targets: Tokens whose probabilities and ranks to keep.
 
     Returns:
-        `top_probs` and `top_ids` `[prompts, layers, positions, top]`, `entropy` `[prompts, layers, positions]`; with
-        targets also `target_probs` and `target_ranks` `[prompts, layers, positions, targets]`.
+        `top_probs` and `top_ids` `[prompts, layers, positions, top]`; `entropy`, `last_ranks` and `kl` `[prompts,
+        layers, positions]`; `input_ids` `[prompts, positions]`; with targets also `target_probs` and `target_ranks`
+        `[prompts, layers, positions, targets]`.
     """
     result = logit_lens(
         model,
@@ -204,6 +218,7 @@ def logit_lens_table(
         top_k=top_k,
         ranks=targets is not None,
         entropy=True,
+        against_last=True,
         batch_size=batch_size,
         progress=progress,
         resume=resume,
@@ -299,16 +314,15 @@ def _read_out(
     model: StandardizedTransformer, hidden: torch.Tensor, prompt: torch.Tensor, reduction: Reduction, most: int
 ) -> dict[str, torch.Tensor]:
     """Reduced logits of hidden states `[spots, layers, ..., hidden]`, `[spots * layers, ...]`, `most` at a time."""
-    flat = hidden.flatten(0, 1)
-    prompts = prompt.repeat_interleave(hidden.shape[1])
+    flat, layers = hidden.flatten(0, 1), hidden.shape[1]
+    prompts = prompt.repeat_interleave(layers)
+    step = max(most // layers, 1) * layers if reduction.against_last else most
     parts: list[dict[str, torch.Tensor]] = []
-    for start in range(0, flat.shape[0], most):
-        some = flat[start : start + most]
-        part = reduction(project(model, some).float(), prompts[start : start + most])
+    for start in range(0, flat.shape[0], step):
+        some, own = flat[start : start + step], prompts[start : start + step]
+        part = reduction(project(model, some).float(), own, layers)
         if reduction.inverse:
-            inverse = reduction(
-                inverse_logits(model, partial(project, model, some)).float(), prompts[start : start + most]
-            )
+            inverse = reduction(inverse_logits(model, partial(project, model, some)).float(), own, layers)
             part.update({INVERSE + name: tensor for name, tensor in inverse.items()})
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -334,13 +348,14 @@ def _result(
 ) -> LensResult:
     lead: tuple[str, ...] = ("prompts", "layers") if where is None else ("prompts", "layers", "positions")
     labels: dict[str, tuple[Any, ...]] = {"prompts": prompt_labels(prompts, model), "layers": tuple(layers)}
-    order = ("top_probs", "top_ids", "target_probs", "target_ranks", "entropy")
+    order = ("top_probs", "top_ids", "target_probs", "target_ranks", "entropy", "last_ranks", "kl")
     kept = {name: tensors[name] for name in order if name in tensors}
     last = {"top_probs": "top", "top_ids": "top", "target_probs": "targets", "target_ranks": "targets"}
     axes = {name: (*lead, last[name]) if name in last else lead for name in kept}
     tokens: tuple[tuple[str | None, ...], ...] = ()
     if where is not None:
         tokens, labels["positions"] = _position_labels(model, prompts, where)
+        kept["input_ids"], axes["input_ids"] = _input_ids(prompts, where), ("prompts", "positions")
     if "top_probs" in kept:
         labels["top"] = tuple(range(kept["top_probs"].shape[-1]))
     if target_ids is not None:
@@ -350,9 +365,17 @@ def _result(
         axes["target_ids"] = ("prompts", "targets") if single else ("prompts", "targets", "members")
         if not single:
             labels["members"] = tuple(range(target_ids.shape[2]))
-    seen = [kept[name].flatten() for name in ("top_ids", "target_ids") if name in kept]
+    seen = [kept[name].flatten() for name in ("top_ids", "target_ids", "input_ids") if name in kept]
     vocabulary = vocabulary_of(model, torch.cat(seen)) if seen else {}
-    return LensResult(kept, axes, labels, tokens, vocabulary, about)
+    return LensResult(kept, axes, labels, tokens, vocabulary, about, token_bytes_of(model, vocabulary))
+
+
+def _input_ids(prompts: list[Row], where: list[tuple[int, ...]]) -> torch.Tensor:
+    """The ids of each prompt's tokens at its positions, `[prompts, positions]`, -1 past their number."""
+    ids = torch.full((len(prompts), max(len(own) for own in where)), -1)
+    for row, prompt, own in zip(ids, prompts, where, strict=True):
+        row[: len(own)] = torch.tensor([int(prompt.ids[p]) for p in own], dtype=ids.dtype)
+    return ids
 
 
 def _position_labels(

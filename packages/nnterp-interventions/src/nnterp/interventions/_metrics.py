@@ -10,11 +10,27 @@ import torch
 
 from nnterp.interventions._engine import Cell, Reduce
 from nnterp.interventions._tokens import ids_per_prompt
+from nnterp.record import Record
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-Bound: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]  # from logits [n, vocab] and their prompt's index to [n]
+Score: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]  # from logits [n, vocab] and their prompt's index to [n]
+
+
+class Bound(Record):
+    """A metric that is ready for some prompts: a function from logits `[n, vocab]` and their prompt's index to `[n]`.
+
+    Attributes:
+        score: The function.
+        tokens: Ids of the only tokens whose logits it reads, int64 on the CPU; None if it reads all.
+    """
+
+    def __init__(self, score: Score, tokens: torch.Tensor | None = None) -> None:
+        self.score, self.tokens = score, tokens
+
+    def __call__(self, logits: torch.Tensor, prompt: int) -> torch.Tensor:
+        return self.score(logits, prompt)
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Metric:
     """
 
     name: str
-    bind: Callable[[StandardizedTransformer, int, torch.Tensor], Bound]
+    bind: Callable[[StandardizedTransformer, int, torch.Tensor], Score]
 
     def __repr__(self) -> str:
         return self.name
@@ -45,10 +61,13 @@ def logit_difference(correct: Any, wrong: Any) -> Metric:
             prompt.
     """
 
-    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
+    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:
         good = ids_per_prompt(model, correct, prompts, "logit_difference(correct=...)")
         bad = ids_per_prompt(model, wrong, prompts, "logit_difference(wrong=...)")
-        return lambda logits, prompt: _mean_at(logits, good[prompt]) - _mean_at(logits, bad[prompt])
+        named = torch.cat([good.flatten(), bad.flatten()]).unique()
+        return Bound(
+            lambda logits, prompt: _mean_at(logits, good[prompt]) - _mean_at(logits, bad[prompt]), named[named >= 0]
+        )
 
     return Metric("logit_difference", bind)
 
@@ -60,7 +79,7 @@ def target_probability(target: Any) -> Metric:
         target: A token id or a text that is one token, or a list with one entry (or list of entries) for each prompt.
     """
 
-    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
+    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:
         ids = ids_per_prompt(model, target, prompts, "target_probability(target=...)")
         return lambda logits, prompt: _sum_at(logits.softmax(-1), ids[prompt])
 
@@ -75,7 +94,7 @@ def probability_difference(greater: Any, smaller: Any) -> Metric:
             prompt.
     """
 
-    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Bound:
+    def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:
         more = ids_per_prompt(model, greater, prompts, "probability_difference(greater=...)")
         less = ids_per_prompt(model, smaller, prompts, "probability_difference(smaller=...)")
 
@@ -91,7 +110,7 @@ def probability_difference(greater: Any, smaller: Any) -> Metric:
 def kl_divergence() -> Metric:
     """KL(reference ‖ run) of the next-token distributions, in nats; the reference is the clean, unedited run."""
 
-    def bind(_: StandardizedTransformer, __: int, reference: torch.Tensor) -> Bound:
+    def bind(_: StandardizedTransformer, __: int, reference: torch.Tensor) -> Score:
         logs = reference.log_softmax(-1)
 
         def divergence(logits: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -113,6 +132,7 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
     Raises:
         TypeError: It is neither a metric nor callable.
     """
+    bound: Score
     if isinstance(metric, Metric):
         bound = metric.bind(model, prompts, reference)
     elif callable(metric):
@@ -135,7 +155,7 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
             )
         return made.float()
 
-    return checked
+    return Bound(checked, bound.tokens if isinstance(bound, Bound) else None)
 
 
 def bind_some(
@@ -156,7 +176,7 @@ def bind_some(
     whole = reference.new_zeros(max(chosen) + 1, reference.shape[1])
     whole[list(chosen)] = reference
     bound = bind_metric(metric, model, prompts, whole)
-    return lambda logits, prompt: bound(logits, chosen[prompt])
+    return Bound(lambda logits, prompt: bound(logits, chosen[prompt]), bound.tokens)
 
 
 def metric_name(metric: Any) -> str:

@@ -45,15 +45,17 @@ class Pairs:
         return self.clean if self.denoising else self.corrupted
 
 
-def encode_pairs(model: StandardizedTransformer, clean: Any, corrupted: Any, direction: Direction) -> Pairs:
-    """Clean and corrupted prompts as pairs.
+def encode_pairs(
+    model: StandardizedTransformer, clean: Any, corrupted: Any, direction: Direction, images: bool = False
+) -> Pairs:
+    """Clean and corrupted prompts as pairs; with `images`, the caller runs images.
 
     Raises:
         ValueError: There are not equally many, or the direction is none of the two.
     """
     if direction not in ("denoising", "noising"):
         raise ValueError(f'direction is "denoising" or "noising", not {direction!r}.')
-    pairs = Pairs(encode(model, clean), encode(model, corrupted), direction)
+    pairs = Pairs(encode(model, clean, images), encode(model, corrupted, images), direction)
     if len(pairs.clean) != len(pairs.corrupted):
         raise ValueError(
             f"{len(pairs.clean)} clean prompts and {len(pairs.corrupted)} corrupted ones; they go in pairs."

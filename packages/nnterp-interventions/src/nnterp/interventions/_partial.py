@@ -101,6 +101,6 @@ def cells_of(kept: Kept, *shape: int) -> tuple[dict[str, torch.Tensor], torch.Te
     return {name: tensor.unflatten(0, shape) for name, tensor in kept.results.items()}, done
 
 
-def ids_of(*prompts: Any) -> list[list[tuple[int, ...]]]:
-    """The token ids of lists of prompts, which identify them."""
+def ids_of(*prompts: Any) -> list[list[tuple[int | str, ...]]]:
+    """What tells lists of prompts from others: token ids, digests of images, and what encoders read."""
     return [[row.identity for row in rows] for rows in prompts]

@@ -107,7 +107,7 @@ def activation_patching(
     """
     model.require_no_trace("activation_patching()")
     check_batch_size(batch_size)
-    pairs = encode_pairs(model, clean, corrupted, direction)
+    pairs = encode_pairs(model, clean, corrupted, direction, images=True)
     model.prepare(remote)
     names = [values] if isinstance(values, str) else listed(values, "values", "the name of a value, or several")
     if not names:
@@ -203,7 +203,9 @@ class _Patching:
         kept.done.update(done.nonzero()[:, 0].tolist())
         options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
         try:
-            sweep(self.model, into, cells, scored(bound, cells), self.shortcuts, kept=kept, **options)
+            sweep(
+                self.model, into, cells, scored(bound, cells), self.shortcuts, kept=kept, tokens=bound.tokens, **options
+            )
         finally:
             found = kept.results["scores"]
             done[list(kept.done)] = True

@@ -20,7 +20,7 @@ from nnterp.interventions._layers import layers_of
 from nnterp.interventions._partial import Resume, cells_of, ids_of, kept_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._reduction import Reduction
-from nnterp.interventions._results import Result, describe_run, prompt_labels, vocabulary_of
+from nnterp.interventions._results import Result, describe_run, prompt_labels, token_bytes_of, vocabulary_of
 from nnterp.interventions._running import BatchSize
 from nnterp.interventions._states import last_states
 from nnterp.interventions._targets import TargetPrompt, TargetPromptBatch, repeat_prompt
@@ -300,12 +300,14 @@ def labelled(
 ) -> PatchscopeResult:
     """Tensors `[prompts, layers, top]` or `[prompts, layers, vocabulary]` with labels."""
     last = {_LAST[name]: tuple(range(tensor.shape[-1])) for name, tensor in tensors.items()}
+    vocabulary = vocabulary_of(model, tensors["top_ids"]) if "top_ids" in tensors else {}
     return PatchscopeResult(
         dict(tensors),
         {name: ("prompts", "layers", _LAST[name]) for name in tensors},
         {**labels, **last},
-        vocabulary=vocabulary_of(model, tensors["top_ids"]) if "top_ids" in tensors else {},
+        vocabulary=vocabulary,
         about=about,
+        token_bytes=token_bytes_of(model, vocabulary),
     )
 
 

@@ -24,6 +24,7 @@ from nnterp.interventions._engine import (
     Shortcuts,
     forward_order,
     forward_steps,
+    layer_of,
     positions_axis,
     rows_of,
     sweep,
@@ -208,7 +209,7 @@ class _Paths:
         self.receivers = [as_contribution(model, receiver) for receiver in receivers]
         self.shortcuts, self.batch_size, self.remote = shortcuts, batch_size, remote
         self.limit = AUTO_ROWS if batch_size == "auto" else batch_size
-        first, last = min(s.layer for s in senders), max(r.layer for r in receivers)
+        first, last = min(layer_of(s.layer) for s in senders), max(layer_of(r.layer) for r in receivers)
         running = [layer for layer in range(first, last + 1) if layer not in model.facts.only_with_image]
         self.frozen = held_parts(model, running, {(r.value, r.layer) for r in self.receivers})
 
@@ -263,7 +264,9 @@ class _Paths:
                 edits.append(edit_of(receiver, at, cut(receiver, at, arrived[k])))
             cells.append(Cell(0, tuple(edits)))
         options: dict[str, Any] = {"remote": self.remote, "batch_size": self.batch_size, "progress": False}
-        found = sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, **options)["scores"]
+        found = sweep(model, [prompt], cells, scored(bound, cells), self.shortcuts, tokens=bound.tokens, **options)[
+            "scores"
+        ]
         scores.copy_(found)
         done.fill_(True)
 
@@ -300,7 +303,7 @@ class _Paths:
         spoken = [writes_at(self.model, sender) for sender in senders]
         for name, layer in self.frozen:
             for row, sender in enumerate(senders):
-                if layer >= sender.layer and (name, layer) not in spoken[row]:
+                if layer_of(layer) >= layer_of(sender.layer) and (name, layer) not in spoken[row]:
                     edits.setdefault((name, layer), []).append((row, Edit(name, layer, every, frozen[name, layer])))
         for row, sender in enumerate(senders):
             at = positions_of(self.model, sender, prompt, "the prompt")
@@ -318,5 +321,5 @@ def _check_order(model: StandardizedTransformer, senders: list[Component], recei
             )
         for receiver in receivers:
             first = forward_order(model, [(receiver.value, receiver.layer), (sender.value, sender.layer)])[0]
-            if receiver.layer < sender.layer or first == (receiver.value, receiver.layer):
+            if layer_of(receiver.layer) < layer_of(sender.layer) or first == (receiver.value, receiver.layer):
                 raise ValueError(f"{receiver} comes before {sender} in the forward pass, so nothing is sent to it.")

@@ -11,6 +11,8 @@ import torch
 
 from nnterp import plugins
 from nnterp.files import read_tensors, write_tensors
+from nnterp.rendering import html_table
+from nnterp.token_text import TokenNames
 from nnterp.versions import version_of
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from nnterp.inputs import Row
 
 _KINDS: dict[str, type[Result]] = {}
+SHOWN, LONGEST_LABEL = 8, 60  # rows and characters of a result's table in a notebook
 _DISTRIBUTIONS = ("nnterp-core", "nnterp-interventions", "nnsight", "transformers", "torch")
 
 
@@ -35,6 +38,8 @@ class Result:
         tokens: For each prompt, its token at each label of the "positions" axis, None past the prompt's end.
         vocabulary: Text of the token ids that occur in the tensors.
         about: Model, versions, function and arguments.
+        token_bytes: The bytes, in hexadecimal, of each token id in `vocabulary` that is not exactly its text there:
+            part of a character (decoded as `�`), or a word whose space decoding drops.
     """
 
     figure: ClassVar[str] = ""
@@ -45,6 +50,7 @@ class Result:
     tokens: tuple[tuple[str | None, ...], ...] = ()
     vocabulary: dict[int, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    token_bytes: dict[int, str] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
         _KINDS[cls.__name__] = cls
@@ -81,13 +87,32 @@ class Result:
         ]
         return f"{type(self).__name__}({'; '.join(parts)}; {self.about.get('model', '')})"
 
+    def _repr_html_(self) -> str:
+        """Tables for a notebook: the tensors with their axes, and where the first one of numbers is largest."""
+        made = (
+            f"{type(self).__name__} of {self.about.get('function', 'a call')} on {self.about.get('model', 'a model')}"
+        )
+        sizes = [
+            (name, " × ".join(f"{axis} {len(self.labels[axis])}" for axis in self.axes[name]), str(tensor.dtype)[6:])
+            for name, tensor in self.tensors.items()
+        ]
+        tables = [html_table(made, ("tensor", "axes", "dtype"), sizes)]
+        numbers = next((name for name, tensor in self.tensors.items() if tensor.is_floating_point()), None)
+        cells = [] if numbers is None else [self._cell(numbers, i) for i in self._strongest(numbers, SHOWN)]
+        if cells:
+            rows = [[_short(value) for value in cell.values()] for cell in cells]
+            tables.append(html_table(f"{numbers}: the {len(cells)} of largest magnitude", tuple(cells[0]), rows))
+        return "".join(tables)
+
     def top(self, k: int = 10, tensor: str | None = None) -> list[dict[str, Any]]:
         """The `k` cells of largest magnitude, largest first: axis name to label, tensor name to value."""
         name = tensor or self.main
+        return [self._cell(name, i) for i in self._strongest(name, k)]
+
+    def _strongest(self, name: str, k: int) -> list[int]:
         flat = self[name].double().flatten()
         strength = torch.where(flat.isnan(), -1.0, flat.abs())
-        order = strength.argsort(descending=True, stable=True)[: min(k, int((strength >= 0).sum()))]
-        return [self._cell(name, int(i)) for i in order]
+        return strength.argsort(descending=True, stable=True)[: min(k, int((strength >= 0).sum()))].tolist()
 
     def to_dataframe(self, tensor: str | None = None) -> pandas.DataFrame:
         """A table with a row for each entry of a tensor (the main one if None).
@@ -144,6 +169,7 @@ class Result:
             "tokens": [list(tokens) for tokens in self.tokens],
             "vocabulary": self.vocabulary,
             "about": self.about,
+            "token_bytes": self.token_bytes,
         }
         write_tensors(path, self.tensors, record, "result")
 
@@ -164,6 +190,7 @@ class Result:
             tokens=tuple(tuple(tokens) for tokens in content["tokens"]),
             vocabulary={int(i): text for i, text in content["vocabulary"].items()},
             about=content["about"],
+            token_bytes={int(i): piece for i, piece in content.get("token_bytes", {}).items()},
         )
 
     def plot(self, **kwargs: Any) -> Any:
@@ -174,6 +201,12 @@ class Result:
             NotImplementedError: It has no figure for this class of result.
         """
         return drawn(self, self.figure, **kwargs)
+
+
+def _short(value: Any) -> str:
+    """A label or a number of a table: numbers with four digits, long texts cut."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
 
 
 def drawn(result: Any, figure: str, **kwargs: Any) -> Any:
@@ -220,6 +253,18 @@ def vocabulary_of(model: StandardizedTransformer, ids: torch.Tensor) -> dict[int
     """The text of every token id in a tensor, except -1."""
     unique = [i for i in ids.unique().tolist() if i >= 0]
     return dict(zip(unique, token_texts(model, unique), strict=True))
+
+
+def token_bytes_of(model: StandardizedTransformer, vocabulary: Mapping[int, str]) -> dict[int, str]:
+    """The bytes, in hexadecimal, of the ids whose text in `vocabulary` is not exact; see `Result.token_bytes`."""
+    names = TokenNames(model.tokenizer)
+    found = {}
+    for token, text in vocabulary.items():
+        raw = names.raw(token)
+        piece = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+        if piece is not None and piece != text.encode("utf-8", "surrogatepass"):
+            found[token] = piece.hex()
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from nnterp.arguments import count
+from nnterp.discovery import require_gradients
 from nnterp.inputs import Batch, Row, by_length, pad, sharing_first
 from nnterp.progress import bar
 
@@ -106,7 +107,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def weights_at_rest(module: torch.nn.Module) -> Iterator[None]:
-    """No parameter takes part in gradients inside the block."""
+    """No parameter takes part in gradients inside the block.
+
+    Raises:
+        Unavailable: The module is quantised in a way that hands on no gradients.
+    """
+    require_gradients(module)
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

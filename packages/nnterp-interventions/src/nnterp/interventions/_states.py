@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import nnsight
 import torch
 
-from nnterp.inputs import Batch, Row, forward_flags, given
+from nnterp.inputs import Batch, Row, forward_flags, given, sharing_side
 from nnterp.interventions._engine import POSITION_AXES, Key, Passing, Shortcuts, Step, axes_of, forward_steps, rows_of
 from nnterp.interventions._running import BatchSize, filled, in_batches
 from nnterp.values import get_label, get_value
@@ -58,9 +58,11 @@ def states_of(
 
 def sharing_groups(model: StandardizedTransformer, prompts: Sequence[Row], shortcuts: Shortcuts) -> Iterable[list[int]]:
     """Indices of prompts by which of them may share a batch: of any lengths only with the `ragged` shortcut."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        side = model.sharing.side(len(prompt)) if shortcuts.ragged else prompt.lengths
+        side: tuple[Any, ...] = sharing_side(model, prompt) if shortcuts.ragged else prompt.lengths
+        if prompt.images is not None:
+            side = (i, "image")
         groups.setdefault(side, []).append(i)
     return groups.values()
 
@@ -72,7 +74,8 @@ def _run(
     ids, flags = filled(prompts), forward_flags(model)
     count, width = ids.shape
     place, at = torch.arange(count), torch.tensor([len(prompt) - 1 for prompt in prompts])
-    with model.trace(given(prompts, ids), remote=remote, **flags) as tracer:
+    inputs = given(prompts, ids)
+    with model.trace(inputs, remote=remote, **flags) as tracer:
         kept, passing = [], Passing(model)
         for step in steps:
             if step.term is not None:

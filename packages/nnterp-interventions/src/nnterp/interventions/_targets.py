@@ -107,6 +107,9 @@ class TargetPromptBatch:
         return (self[i] for i in range(len(self)))
 
 
+WORDS = ("king", "1135", "hello", "river", "paper", "green", "Monday", "teacher")
+
+
 def repeat_prompt(
     words: Sequence[str] | None = None,
     rel: str = " ",
@@ -119,13 +122,14 @@ def repeat_prompt(
     (Ghandeharioun et al., "Patchscopes", 2024, section 4.1: the token identity prompt.)
 
     Args:
-        words: The words that the prompt repeats; three unrelated ones if None.
+        words: The words that the prompt repeats; eight unrelated ones if None. The paper repeats three, with which
+            small models (SmolLM2-135M) do not go on with the pattern.
         rel: Text between a word and its repetition.
         sep: Text between pairs.
         placeholder: The token to patch.
         index_to_patch: The position to patch; by default the last token.
     """
-    words = ("king", "1135", "hello") if words is None else listed(words, "words", "a list of texts")
+    words = WORDS if words is None else listed(words, "words", "a list of texts")
     for name, texts in (("words", words), ("rel", [rel]), ("sep", [sep]), ("placeholder", [placeholder])):
         if any(not isinstance(text, str) for text in texts):
             raise TypeError(f"repeat_prompt({name}) is text, not {texts!r:.80}.")

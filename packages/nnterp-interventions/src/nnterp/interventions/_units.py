@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnterp.indices import integers, read_indices
 from nnterp.inputs import Row
-from nnterp.interventions._engine import Shortcuts, axes_of, units_axis
+from nnterp.interventions._engine import At, Shortcuts, axes_of, units_axis
 from nnterp.interventions._states import states_of
 from nnterp.values import get_value
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
-def units_of(model: StandardizedTransformer, names: list[str], heads: Any, layers: Sequence[int]) -> list[int | None]:
+def units_of(model: StandardizedTransformer, names: list[str], heads: Any, layers: Sequence[At]) -> list[int | None]:
     """The heads (or neurons) asked for, as indices from 0; [None] if none are, which means all of them together.
 
     Args:
         model: The model.
         names: The values whose heads are meant.
         heads: An index, several, "all", or None; see `nnterp.indices`.
-        layers: The layers, counted from 0.
+        layers: The layers, counted from 0; of features, (layer, number) where a layer has several dictionaries.
 
     Raises:
         TypeError: `heads` is something else than indices.
@@ -49,7 +49,7 @@ def units_of(model: StandardizedTransformer, names: list[str], heads: Any, layer
     return _counted(wanted, sizes, axis)
 
 
-def _counted(wanted: list[int], sizes: dict[int, int], axis: str) -> list[int | None]:
+def _counted(wanted: list[int], sizes: dict[At, int], axis: str) -> list[int | None]:
     """Indices from 0 of the heads wanted (all if none are), of as many as each layer has."""
     size = min(sizes.values())
     if len(set(sizes.values())) > 1 and (not wanted or min(wanted) < 0):
@@ -63,8 +63,8 @@ def _counted(wanted: list[int], sizes: dict[int, int], axis: str) -> list[int | 
 
 
 def _sizes(
-    model: StandardizedTransformer, names: Sequence[str], axis: str, layers: Sequence[int]
-) -> dict[int, int] | None:
+    model: StandardizedTransformer, names: Sequence[str], axis: str, layers: Sequence[At]
+) -> dict[At, int] | None:
     """How many heads (or neurons) each layer has; None if that is unknown.
 
     Counted in a short run, once for each value and layer; read from the config if the model cannot run now.

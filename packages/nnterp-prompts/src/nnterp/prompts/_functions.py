@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.inputs import Batch
+from nnterp.inputs import Batch, Row, pad
 from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
 from nnterp.prompts._questions import Question
 
@@ -43,7 +43,7 @@ def ask_function(
         found = _ask_for_targets(get_probs, model, batch, asked, remote, kwargs)
     else:
         texts = [row.text for row in batch.rows]
-        prompts = texts if plain and None not in texts else [list(row.ids) for row in batch.rows]
+        prompts = texts if plain and None not in texts else [_as_given(model, row) for row in batch.rows]
         values = get_probs(model, prompts, remote=remote, **kwargs)
         values = check_probabilities(get_probs, values, len(batch), None)
         found = [
@@ -51,6 +51,11 @@ def ask_function(
             for row, questions in zip(values, asked, strict=True)
         ]
     return [row.detach().cpu().double().clamp(min=0).log() for row in found]
+
+
+def _as_given(model: StandardizedTransformer, row: Row) -> Any:
+    """A row as a prompt: its token ids, or the encoding that holds its images."""
+    return list(row.ids) if row.images is None else pad(model, [row]).encoding
 
 
 def _ask_for_targets(
@@ -70,6 +75,6 @@ def _ask_for_targets(
     ]
     if "progress" in inspect.signature(get_probs).parameters:
         kwargs = {"progress": False, **kwargs}  # the run shows its own bar, or none
-    values = get_probs(model, [list(row.ids) for row in batch.rows], remote=remote, targets=targets, **kwargs)
+    values = get_probs(model, [_as_given(model, row) for row in batch.rows], remote=remote, targets=targets, **kwargs)
     values = check_probabilities(get_probs, values, len(batch), most)
     return [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]

@@ -45,7 +45,7 @@ def next_token_probs(
     """
     with plain_defaults():
         model.require_no_trace("next_token_probs()")
-        rows = encode(model, prompts)
+        rows = encode(model, prompts, images=True)
         wanted = None if targets is None else _target_groups(model, targets, len(rows))
         parts: list[torch.Tensor | None] = [None] * len(rows)
         for batch in batches(model, rows, len(rows)):

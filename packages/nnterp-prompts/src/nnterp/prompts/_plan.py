@@ -72,7 +72,9 @@ def make_plan(
     if not prompts:
         return Plan((), [], [], plain=True)
     categories = _categories(prompts)
-    rows = encode(model, [prompt.prompt for prompt in prompts])
+    rows = encode(model, [prompt.prompt for prompt in prompts], images=True)
+    if scoring == "sequence" and any(row.images is not None for row in rows):
+        raise ValueError('scoring="sequence" reads answers after a text; prompts with images take "first_token".')
     if scoring == "first_token":
         targets = [_targets(model, i, prompt, categories) for i, prompt in enumerate(prompts)]
         if distinct:
@@ -183,7 +185,7 @@ def _check_answers_distinct(
 def _fingerprint(sheet: Sheet) -> str:
     """Return a digest of a prompt's rows and questions."""
     told = [
-        [list(row.ids) for row in sheet.rows],
+        [list(row.identity) for row in sheet.rows],
         [[[q.position, *q.tokens] for q in qs] for qs in sheet.questions],
         sheet.terms,
     ]

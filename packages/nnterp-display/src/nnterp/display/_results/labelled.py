@@ -11,14 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from nnterp.display._arrays import as_array
-from nnterp.token_text import TokenNames, visible
+from nnterp.token_text import TokenNames, visible, visible_bytes
 
 
 class LabelledResult(Protocol):
     """The attributes that figures read from a result; the results of `nnterp.interventions` have them.
 
-    Three more are read if they are there: `tokens` (for each prompt, the text at each label of "positions", None past
-    the prompt's end), `vocabulary` (token id → text) and `about` (a dict with the model's name and the call).
+    Four more are read if they are there: `tokens` (for each prompt, the text at each label of "positions", None past
+    the prompt's end), `vocabulary` (token id → text), `token_bytes` (token id → its bytes in hexadecimal, where its
+    text is not exact) and `about` (a dict with the model's name and the call).
     """
 
     @property
@@ -85,9 +86,30 @@ def token_namer(result: LabelledResult, tokenizer: Any) -> Callable[[int], str]:
     """A function from token id to visible text: through the tokenizer, or through the result's own vocabulary."""
     if tokenizer is not None:
         return TokenNames(tokenizer)
+    exact = {int(token): bytes.fromhex(piece) for token, piece in (getattr(result, "token_bytes", None) or {}).items()}
     texts = {int(token): text for token, text in (getattr(result, "vocabulary", None) or {}).items()}
     unknown = TokenNames(None)
-    return lambda token: visible(texts[int(token)]) if int(token) in texts else unknown(token)
+
+    def name(token: int) -> str:
+        token = int(token)
+        if token in exact:
+            return visible_bytes(exact[token])
+        return visible(texts[token]) if token in texts else unknown(token)
+
+    return name
+
+
+def input_names(result: LabelledResult, prompt: int, tokenizer: Any) -> list[str] | None:
+    """The visible tokens of one prompt at the labels of "positions", "" past its end; None if the result has none.
+
+    They are named from their ids if the result holds these (`input_ids`), else from their decoded texts.
+    """
+    if "input_ids" in result.tensors:
+        rows = array_of(result, "input_ids").astype(int)
+        name = token_namer(result, tokenizer)
+        return [name(token) if token >= 0 else "" for token in rows[prompt].tolist()]
+    texts = tokens_at(result, prompt)
+    return None if texts is None else [visible(text) if text else "" for text in texts]
 
 
 def about(result: LabelledResult) -> Mapping[str, Any]:

@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 
 from nnterp.display._arrays import axis_labels
-from nnterp.display._lens_cells import COLOUR_NAMES, Colour, LensCells
-from nnterp.display._results.labelled import LabelledResult, array_of, require_result, title_of, token_namer, tokens_at
+from nnterp.display._lens_cells import Colour, LensCells, colour_title
+from nnterp.display._results.labelled import (
+    LabelledResult,
+    array_of,
+    input_names,
+    require_result,
+    title_of,
+    token_namer,
+)
 from nnterp.display._results.picking import checked_index
 from nnterp.token_text import visible
 
@@ -51,7 +58,7 @@ def lens_cells(
     *,
     prompt: int,
     kind: Colour,
-    top_k: int,
+    top_k: int | None,
     target: int | None,
     layers: Sequence[Any] | None,
 ) -> tuple[LensCells, str]:
@@ -69,13 +76,24 @@ def lens_cells(
             f"This result has no top tokens to put in the cells; it has {', '.join(result.tensors)}. "
             f"Make it with top_k=5."
         )
-    columns = _columns(result, prompt)
+    columns = _columns(result, prompt, tokenizer)
+    kept = len(result.labels["top"])
+    top_k = kept if top_k is None else top_k
+    if top_k > kept:
+        raise ValueError(
+            f"This result holds the {kept} top tokens of each cell, not {top_k}. Make it with top_k={top_k}."
+        )
     probabilities = columns.take(result, "top_probs")[..., :top_k]
     name = token_namer(result, tokenizer)
     targets = None
     if kind == "entropy":
         colour = columns.take(result, _require(result, "entropy", "entropy=True"))
-    elif kind == "rank" or target is not None:
+    elif kind == "kl":
+        colour = columns.take(result, _require(result, "kl", "logit_lens_table() or against_last=True"))
+    elif kind == "rank" and target is None:
+        how = "logit_lens_table() or against_last=True, or give target= for the rank of a target"
+        colour = columns.take(result, _require(result, "last_ranks", how)) + 1.0
+    elif target is not None:
         colour, ids = _target_values(result, columns, kind, target)
         targets = [name(token) for token in ids]
     else:
@@ -85,7 +103,7 @@ def lens_cells(
         tokens=[[[name(token) for token in cell] for cell in row] for row in ids_in_cells],
         probabilities=probabilities,
         colour=colour,
-        colour_name=COLOUR_NAMES[kind, targets is not None],
+        colour_name=colour_title(kind, targets is not None, max(result.labels["layers"])),
         kind=kind,
         layers=axis_labels(
             result.labels["layers"] if layers is None else layers, len(colour), "layers", "the layer axis of the result"
@@ -98,20 +116,20 @@ def lens_cells(
     return cells, title_of(result, columns.title)
 
 
-def _columns(result: LabelledResult, prompt: int) -> _Columns:
+def _columns(result: LabelledResult, prompt: int, tokenizer: Any) -> _Columns:
     prompts = list(result.labels["prompts"])
     prompt = checked_index("prompts", len(prompts), prompt)
     if "positions" not in result.labels or "positions" not in result.axes["top_ids"]:
         indices = list(range(len(prompts)))
         inputs = [str(text) for text in prompts]
         return _Columns(None, indices, indices, inputs, "prompt", f"{_lens_of(result)} after each prompt")
-    tokens = tokens_at(result, prompt) or [""] * len(result.labels["positions"])
+    tokens = input_names(result, prompt, tokenizer) or [""] * len(result.labels["positions"])
     indices = [i for i, token in enumerate(tokens) if token or not any(tokens)]
     return _Columns(
         prompt=prompt,
         indices=indices,
         labels=[result.labels["positions"][i] for i in indices],
-        inputs=[visible(tokens[i]) if tokens[i] else "" for i in indices],
+        inputs=[tokens[i] for i in indices],
         axis="position (input token)",
         title=f"{_lens_of(result)} of {_quoted(prompts[prompt])}",
     )
@@ -124,7 +142,7 @@ def _lens_of(result: LabelledResult) -> str:
 
 
 def _target_values(
-    result: LabelledResult, columns: _Columns, kind: Colour, target: int | None
+    result: LabelledResult, columns: _Columns, kind: Colour, target: int
 ) -> tuple[np.ndarray, list[int]]:
     """The target's rank (from 1) or probability, `[layers, columns]`, and for each column the target's id."""
     tensor = _require(result, "target_ranks" if kind == "rank" else "target_probs", "targets=..., ranks=True")
@@ -136,10 +154,8 @@ def _target_values(
     return values + (1.0 if kind == "rank" else 0.0), ids
 
 
-def _target_place(targets: list[int], prompt: int, target: int | None) -> int:
-    """The place of a target in one prompt's list of targets; the first if none is named."""
-    if target is None:
-        return 0
+def _target_place(targets: list[int], prompt: int, target: int) -> int:
+    """The place of a target in one prompt's list of targets."""
     if target not in targets:
         raise ValueError(
             f"Token {target} is not among the targets of prompt {prompt}: {[i for i in targets if i >= 0]}."

@@ -33,22 +33,29 @@ class TargetCurves:
     title: str
 
 
-def target_curves(given: Any) -> TargetCurves:
-    """The result's target probabilities by layer; of an axis of positions, each prompt's last position is taken.
+def target_curves(given: Any, value: str = "probability") -> TargetCurves:
+    """The result's target probabilities, or ranks from 1, by layer; of positions each prompt's last is taken.
 
     Raises:
         TypeError: `given` is no result.
         ValueError: It has no target probabilities with a layer axis, or they have an axis that curves do not have.
     """
     result = require_result(given, "plot_targets")
-    known = ("target_probs", "probs", "scores")
+    known = ("target_ranks",) if value == "rank" else ("target_probs", "probs", "scores")
     name = next((name for name in known if name in result.tensors and "layers" in result.axes[name]), None)
     if name is None:
+        if value == "rank":
+            raise ValueError(
+                f"This result has no ranks of targets with a layer axis; it has {describe_tensors(result)}. "
+                f"Make it with logit_lens_table(targets=...) or logit_lens(targets=..., ranks=True)."
+            )
         raise ValueError(
             f"This result has no target probabilities with a layer axis; it has {describe_tensors(result)}."
         )
     axes = list(result.axes[name])
     array = array_of(result, name)
+    if value == "rank":
+        array = np.where(array < 0, np.nan, array + 1.0)  # the result counts from 0, and says -1 for none
     if "positions" in axes:
         array = _last_of_each(array, axes.index("positions"))
         axes.remove("positions")

@@ -15,7 +15,14 @@ from nnterp.interventions._attribution._reading import read_batch
 from nnterp.interventions._attribution._readout import Targets, Unembedding, softcap_of, targets_of
 from nnterp.interventions._attribution._terms import tolerance
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
-from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts, vocabulary_of
+from nnterp.interventions._results import (
+    Result,
+    describe_run,
+    prompt_labels,
+    token_bytes_of,
+    token_texts,
+    vocabulary_of,
+)
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
 from nnterp.positions import Positions, plain_positions, resolve
 from nnterp.resuming import Call
@@ -262,7 +269,9 @@ class _Run:
                 tensors[name], axes[name] = ids, ("prompts", name.replace("_ids", "s"))
                 labels[axes[name][1]] = tuple(range(ids.shape[1]))
         named = torch.cat([ids.flatten() for name, ids in tensors.items() if name.endswith("_ids")])
-        return DirectAttribution(tensors, axes, labels, tokens, vocabulary_of(self.model, named), found.about)
+        vocabulary = vocabulary_of(self.model, named)
+        exact = token_bytes_of(self.model, vocabulary)
+        return DirectAttribution(tensors, axes, labels, tokens, vocabulary, found.about, exact)
 
     def _by_token(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores added up over equal tokens of a prompt, and their ids, `[prompts, tokens]`, as they first occur."""

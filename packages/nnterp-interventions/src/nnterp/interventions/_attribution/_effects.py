@@ -14,7 +14,7 @@ from nnterp.interventions._attribution._softmax import (
     effect_of_keys,
     effects_of_queries,
 )
-from nnterp.interventions._engine import POSITION_AXES, UNIT_AXES, Key, axes_of
+from nnterp.interventions._engine import POSITION_AXES, UNIT_AXES, Key, axes_of, layer_of
 from nnterp.interventions._grid import Column
 from nnterp.interventions._states import States
 from nnterp.values import get_value
@@ -54,8 +54,9 @@ def through_softmax(
 
     Arguments and returns as `first_order`; `factor` as `scales` returns it.
     """
-    name, layer = key
-    assert layer is not None
+    name, at_layer = key
+    assert at_layer is not None
+    layer = layer_of(at_layer)
     attention, slope, patched = attention_of(into, layer), gradients[PATTERN, layer], source[key]
     if name == QUERIES:
         at, at_source = _positions(columns, patched.device)

@@ -67,7 +67,7 @@ def exact_effects(
         for k, _, v, a, b, c in own:
             cells.append(grid.cell(k, (grid.names[v], grid.layers[a]), grid.units[b], columns[k][c], states[k]))
         options: dict[str, Any] = {"batch_size": batch_size, "progress": False, "streams": streams}
-        found = sweep(model, into, cells, scored(bound, cells), shortcuts, **options)["scores"]
+        found = sweep(model, into, cells, scored(bound, cells), shortcuts, tokens=bound.tokens, **options)["scores"]
         for (k, place, *_), score in zip(own, found[len(some) :], strict=True):
             effects[place] = score - found[k]
     return effects

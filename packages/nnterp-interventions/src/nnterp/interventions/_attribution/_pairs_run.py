@@ -12,7 +12,7 @@ from nnterp.huggingface import dtype_of
 from nnterp.interventions._attribution._effects import first_order, is_recomputed, through_softmax
 from nnterp.interventions._attribution._slopes import EMBEDDINGS, Slopes, slopes_of
 from nnterp.interventions._attribution._softmax import KEYS, PATTERN, attention_of, inside_of, scales
-from nnterp.interventions._engine import Key, Shortcuts
+from nnterp.interventions._engine import Key, Shortcuts, layer_of
 from nnterp.interventions._grid import Grid
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt
 from nnterp.interventions._states import States, states_of
@@ -84,7 +84,7 @@ class PairsRun:
         self.method, self.steps, self.shortcuts = method, steps, shortcuts
         self.keys: list[Key] = [(name, layer) for name in grid.names for layer in grid.layers]
         self.recomputed = [k for k in self.keys if method == "attention-aware" and is_recomputed(k[0])]
-        layers = list(dict.fromkeys(layer for _, layer in self.recomputed if layer is not None))
+        layers = list(dict.fromkeys(layer_of(at) for _, at in self.recomputed if at is not None))
         _check_borrowed(model, self.recomputed)
         self.inside = inside_of(layers)
         self.wrt = [k for k in self.keys if k not in self.recomputed] + [(PATTERN, layer) for layer in layers]
@@ -166,7 +166,7 @@ class PairsRun:
         """For each layer whose softmax is recomputed, the factor from q · k to scores, checked on these runs."""
         eps = torch.finfo(dtype_of(self.model._module)).eps
         found = {}
-        for layer in dict.fromkeys(layer for _, layer in self.recomputed if layer is not None):
+        for layer in dict.fromkeys(layer_of(at) for _, at in self.recomputed if at is not None):
             both = [
                 (attention_of(run.values, layer), attention_of(own, layer))
                 for run, own in zip(runs, states, strict=True)
@@ -192,6 +192,6 @@ class PairsRun:
                 for layer in grid.layers:
                     runs = ((name, layer), columns, grid.units, into[k], source[k], gradients[k])
                     recomputed = (name, layer) in self.recomputed
-                    own.append(through_softmax(*runs, factors[layer]) if recomputed else first_order(*runs))
+                    own.append(through_softmax(*runs, factors[layer_of(layer)]) if recomputed else first_order(*runs))
                 made[k, v, ..., : len(columns)] = torch.stack([each.cpu() for each in own])
         return made

@@ -1,4 +1,4 @@
-"""Loading the model of a command, and what the terminal shows meanwhile."""
+"""What the commands check before they load a model, and what the terminal shows meanwhile."""
 
 from __future__ import annotations
 
@@ -8,24 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
-from nnterp.cli.models import source_of
-from nnterp.files import require_writable
+from nnterp.cli.models import require_device
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-
-    from nnterp import StandardizedTransformer
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--trust-remote-code` and `--device`."""
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run modelling code that comes with the checkpoint"
-    )
-    parser.add_argument("--device", help="where to load the weights, e.g. cpu or cuda (default: wherever they fit)")
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
@@ -35,25 +22,13 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         OSError: The file cannot be written.
         ValueError: There is no such device, or `--top-k` is not positive.
     """
+    from nnterp.files import require_writable
+
     if arguments.html is not None:
         require_writable(arguments.html)
     if getattr(arguments, "top_k", 1) < 1:
         raise ValueError(f"--top-k is at least 1, not {arguments.top_k}.")
-    try:
-        if arguments.device not in (None, "auto"):
-            torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from None
-
-
-def load_model(arguments: argparse.Namespace) -> StandardizedTransformer:
-    """Load the model that was named (a hub id, a folder or "toy") with its weights."""
-    from nnterp import StandardizedTransformer
-
-    placed = {"device_map": arguments.device} if arguments.device else {}
-    model = StandardizedTransformer(source_of(arguments.model), trust_remote_code=arguments.trust_remote_code, **placed)
-    model.dispatch()
-    return model
+    require_device(arguments.device)
 
 
 @contextmanager

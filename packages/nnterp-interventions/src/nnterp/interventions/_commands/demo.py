@@ -10,23 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
 from nnterp import plugins
-from nnterp.cli.models import HELP, TOY, not_loaded
+from nnterp.cli.models import HELP, TOY, about_random, add_model_arguments, is_random, load_model, not_loaded
 from nnterp.errors import RenamingError
 from nnterp.interventions._commands import lens
-from nnterp.interventions._commands._models import (
-    add_model_arguments,
-    check_outputs,
-    load_model,
-    progress_bar,
-    quiet,
-)
-from nnterp.interventions._commands._tables import layer_table, percent, side_by_side
+from nnterp.interventions._commands._models import check_outputs, progress_bar, quiet
 from nnterp.token_text import TokenNames
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from nnterp import StandardizedTransformer
@@ -60,10 +52,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp demo`."""
     parser.add_argument(
         "--model",
+        metavar="MODEL",
         default=TOY,
-        help=f"{HELP} (default)",
+        help=f"{HELP}; default: {TOY}",
     )
-    parser.add_argument("--prompt", default=PROMPT, help=f"the text that the layers go on with (default: {PROMPT!r})")
+    parser.add_argument(
+        "--prompt",
+        metavar="PROMPT",
+        default=PROMPT,
+        help=f"the text that the layers go on with (default: {PROMPT!r})",
+    )
     parser.add_argument(
         "--html",
         type=Path,
@@ -118,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (RenamingError, OSError, ValueError, RuntimeError) as error:
         print(f"nnterp demo: {not_loaded(arguments.model, error)}", file=sys.stderr)
         return 1
+    if is_random(arguments.model):
+        console.print(about_random(arguments.model), markup=False)
     show(console, model, read, steering, readings, path)
     return 0
 
@@ -130,13 +130,14 @@ def attempt(step: Callable[[StandardizedTransformer], Found], model: Standardize
         return str(error)
 
 
-@torch.no_grad()
 def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
     """Steer both ways along the mean difference of pleasant and unpleasant weather (Rimsky et al. 2024)."""
+    import torch
+
     layer = model.num_layers // 2
 
     def last_state(prompt: str) -> torch.Tensor:
-        with model.trace(prompt):
+        with torch.no_grad(), model.trace(prompt):
             state = model.layers_output[layer][0, -1].save()
         return state
 
@@ -144,7 +145,7 @@ def steer_weather(model: StandardizedTransformer, k: int = 5) -> Steering:
     direction = pleasant.mean(0) - unpleasant.mean(0)
     found = []
     for factor in (0.0, FACTOR, -FACTOR):
-        with model.trace(STEERED):
+        with torch.no_grad(), model.trace(STEERED):
             model.steer(layer, direction, factor)
             probabilities = model.next_token_probs[0].float().cpu().save()
         values, ids = probabilities.topk(k)
@@ -206,9 +207,11 @@ def show_lens(console: Console, read: LensResult, names: TokenNames) -> None:
     """Print the lens at the last position, and the layer from which its final token is the most probable."""
     from rich.text import Text
 
+    from nnterp.interventions._commands._tables import layer_table, percent
+
     layers = list(read.labels["layers"])
     ids, probabilities = read["top_ids"][0, :, -1], read["top_probs"][0, :, -1]
-    console.print(layer_table(layers, ids, probabilities, names, first="next token"))
+    console.print(layer_table(layers, ids, probabilities, names, first="next token", width=console.width))
     final = int(ids[-1, 0])
     since = len(layers) - 1
     while since and int(ids[since - 1, 0]) == final:
@@ -221,6 +224,8 @@ def show_steering(console: Console, steering: Steering | str, names: TokenNames)
     """Print the next token without steering and with it in both directions."""
     from rich.text import Text
 
+    from nnterp.interventions._commands._tables import side_by_side
+
     if isinstance(steering, str):
         console.print(Text(f"Not with this model: {steering}", style="dim"))
         return
@@ -230,12 +235,14 @@ def show_steering(console: Console, steering: Steering | str, names: TokenNames)
     )
     console.print(Text(about, style="dim"))
     columns = {"as it is": steering.plain, "more pleasant": steering.pleasant, "less pleasant": steering.unpleasant}
-    console.print(side_by_side(columns, names, bar_columns=4 if console.width < 100 else 10))
+    console.print(side_by_side(columns, names, width=console.width))
 
 
 def show_readings(console: Console, readings: PatchscopeResult | str, names: TokenNames) -> None:
     """Print which token the patchscope reads from each layer's hidden state."""
     from rich.text import Text
+
+    from nnterp.interventions._commands._tables import layer_table
 
     if isinstance(readings, str):
         console.print(Text(f"Not with this model: {readings}", style="dim"))
@@ -244,7 +251,7 @@ def show_readings(console: Console, readings: PatchscopeResult | str, names: Tok
     about = f"The hidden state of {word!r}, put into a prompt that repeats words, after each layer."
     console.print(Text(about, style="dim"))
     best, shares, layers = readings["top_ids"][0], readings["top_probs"][0], list(readings.labels["layers"])
-    console.print(layer_table(layers, best, shares, names, first="reads"))
+    console.print(layer_table(layers, best, shares, names, first="reads", width=console.width))
     hits = [str(layers[i]) for i, token in enumerate(best[:, 0].tolist()) if names(token).strip("·") == word]
     where = f"layer{'s' if len(hits) > 1 else ''} {', '.join(hits)}" if hits else "none of this model's layers"
     console.print(Text(f"{word!r} is read out of {where}."))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnterp import plugins
-from nnterp.cli.models import HELP, not_loaded
+from nnterp.cli.models import HELP, about_random, add_model_arguments, is_random, load_model, not_loaded
 from nnterp.errors import RenamingError
-from nnterp.interventions._commands._models import add_model_arguments, check_outputs, load_model, progress_bar, quiet
+from nnterp.interventions._commands._models import check_outputs, progress_bar, quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +30,8 @@ examples = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nnterp lens`."""
-    parser.add_argument("model", help=HELP)
-    parser.add_argument("prompt", help="the text")
+    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("prompt", metavar="PROMPT", help="the text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the figure of all layers and positions")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to keep of each layer (default: 5)")
     add_model_arguments(parser)
@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (RenamingError, OSError, ValueError, RuntimeError) as error:
         print(f"nnterp lens: {not_loaded(arguments.model, error)}", file=sys.stderr)
         return 1
+    if is_random(arguments.model):
+        console.print(about_random(arguments.model), markup=False)
     print_lens(console, model, result)
     if written is not None:
         console.print(f"Every layer at every position: {written}", markup=False, soft_wrap=True)
@@ -80,6 +82,7 @@ def print_lens(console: Console, model: StandardizedTransformer, result: LensRes
         result["top_probs"][0, :, -1],
         TokenNames(model.tokenizer),
         first="next token",
+        width=console.width,
     )
     console.print(table)
 

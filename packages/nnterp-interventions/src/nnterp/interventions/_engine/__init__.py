@@ -10,22 +10,27 @@ from nnterp.interventions._engine._cache import new_cache
 from nnterp.interventions._engine._edits import (
     POSITION_AXES,
     UNIT_AXES,
+    At,
     Cell,
     Edit,
+    Key,
     axes_of,
     index_of,
+    label_of,
+    layer_of,
     positions_axis,
     rows_of,
     units_axis,
 )
 from nnterp.interventions._engine._kept import Kept
-from nnterp.interventions._engine._passing import Key, Passing, Step, forward_order, forward_steps
+from nnterp.interventions._engine._passing import Passing, Step, forward_order, forward_steps
 from nnterp.interventions._engine._shortcuts import Shortcuts
 from nnterp.interventions._engine._sweep import sweep
 
 __all__ = [
     "POSITION_AXES",
     "UNIT_AXES",
+    "At",
     "Cell",
     "Edit",
     "Kept",
@@ -38,6 +43,8 @@ __all__ = [
     "forward_order",
     "forward_steps",
     "index_of",
+    "label_of",
+    "layer_of",
     "new_cache",
     "positions_axis",
     "rows_of",

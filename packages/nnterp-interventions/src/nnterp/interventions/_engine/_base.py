@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import nnsight
 import torch
 
-from nnterp.inputs import Row, forward_flags
+from nnterp.inputs import Row, forward_flags, given
 from nnterp.interventions._engine._cache import KeysAndValues, continued_from, new_cache, stored
 from nnterp.interventions._running import filled
-from nnterp.values import get_value, read_value
+from nnterp.values import get_label, get_value, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -27,13 +27,22 @@ class Base:
         streams: The residual stream entering each layer and leaving the last, `[prompts, seq, hidden]` each; empty if
             no layer is skipped. The first is None if no row begins at layer 0 of a running batch.
         cache: Keys and values of each layer; None if no prefix is shared.
-        prompts: The prompts.
+        prompts: The prompts, if nothing is left out of a cell's run: it is then given what they have beside their ids.
     """
 
     ids: torch.Tensor
     streams: tuple[torch.Tensor | None, ...] = ()
     cache: KeysAndValues | None = None
     prompts: tuple[Row, ...] = ()
+
+    def given(self, which: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is given for rows of these prompts, by index, whose token ids stand in `ids`."""
+        return given([self.prompts[i] for i in which], ids) if self.prompts else {"input_ids": ids}
+
+    def seq(self, name: str, own: int) -> int:
+        """How many positions a value has: as many as the encoder reads, or `own`, the positions that run."""
+        heard = self.prompts[0].encoder if self.prompts else None
+        return own if heard is None or not get_label(name).of_encoder else len(heard)
 
 
 def base_of(prompts: Sequence[Row], streams: Sequence[Sequence[torch.Tensor]]) -> Base:

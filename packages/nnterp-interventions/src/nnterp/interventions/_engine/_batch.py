@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import nnsight
 import torch
 
-from nnterp.inputs import forward_flags, given
+from nnterp.inputs import forward_flags
 from nnterp.interventions._engine._base import Base
 from nnterp.interventions._engine._cache import continuing
-from nnterp.interventions._engine._edits import Cell, Edit, apply_edits, positions_axis, rows_of
-from nnterp.interventions._engine._passing import Key, Passing, Step, forward_steps
+from nnterp.interventions._engine._edits import Cell, Edit, Key, apply_edits, layer_of, positions_axis, rows_of
+from nnterp.interventions._engine._passing import Passing, Step, forward_steps
 from nnterp.interventions._engine._shortcuts import Shortcuts
 from nnterp.values import get_label, get_value, read_value
 
@@ -85,8 +85,7 @@ class CellBatchRun:
         if self.first == self.layers and stops_early and not self.groups:  # no layer is left to run
             return at_positions(self.entering(self.first), at, seq, "layers_output"), {}
         steps = forward_steps(model, [*self.groups, *([self.narrowed] if self.narrowed else [])])
-        own = [self.base.prompts[i] for i in self.which] if self.base.prompts else []
-        inputs, flags, indices = given(own, self.ids()), self.flags(), list(self.batch.indices)
+        inputs, flags, indices = self.base.given(self.which, self.ids()), self.flags(), list(self.batch.indices)
         made: dict[str, torch.Tensor] = {}
         last: torch.Tensor | None = None
         with model.trace(inputs, **flags) as tracer:
@@ -121,7 +120,7 @@ class CellBatchRun:
             self.model.skip_layers(0, self.first - 1, skip_with=hidden[:1] if self.joins else hidden)
         done = 0
         for layer in self.joins:
-            while done < len(steps) and (steps[done].key[1] or 0) < layer:
+            while done < len(steps) and layer_of(steps[done].key[1] or 0) < layer:
                 hidden = self.step(passing, steps[done], hidden)
                 done += 1
             self.join(layer)
@@ -140,10 +139,9 @@ class CellBatchRun:
         elif step.key == self.narrowed:
             self.narrow(passing, step.key)
         else:
-            rows = len(self.batch.cells) if self.counts is None or layer is None else self.counts[layer]
-            label, heard = get_label(step.key[0]), self.base.prompts[0].encoder if self.base.prompts else None
-            seq = len(heard) if label.of_encoder and heard is not None else self.seq
-            new = passing.write(step.key, self.groups[step.key], (rows, seq), self.batch.offset)
+            rows = len(self.batch.cells) if self.counts is None or layer is None else self.counts[layer_of(layer)]
+            size = rows, self.base.seq(step.key[0], self.seq)
+            new = passing.write(step.key, self.groups[step.key], size, self.batch.offset)
             if step.key == ("layers_output", self.layers - 1):
                 return new
         return hidden
@@ -171,7 +169,8 @@ class CellBatchRun:
         if not self.taken.tail or self.seq == 1 or self.first > last or self.model.anatomy.blocks[last].mlp is None:
             return False
         rank = get_value("mlps_input").rank
-        return not any(layer == last and get_value(name).rank >= rank for name, layer in self.groups)
+        late = [name for name, at in self.groups if at is not None and layer_of(at) == last]
+        return not any(get_value(name).rank >= rank for name in late)
 
     def narrow(self, passing: Passing, key: Key) -> None:
         """Give the last layer's MLP the read position of each row alone.
@@ -196,9 +195,11 @@ def run_remotely(
     for row, cell in enumerate(batch.cells):
         for edit in cell.edits:
             groups.setdefault((edit.value, edit.layer), []).append((row, edit))
-    ids, steps = base.ids[torch.tensor(list(batch.which))], forward_steps(model, groups)
+    which = torch.tensor(list(batch.which))
+    ids, steps = base.ids[which], forward_steps(model, groups)
     rows, seq = ids.shape
-    with model.trace({"input_ids": ids}, remote=remote, **forward_flags(model)):
+    inputs = base.given(which, ids)
+    with model.trace(inputs, remote=remote, **forward_flags(model)):
         passing = Passing(model)
         for step in steps:
             if step.term is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from nnterp.errors import ShapeError
 from nnterp.record import Record
 from nnterp.values import Label, Value, get_label, get_value
+
+At: TypeAlias = int | tuple[int, int]  # a layer, or a layer and the number of one of its dictionaries
+Key: TypeAlias = tuple[str, At | None]
 
 POSITION_AXES = ("seq", "query", "keys")
 UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
@@ -21,7 +24,8 @@ class Edit(Record):
 
     Attributes:
         value: Name of the value, such as "layers_output".
-        layer: Its layer; None for values that are not per layer.
+        layer: Its layer, for features with the number of the dictionary if the layer has several; None for values that
+            are not per layer.
         positions: Over the prompt's own tokens, from 0.
         new: The replacement: a tensor with the value's axes without the batch, cut to these positions and heads (or
             anything that broadcasts to that); or a function from the current tensor to that.
@@ -31,7 +35,7 @@ class Edit(Record):
     def __init__(
         self,
         value: str,
-        layer: int | None,
+        layer: At | None,
         positions: tuple[int, ...],
         new: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
         heads: tuple[int, ...] | None = None,
@@ -66,7 +70,18 @@ def first_layer(edit: Edit, num_layers: int) -> int:
     value = get_value(edit.value)
     if edit.layer is None:
         return 0 if value.rank == 0 else num_layers
-    return edit.layer + 1 if edit.value == "layers_output" else edit.layer
+    layer = layer_of(edit.layer)
+    return layer + 1 if edit.value == "layers_output" else layer
+
+
+def layer_of(at: At) -> int:
+    """The layer alone."""
+    return at[0] if isinstance(at, tuple) else at
+
+
+def label_of(name: str, at: At | None) -> str:
+    """How a value is called: "layers_output[3]", "features[3, 1]"."""
+    return name if at is None else f"{name}[{', '.join(map(str, at if isinstance(at, tuple) else (at,)))}]"
 
 
 def axes_of(value: Label | Value) -> tuple[str, ...]:
@@ -201,7 +216,7 @@ def apply_edits(
         except (RuntimeError, IndexError) as error:
             at = f"positions {list(edit.positions)}" + ("" if edit.heads is None else f", heads {list(edit.heads)}")
             raise ShapeError(
-                f"{edit.value}[{edit.layer}] is {list(view.shape)} in one row ({value.shape} without the batch); "
-                f"a tensor of shape {list(new.shape)} does not fit at {at} ({error})."
+                f"{label_of(edit.value, edit.layer)} is {list(view.shape)} in one row ({value.shape} without the "
+                f"batch); a tensor of shape {list(new.shape)} does not fit at {at} ({error})."
             ) from error
     return copy

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nnterp.interventions._engine._edits import Edit, apply_edits
+from nnterp.interventions._engine._edits import Edit, Key, apply_edits, label_of, layer_of
 from nnterp.record import Record
 from nnterp.values import Site, Sum, get_label, get_value, read_value, reads, when, write_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
-
-Key = tuple[str, int | None]
 
 
 class Step(Record):
@@ -32,7 +30,7 @@ class Step(Record):
 def forward_steps(model: StandardizedTransformer, keys: Iterable[Key]) -> list[Step]:
     """Steps for these values in the order in which the model computes them, each once, with the terms of sums."""
     once = list(dict.fromkeys(keys))
-    layers = [layer for _, layer in once]
+    layers = [None if at is None else layer_of(at) for _, at in once]
     by_rank = [Step(key) for key in sorted(once, key=lambda key: _rank(model, key))]
     if len(set(layers)) == len(layers):  # no two values of one layer
         return by_rank
@@ -72,7 +70,7 @@ class Passing:
         name, layer = step.key
         assert step.term is not None
         terms, _ = reads(self.model, self.model.place(name, layer))
-        self.held.setdefault(step.key, []).append(terms[step.term].read(self.model, f"{name}[{layer}]"))
+        self.held.setdefault(step.key, []).append(terms[step.term].read(self.model, label_of(name, layer)))
 
     def read(self, key: Key) -> torch.Tensor:
         """A value whose other terms are held; several streams are `[batch, seq, streams, hidden]`."""
@@ -82,7 +80,7 @@ class Passing:
         if key not in self.held:
             return read_value(self.model, get_label(name), layer)
         terms, combine = reads(self.model, self.model.place(name, layer))
-        return combine([*self.held[key], terms[-1].read(self.model, f"{name}[{layer}]")])
+        return combine([*self.held[key], terms[-1].read(self.model, label_of(name, layer))])
 
     def write(self, key: Key, edits: list[tuple[int, Edit]], size: tuple[int, int], offset: int) -> torch.Tensor:
         """Make edits (pairs of row and edit) of one value, and return the edited value; arguments as `apply_edits`."""
@@ -96,7 +94,7 @@ class Passing:
             return new
         # The terms but the last are computed and used already, so the last term takes the whole change.
         path, factor = place.terms[-1]
-        site, label = Site(path, "output"), f"{name}[{layer}]"
+        site, label = Site(path, "output"), label_of(name, layer)
         last = site.read(self.model, label)
         change = (new - current).to(last)
         change = change / factor.to(last) if isinstance(factor, torch.Tensor) else change / factor
@@ -107,9 +105,7 @@ class Passing:
 def _rank(model: StandardizedTransformer, key: Key) -> tuple[int, float]:
     value = get_value(key[0])
     if value.stack == "encoder":  # before all layers of the decoder
-        return (key[1] or 0) - 1_000_000, value.rank
-    if value.stack == "cross":  # between self-attention and feed-forward
-        return key[1] or 0, 2.5 + value.rank / 10
+        return layer_of(key[1] or 0) - 1_000_000, value.rank
     if key[1] is None:
         return (-1 if value.rank == 0 else model.num_layers, value.rank)
-    return key[1], value.rank
+    return layer_of(key[1]), value.rank

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 READOUT_NUMBERS = 1 << 24  # logits that are held at a time, at most
+FEW = 8  # tokens are read out alone if they are at most this part of the vocabulary: an eighth
 READOUT_BATCHES = 4  # batches whose hidden states are held back to be read out together, at most
 
 
@@ -26,8 +27,18 @@ class Readouts:
     hidden states of several batches are held back and projected together.
     """
 
-    def __init__(self, model: StandardizedTransformer, cells: int, reduce: Reduce, most_rows: int, kept: Kept) -> None:
+    def __init__(
+        self,
+        model: StandardizedTransformer,
+        cells: int,
+        reduce: Reduce,
+        most_rows: int,
+        kept: Kept,
+        tokens: torch.Tensor | None,
+    ) -> None:
         self.model, self.cells, self.reduce, self.kept = model, cells, reduce, kept
+        few = tokens is not None and model.vocab_size and 0 < len(tokens) <= model.vocab_size // FEW
+        self.tokens = tokens if few else None
         fitting = READOUT_NUMBERS // (model.vocab_size or 1 << 16)
         self.most = max(16, min(fitting, READOUT_BATCHES * most_rows))
         self.held: list[tuple[list[int], torch.Tensor]] = []  # indices of cells and their last hidden states
@@ -54,7 +65,16 @@ class Readouts:
             start += len(cells[some])
 
     def _project(self, cells: list[int], hidden: torch.Tensor) -> None:
-        self.keep(cells, self.reduce(self.model.project_on_vocab(hidden).float(), cells))
+        self.keep(cells, self.reduce(self._logits(hidden), cells))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 `[cells, vocab]`; NaN for tokens that nobody reads."""
+        if self.tokens is None:
+            return self.model.project_on_vocab(hidden).float()
+        read = self.model.project_on_vocab(hidden, self.tokens).float()
+        logits = read.new_full((len(hidden), self.model.vocab_size), torch.nan)
+        logits[:, self.tokens.to(read.device)] = read
+        return logits
 
     def keep(self, cells: list[int], made: dict[str, torch.Tensor]) -> None:
         """Put what `reduce` made of some cells' logits into the results."""

@@ -50,6 +50,7 @@ def sweep(
     what: str = "sweep",
     kept: Kept | None = None,
     streams: Sequence[Sequence[torch.Tensor]] = (),
+    tokens: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run every cell and return what `reduce` makes of its logits, in the order of the cells.
 
@@ -70,6 +71,7 @@ def sweep(
             not run; the others are the batches of a sweep that begins anew.
         streams: For each prompt the residual stream of its unedited run entering each layer and leaving the last,
             `[seq, hidden]` each, if the caller has it; empty if not.
+        tokens: Ids of the only tokens whose logits `reduce` reads; the others may be NaN. None if it reads all.
 
     Returns:
         `[cells, ...]` for each name, on the CPU.
@@ -82,7 +84,7 @@ def sweep(
     model.prepare(remote)
     at = [len(prompt) - 1 for prompt in prompts] if read_at is None else list(read_at)
     kept = Kept() if kept is None else kept
-    run = _Sweep(model, prompts, cells, reduce, at, remote, batch_size, shortcuts, fall_back, kept, streams)
+    run = _Sweep(model, prompts, cells, reduce, at, remote, batch_size, shortcuts, fall_back, kept, streams, tokens)
     with bar(len(cells), what, progress) as shown:
         try:
             run.everything(shown)
@@ -119,6 +121,7 @@ class _Sweep:
         fall_back: bool,
         kept: Kept,
         streams: Sequence[Sequence[torch.Tensor]],
+        tokens: torch.Tensor | None,
     ) -> None:
         self.model, self.prompts, self.cells, self.reduce = model, prompts, cells, reduce
         self.read_at, self.remote, self.fall_back = read_at, remote, fall_back
@@ -126,7 +129,7 @@ class _Sweep:
         self.shortcuts = shortcuts.fitting(cells)
         self.most_rows = AUTO_ROWS if batch_size == "auto" else batch_size
         self.most_tokens = AUTO_TOKENS if batch_size == "auto" else 1 << 60
-        self.readouts = Readouts(model, len(cells), reduce, self.most_rows, kept)
+        self.readouts = Readouts(model, len(cells), reduce, self.most_rows, kept, tokens)
         self.finished, self.held = frozenset(kept.done), kept.held  # before this run
         self.done: set[int] = set()
         self.layers = model.num_layers
@@ -145,6 +148,7 @@ class _Sweep:
                 chosen = sharing_first(self.model, self.prompts, chosen)
             else:
                 chosen = [prompt for prompt in chosen if self.prompts[prompt].lengths == both]
+                chosen = sharing_first(self.model, self.prompts, chosen)
             try:
                 enough = self.group(chosen, [i for prompt in chosen for i in of_prompt[prompt]], shown)
             except _Again:
@@ -162,10 +166,15 @@ class _Sweep:
             return True
         prompts = [self.prompts[prompt] for prompt in chosen]
         length = max(len(prompt) for prompt in prompts)
-        taken = self.shortcuts.within(length, self.model.facts.thresholds.limit)
+        with_images = prompts[0].images is not None
+        # Shortcuts are proven on texts: positions, masks and what a tower adds between layers are others with an image.
+        plain = Shortcuts(reasons=("the prompt has an image",))
+        taken = plain if with_images else self.shortcuts.within(length, self.model.facts.thresholds.limit)
+        vision = self.model.facts.vision
+        most = 1 if with_images and (vision is None or not vision.copies) else self.most_rows
         spans = {i: self.span(self.cells[i], taken, length) for i in indices}
         needs_streams = any(span.layer > 0 for span in spans.values())
-        needs_cache = any(span.position > 0 for span in spans.values())
+        needs_cache = any(span.position > 0 and self.runs(self.cells[i], span, taken) for i, span in spans.items())
         found: list[Base] = []
         own = [self.streams[prompt] for prompt in chosen if prompt < len(self.streams)]
         if needs_streams and not needs_cache and len(own) == len(chosen) and all(map(len, own)):
@@ -178,7 +187,7 @@ class _Sweep:
         device = input_device(self.model._module).type
         while waiting := [i for i in indices if i not in self.done]:
             own_spans = [spans[i] for i in waiting]
-            for tile in plan(own_spans, self.layers, self.most_rows, self.most_tokens, device, taken.join):
+            for tile in plan(own_spans, self.layers, min(most, self.most_rows), self.most_tokens, device, taken.join):
                 batch = self.batch(tile, [waiting[k] for k in tile.cells], place)
                 if self.held.keys() >= set(batch.indices):
                     self.readouts.hold(list(batch.indices), torch.stack([self.held[i] for i in batch.indices]))
@@ -201,6 +210,10 @@ class _Sweep:
         if sharing.side(end) != sharing.side(own):  # the positions left out decide how the others are computed
             end = own
         return Span(position, layer, end)
+
+    def runs(self, cell: Cell, span: Span, taken: Shortcuts) -> bool:
+        """Whether anything is left to run for a cell: not if nothing is edited and the stream is read out as it is."""
+        return bool(cell.edits) or span.layer < self.layers or not taken.readout
 
     def batch(self, tile: Tile, indices: list[int], place: dict[int, int]) -> CellBatch:
         """The batch of a tile's cells; `place` is where each prompt stands in the unedited runs."""

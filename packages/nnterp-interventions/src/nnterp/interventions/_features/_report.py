@@ -14,7 +14,7 @@ from nnterp.indices import Indices, read_indices
 from nnterp.inputs import Batch, Row, forward_flags
 from nnterp.interventions._features._site import Places, own_positions, shown, warn_of_beginnings
 from nnterp.interventions._fitted._texts import rows_of
-from nnterp.interventions._results import Result, describe_run, vocabulary_of
+from nnterp.interventions._results import Result, describe_run, token_bytes_of, vocabulary_of
 from nnterp.interventions._running import BatchSize, in_batches
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FeatureReport(Result):
     """What features of a dictionary are active on, and what they promote. Made by `feature_report`.
 
     Tensors: `peaks` `[features, rank]`, the largest activation in each of the texts that activate a feature most, NaN
-    where fewer texts do; `texts` and `positions`, which text and where, -1 there; `activations` and `tokens_ids`
+    where fewer texts do; `texts` and `positions`, which text and where, -1 there; `activations` and `token_ids`
     `[features, rank, offset]`, the tokens around the peak (offset 0), NaN and -1 past a text's ends; `density` and
     `mean_activation` `[features]`, the share of positions at which it is active, and its mean where it is; `promoted`,
     `promoted_ids`, `suppressed`, `suppressed_ids` `[features, tokens]`, the logits that its decoder's direction adds
@@ -50,7 +50,7 @@ class FeatureReport(Result):
         for rank, text in enumerate(self["texts"][at].tolist()):
             if text < 0:
                 break
-            ids = self["tokens_ids"][at, rank]
+            ids = self["token_ids"][at, rank]
             there = ids >= 0
             found.append(
                 {
@@ -135,7 +135,7 @@ def feature_report(
 
     Returns:
         A `FeatureReport`, on the CPU, float32 (int64 for texts, positions and token ids): `peaks`, `texts` and
-            `positions` `[features, top]`, `activations` and `tokens_ids` `[features, top, before + 1 + after]`,
+            `positions` `[features, top]`, `activations` and `token_ids` `[features, top, before + 1 + after]`,
             `density` and `mean_activation` `[features]`, `promoted` and `suppressed` `[features, tokens]`; see
             `FeatureReport`. Also `report.table()`, `report.contexts(feature)`, `report.plot(feature=...)`.
 
@@ -171,8 +171,8 @@ def feature_report(
 
     if wanted:
         in_batches(model, [rows[i] for i in wanted], batch_size, second, "feature_report", progress)
-    tensors |= {"activations": windows.activations, "tokens_ids": windows.ids}
-    axes |= dict.fromkeys(("activations", "tokens_ids"), ("features", "rank", "offset"))
+    tensors |= {"activations": windows.activations, "token_ids": windows.ids}
+    axes |= dict.fromkeys(("activations", "token_ids"), ("features", "rank", "offset"))
     labels = {"features": tuple(chosen), "rank": tuple(range(top)), "offset": tuple(range(-before, after + 1))}
     ids = [windows.ids.flatten()]
     if dictionary.output_width == model.hidden_size:
@@ -184,7 +184,9 @@ def feature_report(
     about = describe_run(
         model, "feature_report", at=shown(places.reads), dictionary=dictionary.source, texts=len(rows), skip_first=skip
     )
-    return FeatureReport(tensors, axes, labels, vocabulary=vocabulary_of(model, torch.cat(ids)), about=about)
+    vocabulary = vocabulary_of(model, torch.cat(ids))
+    exact = token_bytes_of(model, vocabulary)
+    return FeatureReport(tensors, axes, labels, vocabulary=vocabulary, about=about, token_bytes=exact)
 
 
 class _Best:

@@ -212,7 +212,7 @@ def _copying(
                 passing.hold(step)
                 continue
             name, layer = step.key
-            assert layer is not None
+            assert isinstance(layer, int)
             read[name] = passing.read(step.key)
             if len(read) < count:
                 continue

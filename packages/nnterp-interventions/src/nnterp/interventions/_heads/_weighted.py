@@ -190,7 +190,7 @@ def _read(
                 passing.hold(step)
                 continue
             name, layer = step.key
-            assert layer is not None
+            assert isinstance(layer, int)
             read[name] = passing.read(step.key)
             if len(read) < count:
                 continue

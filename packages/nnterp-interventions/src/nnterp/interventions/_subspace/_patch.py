@@ -126,7 +126,7 @@ def measured(
             for k, i in enumerate(some):
                 cells += [Cell(k, ()), *(where.cell(k, i, given[k], one) for one in (None, *bases))]
             options: dict[str, Any] = {"batch_size": batch_size, "progress": False, "remote": remote}
-            found = sweep(model, into, cells, scored(bound, cells), shortcuts, **options)["scores"]
+            found = sweep(model, into, cells, scored(bound, cells), shortcuts, tokens=bound.tokens, **options)["scores"]
             here = slice(start, start + len(some))
             scores[here] = found.view(len(some), -1)
             source_scores[here] = by_prompt(bound, logits, list(range(len(some)))).detach().cpu()

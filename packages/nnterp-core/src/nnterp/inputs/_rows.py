@@ -1,12 +1,47 @@
-"""Prompts as the model reads them: rows of token ids, and batches of rows."""
+"""What a prompt is once it is read: a row of token ids, and rows in a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+
+from nnterp.beside import Beside, stacked
+from nnterp.traced import Readout, Sharing
+
+
+class Reader(Protocol):
+    """What reading prompts needs of a model."""
+
+    tokenizer: Any
+    _module: nn.Module
+
+    @property
+    def model_class(self) -> str:
+        """Name of the HuggingFace class."""
+        ...
+
+    @property
+    def sharing(self) -> Sharing:
+        """Which rows may share a padded batch, by their lengths."""
+        ...
+
+    @property
+    def only_with_image(self) -> tuple[int, ...]:
+        """Indices of the layers that run only with an image."""
+        ...
+
+    @property
+    def readout(self) -> Readout:
+        """How hidden states become logits; holds the stream's layout."""
+        ...
+
+    def require_images(self, row: Row) -> None:
+        """Raise unless a prompt with an image runs as is proven; prove it with this prompt if nothing has yet."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,30 +70,32 @@ class Row:
         ids: Its token ids, special tokens included, padding excluded.
         text: Its text, None for a prompt that was given as token ids.
         offsets: For each token the span of `text` it stands for, None where the tokenizer cannot tell.
+        images: The images of the prompt; None for a text.
         encoder: In an encoder-decoder model, what the encoder reads; `ids` are then the decoder's.
-        features: Of what a listening encoder reads, the features `[bins, frames]`; its `ids` only count its positions.
+        sounds: Of what a listening encoder reads, the features; its `ids` only count its positions.
     """
 
     ids: tuple[int, ...]
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] | None = None
+    images: Beside | None = None
     encoder: Row | None = None
-    features: torch.Tensor | None = field(default=None, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    sounds: Beside | None = None
 
     @property
-    def identity(self) -> Any:
-        """What distinguishes it from other prompts: its ids, and what the encoder reads."""
-        if self.features is not None:
-            return self.features.flatten().tolist()
-        return self.ids if self.encoder is None else (self.ids, self.encoder.identity)
+    def identity(self) -> tuple[int | str, ...]:
+        """What tells the prompt from others: its ids, the digest of its images, and what the encoder reads."""
+        beside = self.images or self.sounds
+        own: tuple[int | str, ...] = self.ids if beside is None else (*self.ids, beside.digest)
+        return own if self.encoder is None else (*own, "encoder", *self.encoder.identity)
 
     @property
     def lengths(self) -> tuple[int, int]:
         """Its tokens, and those that the encoder reads."""
         return len(self.ids), 0 if self.encoder is None else len(self.encoder)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -88,11 +125,10 @@ class Batch:
     def encoding(self) -> dict[str, torch.Tensor]:
         """What to trace: `model.trace(batch.encoding)`."""
         if self.encoder is None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            images = stacked([row.images for row in self.rows])
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **images}
         own = {"decoder_input_ids": self.input_ids, "decoder_attention_mask": self.attention_mask}
-        features = [row.features for row in self.encoder.rows if row.features is not None]
-        heard = {"input_features": torch.stack(features)} if features else self.encoder.encoding
-        return {**heard, **own}
+        return {**(stacked([row.sounds for row in self.encoder.rows]) or self.encoder.encoding), **own}
 
     @property
     def last(self) -> torch.Tensor:
@@ -105,8 +141,8 @@ def given(rows: Sequence[Row], ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a model is given for rows of equal lengths whose token ids stand in `ids`, `[rows, seq]`."""
     encoders = [row.encoder for row in rows if row.encoder is not None]
     if not encoders:
-        return {"input_ids": ids}
-    features = [row.features for row in encoders if row.features is not None]
-    if features:
-        return {"input_features": torch.stack(features), "decoder_input_ids": ids}
-    return {"input_ids": torch.tensor([row.ids for row in encoders], device="cpu"), "decoder_input_ids": ids}
+        return {"input_ids": ids, **stacked([row.images for row in rows])}
+    heard = stacked([encoder.sounds for encoder in encoders])
+    if not heard:
+        heard = {"input_ids": torch.tensor([encoder.ids for encoder in encoders], device="cpu")}
+    return {**heard, "decoder_input_ids": ids}

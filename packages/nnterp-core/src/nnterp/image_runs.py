@@ -1,0 +1,79 @@
+"""Prompts with images: what holds in their runs is proven before the first one is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnterp.certificate import Certificate, certify_images
+from nnterp.inputs import Row, is_pair, pad, read_each
+from nnterp.named_transformer import NamedTransformer
+from nnterp.standing import unsteered
+
+
+class ImageTransformer(NamedTransformer):
+    """The methods of a model that run prompts with images."""
+
+    check_renaming: bool
+
+    def validate_images(self, prompt: Any) -> Certificate:
+        """Check what holds in runs with an image, on a prompt with one, and return the certificate.
+
+        It is done by itself, once, before the first prompt with an image is run. Its lines are those of
+        `nnterp.certificate` with "image" in their names: the stream, the readout, writes, the vision tower and the
+        projector.
+
+        Args:
+            prompt: The output of the model's processor for one prompt with an image, or a pair (text, image).
+
+        Raises:
+            ValueError: The prompt has no image.
+            InsideTraceError: Called inside a trace of this model.
+
+        Example:
+            >>> inputs = processor(text="<image> What is this?", images=picture, return_tensors="pt")
+            >>> model.validate_images(inputs).ok
+            True
+        """
+        self.require_no_trace("validate_images()")
+        self.prepare()
+        (row,) = read_each(self, [prompt])
+        if row.images is None:
+            raise ValueError("validate_images(prompt): give one prompt with an image, as the model's processor does.")
+        return self._certify_images(row)
+
+    def require_images(self, row: Row) -> None:
+        """Prove runs with an image with this prompt, if nothing has yet.
+
+        Raises:
+            CertificateError: A line of that proof fails.
+            RemoteModelError: The weights are not here.
+        """
+        if not self.check_renaming or self.facts.vision is not None:
+            return
+        self.prepare()
+        self._certify_images(row).raise_if_failed()
+
+    def _certify_images(self, row: Row) -> Certificate:
+        with unsteered(self):
+            certificate, facts = certify_images(self, row)
+        if certificate.ok:
+            self.adopt(facts)
+        return certificate
+
+    def _with_images(self, prompt: Any) -> Any:
+        """One prompt with an image as it is traced, once runs with images are proven; or several, none of them padded.
+
+        Raises:
+            ValueError: Several prompts are padded, or nothing has proven that rows with images may share a batch.
+        """
+        rows = 1 if is_pair(prompt) or prompt["input_ids"].dim() == 1 else prompt["input_ids"].shape[0]
+        if rows > 1:
+            mask = prompt.get("attention_mask")
+            padded = mask is not None and not bool(mask.all())
+            if padded or self.facts.vision is None or not self.facts.vision.copies:
+                why = "they are padded" if padded else "nothing has proven that rows with images may share a batch"
+                raise ValueError(f"{rows} prompts with images in one encoding, and {why}: trace them one by one.")
+            return prompt
+        (row,) = read_each(self, [prompt])
+        self.require_images(row)
+        return pad(self, [row]).encoding

@@ -1,0 +1,40 @@
+"""The table of values: everything that can be read and written in a forward pass, one row each.
+
+Adding a value is adding a row; `nnterp.values` says where each is served in a given model.
+"""
+
+from __future__ import annotations
+
+from nnterp.table._encoder import CROSS_ROWS, ENCODER_ROWS
+from nnterp.table._images import IMAGE_ROWS
+from nnterp.table._rows import ROWS
+from nnterp.table._value import Label, Side, Stack, Value
+
+__all__ = ["LABELS", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
+
+VALUES: dict[str, Value] = {value.name: value for value in (*ROWS, *IMAGE_ROWS, *ENCODER_ROWS, *CROSS_ROWS)}
+LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}
+
+
+def get_label(name: str) -> Label:
+    """The label of the value called `name`; unlike the row, it is small enough to travel with a remote request.
+
+    Raises:
+        ValueError: There is no such value; lists the names there are.
+    """
+    try:
+        return LABELS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"There is no value called {name!r:.80}; there are: {', '.join(LABELS)}.") from None
+
+
+def get_value(name: str) -> Value:
+    """The row called `name`.
+
+    Raises:
+        ValueError: There is no such value; lists the names there are.
+    """
+    try:
+        return VALUES[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"There is no value called {name!r:.80}; there are: {', '.join(VALUES)}.") from None

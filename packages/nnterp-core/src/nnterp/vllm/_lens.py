@@ -1,0 +1,130 @@
+"""The logit lens on vLLM, and the probabilities of targets after many prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+from nnsight.intervention.interleaver import OutOfOrderError
+
+from nnterp.inputs import Row, encode
+from nnterp.vllm._errors import raise_first
+
+if TYPE_CHECKING:
+    from nnterp.vllm._engine import TracedVLLM
+
+Groups: TypeAlias = Sequence[Sequence[int]]  # token ids whose probabilities are added up
+
+
+class Asked(Protocol):
+    """A prompt with its targets, as `nnterp.prompts.Prompt`."""
+
+    prompt: Any
+    target_tokens: Any
+
+
+def logit_lens(model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None = None) -> torch.Tensor:
+    """What each layer's stream predicts after the last token, if the final norm and the head read it.
+
+    Args:
+        model: The model.
+        prompts: As in `StandardizedTransformer.collect`; vLLM batches them.
+        targets: For each prompt the same number of lists of token ids; the vocabulary then stays in the engine.
+
+    Returns:
+        Probabilities `[prompts, layers, vocab]`, or with `targets` those of each list, `[prompts, layers, lists]`, on
+        the CPU, in the model's dtype, as `nnterp.interventions.logit_lens` returns them (nostalgebraist 2020).
+
+    Raises:
+        InsideTraceError: Called inside a trace.
+        ValueError: There is not one entry of `targets` for each prompt, or their lengths differ.
+
+    Example:
+        >>> lens = logit_lens(model, ["The capital of France is"])  # [1, layers, vocab]
+    """
+    return _probabilities(model, prompts, targets, True, "logit_lens()")
+
+
+def run_prompts(model: TracedVLLM, prompts: Sequence[Asked], over_layers: bool = False) -> dict[str, torch.Tensor]:
+    """The probability of each category of target tokens after each prompt; the vocabulary stays in the engine.
+
+    Args:
+        model: The model.
+        prompts: `nnterp.prompts.Prompt`s, all with the same categories.
+        over_layers: Read every layer with the logit lens; by default the model's own next-token distribution.
+
+    Returns:
+        `{category: [prompts]}`, or `{category: [prompts, layers]}`, float32 on the CPU, in the order of the prompts.
+
+    Raises:
+        InsideTraceError: Called inside a trace.
+        ValueError: There are no prompts, or their categories differ.
+    """
+    if not prompts:
+        raise ValueError("No prompts were given: pass a list with at least one nnterp.prompts.Prompt.")
+    names = list(prompts[0].target_tokens)
+    for i, prompt in enumerate(prompts):
+        if set(prompt.target_tokens) != set(names):
+            raise ValueError(f"Prompt {i} has the categories {list(prompt.target_tokens)}, and prompt 0 has {names}.")
+    targets = [[list(dict.fromkeys(prompt.target_tokens[name])) for name in names] for prompt in prompts]
+    found = _probabilities(model, [p.prompt for p in prompts], targets, over_layers, "run_prompts()").float()
+    return {name: found[..., i] if over_layers else found[:, 0, i] for i, name in enumerate(names)}
+
+
+def _probabilities(
+    model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None, over_layers: bool, what: str
+) -> torch.Tensor:
+    model.require_no_trace(what)
+    rows = encode(model, prompts)  # type: ignore[arg-type]
+    groups, spans = (None, []) if targets is None else _grouped(rows, targets)
+    with model.edit() as (_, edit):
+        lens = read_lens(model, groups, over_layers)
+        lens.save()  # type: ignore[attr-defined]  # every object has it in a trace
+    try:
+        outputs = model.run([row.ids for row in rows])
+    finally:
+        edit.clear()
+    found = [saved(output, "lens") for output in outputs]
+    return torch.stack([one[:, span] for one, span in zip(found, spans, strict=True)] if spans else found)
+
+
+def _grouped(rows: Sequence[Row], targets: Sequence[Groups]) -> tuple[dict[tuple[int, ...], list], list[slice]]:
+    """For each prompt, by its token ids, all groups asked of it; and where each prompt's own stand among them."""
+    if len(targets) != len(rows) or len({len(own) for own in targets}) != 1:
+        raise ValueError(
+            f"targets has {len(targets)} entries for {len(rows)} prompts; give each the same number of lists."
+        )
+    groups: dict[tuple[int, ...], list] = {}
+    spans = []
+    for row, own in zip(rows, targets, strict=True):
+        mine = groups.setdefault(row.ids, [])
+        spans.append(slice(len(mine), len(mine) + len(own)))
+        mine.extend([list(group) for group in own])
+    return groups, spans
+
+
+def read_lens(model: TracedVLLM, groups: dict[tuple[int, ...], list] | None, over_layers: bool) -> torch.Tensor:
+    """Of the running pass, `[layers, vocab]` or `[layers, groups]`; one row if only the model's own distribution."""
+    own = None if groups is None else groups[tuple(model.input_ids[0].tolist())]
+    if over_layers:
+        last = torch.cat([model.layers_output[i][:, -1] for i in range(model.num_layers)])
+        probs = model.project_on_vocab(last).softmax(-1)
+    else:
+        probs = model.next_token_probs
+    return (probs if own is None else torch.stack([probs[:, group].sum(-1) for group in own], -1)).cpu()
+
+
+def saved(output: Any, name: str) -> Any:
+    """What an installed block saved for a request.
+
+    Raises:
+        OutOfOrderError: The block did not end, because the model never computed something, or had before.
+        Exception: The block raised it.
+    """
+    raise_first([output])
+    if name not in getattr(output, "saves", {}):  # nnsight drops a block that waits for what does not come
+        raise OutOfOrderError(
+            "The pass ended before the values that were asked for came in the order expected of them."
+        )
+    return output.saves[name]

@@ -1,0 +1,83 @@
+"""Attention over the text: a picker of layers and heads, and a token to look from under the mouse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nnterp.display._arrays import axis_labels
+from nnterp.display._patterns import future, is_causal, read_pattern
+from nnterp.display._view import View, packed
+
+MOST_NUMBERS = 3_000_000
+
+
+def plot_attention_text(
+    pattern: Any,
+    tokens: Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    *,
+    layers: Sequence[Any] | None = None,
+    heads: Sequence[Any] | None = None,
+    title: str | None = None,
+    prompt: int | None = None,
+    weighted: bool = False,
+    show: bool = False,
+) -> View:
+    """The text itself, each token shaded by how much the token under the mouse attends to it, for one head at a time.
+
+    Every head of a layer has a small picture of its pattern, by which it is picked (as in CircuitsVis, Cooney and Nanda
+    2022). A click holds a token; a button turns from a query's keys to the queries that attend to a key.
+
+    Args:
+        pattern: `[query, key]`, `[heads, query, key]` or `[layers, heads, query, key]`; or a result that holds such a
+            tensor.
+        tokens: The tokens of the keys, as ids or texts. If there are fewer queries, they are the last of these tokens.
+        tokenizer: Names tokens that are given as ids.
+        layers, heads: Labels; 0, 1, … if None.
+        title: Plain text.
+        prompt: For a result of several prompts, which one to draw, by its index.
+        weighted: The numbers are probabilities times value norms; they are shaded up to the largest.
+        show: Also show the view, in a notebook or a browser.
+
+    Returns:
+        A page; `nnterp.display.save` writes it. Of a causal model it holds only keys up to the query.
+
+    Raises:
+        ValueError: `pattern` does not hold probabilities, labels do not fit their axis, or there are more than
+            3,000,000 numbers.
+        IndexError: There is no such prompt.
+
+    Example:
+        >>> import torch
+        >>> from nnterp import display
+        >>> view = display.plot_attention_text(torch.eye(3), ["The", " sky", " is"], title="Attention to itself")
+        >>> "The" in view.page()
+        True
+    """
+    read = read_pattern("plot_attention_text", pattern, tokens, tokenizer, layers, heads, prompt, weighted)
+    probs = read.values.reshape((1,) * (4 - read.values.ndim) + read.values.shape)
+    causal = is_causal(probs)
+    kept = probs[..., ~future(probs)] if causal else probs.reshape(*probs.shape[:2], -1)
+    if kept.size > MOST_NUMBERS:
+        raise ValueError(
+            f"Attention of {' × '.join(map(str, probs.shape))} is {kept.size:,} numbers; a page can carry "
+            f"{MOST_NUMBERS:,}. Choose layers: pattern[4:8]."
+        )
+    largest = float(np.nanmax(probs)) if read.weighted else 1.0
+    data = {
+        "tokens": read.tokens,
+        "layers": axis_labels(read.layers, probs.shape[0], "layers", "the layer axis of pattern"),
+        "heads": axis_labels(read.heads, probs.shape[1], "heads", "the head axis of pattern"),
+        "shape": list(probs.shape),
+        "causal": causal,
+        "weighted": read.weighted,
+        "most": largest or 1.0,
+        "values": packed(np.nan_to_num(kept)),
+    }
+    view = View("Attention" if title is None else title, "attention.js", data)
+    if show:
+        view.show()
+    return view

@@ -1,0 +1,120 @@
+"""Views: pages that answer to the mouse in ways that a plotly figure cannot, such as a picker of heads over a text."""
+
+from __future__ import annotations
+
+import html
+import json
+import tempfile
+import webbrowser
+from base64 import b64encode
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+from nnterp.display._theme import Theme, inks_of
+
+PlotlyJs = Literal["inline", "directory", "cdn"]
+"""Where a page finds plotly.js: in itself, in a file beside it, or on the web."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A page with a text, or with figures side by side; `nnterp.display.save(view, "page.html")` writes it.
+
+    In a notebook it is shown as it is. The page opens offline and follows the reader's light or dark setting.
+
+    Attributes:
+        title: The heading, plain text.
+        script: Name of the script that draws the page.
+        data: What it draws, in what JSON can hold.
+        needs_plotly: Whether it draws plotly figures.
+        height: Pixels of the frame in a notebook.
+    """
+
+    title: str
+    script: str
+    data: dict[str, Any] = field(repr=False)
+    needs_plotly: bool = False
+    height: int = 520
+
+    def page(self, title: str | None = None, *, theme: Theme | None = None, plotlyjs: PlotlyJs = "inline") -> str:
+        """The HTML page.
+
+        Args:
+            title: The title of the page; that of the view if None.
+            theme: "light" or "dark"; the reader's setting if None.
+            plotlyjs: Where it finds plotly.js, if it needs it, as in `nnterp.display.save`.
+
+        Raises:
+            ValueError: `theme` is neither.
+        """
+        if theme not in (None, "light", "dark"):
+            raise ValueError(f"theme must be 'light' or 'dark', not {theme!r}.")
+        shown = {**self.data, "theme": theme}
+        if theme is not None and "templates" in shown:
+            shown["templates"] = dict.fromkeys(("light", "dark"), self.data["templates"][theme])
+        stored = json.dumps(shown, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+        heading = f"<h1>{html.escape(self.title)}</h1>" if self.title else ""
+        return (
+            "<!doctype html>\n"
+            '<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><title>{html.escape(title or self.title or "nnterp")}</title>'
+            f"<style>{_colours(theme)}{_resource('page.css')}</style>{self._library(plotlyjs)}</head>\n"
+            f'<body>{heading}<div id="view"></div>'
+            f'<script type="application/json" id="data">{stored}</script>'
+            f"<script>{_resource('common.js')}{_resource(self.script)}</script></body></html>\n"
+        )
+
+    def _library(self, plotlyjs: PlotlyJs) -> str:
+        if not self.needs_plotly:
+            return ""
+        if plotlyjs == "inline":
+            return f"<script>{get_plotlyjs()}</script>"
+        source = "plotly.min.js" if plotlyjs == "directory" else _CDN.format(get_plotlyjs_version())
+        return f'<script charset="utf-8" src="{source}"></script>'
+
+    def show(self) -> None:
+        """Show the view: in a notebook below the cell, else in a browser."""
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+
+            if get_ipython() is not None:
+                display(self)
+                return
+        except ImportError:
+            pass
+        path = Path(tempfile.mkdtemp(prefix="nnterp-")) / "view.html"
+        path.write_text(self.page(), encoding="utf-8")
+        webbrowser.open(path.as_uri())
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.page(), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:{self.height}px;border:0"></iframe>'
+
+
+_CDN = "https://cdn.plot.ly/plotly-{}.min.js"
+
+
+def _resource(name: str) -> str:
+    return files("nnterp.display").joinpath("_pages", name).read_text(encoding="utf-8")
+
+
+def _colours(theme: Theme | None) -> str:
+    def rule(name: Theme) -> str:
+        return ":root{" + "".join(f"--{key}:{value};" for key, value in inks_of(name).items()) + "}"
+
+    if theme is not None:
+        return rule(theme) + f":root{{color-scheme:{theme}}}"
+    dark = rule("dark")
+    return f":root{{color-scheme:light dark}}{rule('light')}@media (prefers-color-scheme: dark){{{dark}}}"
+
+
+def packed(numbers: np.ndarray) -> str:
+    """Numbers as the base64 of little-endian float32, which the page's script reads."""
+    return b64encode(np.ascontiguousarray(numbers, dtype="<f4").tobytes()).decode()

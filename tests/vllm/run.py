@@ -1,0 +1,125 @@
+"""Run the tests of this folder on tiny random checkpoints and the toy, and the page's snippets, a process for each.
+
+HuggingFace's numbers come from processes that were forked before vLLM was imported, which happens once.
+
+    python tests/vllm/run.py                    # all
+    python tests/vllm/run.py gpt2 page          # some
+"""
+
+import os
+import re
+import runpy
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+SMALL = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}  # vLLM knows heads of 32
+CHECKPOINTS = {
+    "gpt2": {"n_embd": 64, "n_head": 2},
+    "qwen3": SMALL,
+    "gemma3_text": {**SMALL, "query_pre_attn_scalar": 32},
+    "mixtral": {**SMALL, "intermediate_size": 64},
+}
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+SAYS = re.compile(r"^print\((.*)\)  # → (.*)$", flags=re.MULTILINE)
+
+
+def ran(program):
+    """Exit status of a page's snippets: each `print(x)  # → y` has to print y."""
+    source = program.read_text()
+    assert SAYS.search(source)
+    program.write_text(SAYS.sub(lambda m: f"assert str({m[1]}).strip() == {m[2]!r}, {m[1]}", source))
+    try:
+        runpy.run_path(str(program), run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def forked(work):
+    """Exit status of a function in a process of its own."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = int(work() or 0)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def page(kept):
+    """Run the page's snippets as one program."""
+    program = Path(kept) / "page.py"
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    program.write_text("\n".join(snippets))
+    return ran(program)
+
+
+def tested(folder, reference):
+    """Run the tests on one checkpoint."""
+    import pytest
+
+    os.environ.update(
+        {"NNTERP_VLLM_MODEL": str(folder), "NNTERP_VLLM_REFERENCE": str(reference), "NNTERP_CACHE": "off"}
+    )
+    here = Path(__file__).parent
+    left_out = [part for name in ("cacheprovider", "xdist", "anyio") for part in ("-p", f"no:{name}")]
+    return pytest.main(["-q", *left_out, f"--confcutdir={here}", str(here)])
+
+
+def main(names):
+    os.environ.update(SETTINGS)
+    sys.path[:0] = [str(PAGE.parents[1]), str(Path(__file__).parent)]
+    import reference
+
+    import nnterp
+    from nnterp.testing import tiny_checkpoint
+
+    failed = []
+    with tempfile.TemporaryDirectory() as kept:
+        folders = {}
+        for name in names or ["toy", *CHECKPOINTS]:
+            if name in CHECKPOINTS:
+                folders[name] = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
+            elif name == "toy":
+                folders[name] = nnterp.toy_checkpoint()
+        for name, folder in folders.items():
+            if forked(lambda folder=folder, name=name: reference.main(folder, f"{kept}/{name}.pt")):
+                failed.append(f"{name} in HuggingFace")
+        from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
+        import nnsight.modeling.vllm.vllm  # noqa: F401
+
+        for name, folder in folders.items():
+            print(f"--- {name}", flush=True)
+            if forked(lambda folder=folder, name=name: tested(folder, f"{kept}/{name}.pt")):
+                failed.append(name)
+        if not names or "page" in names:
+            print("--- docs/vllm.md", flush=True)
+            if forked(lambda: page(kept)):
+                failed.append("docs/vllm.md")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
