@@ -51,7 +51,6 @@ SENT = (
     *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
     *("standing", "attached"),
 )
-
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
 

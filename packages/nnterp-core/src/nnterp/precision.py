@@ -13,7 +13,7 @@ from torch import nn
 from nnterp.certificate import Drift, DriftLine, certify
 from nnterp.collection import collect
 from nnterp.huggingface import dtype_of
-from nnterp.inputs import Row, encode
+from nnterp.inputs import Row, as_given, encode
 from nnterp.memory import require_memory
 from nnterp.named_transformer import NamedTransformer
 from nnterp.standing import unsteered
@@ -150,6 +150,10 @@ def _shared(value: str, mine: Support, its: Support, left_out: dict[str, str]) -
         if mine[value]:
             left_out[value] = "it belongs to a run with a cache" if value == "mixer_states" else "it is attached"
         return []
+    if VALUES[value].stack == "vision":
+        if mine[value]:
+            left_out[value] = "it has no positions of a prompt"
+        return []
     layers = [layer for layer in mine[value] if layer in its[value]]
     if not layers and (mine[value] or its[value]):
         left_out[value] = "only one of the two models has it"
@@ -176,9 +180,11 @@ def _pairs(
 def _read(model: NamedTransformer, rows: list[Row], value: str, layers: list[int]) -> list[list[torch.Tensor]]:
     """For each layer (−1 for a value that is not per layer) and prompt the value, positions first."""
     chosen = None if layers == [-1] else layers
-    collected = collect(model, [list(row.ids) for row in rows], value, layers=chosen, progress=False)
+    collected = collect(model, [as_given(model, row) for row in rows], value, layers=chosen, progress=False)
     pattern = value in VALUES and VALUES[value].is_pattern
     read = []
+    if value in VALUES and VALUES[value].label.of_encoder:
+        rows = [row.encoder for row in rows if row.encoder is not None]
     for layer in layers:
         whole = collected[value] if chosen is None else collected[value, layer]
         if pattern:

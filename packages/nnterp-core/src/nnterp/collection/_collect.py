@@ -16,6 +16,7 @@ from nnterp.collection._pass import read_batch
 from nnterp.collection._plan import Plan, make_plan
 from nnterp.collection._reduce import Reduce
 from nnterp.defaults import plain_defaults
+from nnterp.errors import Unavailable
 from nnterp.indices import Indices
 from nnterp.inputs import Row, all_images, batches, encode, left_padded
 from nnterp.named_transformer import NamedTransformer
@@ -55,7 +56,7 @@ def collect(
             f"collect() got {', '.join(generation)}; these are settings of a generation, which needs max_new_tokens=."
         )
     if max_new_tokens is not None:
-        _check_generation(remote, positions)
+        _check_generation(model, remote, positions)
     plan = make_plan(model, values, layers, outputs=True, images=all_images(model, rows))
     seen = own_rows(rows, plan)
     chosen, single = positions_of(model, seen, -1 if max_new_tokens is not None else positions)
@@ -93,12 +94,18 @@ def own_rows(rows: Sequence[Row], plan: Plan) -> list[Row]:
     return [row.encoder for row in rows if row.encoder is not None] if plan.of_encoder else list(rows)
 
 
-def _check_generation(remote: Any, positions: Any) -> None:
+def _check_generation(model: NamedTransformer, remote: Any, positions: Any) -> None:
     """Raise for arguments that do not go with a generation.
 
     Raises:
         ValueError: There are such arguments.
+        Unavailable: The model reads two inputs: its batches are padded on the right, where a generation goes on.
     """
+    if model.num_encoder_layers:
+        raise Unavailable(
+            f"collect(max_new_tokens=...) does not serve {model.model_class}, which reads two inputs. Generate first, "
+            "and collect the values of EncoderDecoderPrompt(text, decoder=ids), ids being all that was generated."
+        )
     if remote:
         raise ValueError(
             "collect() over a generation does not run remotely. Generate first, and collect the values of the "

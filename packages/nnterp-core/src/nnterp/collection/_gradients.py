@@ -19,7 +19,7 @@ from nnterp.defaults import plain_defaults
 from nnterp.errors import PaddingError, RemoteModelError
 from nnterp.frozen import freeze, frozen_kinds, require_frozen
 from nnterp.indices import Indices
-from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad
+from nnterp.inputs import Batch, encode, forward_flags, left_padded, pad, sharing_side
 from nnterp.named_transformer import NamedTransformer
 from nnterp.values import get_value
 
@@ -113,7 +113,7 @@ def gradients(
     require_frozen(model, held)
     plan = make_plan(model, values, layers)
     rows = encode(model, prompts)
-    if len({model.sharing.side(len(row)) for row in rows}) > 1:
+    if len({sharing_side(model, row) for row in rows}) > 1:
         raise PaddingError(
             f"gradients() runs its prompts in one batch, and {model.model_class} is proven to give a padded row the "
             f"numbers of the row alone only for {model.sharing} (without a certificate, call model.validate()). These "

@@ -4,6 +4,7 @@ from nnterp.inputs._batches import batches, by_length, forward_flags, left_padde
 from nnterp.inputs._encode import (
     Prompt,
     all_images,
+    as_given,
     both_inputs,
     context_length,
     encode,
@@ -21,6 +22,7 @@ __all__ = [
     "Reader",
     "Row",
     "all_images",
+    "as_given",
     "as_prompts",
     "batches",
     "both_inputs",

@@ -100,5 +100,7 @@ def pad(model: Reader, rows: Sequence[Row], indices: tuple[int, ...] | None = No
         starts.append(start)
     indices = tuple(range(len(rows))) if indices is None else indices
     heard = [row.encoder for row in rows if row.encoder is not None]
+    if heard and len(heard) < len(rows):
+        raise ValueError(f"{len(heard)} of {len(rows)} rows of a batch have an input for the encoder: all need one.")
     encoder = pad(model, heard, indices) if heard else None
     return Batch(indices, tuple(rows), ids, mask, tuple(starts), encoder)

@@ -126,6 +126,15 @@ def context_length(model: Reader) -> int | None:
     return None
 
 
+def as_given(model: Reader, row: Row) -> Prompt:
+    """A row as a prompt that `encode` reads as this row: token ids, with images an encoding, or both inputs."""
+    if row.encoder is None:
+        return list(row.ids) if row.images is None else pad(model, [row]).encoding
+    sounds = row.encoder.sounds
+    heard = list(row.encoder.ids) if sounds is None else sounds.tensors["input_features"][0]
+    return EncoderDecoderPrompt(heard, list(row.ids))
+
+
 def both_inputs(model: Reader, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """An invoke's inputs of an encoder-decoder model, with what the decoder reads; texts are read as prompts.
 

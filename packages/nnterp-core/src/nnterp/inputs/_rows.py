@@ -89,6 +89,13 @@ class Row:
         own: tuple[int | str, ...] = self.ids if beside is None else (*self.ids, beside.digest)
         return own if self.encoder is None else (*own, "encoder", *self.encoder.identity)
 
+    def words(self, tokenizer: Any) -> str:
+        """Its text, or its decoded ids; behind what the encoder reads, if there is one."""
+        own = self.text if self.text is not None else tokenizer.decode(list(self.ids))
+        if self.encoder is None:
+            return own
+        return f"{'(sounds)' if self.encoder.sounds else self.encoder.words(tokenizer)} → {own}"
+
     @property
     def lengths(self) -> tuple[int, int]:
         """Its tokens, and those that the encoder reads."""
@@ -142,6 +149,8 @@ def given(rows: Sequence[Row], ids: torch.Tensor) -> dict[str, torch.Tensor]:
     encoders = [row.encoder for row in rows if row.encoder is not None]
     if not encoders:
         return {"input_ids": ids, **stacked([row.images for row in rows])}
+    if len(encoders) < len(rows):
+        raise ValueError(f"{len(encoders)} of {len(rows)} rows of a batch have an input for the encoder: all need one.")
     heard = stacked([encoder.sounds for encoder in encoders])
     if not heard:
         heard = {"input_ids": torch.tensor([encoder.ids for encoder in encoders], device="cpu")}

@@ -261,10 +261,13 @@ class _Patchscope:
         if latents is None:
             latents = last_states(model, self.sources, self.layers, "layers_output", remote, batch_size, False)
         latents, written = written_states(self.lens, latents, self.layers)
-        distinct = list({target.ids: target for target in self.targets}.values())
-        place = {target.ids: i for i, target in enumerate(distinct)}
+        distinct = list({target.identity: target for target in self.targets}.values())
+        place = {target.identity: i for i, target in enumerate(distinct)}
         cells = [
-            Cell(place[self.targets[source].ids], (Edit("layers_output", layer, self.at[source], latents[k, source]),))
+            Cell(
+                place[self.targets[source].identity],
+                (Edit("layers_output", layer, self.at[source], latents[k, source]),),
+            )
             for source in range(self.count)
             for k, layer in enumerate(written)
         ]

@@ -241,7 +241,7 @@ def describe_run(model: StandardizedTransformer, function: str, **arguments: Any
 
 def prompt_labels(prompts: list[Row], model: StandardizedTransformer) -> tuple[str, ...]:
     """The labels of prompts: their texts, or their decoded ids."""
-    return tuple(p.text if p.text is not None else model.tokenizer.decode(list(p.ids)) for p in prompts)
+    return tuple(prompt.words(model.tokenizer) for prompt in prompts)
 
 
 def token_texts(model: StandardizedTransformer, ids: Any) -> list[str]:

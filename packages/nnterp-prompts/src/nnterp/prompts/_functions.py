@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nnterp import StandardizedTransformer
-from nnterp.inputs import Batch, Row, pad
+from nnterp.inputs import Batch, as_given
 from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
 from nnterp.prompts._questions import Question
 
@@ -43,7 +43,11 @@ def ask_function(
         found = _ask_for_targets(get_probs, model, batch, asked, remote, kwargs)
     else:
         texts = [row.text for row in batch.rows]
-        prompts = texts if plain and None not in texts else [_as_given(model, row) for row in batch.rows]
+        prompts = (
+            texts
+            if plain and None not in texts and batch.encoder is None
+            else [as_given(model, row) for row in batch.rows]
+        )
         values = get_probs(model, prompts, remote=remote, **kwargs)
         values = check_probabilities(get_probs, values, len(batch), None)
         found = [
@@ -51,11 +55,6 @@ def ask_function(
             for row, questions in zip(values, asked, strict=True)
         ]
     return [row.detach().cpu().double().clamp(min=0).log() for row in found]
-
-
-def _as_given(model: StandardizedTransformer, row: Row) -> Any:
-    """A row as a prompt: its token ids, or the encoding that holds its images."""
-    return list(row.ids) if row.images is None else pad(model, [row]).encoding
 
 
 def _ask_for_targets(
@@ -75,6 +74,6 @@ def _ask_for_targets(
     ]
     if "progress" in inspect.signature(get_probs).parameters:
         kwargs = {"progress": False, **kwargs}  # the run shows its own bar, or none
-    values = get_probs(model, [_as_given(model, row) for row in batch.rows], remote=remote, targets=targets, **kwargs)
+    values = get_probs(model, [as_given(model, row) for row in batch.rows], remote=remote, targets=targets, **kwargs)
     values = check_probabilities(get_probs, values, len(batch), most)
     return [row[..., : len(questions)] for row, questions in zip(values, asked, strict=True)]

@@ -73,8 +73,11 @@ def make_plan(
         return Plan((), [], [], plain=True)
     categories = _categories(prompts)
     rows = encode(model, [prompt.prompt for prompt in prompts], images=True)
-    if scoring == "sequence" and any(row.images is not None for row in rows):
-        raise ValueError('scoring="sequence" reads answers after a text; prompts with images take "first_token".')
+    if scoring == "sequence" and any(row.images is not None or row.encoder is not None for row in rows):
+        raise ValueError(
+            'scoring="sequence" reads answers after a text; prompts with images, and those of encoder-decoder models, '
+            'take "first_token".'
+        )
     if scoring == "first_token":
         targets = [_targets(model, i, prompt, categories) for i, prompt in enumerate(prompts)]
         if distinct:
@@ -88,7 +91,7 @@ def make_plan(
             answers = [[without_continuations(group) for group in own] for own in answers]
         sheets = [sequence_sheet(row, own, teacher_forcing) for row, own in zip(rows, answers, strict=True)]
         _check_lengths(model, sheets)
-    texts = [row.text if row.text is not None else model.tokenizer.decode(list(row.ids)) for row in rows]
+    texts = [row.words(model.tokenizer) for row in rows]
     plain = all(isinstance(prompt.prompt, str) for prompt in prompts)
     return Plan(categories, sheets, texts, plain, [_fingerprint(sheet) for sheet in sheets])
 
