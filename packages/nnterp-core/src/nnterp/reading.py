@@ -13,7 +13,8 @@ from nnterp.datasets import ActivationDataset, refuse_for_disk, write_dataset
 from nnterp.errors import Unavailable
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
-from nnterp.table import VALUES, Value
+from nnterp.table import LABELS, VALUES, Value
+from nnterp.traced import accessor
 from nnterp.values import Support, canonical, explain, support
 
 
@@ -235,3 +236,8 @@ class ReadTransformer(NamedTransformer):
             InsideTraceError: Called inside a trace of this model.
         """
         return gradients(self, prompts, metric, values, layers, device, remote, frozen)
+
+
+for _label in LABELS.values():
+    if _label.stack in ("encoder", "cross"):  # the others are on the half that travels
+        setattr(ReadTransformer, _label.name, accessor(_label))

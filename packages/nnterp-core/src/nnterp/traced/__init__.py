@@ -45,7 +45,7 @@ from nnterp.traced._steering import Steering, change, steer, steering_of
 from nnterp.traced._steps import StepTracer
 from nnterp.traced._sums import Sum, added
 from nnterp.traced._through_out import ThroughOut
-from nnterp.traced._transformer import TracedTransformer, arriving, travel_by_value
+from nnterp.traced._transformer import TracedTransformer, accessor, arriving, travel_by_value
 from nnterp.traced._views import View, over
 
 __all__ = [
@@ -97,6 +97,7 @@ __all__ = [
     "UnitVariance",
     "View",
     "Way",
+    "accessor",
     "added",
     "arriving",
     "bind_names",

@@ -84,8 +84,9 @@ class ModuleListAccessor:
 
 def depth(model: Running, value: Label | Value) -> int:
     """How many layers the stack has that a value is of."""
-    own = {"vision": model.num_vision_layers, "encoder": model.num_encoder_layers}
-    return own.get(value.stack, model.num_layers)
+    if value.stack == "vision":
+        return model.num_vision_layers
+    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:

@@ -347,7 +347,9 @@ def arriving() -> TracedTransformer:
     return TracedTransformer.__new__(TracedTransformer)
 
 
-def _accessor(label: Label) -> property:
+def accessor(label: Label) -> property:
+    """The attribute of a model by which a value is read and written in a trace."""
+
     def read(self: TracedTransformer) -> Any:
         return LayerAccessor(self, label) if label.per_layer else read_value(self, label)
 
@@ -358,4 +360,5 @@ def _accessor(label: Label) -> property:
 
 
 for _label in LABELS.values():
-    setattr(TracedTransformer, _label.name, _accessor(_label))
+    if _label.stack in ("layers", "vision"):  # requests are refused for models with the others
+        setattr(TracedTransformer, _label.name, accessor(_label))

@@ -14,8 +14,6 @@ from nnterp.values._lookup import Known
 
 NO_DICTIONARY = "No dictionary is attached: nnterp.attach(model, dictionary, at='layers_output[3]') attaches one."
 
-NO_ENCODER = "This model has no encoder that its layers attend to."
-
 Index = int | tuple[int, int]
 Entry = tuple[Any, str, tuple[Any, ...] | None]
 
@@ -37,7 +35,6 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
             entries[name] = [(None, NO_DICTIONARY, None)]
             continue
         if value.stack in ("encoder", "cross"):  # requests are refused for models that have these
-            entries[name] = [(None, NO_ENCODER, None)]
             continue
         if value.stack == "vision" and value.per_layer:
             vision = range(0 if model.facts.vision is None else len(model.facts.vision.layers))

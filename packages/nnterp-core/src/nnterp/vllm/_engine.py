@@ -44,6 +44,7 @@ class TracedVLLM(VLLM):
     layer_paths: tuple[str, ...]
     model_class: str
     hidden_size: int
+    num_vision_layers = num_encoder_layers = 0  # their values are not served
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
