@@ -11,7 +11,9 @@ import torch
 from nnterp import EncoderDecoderPrompt, StandardizedTransformer
 from nnterp.certificate import certify
 from nnterp.errors import PaddingError, Unavailable
-from nnterp.interventions import activation_patching, logit_lens
+from nnterp.inputs import as_given, encode, pad
+from nnterp.interventions import TargetPrompt, activation_patching, logit_lens, patchscope_lens
+from nnterp.prompts import Prompt, next_token_probs, run_prompts
 from nnterp.testing import encoder_decoder_types, tiny_encoder_decoder, tiny_model, tiny_tokenizer
 
 TYPES = ("t5", "bart", "whisper")
@@ -247,3 +249,76 @@ def test_batches_of_different_lengths_are_refused_where_padding_is_not_exact():
         ),
     ):
         pass
+
+
+@pytest.mark.parametrize("model_type", ["t5", "whisper"])
+def test_prompts_with_equal_decoder_texts_are_told_apart(model_type):
+    model = model_of(model_type)
+    both = [prompt(model, 0), prompt(model, 1)]
+    expected = torch.stack([plain(model, one).logits[0, -1].softmax(-1) for one in both])
+    assert (expected[0] - expected[1]).abs().max() > 1e-4
+    close(next_token_probs(model, both), expected)
+    asked = [Prompt(one, {"a": [7], "b": [9]}) for one in both]
+    for function in (next_token_probs, lens_of_last_layer):
+        results = run_prompts(model, asked, get_probs_func=function, batch_size=1)
+        found = torch.stack([results[name].flatten() for name in ("a", "b")], dim=-1)
+        close(found.float(), expected[:, [7, 9]])
+
+
+def lens_of_last_layer(model, prompts, remote=False):
+    return logit_lens(model, prompts, remote=remote)[:, -1:]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "whisper"])
+def test_rows_are_given_on_as_they_are(model_type):
+    model = model_of(model_type)
+    rows = encode(model, [prompt(model, 0), prompt(model, 1)])
+    assert rows[0].ids == rows[1].ids
+    assert rows[0].identity != rows[1].identity
+    again = encode(model, [as_given(model, row) for row in rows])
+    assert [row.identity for row in again] == [row.identity for row in rows]
+
+
+def test_a_row_without_an_encoders_input_is_refused():
+    model = model_of("t5")
+    (row,) = encode(model, prompt(model))
+    bare = dataclasses.replace(row, encoder=None)
+    with pytest.raises(ValueError, match="all need one"):
+        pad(model, [row, bare])
+    with pytest.raises(ValueError, match="ids of one"), model.trace(pad(model, [bare]).encoding):
+        pass
+
+
+def test_a_patchscope_keeps_target_prompts_with_equal_decoder_texts_apart():
+    model = model_of("t5")
+    model._module.generation_config.decoder_start_token_id = start = 0
+    latents = torch.randn(1, 2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    targets = [TargetPrompt(text, 0) for text in TEXTS]
+    found = patchscope_lens(model, target_patch_prompts=targets, latents=latents, layers=[1])
+    for i, text in enumerate(TEXTS):
+        one = EncoderDecoderPrompt(text, [start])
+        logits = patched(model, one, model.anatomy.blocks[1].path, 1, 0, latents[0, i])
+        close(found[i].flatten(), logits.softmax(-1))
+
+
+def test_collecting_over_a_generation_is_refused():
+    model = model_of("t5")
+    with pytest.raises(Unavailable, match="reads two inputs"):
+        model.collect(prompt(model), "layers_output", max_new_tokens=2)
+
+
+def test_a_drift_is_that_of_both_inputs():
+    model = model_of("t5")
+    module = copy.deepcopy(model._module)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if name.startswith("encoder.block.1"):
+                weight.mul_(1.5)
+    other = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    one = EncoderDecoderPrompt(TEXTS[0], [5, 20])
+    drift = model.validate(against=other, prompts=[one]).drift
+    lines = {(line.value, line.layer): line for line in drift.lines}
+    assert lines["encoder_layers_output", 0].worst == 0
+    mine, its = (plain(which, one).encoder_hidden_states[2][0] for which in (model, other))
+    errors = (mine - its).norm(dim=-1) / its.norm(dim=-1)
+    close(torch.tensor(lines["encoder_layers_output", 1].worst), errors.max())
