@@ -196,7 +196,7 @@ class TracedVLLM(VLLM):
     # -- interventions on the running forward pass ------------------------------------------------------------------
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap and scales. Only in a trace.
+        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap, scales. Only in a trace.
 
         Raises:
             OutsideTraceError: No forward pass is running: the weights are in the engine.

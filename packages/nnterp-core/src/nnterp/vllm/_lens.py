@@ -30,8 +30,8 @@ def logit_lens(model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None
     Args:
         model: The model.
         prompts: As in `StandardizedTransformer.collect`; vLLM batches them.
-        targets: For each prompt, lists of token ids, as many lists for every prompt. The engine then sends back only the
-            summed probability of each list, and not the whole vocabulary.
+        targets: For each prompt, lists of token ids, as many lists for every prompt. The engine then sends back only
+            the summed probability of each list, and not the whole vocabulary.
 
     Returns:
         Probabilities `[prompts, layers, vocab]`; with `targets`, `[prompts, layers, lists]`. On the CPU, in the model's

@@ -23,10 +23,10 @@ from nnterp.vllm._validate import validate
 class StandardizedVLLM(TracedVLLM):
     """A model that runs in nnsight's vLLM, with the names, values and interventions of `StandardizedTransformer`.
 
-    `with model.trace(prompt)` runs one prompt. For several, open `with model.trace() as tracer` and give each prompt its
-    own `with tracer.invoke(prompt)`. vLLM batches prompts without padding. A value is `[1, seq, ...]`, where `seq` counts
-    the tokens of this pass: the whole prompt first, then one token per step. What you read is a copy, on the engine's
-    device and in its dtype, so assign what you change. nnterp finds values by the structure of vLLM's modules;
+    `with model.trace(prompt)` runs one prompt. For several, open `with model.trace() as tracer` and give each prompt
+    its own `with tracer.invoke(prompt)`. vLLM batches prompts without padding. A value is `[1, seq, ...]`, where `seq`
+    counts the tokens of this pass: the whole prompt first, then one token per step. What you read is a copy, on the
+    engine's device and in its dtype, so assign what you change. nnterp finds values by the structure of vLLM's modules;
     `validate()` proves them against HuggingFace's model of the same checkpoint.
 
     Args:
@@ -35,7 +35,7 @@ class StandardizedVLLM(TracedVLLM):
             `model_impl="transformers"`, ...).
 
     Raises:
-        Unavailable: More than one device, vLLM's asynchronous engine (`mode="async"`) or nnsight's `taps=` was asked for.
+        Unavailable: Several devices, an asynchronous engine (`mode="async"`) or nnsight's `taps=` was asked for.
         AnatomyError: The model is not a decoder with one list of layers.
 
     Attributes:
@@ -71,8 +71,8 @@ class StandardizedVLLM(TracedVLLM):
     ) -> Iterator[None]:
         """Steer every request of the engine in a `with` block: traces, generations and `collect`.
 
-        The vector is sent to the engine once. Arguments as in `StandardizedTransformer.steering`, but without `when`, and
-        with `token_positions` as indices or slices of the prompt.
+        The vector is sent to the engine once. Arguments as in `StandardizedTransformer.steering`, but without `when`,
+        and `token_positions` are indices or slices of the prompt.
 
         Raises:
             InsideTraceError: Called inside a trace.
@@ -112,8 +112,8 @@ class StandardizedVLLM(TracedVLLM):
             **settings: vLLM's `SamplingParams` for a generation, such as `ignore_eos=True`; greedy by default.
 
         Returns:
-            A `Collected`: `[layers, prompts, (positions,) ...]`. With `max_new_tokens`, `[layers, prompts, tokens, ...]`
-            and the new tokens `[prompts, tokens]` in `generated`.
+            A `Collected`: `[layers, prompts, (positions,) ...]`. With `max_new_tokens`,
+            `[layers, prompts, tokens, ...]`, and the new tokens `[prompts, tokens]` in `generated`.
 
         Raises:
             TypeError: Settings of a generation were given without `max_new_tokens`.
@@ -125,9 +125,9 @@ class StandardizedVLLM(TracedVLLM):
     def validate(self, tolerance: float | None = None) -> Certificate:
         """Prove every value against HuggingFace's model of the same checkpoint, which runs in another process.
 
-        A value that differs at a layer is unavailable there afterwards. A value that HuggingFace's model does not have, or
-        has on some layers only, gets a skipped line and is not in `model.proven`. The proof is kept on disk (`nnterp proofs`)
-        and used again when the same checkpoint is loaded with the same settings, versions and device.
+        A value that differs at a layer is unavailable there afterwards. A value that HuggingFace's model does not have,
+        or has on some layers only, gets a skipped line and is not in `model.proven`. The proof is kept on disk (`nnterp
+        proofs`) and used again when the same checkpoint is loaded with the same settings, versions and device.
 
         Args:
             tolerance: The largest allowed difference, relative to the largest magnitude of the value at that layer. If

@@ -181,7 +181,7 @@ def _ending(module: nn.Module, path: str | None, reasons: dict[str, str], field:
 
 
 def norm_before(layer: nn.Module, mlp: str) -> str | None:
-    """The name of the child of a layer that makes the feed-forward's input, read from the source of the layer's forward.
+    """The name of a layer's child that makes the feed-forward's input, read from the source of the layer's forward.
 
     None if it is not a norm, or if something is computed between the two: then the norm's input is not the stream.
     """
