@@ -1,4 +1,4 @@
-"""Images of a prompt, as a processor gives them: the tensors that go to a model's forward beside the token ids."""
+"""Images of a prompt, as the tensors of a processor's output that are not about the text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Images:
     """The images of one prompt.
 
     Attributes:
-        tensors: Keyword of the model's forward → tensor, for the keywords that a text does without (`pixel_values`,
-            `image_grid_thw`, ...), as the model's own processor gives them for this prompt alone.
-        digest: Of names, shapes and numbers: prompts with other images are other prompts.
+        tensors: Keyword of the model's forward → tensor, for the keywords that only images need (`pixel_values`,
+            `image_grid_thw`, ...), as the model's processor returns them for this prompt alone.
+        digest: SHA-256 of names, shapes, dtypes and numbers, 16 hexadecimal digits. Images are equal if it is.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -29,7 +29,7 @@ class Images:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Images:
-        """The images that these tensors hold."""
+        """Make the images from tensors, and compute their digest."""
         digest = hashlib.sha256()
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu()
@@ -44,20 +44,20 @@ class Images:
         return hash(self.digest)
 
     def repeated(self, rows: int) -> dict[str, torch.Tensor]:
-        """The tensors for a batch that holds the prompt `rows` times, as a processor stacks those of several."""
+        """The tensors of `rows` copies of the prompt, concatenated along the first axis as processors do."""
         return {name: torch.cat([tensor] * rows) for name, tensor in self.tensors.items()}
 
 
 def holds_images(given: Any) -> bool:
-    """Whether something is an encoding with the pixels of an image in it."""
+    """Whether `given` is an encoding (a mapping) that holds pixels of an image or a video."""
     return isinstance(given, Mapping) and any(given.get(name) is not None for name in _PIXELS)
 
 
 def images_of(encoding: Mapping[str, Any]) -> Images | None:
-    """The images in a processor's output for one prompt; None if it holds none.
+    """The images in a processor's output for one prompt; None if it has no pixels.
 
     Raises:
-        TypeError: Something beside the token ids is no tensor.
+        TypeError: An entry that is not about the text is no tensor.
     """
     if not holds_images(encoding):
         return None

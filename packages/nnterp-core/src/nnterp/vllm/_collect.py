@@ -1,4 +1,4 @@
-"""Values of many prompts, read by one block that is installed in the engine, while vLLM batches the prompts."""
+"""`collect` on vLLM: one block of reads is installed in the engine and runs in every request; vLLM batches these."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def collect(
 
 
 def targets_of(model: TracedVLLM, values: Any, layers: Any) -> dict[str, tuple[int | None, ...]]:
-    """Value → its layers, all looked up.
+    """Value → the layers to read it at; (None,) for a value that is not per layer.
 
     Raises:
         ValueError: There is no such value.
@@ -104,7 +104,7 @@ def _rank(target: tuple[str, int | None]) -> tuple[float, float]:
 
 
 def _tables(rows: Sequence[Row], chosen: Sequence[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """For each prompt, by its token ids, the positions that are sent home."""
+    """The token ids of each prompt → the positions whose values the engine sends back."""
     wanted: dict[tuple[int, ...], tuple[int, ...]] = {}
     for row, mine in zip(rows, chosen, strict=True):
         wanted[row.ids] = tuple(sorted({*wanted.get(row.ids, ()), *mine}))
@@ -143,7 +143,16 @@ def read_pass(
     order: list[tuple[str, int | None]],
     wanted: dict[tuple[int, ...], tuple[int, ...]] | None,
 ) -> dict[tuple[str, int | None], Any]:
-    """Values of the running pass: position → tensor of the value there."""
+    """Read values of the running pass, in forward order.
+
+    Args:
+        model: The model, in a trace.
+        order: (value, layer) pairs, in the order in which the model computes them.
+        wanted: The token ids of a prompt → the positions to keep; the last one alone if None.
+
+    Returns:
+        (value, layer) → (positions, `[positions, ...]`), on the CPU; for `next_token_probs`, `[vocab]` alone.
+    """
     positions: tuple[int, ...] = (-1,)
     if wanted is not None:
         positions = wanted[tuple(model.input_ids[0].tolist())]
