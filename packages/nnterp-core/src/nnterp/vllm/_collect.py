@@ -49,17 +49,19 @@ def collect(
     tensors: dict[str, Any] = {}
     for name, mine in asked.items():
         stacks = [
-            torch.stack([_row(one, name, layer, p, single, generating) for p, one in zip(chosen, taken, strict=True)])
-            if generating or single or name == "next_token_probs"
-            else _padded([_row(one, name, layer, p, single, False) for p, one in zip(chosen, taken, strict=True)])
+            _together([_row(one, name, layer, p, single, generating) for p, one in zip(chosen, taken, strict=True)])
             for layer in mine
         ]
         tensors[name] = (stacks[0] if mine == (None,) else torch.stack(stacks)).to(device=device, dtype=dtype)
     found = {name: () if mine == (None,) else mine for name, mine in asked.items()}
-    new = torch.tensor([list(output.outputs[0].token_ids) for output in outputs]) if generating else None
+    new = None
     where = tuple(tuple(mine) for mine in chosen)
     done = set(range(len(rows)))
     shown = mask[:, 0] if single else mask
+    if generating:
+        tokens = [torch.tensor(list(output.outputs[0].token_ids)) for output in outputs]
+        new = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+        shown = new >= 0
     return Collected(tensors, found, where, shown, tuple(rows), new, done, model.num_layers)  # type: ignore[arg-type]
 
 
@@ -178,5 +180,8 @@ def _row(taken: Any, name: str, layer: int | None, mine: Sequence[int], single: 
     return tensor[where[0]] if single else tensor[where]
 
 
-def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
+def _together(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows as one tensor; shorter ones, of which some generated fewer tokens, are filled up with 0."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(rows)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
