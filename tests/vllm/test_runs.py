@@ -114,6 +114,19 @@ def test_collecting_while_generating(model, reference):
         close(collected["layers_output"][:, i], again[:, i, span])
 
 
+def test_prompts_that_generate_fewer_tokens_are_filled_up(model, reference):
+    whole = model.collect(GIVEN, "layers_output", max_new_tokens=NEW, ignore_eos=True)
+    last = reference["greedy"][0][1]  # the first prompt ends after two tokens, if not one
+    ended = [new[: new.index(last) + 1] if last in new else new for new in reference["greedy"]]
+    made = model.collect(GIVEN, "layers_output", max_new_tokens=NEW, ignore_eos=True, stop_token_ids=[last])
+    longest = max(map(len, ended))
+    assert made.generated.tolist() == [new + [-1] * (longest - len(new)) for new in ended]
+    assert made.mask.tolist() == [[True] * len(new) + [False] * (longest - len(new)) for new in ended]
+    for i, new in enumerate(ended):
+        close(made["layers_output"][:, i, : len(new)], whole["layers_output"][:, i, : len(new)])
+        assert not made["layers_output"][:, i, len(new) :].any()
+
+
 def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
     with pytest.raises(ShapeError):
         model.steering(torch.zeros(3), 1).__enter__()

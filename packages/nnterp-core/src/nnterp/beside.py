@@ -14,9 +14,9 @@ class Beside:
     """What one prompt has beside its token ids.
 
     Attributes:
-        tensors: Keyword of the model's forward → tensor, as the model's own processor gives it for this prompt alone
-            (`pixel_values`, `image_grid_thw`, `input_features`, ...).
-        digest: Of names, shapes and numbers: prompts with other tensors are other prompts.
+        tensors: Keyword of the model's forward → tensor (`pixel_values`, `image_grid_thw`, `input_features`, ...), as
+            the model's processor returns them for this prompt alone.
+        digest: SHA-256 of names, shapes, dtypes and numbers, 16 hexadecimal digits. Two are equal if it is.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -24,7 +24,7 @@ class Beside:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Beside:
-        """What holds these tensors."""
+        """Keep these tensors, and compute their digest."""
         digest = hashlib.sha256()
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu()
@@ -40,7 +40,7 @@ class Beside:
 
 
 def stacked(given: Sequence[Beside | None]) -> dict[str, torch.Tensor]:
-    """The tensors of a batch of prompts, as a processor stacks those of several; empty if they have none.
+    """The tensors of a batch of prompts, concatenated along the first axis as processors do; empty if they have none.
 
     Raises:
         ValueError: Some have and some have not.

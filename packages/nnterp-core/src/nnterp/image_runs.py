@@ -1,4 +1,4 @@
-"""Prompts with images: what holds in their runs is proven before the first one is run."""
+"""Runs of prompts with images, which are proven before the first of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ class ImageTransformer(NamedTransformer):
     check_renaming: bool
 
     def validate_images(self, prompt: Any) -> Certificate:
-        """Check what holds in runs with an image, on a prompt with one, and return the certificate.
+        """Prove runs with images, on a prompt with an image, and return the certificate.
 
-        It is done by itself, once, before the first prompt with an image is run. Its lines are those of
-        `nnterp.certificate` with "image" in their names: the stream, the readout, writes, the vision tower and the
-        projector.
+        nnterp calls this once, before the first prompt with an image runs. The certificate has lines about the stream,
+        the readout, writes, the vision tower and the projector; `docs/images.md` lists them. If all hold, values of
+        images such as `vision_layers_output` can be read.
 
         Args:
-            prompt: The output of the model's processor for one prompt with an image, or a pair (text, image).
+            prompt: The output of the model's processor for one prompt with an image, or a pair (text, image) if the
+                model was loaded with `processor=`.
+
+        Returns:
+            The certificate. A failed line is not raised: `.raise_if_failed()` does.
 
         Raises:
             ValueError: The prompt has no image.
@@ -42,7 +46,7 @@ class ImageTransformer(NamedTransformer):
         return self._certify_images(row)
 
     def require_images(self, row: Row) -> None:
-        """Prove runs with an image with this prompt, if nothing has yet.
+        """Prove runs with images on this prompt, unless that is done; nothing with `check_renaming=False`.
 
         Raises:
             CertificateError: A line of that proof fails.
@@ -61,10 +65,13 @@ class ImageTransformer(NamedTransformer):
         return certificate
 
     def _with_images(self, prompt: Any) -> Any:
-        """One prompt with an image as it is traced, once runs with images are proven; or several, none of them padded.
+        """The encoding to trace: of one prompt with an image, or of several of the same length.
+
+        Proves runs with images first, if one prompt is given and nothing has proven them yet.
 
         Raises:
             ValueError: Several prompts are padded, or nothing has proven that rows with images may share a batch.
+            CertificateError: The proof fails.
         """
         rows = 1 if is_pair(prompt) or prompt["input_ids"].dim() == 1 else prompt["input_ids"].shape[0]
         if rows > 1:

@@ -1,4 +1,4 @@
-"""Images of a prompt, as a processor gives them beside its token ids."""
+"""Images of a prompt, as the tensors of a processor's output that are not about the text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PIXELS = ("pixel_values", "image_patches", "flattened_patches", "high_res_pixel
 
 
 def holds_images(given: Any) -> bool:
-    """Whether something is an encoding with the pixels of an image in it."""
+    """Whether `given` is an encoding (a mapping) that holds pixels of an image or a video."""
     return isinstance(given, Mapping) and any(given.get(name) is not None for name in _PIXELS)
 
 
 def images_of(encoding: Mapping[str, Any]) -> Beside | None:
-    """The images in a processor's output for one prompt; None if it holds none.
+    """The images in a processor's output for one prompt; None if it has no pixels.
 
     Raises:
-        TypeError: Something beside the token ids is no tensor.
+        TypeError: An entry that is not about the text is no tensor.
     """
     if not holds_images(encoding):
         return None

@@ -1,4 +1,4 @@
-"""How far a model's values are from those of a more precise one: the same weights in float32, or another model."""
+"""Drift: how far a model's values are from those of the same weights in float32, or of another model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nnterp.table import VALUES
 from nnterp.tensors import error_at_positions
 from nnterp.values import Support, support
 
-BYTES = 1 << 28  # of values that are held at a time, of each model
+BYTES = 1 << 28  # values of each model that are held at a time
 MASKED = -3e4  # attention scores below this are masked; the number put there depends on the dtype
 TEXTS = (
     "The Eiffel Tower stands in the city of Paris, and it was built for the world's fair of 1889.",
@@ -40,12 +40,21 @@ def drift_of(model: NamedTransformer, against: Any, prompts: Any = None) -> Drif
 
     Args:
         model: The model.
-        against: "float32", or another model whose weights are loaded.
+        against: "float32", or another proven model of the same depth and vocabulary, with its weights loaded.
         prompts: As `collect` takes them; `TEXTS` if None.
 
+    Returns:
+        The drift of every value that both models have, at every layer, and of the logits. Both models run without
+        steering.
+
     Raises:
-        ValueError: There is no such reference: says why, and what to do.
-        MemoryError: The weights in float32 do not fit.
+        ValueError: `against` is neither, or the model cannot be cast to float32 (quantised, offloaded, edited, or in
+            float32 already); says why, and what to do.
+        MemoryError: The weights in float32 do not fit; says how much is needed.
+        CertificateError: The copy in float32 fails its proof.
+
+    Example:
+        >>> drift_of(model, "float32").worst("layers_output").layer
     """
     rows = encode(model, list(TEXTS) if prompts is None else prompts)
     with unsteered(model):
@@ -145,7 +154,7 @@ def _dtype(module: nn.Module) -> str:
 
 
 def _shared(value: str, mine: Support, its: Support, left_out: dict[str, str]) -> list[int]:
-    """The layers at which both models have a value; why there are none goes to `left_out` if one of them has it."""
+    """The layers at which both models have a value. If only one of them has it, the reason is put into `left_out`."""
     if value in ("mixer_states", "features"):
         if mine[value]:
             left_out[value] = "it belongs to a run with a cache" if value == "mixer_states" else "it is attached"
@@ -163,9 +172,9 @@ def _shared(value: str, mine: Support, its: Support, left_out: dict[str, str]) -
 def _pairs(
     model: NamedTransformer, reference: NamedTransformer, rows: list[Row], value: str, layers: list[int]
 ) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
-    """Each layer, and the value there in both models: one tensor `[positions, ...]` for each prompt.
+    """For each layer: the layer, and the value there in both models, one tensor `[positions, ...]` for each prompt.
 
-    So many layers are read in one pass as fit in `BYTES`.
+    One pass reads as many layers as fit in `BYTES`.
     """
     left, at_once = list(layers), 1
     while left:
@@ -178,7 +187,7 @@ def _pairs(
 
 
 def _read(model: NamedTransformer, rows: list[Row], value: str, layers: list[int]) -> list[list[torch.Tensor]]:
-    """For each layer (−1 for a value that is not per layer) and prompt the value, positions first."""
+    """For each layer (−1: the value is not per layer), the value of each prompt, `[positions, ...]`."""
     chosen = None if layers == [-1] else layers
     collected = collect(model, [as_given(model, row) for row in rows], value, layers=chosen, progress=False)
     pattern = value in VALUES and VALUES[value].is_pattern
@@ -207,6 +216,6 @@ def _line(value: str, layer: int, mine: list[torch.Tensor], its: list[torch.Tens
 
 
 def _differing(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
-    """The share of the chosen experts that differ, at each position."""
+    """At each position, the share of the chosen experts that differ, `[positions]`."""
     common = (mine.unsqueeze(-1) == its.unsqueeze(-2)).any(-1).double().mean(-1)
     return 1 - common.flatten(1).mean(-1) if common.dim() > 1 else 1 - common

@@ -1,4 +1,4 @@
-"""The standard names at serving speed: models that run in nnsight's vLLM, which has to be installed.
+"""The standard names on models that run in vLLM, through nnsight, at serving speed. Needs vLLM: docs/vllm.md.
 
 >>> from nnterp.vllm import StandardizedVLLM
 >>> model = StandardizedVLLM("Qwen/Qwen3-8B")

@@ -1,4 +1,4 @@
-"""Values of many prompts, read by one block that is installed in the engine, while vLLM batches the prompts."""
+"""`collect` on vLLM: one block of reads is installed in the engine and runs in every request; vLLM batches these."""
 
 from __future__ import annotations
 
@@ -49,22 +49,24 @@ def collect(
     tensors: dict[str, Any] = {}
     for name, mine in asked.items():
         stacks = [
-            torch.stack([_row(one, name, layer, p, single, generating) for p, one in zip(chosen, taken, strict=True)])
-            if generating or single or name == "next_token_probs"
-            else _padded([_row(one, name, layer, p, single, False) for p, one in zip(chosen, taken, strict=True)])
+            _together([_row(one, name, layer, p, single, generating) for p, one in zip(chosen, taken, strict=True)])
             for layer in mine
         ]
         tensors[name] = (stacks[0] if mine == (None,) else torch.stack(stacks)).to(device=device, dtype=dtype)
     found = {name: () if mine == (None,) else mine for name, mine in asked.items()}
-    new = torch.tensor([list(output.outputs[0].token_ids) for output in outputs]) if generating else None
+    new = None
     where = tuple(tuple(mine) for mine in chosen)
     done = set(range(len(rows)))
     shown = mask[:, 0] if single else mask
+    if generating:
+        tokens = [torch.tensor(list(output.outputs[0].token_ids)) for output in outputs]
+        new = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+        shown = new >= 0
     return Collected(tensors, found, where, shown, tuple(rows), new, done, model.num_layers)  # type: ignore[arg-type]
 
 
 def targets_of(model: TracedVLLM, values: Any, layers: Any) -> dict[str, tuple[int | None, ...]]:
-    """Value → its layers, all looked up.
+    """Value → the layers to read it at; (None,) for a value that is not per layer.
 
     Raises:
         ValueError: There is no such value.
@@ -104,7 +106,7 @@ def _rank(target: tuple[str, int | None]) -> tuple[float, float]:
 
 
 def _tables(rows: Sequence[Row], chosen: Sequence[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """For each prompt, by its token ids, the positions that are sent home."""
+    """The token ids of each prompt → the positions whose values the engine sends back."""
     wanted: dict[tuple[int, ...], tuple[int, ...]] = {}
     for row, mine in zip(rows, chosen, strict=True):
         wanted[row.ids] = tuple(sorted({*wanted.get(row.ids, ()), *mine}))
@@ -143,7 +145,16 @@ def read_pass(
     order: list[tuple[str, int | None]],
     wanted: dict[tuple[int, ...], tuple[int, ...]] | None,
 ) -> dict[tuple[str, int | None], Any]:
-    """Values of the running pass: position → tensor of the value there."""
+    """Read values of the running pass, in forward order.
+
+    Args:
+        model: The model, in a trace.
+        order: (value, layer) pairs, in the order in which the model computes them.
+        wanted: The token ids of a prompt → the positions to keep; the last one alone if None.
+
+    Returns:
+        (value, layer) → (positions, `[positions, ...]`), on the CPU; for `next_token_probs`, `[vocab]` alone.
+    """
     positions: tuple[int, ...] = (-1,)
     if wanted is not None:
         positions = wanted[tuple(model.input_ids[0].tolist())]
@@ -169,5 +180,8 @@ def _row(taken: Any, name: str, layer: int | None, mine: Sequence[int], single: 
     return tensor[where[0]] if single else tensor[where]
 
 
-def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
+def _together(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows as one tensor; shorter ones, of which some generated fewer tokens, are filled up with 0."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(rows)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

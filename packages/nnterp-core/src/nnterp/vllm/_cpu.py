@@ -1,4 +1,4 @@
-"""nnsight's worker for vLLM on a CPU: nnsight names one for GPUs, and what it adds does not depend on the device."""
+"""nnsight's worker for vLLM on a CPU. nnsight has one for GPUs only, but its additions work on any device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class NNsightCPUWorker(NNsightGPUWorker, CPUWorker):
     """vLLM's worker for CPUs, whose runner runs the blocks of traces."""
 
     def init_device(self) -> None:
-        """Make the runner, and give it nnsight's additions.
+        """Make vLLM's runner, and turn it into `NNsightCPUModelRunner`.
 
         Raises:
-            NotImplementedError: vLLM made a runner that nnsight does not know.
+            NotImplementedError: vLLM made another kind of runner.
         """
         CPUWorker.init_device(self)
         if type(self.model_runner) is not CPUModelRunner:

@@ -1,4 +1,4 @@
-"""`TracedVLLM`: a model in vLLM under the standard names, in traces and runs; here and in the engine's worker."""
+"""`TracedVLLM`: a model in vLLM under the standard names. It runs here, and inside traces in the engine's worker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "st
 
 
 class TracedVLLM(VLLM):
-    """The half of a model in vLLM that runs it and works inside its traces."""
+    """What `StandardizedVLLM` runs models with, and all of it that works inside a trace."""
 
     served: Served
     layer_paths: tuple[str, ...]
@@ -90,15 +90,23 @@ class TracedVLLM(VLLM):
         return len(self.layer_paths)
 
     def place(self, name: str, layer: Any = None) -> Place:
-        """Where a value is served.
+        """Where a value is read and written in vLLM's modules.
+
+        Args:
+            name: A value of the table, such as `"layers_output"`.
+            layer: The layer; None for a value that is not per layer.
 
         Raises:
-            Unavailable: Nowhere; says why.
+            Unavailable: The model, or this layer, does not have it; says why, and which layers do.
+
+        Example:
+            >>> print(model.place("mlps_output", 3))
+            model.layers.3.mlp.output
         """
         return self.served.place(name, layer, self.model_class)
 
     def envoy(self, path: str) -> Any:
-        """The envoy of the module at a native path of vLLM's model."""
+        """nnsight's envoy of the module at a native path of vLLM's model, such as `model.layers.3.mlp`."""
         return envoy_at(self, path)
 
     def require_no_trace(self, what: str) -> None:
@@ -107,7 +115,7 @@ class TracedVLLM(VLLM):
             raise InsideTraceError(f"{what} runs the model itself, so it cannot be called inside a trace.")
 
     def prepare(self, remote: Any = False) -> None:
-        """Refuse what `nnterp.interventions` and `nnterp.prompts` do: they need what vLLM does not have.
+        """Refuse the functions of `nnterp.interventions` and `nnterp.prompts`, which call this before they run a model.
 
         Raises:
             Unavailable: Always.
@@ -127,7 +135,7 @@ class TracedVLLM(VLLM):
         raise Unavailable("vLLM computes in inference mode, without gradients; StandardizedTransformer has them.")
 
     def support(self) -> dict[str, tuple[int, ...] | bool]:
-        """Value → the layers that have it; for a value of the model, whether it has it."""
+        """Every value → the layers that have it; for a value that is not per layer, True or False."""
         whole = {name: not isinstance(found, str) for name, found in self.served.whole.items()}
         return {**whole, **{name: self.served.having(name) for name in self.served.layers}}
 
@@ -135,7 +143,12 @@ class TracedVLLM(VLLM):
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """Token ids of the pass, `[1, seq]`; read it before any layer."""
+        """Token ids of this forward pass, `[1, seq]`, a copy. Read it before any layer.
+
+        Raises:
+            OutsideTraceError: No forward pass is running.
+            Unavailable: vLLM was given embeddings in place of token ids.
+        """
         require_running(self, "input_ids")
         args, kwargs = self.inputs
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -145,9 +158,10 @@ class TracedVLLM(VLLM):
 
     @property
     def logits(self) -> torch.Tensor:
-        """`[1, seq, vocab]` of all positions of the pass, computed from the final norm's output; a copy.
+        """Logits at all positions of this forward pass, `[1, seq, vocab]`, computed here from the final norm's output.
 
-        vLLM itself computes those of the last position alone, and samples from them; see `next_token_logits`.
+        vLLM itself computes logits at the last position only and samples from them: `next_token_logits`. Assigning to
+        `logits` sets those, from the last position of `[1, seq, vocab]` or from `[1, vocab]`.
         """
         hidden = read_value(self, LABELS["ln_final_output"])
         with Apart(self.interleaver):
@@ -159,7 +173,12 @@ class TracedVLLM(VLLM):
 
     @property
     def next_token_logits(self) -> torch.Tensor:
-        """`[1, vocab]`: the logits that vLLM samples from; may be assigned, which changes what is sampled."""
+        """The logits that vLLM samples from, `[1, vocab]`, a copy. Assign to change what is sampled.
+
+        Raises:
+            OutsideTraceError: No forward pass is running.
+            ShapeError: What is assigned has another shape.
+        """
         require_running(self, "next_token_logits")
         return VLLM.logits.__get__(self, type(self)).clone()
 
@@ -172,18 +191,18 @@ class TracedVLLM(VLLM):
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """Probabilities of the token after the pass, `[1, vocab]`, before temperature and other settings."""
+        """Probabilities of the next token, `[1, vocab]`: the softmax of `next_token_logits`, without temperature."""
         return self.next_token_logits.softmax(-1)
 
     # -- interventions on the running forward pass ------------------------------------------------------------------
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap and scales; in a trace.
+        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap, scales. Only in a trace.
 
         Raises:
             OutsideTraceError: No forward pass is running: the weights are in the engine.
             ShapeError: The last axis is not the model's hidden size.
-            Unavailable: The model has no final norm that is known.
+            Unavailable: The structure of the model does not tell which module is its final norm.
         """
         require_running(self, "project_on_vocab()")
         if hidden_state.shape[-1] != self.hidden_size:
@@ -203,13 +222,18 @@ class TracedVLLM(VLLM):
         self.skip_layers(layer, layer, skip_with)
 
     def skip_layers(self, start_layer: int, end_layer: int, skip_with: torch.Tensor | None = None) -> None:
-        """Let what enters `start_layer`, or `skip_with`, leave `end_layer` in this pass.
+        """Replace the output of `end_layer` by the input of `start_layer`, or by `skip_with`, in this forward pass.
 
-        The layers run all the same, because other requests run through them at once: they cost what they cost, and keep
-        keys and values for later steps.
+        The layers still run, because other requests run through them at the same time. So skipping saves no time, and
+        the layers still store keys and values for later steps.
+
+        Args:
+            start_layer, end_layer: The first and the last layer to skip; negative ones count from the end.
+            skip_with: `[1, seq, hidden]`.
 
         Raises:
-            IndexError, ValueError: There are no such layers.
+            IndexError: There is no such layer.
+            ValueError: `end_layer` comes before `start_layer`.
             ShapeError: `skip_with` does not have the shape of the stream.
         """
         first = layer_index(start_layer, self.num_layers, "skip_layers(start_layer)")
@@ -232,10 +256,14 @@ class TracedVLLM(VLLM):
         keep_norm: bool = False,
         origin: Any = None,
     ) -> None:
-        """Steer the stream leaving each of `layers` in this pass; arguments as in `StandardizedTransformer.steer`.
+        """Steer the stream leaving each of `layers` in this forward pass.
+
+        Arguments as in `StandardizedTransformer.steer`; `token_positions` are indices or slices, and not texts.
 
         Raises:
-            Unavailable: The trace generates several tokens: steer them with `with model.steering(...)`.
+            Unavailable: The trace generates several tokens. Use `with model.steering(...)` around it instead.
+            OutsideTraceError: No forward pass is running.
+            TypeError, IndexError, ValueError, ShapeError: As `StandardizedTransformer.steer` raises them.
         """
         require_running(self, "steer()")
         if self.stepping or steps not in (None, "all", "prompt", 0):
@@ -251,7 +279,9 @@ class TracedVLLM(VLLM):
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """One forward pass of a prompt, with a block of reads and writes in it; `max_new_tokens=` runs more passes.
 
-        Greedy unless `temperature=` says otherwise. Settings of vLLM's `SamplingParams` may be given.
+        Args:
+            *inputs: One prompt. Without one, each `with tracer.invoke(prompt)` in the block runs its own prompt.
+            **kwargs: vLLM's `SamplingParams`. By default one pass, greedy (`temperature=0`).
 
         Raises:
             ValueError: Several prompts were given: use an invoke for each.
@@ -298,19 +328,27 @@ class TracedVLLM(VLLM):
         return self.prompts_of([inputs[0]])[0] if isinstance(inputs[0], str) else VLLM._prompt(self, *inputs)
 
     def prompts_of(self, prompts: Any) -> list[Any]:
-        """Prompts of any kind, as `nnterp.inputs.encode` reads them, for vLLM."""
+        """Prompts of any kind that `nnterp.inputs.encode` reads, as vLLM's `TokensPrompt`s."""
         return [TokensPrompt(prompt_token_ids=list(row.ids)) for row in encode(self, prompts)]  # type: ignore[arg-type]
 
     def run(self, prompts: Any, max_new_tokens: int = 1, **settings: Any) -> list[Any]:
-        """Run prompts with vLLM's continuous batching, and whatever edits are installed.
+        """Generate from prompts with vLLM's continuous batching. Steering and edits that are active apply.
 
         Args:
             prompts: As in `StandardizedTransformer.collect`.
-            max_new_tokens: How many tokens to generate for each.
-            **settings: vLLM's `SamplingParams`; greedy unless `temperature` says otherwise.
+            max_new_tokens: At most how many tokens to generate for each.
+            **settings: vLLM's `SamplingParams`. Greedy (`temperature=0`) by default.
 
         Returns:
             vLLM's `RequestOutput` of each prompt, in their order: `.outputs[0].text`, `.outputs[0].token_ids`.
+
+        Raises:
+            InsideTraceError: Called inside a trace.
+            ValueError, TypeError: A prompt is not one, as `nnterp.inputs.encode` says.
+
+        Example:
+            >>> [output] = model.run("The capital of France is", max_new_tokens=4)
+            >>> output.outputs[0].text
         """
         self.require_no_trace("run()")
         if not self.dispatched:
@@ -322,14 +360,14 @@ class TracedVLLM(VLLM):
     # -- travelling -------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        """What a request takes along: where values are served. The rest is in the engine's worker."""
+        """What is sent with a request: where values are served. The engine's worker has the rest."""
         self.interleaver._persistent_id = "Interleaver"
         self._module._persistent_id = f"Module:{self.path}"
         return arriving, (self.interleaver, self._module, {name: getattr(self, name) for name in SENT})
 
 
 def arriving(interleaver: Any, module: nn.Module, state: dict[str, Any]) -> TracedVLLM:
-    """The model in the engine's worker: nnsight's tree over the loaded weights, under the standard names."""
+    """Rebuild the model in the engine's worker: nnsight's tree over the loaded weights, with the standard names."""
     root = interleaver.envoys[id(module)]
     model = object.__new__(TracedVLLM)
     model.__dict__.update(root.__dict__)

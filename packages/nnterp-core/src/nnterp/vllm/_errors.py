@@ -1,4 +1,4 @@
-"""Errors that were raised in the engine, with the types they were raised with."""
+"""Raise here, with their own type, errors that a block raised in the engine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nnterp import errors
 
 
 def raise_first(outputs: list[Any]) -> None:
-    """Raise the first error that a block raised for one of the requests, if there is one.
+    """Raise the first error among the outputs of vLLM's requests; do nothing if there is none.
 
     Raises:
-        Exception: Of the type that the block raised, if it is Python's, nnterp's or nnsight's `OutOfOrderError`; else a
-            RuntimeError whose text begins with its type. The lines of the block stand in its notes.
+        Exception: The error of the block, with its own type if that is Python's, nnterp's or nnsight's
+            `OutOfOrderError`; else a RuntimeError whose message begins with the type. Its notes have the traceback.
     """
     for output in outputs:
         error = getattr(output, "nnsight_error", None)

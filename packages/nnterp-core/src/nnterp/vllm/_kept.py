@@ -1,4 +1,4 @@
-"""Proofs of models in vLLM, kept on disk beside the others."""
+"""Proofs of models in vLLM, kept on disk in the same folder as the other proofs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def versions() -> dict[str, str]:
 
 
 def key_of(model: TracedVLLM) -> str:
-    """What a proof depends on: files of the checkpoint, code, places, settings, versions, device; "" if not told."""
+    """Digest of what a proof depends on: the checkpoint's files, code, places, settings, versions and device.
+
+    "" if the files cannot be told; then no proof is kept.
+    """
     files = checkpoint_digest(model.repo, model.dispatch_options)
     if not files:
         return ""
@@ -44,7 +47,7 @@ def key_of(model: TracedVLLM) -> str:
 
 
 def keep(model: TracedVLLM, certificate: Certificate, failed: list[tuple[str, int | None, str]]) -> None:
-    """Write a proof; without a word where it cannot be written, because nothing depends on it."""
+    """Write a proof to disk. An `OSError` is ignored: the model is then proven again next time."""
     path = _path(model)
     if path is not None:
         record = {"certificate": asdict(certificate), "failed": failed, "proven": sorted(model.proven)}
@@ -54,7 +57,7 @@ def keep(model: TracedVLLM, certificate: Certificate, failed: list[tuple[str, in
 
 
 def recall(model: TracedVLLM) -> bool:
-    """Take over the proof on disk, if there is one of this model as it is."""
+    """Read the proof of exactly this model from disk into it; False if there is none."""
     path = _path(model)
     try:
         if path is None or path.stat().st_uid != os.getuid():

@@ -25,16 +25,17 @@ class Asked(Protocol):
 
 
 def logit_lens(model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None = None) -> torch.Tensor:
-    """What each layer's stream predicts after the last token, if the final norm and the head read it.
+    """What each layer predicts after the last token: the final norm and the head, applied to the stream leaving it.
 
     Args:
         model: The model.
         prompts: As in `StandardizedTransformer.collect`; vLLM batches them.
-        targets: For each prompt the same number of lists of token ids; the vocabulary then stays in the engine.
+        targets: For each prompt, lists of token ids, as many lists for every prompt. The engine then sends back only
+            the summed probability of each list, and not the whole vocabulary.
 
     Returns:
-        Probabilities `[prompts, layers, vocab]`, or with `targets` those of each list, `[prompts, layers, lists]`, on
-        the CPU, in the model's dtype, as `nnterp.interventions.logit_lens` returns them (nostalgebraist 2020).
+        Probabilities `[prompts, layers, vocab]`; with `targets`, `[prompts, layers, lists]`. On the CPU, in the model's
+        dtype. The lens is that of nostalgebraist, "interpreting GPT: the logit lens", 2020.
 
     Raises:
         InsideTraceError: Called inside a trace.
@@ -47,12 +48,12 @@ def logit_lens(model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None
 
 
 def run_prompts(model: TracedVLLM, prompts: Sequence[Asked], over_layers: bool = False) -> dict[str, torch.Tensor]:
-    """The probability of each category of target tokens after each prompt; the vocabulary stays in the engine.
+    """The probability of each category of target tokens after each prompt; only these leave the engine.
 
     Args:
         model: The model.
         prompts: `nnterp.prompts.Prompt`s, all with the same categories.
-        over_layers: Read every layer with the logit lens; by default the model's own next-token distribution.
+        over_layers: Read every layer with the logit lens. If False, read the model's own next-token distribution.
 
     Returns:
         `{category: [prompts]}`, or `{category: [prompts, layers]}`, float32 on the CPU, in the order of the prompts.
@@ -60,6 +61,10 @@ def run_prompts(model: TracedVLLM, prompts: Sequence[Asked], over_layers: bool =
     Raises:
         InsideTraceError: Called inside a trace.
         ValueError: There are no prompts, or their categories differ.
+
+    Example:
+        >>> prompt = Prompt.from_strings("The capital of France is", {"right": "Paris"}, model.tokenizer)
+        >>> run_prompts(model, [prompt])["right"]  # [1]
     """
     if not prompts:
         raise ValueError("No prompts were given: pass a list with at least one nnterp.prompts.Prompt.")
@@ -90,7 +95,7 @@ def _probabilities(
 
 
 def _grouped(rows: Sequence[Row], targets: Sequence[Groups]) -> tuple[dict[tuple[int, ...], list], list[slice]]:
-    """For each prompt, by its token ids, all groups asked of it; and where each prompt's own stand among them."""
+    """The token ids of a prompt → all groups asked of it; and for each prompt, which of these groups are its own."""
     if len(targets) != len(rows) or len({len(own) for own in targets}) != 1:
         raise ValueError(
             f"targets has {len(targets)} entries for {len(rows)} prompts; give each the same number of lists."
@@ -105,7 +110,11 @@ def _grouped(rows: Sequence[Row], targets: Sequence[Groups]) -> tuple[dict[tuple
 
 
 def read_lens(model: TracedVLLM, groups: dict[tuple[int, ...], list] | None, over_layers: bool) -> torch.Tensor:
-    """Of the running pass, `[layers, vocab]` or `[layers, groups]`; one row if only the model's own distribution."""
+    """Probabilities after the last token of the running pass, `[layers, vocab]` or `[layers, groups]`, on the CPU.
+
+    `groups` maps the token ids of a prompt to its groups; None keeps the vocabulary. Without `over_layers` there is one
+    row, the model's own distribution.
+    """
     own = None if groups is None else groups[tuple(model.input_ids[0].tolist())]
     if over_layers:
         last = torch.cat([model.layers_output[i][:, -1] for i in range(model.num_layers)])
@@ -116,11 +125,12 @@ def read_lens(model: TracedVLLM, groups: dict[tuple[int, ...], list] | None, ove
 
 
 def saved(output: Any, name: str) -> Any:
-    """What an installed block saved for a request.
+    """What a block that is installed in the engine saved for one request, under `name`.
 
     Raises:
-        OutOfOrderError: The block did not end, because the model never computed something, or had before.
-        Exception: The block raised it.
+        OutOfOrderError: The block did not finish: it waited for a value that the pass had already gone past, or that it
+            never computes.
+        Exception: The block raised it, see `raise_first`.
     """
     raise_first([output])
     if name not in getattr(output, "saves", {}):  # nnsight drops a block that waits for what does not come

@@ -1,4 +1,4 @@
-"""`StandardizedVLLM`: a model in vLLM, with what reads, steers and proves it."""
+"""`StandardizedVLLM`: a model in vLLM, with `collect`, `steering` and `validate`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from nnterp.vllm._validate import validate
 class StandardizedVLLM(TracedVLLM):
     """A model that runs in nnsight's vLLM, with the names, values and interventions of `StandardizedTransformer`.
 
-    A trace is one request: `with model.trace(prompt)` runs one prompt, `with model.trace() as tracer` several, each in
-    a `with tracer.invoke(prompt)`. vLLM packs requests together and pads none. Values are `[1, seq, ...]`, the tokens
-    that the pass runs: the whole prompt first, then one token a step. Reads are copies on the device of the engine, in
-    its dtype: assign what you change. Values follow from the structure of vLLM's modules, and `validate()` proves
-    them against HuggingFace's model of the same checkpoint.
+    `with model.trace(prompt)` runs one prompt. For several, open `with model.trace() as tracer` and give each prompt
+    its own `with tracer.invoke(prompt)`. vLLM batches prompts without padding. A value is `[1, seq, ...]`, where `seq`
+    counts the tokens of this pass: the whole prompt first, then one token per step. What you read is a copy, on the
+    engine's device and in its dtype, so assign what you change. nnterp finds values by the structure of vLLM's modules;
+    `validate()` proves them against HuggingFace's model of the same checkpoint.
 
     Args:
         model: Hub id or folder.
@@ -35,8 +35,13 @@ class StandardizedVLLM(TracedVLLM):
             `model_impl="transformers"`, ...).
 
     Raises:
-        Unavailable: What was asked of vLLM is more than one device, or its asynchronous engine.
-        AnatomyError: The model is no decoder with one list of layers.
+        Unavailable: Several devices, an asynchronous engine (`mode="async"`) or nnsight's `taps=` was asked for.
+        AnatomyError: The model is not a decoder with one list of layers.
+
+    Attributes:
+        num_layers, hidden_size: The model's sizes.
+        certificate: The proof; None before `validate()`, unless an earlier one was kept on disk.
+        proven: Names of the values that were proven.
 
     Example:
         >>> model = StandardizedVLLM("Qwen/Qwen3-8B")
@@ -66,11 +71,16 @@ class StandardizedVLLM(TracedVLLM):
     ) -> Iterator[None]:
         """Steer every request of the engine in a `with` block: traces, generations and `collect`.
 
-        The vector is sent to the engine once. Arguments as in `StandardizedTransformer.steering`.
+        The vector is sent to the engine once. Arguments as in `StandardizedTransformer.steering`, but without `when`,
+        and `token_positions` are indices or slices of the prompt.
 
         Raises:
             InsideTraceError: Called inside a trace.
             IndexError, TypeError, ValueError, ShapeError: As `StandardizedTransformer.steering` raises them.
+
+        Example:
+            >>> with model.steering(vector, layers=[3, 4], factor=2):
+            ...     outputs = model.run(prompts, max_new_tokens=20)
         """
         self.require_no_trace("steering()")
         what = (layers, steering_vector, factor, token_positions, None, steps, mode, keep_norm, origin)
@@ -92,12 +102,21 @@ class StandardizedVLLM(TracedVLLM):
         max_new_tokens: int | None = None,
         **settings: Any,
     ) -> Collected:
-        """Read values of many prompts, which vLLM batches; arguments and result as `StandardizedTransformer.collect`.
+        """Read values of many prompts, which vLLM batches.
 
-        With `max_new_tokens`, values at the positions from which each new token was predicted, and the tokens in the
-        result's `generated`.
+        Args:
+            prompts, values, layers, positions, device, dtype: As in `StandardizedTransformer.collect`.
+            max_new_tokens: Generate so many tokens, and read values at the positions from which each was predicted.
+                `positions` cannot be given with it. All prompts have to generate equally many tokens: pass
+                `ignore_eos=True`.
+            **settings: vLLM's `SamplingParams` for a generation, such as `ignore_eos=True`; greedy by default.
+
+        Returns:
+            A `Collected`: `[layers, prompts, (positions,) ...]`. With `max_new_tokens`,
+            `[layers, prompts, tokens, ...]`, and the new tokens `[prompts, tokens]` in `generated`.
 
         Raises:
+            TypeError: Settings of a generation were given without `max_new_tokens`.
             ValueError, IndexError, Unavailable, InsideTraceError: As `StandardizedTransformer.collect` raises them.
         """
         self.require_no_trace("collect()")
@@ -106,18 +125,25 @@ class StandardizedVLLM(TracedVLLM):
     def validate(self, tolerance: float | None = None) -> Certificate:
         """Prove every value against HuggingFace's model of the same checkpoint, which runs in another process.
 
-        A value that differs is served no more. Values that only vLLM has, and those that HuggingFace's model does not
-        prove, have a skipped line, and are not in `model.proven`. The proof is kept on disk with the others (`nnterp
-        proofs`), and taken over when the same checkpoint is loaded with the same settings, versions and device.
+        A value that differs at a layer is unavailable there afterwards. A value that HuggingFace's model does not have,
+        or has on some layers only, gets a skipped line and is not in `model.proven`. The proof is kept on disk (`nnterp
+        proofs`) and used again when the same checkpoint is loaded with the same settings, versions and device.
 
         Args:
-            tolerance: The largest difference, relative to the largest magnitude of the value; by the dtype if None.
+            tolerance: The largest allowed difference, relative to the largest magnitude of the value at that layer. If
+                None: 1e-3 in float32, 2e-2 in float16, 1e-1 in bfloat16.
 
         Returns:
-            The certificate; also `model.certificate`.
+            The certificate, a line for each value; also `model.certificate`. Failed lines are not raised.
 
         Raises:
-            RuntimeError: HuggingFace's model could not be run (says what it said), or an edit is installed.
+            InsideTraceError: Called inside a trace.
+            RuntimeError: HuggingFace's model could not be run (the message quotes its error), or a steering or edit is
+                active.
+
+        Example:
+            >>> model.validate().ok
+            True
         """
         self.require_no_trace("validate()")
         return validate(self, tolerance)

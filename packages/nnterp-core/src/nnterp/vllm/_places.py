@@ -1,6 +1,7 @@
-"""Where values are served in vLLM's modules: streams that are pairs, heads on a flat axis, tokens without a batch axis.
+"""Places of values in vLLM's modules, whose tensors are `[seq, ...]`, with heads on one flat axis.
 
-Every read is a copy, `[1, seq, ...]`: vLLM's fused kernels write over what modules return. A write replaces.
+A stream may be two tensors that vLLM adds up later. Every read returns a copy `[1, seq, ...]`, because vLLM's fused
+kernels overwrite what modules return. A write replaces the whole tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def tensors_of(output: Any, label: str) -> list[torch.Tensor]:
 
 
 def stream(found: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors whose sum is the stream: what is carried on, and beside it what was not yet added to it."""
+    """The one or two tensors whose sum is the stream: vLLM may hand on a layer's output before it is added."""
     return found[:2] if len(found) > 1 and found[1].shape == found[0].shape else found[:1]
 
 
@@ -52,7 +53,7 @@ class _Stream(Record):
         return shown(torch.stack(parts).sum(0) if len(parts := self.parts(model, label)) > 1 else parts[0])
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
-        """Replace it where it lies, so that what the model keeps of it beside changes too."""
+        """Write into the first tensor and set the other one to zero, in place, so that their sum is `tensor`."""
         carried, *rest = self.parts(model, label)
         carried.copy_(tensor.reshape(carried.shape))
         for waiting in rest:
@@ -133,7 +134,7 @@ def _split(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
 
 
 class Scaled(Record):
-    """What a module returns, times a number that the module around it keeps and multiplies it by."""
+    """What a module returns, times a factor that is an attribute of the module around it."""
 
     def __init__(self, path: str, owner: str, factor: str) -> None:
         self.path, self.owner, self.factor = path, owner, factor

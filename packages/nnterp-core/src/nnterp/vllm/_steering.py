@@ -1,4 +1,4 @@
-"""Steering on vLLM: the running pass of one request, or every pass of every request."""
+"""Steering on vLLM: one forward pass of one request, or all passes of all requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nnterp.traced import Steering, change, require_running
 
 
 def require_plain(steering: Steering, width: int | None = None) -> Steering:
-    """A steering whose positions are indices or slices.
+    """Return the steering if vLLM can run it.
 
     Raises:
-        TypeError: A position is a text.
-        ShapeError: A vector is not as wide as the stream.
+        TypeError: A token position is neither an index nor a slice.
+        ShapeError: A vector is not `[width]`.
     """
     positions = steering.others["token_positions"]
     for entry in positions if isinstance(positions, list) else [positions]:
@@ -28,7 +28,7 @@ def require_plain(steering: Steering, width: int | None = None) -> Steering:
 
 
 def in_every_step(model: Any, steering: Steering) -> Any:
-    """Install a steering in the engine; returns nnsight's handle, whose `clear()` ends it."""
+    """Install a steering in the engine, for all requests. Returns nnsight's handle; its `clear()` ends the steering."""
     limited = steering.steps not in (None, "all")
     chosen = _chosen(steering.steps)
     with model.edit() as (tracer, edit):
@@ -53,7 +53,11 @@ def _chosen(steps: Any) -> Any:
 
 
 def steer_pass(model: Any, steering: Steering, step: int) -> None:
-    """Steer the stream leaving the layers of a steering in the pass that is running."""
+    """Steer the stream in the forward pass that is running.
+
+    Raises:
+        ShapeError: A vector does not fit the stream.
+    """
     require_running(model, "steer()")
     own = steering.others
     added = own["mode"] == "add" and not own["keep_norm"] and own["token_positions"] is None
@@ -76,7 +80,11 @@ def steer_pass(model: Any, steering: Steering, step: int) -> None:
 
 
 def add(model: Any, layer: int, vector: torch.Tensor) -> None:
-    """Add a vector to the stream leaving a layer, in place: it is read once, and copied never."""
+    """Add a vector to the stream leaving a layer, in place and without a copy.
+
+    Raises:
+        ShapeError: The vector does not fit the stream.
+    """
     label = f"layers_output[{layer}]"
     carried = model.place("layers_output", layer).parts(model, label)[0]
     try:
@@ -89,7 +97,7 @@ def add(model: Any, layer: int, vector: torch.Tensor) -> None:
 
 
 def _at(positions: Any, stream: torch.Tensor, new: torch.Tensor, step: int) -> torch.Tensor:
-    """The new stream at positions of the prompt, the old one elsewhere; a later step runs none of the prompt's."""
+    """`new` at these positions of the prompt, `stream` elsewhere. Later steps have no prompt positions: `stream`."""
     kept = stream.clone()
     if step:
         return kept

@@ -1,6 +1,6 @@
-"""Which of vLLM's modules plays which part, by structure: what holds attention, what is parallel, what runs before.
+"""Find the parts of a model among vLLM's modules, by their types and by the source of their forwards.
 
-There are no rules for single families. What is found is a claim, which `validate()` proves.
+There are no rules for single model families. `validate()` proves what is found here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from nnterp.errors import AnatomyError
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of one layer; a path is None where the layer has no such part, and `reasons` says why.
+    """Native paths of the parts of one layer. A path is None if no such part was found; `reasons` says why.
 
     Attributes:
         path: The layer.
-        attention, mlp: The modules that mix positions and that do not.
-        core: The module that is given queries, keys and values.
-        heads, kv_heads: How many there are of each.
-        w_out, w_down: The projections that end attention and feed-forward.
-        before_mlp: The norm that the feed-forward's input comes from.
+        attention, mlp: The attention and the feed-forward.
+        core: The module inside attention that is given queries, keys and values.
+        heads, kv_heads: The number of attention heads, and of key-value heads.
+        w_out, w_down: The last projection of attention, and of the feed-forward.
+        before_mlp: The norm that makes the feed-forward's input.
         reasons: Field → why it is None.
     """
 
@@ -46,9 +46,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model: paths of its embedding, its final norm and its head, and its layers.
+    """Native paths of a model's embedding, final norm, head and list of layers (`stack`), and its layers.
 
-    `embedding_scale` is the name of what the module that holds the layers multiplies embeddings by, or None.
+    `embedding_scale` is the name of the attribute by which embeddings are multiplied, of the module that holds the
+    layers; None if there is none.
     """
 
     embed_tokens: str | None
@@ -59,7 +60,7 @@ class Parts:
     blocks: tuple[Block, ...]
 
     def names(self) -> list[tuple[str, str]]:
-        """Pairs of standard path and native path."""
+        """(standard path, native path) of each part that was found."""
         whole = {"embed_tokens": self.embed_tokens, "ln_final": self.ln_final, "lm_head": self.lm_head}
         found = [("layers", self.stack), *((name, path) for name, path in whole.items() if path is not None)]
         for i, block in enumerate(self.blocks):
@@ -69,10 +70,10 @@ class Parts:
 
 
 def find_parts(module: nn.Module) -> Parts:
-    """The parts of a model that vLLM built; it may be on `meta`.
+    """Find the parts of a model that vLLM built. Its weights may be on `meta`.
 
     Raises:
-        AnatomyError: It has no list of layers that hold attention, or several.
+        AnatomyError: It has no list of layers with attention, or several.
     """
     cores = [path for path, inner in module.named_modules() if is_core(inner)]
     stacks = {path for core in cores if (path := _stack_of(module, core)) is not None}
@@ -163,7 +164,7 @@ def _block(module: nn.Module, path: str, cores: list[str]) -> Block:
 
 
 def _ending(module: nn.Module, path: str | None, reasons: dict[str, str], field: str) -> str | None:
-    """The one projection that ends a part."""
+    """The only `RowParallelLinear` of a part; None if there is not exactly one, with the reason in `reasons[field]`."""
     if path is None:
         return None
     part = module.get_submodule(path)
@@ -180,9 +181,9 @@ def _ending(module: nn.Module, path: str | None, reasons: dict[str, str], field:
 
 
 def norm_before(layer: nn.Module, mlp: str) -> str | None:
-    """The child of a layer that makes the feed-forward's input, if it is a norm, told by the source of its forward.
+    """The name of a layer's child that makes the feed-forward's input, read from the source of the layer's forward.
 
-    None where something else stands between, such as an addition: then the norm's input is not the stream.
+    None if it is not a norm, or if something is computed between the two: then the norm's input is not the stream.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
     made: dict[str, str | None] = {}
@@ -207,7 +208,7 @@ def _in_order(tree: ast.AST) -> Iterator[ast.Assign]:
 
 
 def _child_called(value: ast.expr) -> str | None:
-    """`name` of a call `self.name(...)`."""
+    """`name` if the expression is a call `self.name(...)`, else None."""
     if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
         return None
     host = value.func.value
@@ -215,7 +216,7 @@ def _child_called(value: ast.expr) -> str | None:
 
 
 def scale_of(owner: nn.Module, child: str) -> str | None:
-    """`factor` if the class of a module has `self.child(...) * self.factor`."""
+    """`factor` if the source of a module's class has `self.child(...) * self.factor`, else None."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(type(owner))))
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and _child_called(node.left) == child:

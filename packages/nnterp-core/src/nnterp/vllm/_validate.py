@@ -1,4 +1,4 @@
-"""Prove the values of a model in vLLM against HuggingFace's model of the same checkpoint, in another process."""
+"""Compare the values of a model in vLLM with HuggingFace's model of the same checkpoint, run in another process."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def validate(model: TracedVLLM, tolerance: float | None) -> Certificate:
 
 
 def probe(vocabulary: int) -> list[list[int]]:
-    """Prompts of random tokens, of different lengths."""
+    """`PROMPTS` prompts of random token ids, of different lengths."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(5, vocabulary, (LENGTH - 2 * i,), generator=generator).tolist() for i in range(PROMPTS)]
 
@@ -127,7 +127,7 @@ def _reference(job: dict[str, Any]) -> list[list[int]]:
 def _line(
     model: TracedVLLM, name: str, layers: list[int | None], prompts: Any, reference: Collected, allowed: float
 ) -> tuple[Line, dict[int | None, float]]:
-    """The line of one value, and the layers that failed with their errors."""
+    """The line of one value, and the layers that failed, each with its relative error."""
     claim = f"{name} equals HuggingFace's"
     there = [layer for layer in layers if (name if layer is None else (name, layer)) in reference]
     if not there:

@@ -1,4 +1,4 @@
-"""From the parts of a model in vLLM to the place where each value is served, or why it is not."""
+"""The place of each value of a model in vLLM, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ _WHOLE = {"token_embeddings": "embed_tokens", "ln_final_output": "ln_final"}
 
 
 class Served:
-    """Where every value of one model is served; small, because it travels with every request.
+    """The place of every value of one model. It is sent with every request, so it is small.
 
     Attributes:
-        whole: Value of the model → place or reason.
-        layers: Value of a layer → place or reason of each layer.
+        whole: Value that is not per layer → its place, or the reason why it has none.
+        layers: Value that is per layer → the same, for each layer.
     """
 
     def __init__(self, whole: dict[str, Where], layers: dict[str, tuple[Where, ...]]) -> None:
         self.whole, self.layers = whole, layers
 
     def place(self, name: str, layer: Any, model_class: str) -> Place:
-        """Where a value is served.
+        """The place of a value; `layer` is None for one that is not per layer.
 
         Raises:
-            Unavailable: Nowhere; says why, and on which layers it is.
+            Unavailable: It has none; says why, and which layers have it.
         """
         if name in self.whole:
             found, where = self.whole[name], name
@@ -73,7 +73,7 @@ class Served:
         return tuple(i for i, found in enumerate(self.layers.get(name, ())) if not isinstance(found, str))
 
     def without(self, name: str, layer: int | None, reason: str) -> Served:
-        """The same, with one value that is served no more."""
+        """A copy in which one value at one layer has no place, for this reason."""
         if layer is None:
             return Served({**self.whole, name: reason}, self.layers)
         every = self.layers[name]
@@ -81,7 +81,7 @@ class Served:
 
 
 def served(parts: Parts) -> Served:
-    """Where the values of a model are served, as its structure says."""
+    """The places of a model's values, from its structure alone."""
     whole: dict[str, Where] = {}
     layers: dict[str, tuple[Where, ...]] = {}
     for name, value in VALUES.items():

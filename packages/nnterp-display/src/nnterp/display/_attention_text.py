@@ -1,4 +1,4 @@
-"""Attention over the text: a picker of layers and heads, and a token to look from under the mouse."""
+"""Attention over a text, on a page with a picker of layers and heads."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def plot_attention_text(
     weighted: bool = False,
     show: bool = False,
 ) -> View:
-    """The text itself, each token shaded by how much the token under the mouse attends to it, for one head at a time.
+    """A text with one head's attention: each token is shaded by how much the token under the mouse attends to it.
 
-    Every head of a layer has a small picture of its pattern, by which it is picked (as in CircuitsVis, Cooney and Nanda
-    2022). A click holds a token; a button turns from a query's keys to the queries that attend to a key.
+    Click the small picture of a head's pattern to choose the head (as in CircuitsVis, Cooney and Nanda 2022). Click a
+    token to keep it. A button switches to the opposite direction: which queries attend to the token.
 
     Args:
         pattern: `[query, key]`, `[heads, query, key]` or `[layers, heads, query, key]`; or a result that holds such a
@@ -39,11 +39,11 @@ def plot_attention_text(
         layers, heads: Labels; 0, 1, … if None.
         title: Plain text.
         prompt: For a result of several prompts, which one to draw, by its index.
-        weighted: The numbers are probabilities times value norms; they are shaded up to the largest.
+        weighted: The numbers are probabilities times norms of values; shades then go from 0 to the largest number.
         show: Also show the view, in a notebook or a browser.
 
     Returns:
-        A page; `nnterp.display.save` writes it. Of a causal model it holds only keys up to the query.
+        A `View`: a page that `nnterp.display.save` writes. For a causal pattern it holds only keys up to the query.
 
     Raises:
         ValueError: `pattern` does not hold probabilities, labels do not fit their axis, or there are more than

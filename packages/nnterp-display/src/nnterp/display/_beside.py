@@ -15,16 +15,17 @@ from nnterp.display._view import View
 
 
 def side_by_side(*figures: go.Figure, title: str | None = None, same_scale: bool = True, show: bool = False) -> View:
-    """Figures next to each other on one page, below each other where the window is too narrow.
+    """Put figures next to each other on one page; in a narrow window they stand below each other.
 
     Args:
         *figures: Figures of this package, such as `plot_lens` of two prompts or of two models.
         title: Plain text above them.
-        same_scale: Give colour bars of the same name in all figures the same ends, so that colours can be compared.
+        same_scale: Give a colour bar that all figures have, by its name, the same ends in all of them, so that colours
+            can be compared.
         show: Also show the view, in a notebook or a browser.
 
     Returns:
-        A page; `nnterp.display.save` writes it. The figures given are not changed.
+        A `View`: a page that `nnterp.display.save` writes. The figures that you pass are not changed.
 
     Raises:
         ValueError: There are fewer than two figures.
@@ -60,7 +61,7 @@ def side_by_side(*figures: go.Figure, title: str | None = None, same_scale: bool
 
 
 def _bars(figure: go.Figure) -> list[tuple[str, Any]]:
-    """The name of each colour bar, and the heat map or the colour axis it belongs to."""
+    """(name, heat map or colour axis) of each colour bar."""
     found = [(trace.colorbar.title.text, trace) for trace in figure.select_traces({"type": "heatmap"})]
     found += [(axis.colorbar.title.text, axis) for axis in figure.select_coloraxes() if axis.cmin is not None]
     return [(html.unescape((name or "").replace("<br>", " ")), bar) for name, bar in found]
@@ -71,7 +72,7 @@ def _names(figure: go.Figure) -> list[str]:
 
 
 def _share(figures: list[go.Figure], name: str) -> None:
-    """Give the colour bars of that name the lowest and the highest end of all; texts on the colours stay readable."""
+    """Give the colour bars of that name the lowest and the highest end of all; adapt the colour of texts on them."""
     bars = [(figure, bar) for figure in figures for own, bar in _bars(figure) if own == name]
     ends = [(bar.zmin, bar.zmax) if isinstance(bar, go.Heatmap) else (bar.cmin, bar.cmax) for _, bar in bars]
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)
@@ -87,7 +88,7 @@ def _share(figures: list[go.Figure], name: str) -> None:
 
 
 def _ink_cells(figure: go.Figure, heat: go.Heatmap, low: float, high: float) -> None:
-    """Choose the ink of the texts in a heat map's cells again."""
+    """Choose anew the colours of the texts in a heat map's cells."""
     z = np.asarray(heat.z, dtype=float)
     columns = {x: j for j, x in enumerate(range(z.shape[1]) if heat.x is None else heat.x)}
     for text in figure.select_traces({"type": "scatter", "mode": "text"}):

@@ -34,15 +34,16 @@ def plot_direct_attribution(
 ) -> go.Figure:
     """What each part adds to a logit, or a difference of logits.
 
-    Heads are drawn as a map, layer up and head across, with columns of their own for what else a layer adds; so are
-    sublayers. What belongs to no layer (embeddings, the last biases) is in the title. Layers, neurons, positions and
-    tokens are drawn as bars, in their order from the top.
+    Heads and sublayers are drawn as a map: layers from bottom to top, heads from left to right, then a column for each
+    other thing that a layer adds. What belongs to no layer (embeddings, the last biases) is in the title. Layers,
+    neurons, positions and tokens are drawn as bars, the first at the top.
 
     Args:
         scores: `[parts]`, or the result of `direct_logit_attribution` of `nnterp.interventions`.
         parts: Their names ("L3.H5", "L3 mlp", "embeddings"); 0, 1, … if None.
-        most: Most bars: of more parts, those that add most, up or down. The title says of how many.
-        score: What they add to.
+        most: The largest number of bars. If there are more parts, those with the largest absolute scores are drawn, and
+            the title says so.
+        score: The name of what the parts add to.
         title: Plain text.
         prompt: For a result of several prompts, which one to draw, by its index.
         show: Also show the figure, in a notebook or a browser.
@@ -55,6 +56,12 @@ def plot_direct_attribution(
         ValueError: There is not one name for each score, `most` is not positive, the result has several prompts and
             none was chosen, or the mean was chosen of scores by position or token.
         IndexError: There is no such prompt.
+
+    Example:
+        >>> from nnterp import display
+        >>> figure = display.plot_direct_attribution([0.5, -0.2, 0.1], ["L0.H0", "L0.H1", "L0 mlp"])
+        >>> figure.data[0].z.tolist()
+        [[0.5, -0.2, 0.1]]
     """
     if most < 1:
         raise ValueError(f"most is the number of bars, at least 1, not {most!r}.")

@@ -1,4 +1,4 @@
-"""Edges of a graph as lines: blue raises, orange lowers, the wider the stronger."""
+"""Edges of a graph as lines: blue for positive scores, orange for negative ones, wider for stronger ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def edge_lines(segments: Sequence[Segment], raises: str, lowers: str) -> list[go
 
     Args:
         segments: The edges.
-        raises, lowers: What the legend says of those with a positive and with a negative score.
+        raises, lowers: The legend's text for edges with a positive and with a negative score.
     """
     most = max(abs(score) for _, _, score in segments) or 1.0
     groups: dict[tuple[bool, int], list[Segment]] = {}
@@ -53,11 +53,11 @@ def edge_lines(segments: Sequence[Segment], raises: str, lowers: str) -> list[go
 
 
 def edge_middles(segments: Sequence[Segment], hover: Sequence[str]) -> go.Scatter:
-    """Points in the middle of edges, which show what an edge is.
+    """Invisible points in the middle of edges, which show the edge's text on hovering.
 
     Args:
         segments: The edges.
-        hover: The text of each, escaped.
+        hover: The text of each edge, escaped.
     """
     places = np.array([[a, b] for a, b, _ in segments]).mean(1)
     return go.Scatter(

@@ -1,4 +1,4 @@
-"""What a feature is active on: contexts, one below the other, each token coloured by the activation."""
+"""The contexts in which a feature is most active, each token coloured by the activation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plot_features(
     Args:
         report: The result of `nnterp.interventions.feature_report`.
         feature: Which feature; not needed if the report holds one.
-        top: At most so many contexts; all if None.
+        top: The largest number of contexts to draw; all if None.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 

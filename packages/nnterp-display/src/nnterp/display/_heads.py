@@ -1,4 +1,4 @@
-"""How far each head is of a kind: a heat map of layers × heads, with the null control."""
+"""Scores of heads, as a heat map of layers × heads, with the null control."""
 
 from __future__ import annotations
 
@@ -29,22 +29,29 @@ def plot_heads(
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
-    """A score of each head, layer up and head across; a ring marks the heads that are beyond the null control.
+    """A heat map of the score of each head; a ring marks the heads that are above the null control.
 
     Args:
         scores: `[layers, heads]`, or the result of `nnterp.interventions.head_scores`.
-        tensor: Of a result the tensor to draw: "scores", "control", "attention", ...
+        tensor: The tensor of a result to draw: "scores", "control", "attention", ...; "scores" if None.
         layers, heads: Labels; 0, 1, … if None.
-        threshold, deviations: A head is beyond the control if its score is at least so much, and so many standard
-            deviations of the control, above the control's mean: as `HeadScores.heads`.
+        threshold, deviations: A head gets a ring if its score exceeds the control's mean by at least `threshold`, and
+            by at least `deviations` standard deviations of the control: as in `HeadScores.heads`. Plain tensors have
+            no control, so no rings.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
-        The figure, coloured from 0 to the largest score. Hovering says the score and its control.
+        The figure, layer 0 at the bottom, coloured from 0 to the largest score. Hovering says score and control.
 
     Raises:
         ValueError: Labels do not fit their axis, or a result has no such tensor over layers and heads.
+
+    Example:
+        >>> from nnterp import display
+        >>> figure = display.plot_heads([[0.1, 0.9], [0.0, 0.3]])
+        >>> float(figure.data[0].zmax)
+        0.9
     """
     if is_numbers(scores):
         given = as_array(scores, "scores ([layers, heads])", 2)

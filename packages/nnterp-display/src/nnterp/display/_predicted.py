@@ -1,4 +1,4 @@
-"""What a model predicted at each position, checked: log-probabilities and the tokens that really came."""
+"""What a model predicted at each position, beside the token that came."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnterp.indices import integers
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predictions of some tokens.
+    """Predictions at some positions, and the tokens that came there; log-probabilities in nats.
 
     Attributes:
         ids: `[n]`, the tokens that came.

@@ -1,4 +1,4 @@
-"""Effect of a steering against what it breaks: one line a layer, one point a factor."""
+"""Effect of a steering against its damage."""
 
 from __future__ import annotations
 
@@ -29,18 +29,25 @@ def plot_steering(
 
     Args:
         effect: `[layers, factors]`, or the result of `nnterp.interventions.steering_sweep`.
-        damage: `[layers, factors]`; for a result the measure to draw ("kl", "perplexity", ...), by default its first.
+        damage: `[layers, factors]`; for a result, the name of the measure to draw ("kl", "perplexity", ...), by default
+            its first.
         layers: Labels of the layers; 0, 1, … if None.
         factors: Labels of the factors; 0, 1, … if None.
-        plain: The damage without steering, where a dotted line is drawn; a result has it.
+        plain: The damage without steering, drawn as a dotted line; taken from a result if None.
         title: Plain text.
         show: Also show the figure, in a notebook or a browser.
 
     Returns:
-        The figure. Each line runs in the order of the factors; hovering says which.
+        The figure. Each line follows the factors from small to large; hovering says layer, factor, effect and damage.
 
     Raises:
         ValueError: Effect and damage differ in shape, labels do not fit, or a result has no such measure.
+
+    Example:
+        >>> from nnterp import display
+        >>> figure = display.plot_steering([[0.0, 1.0]], [[0.0, 0.2]], layers=[5], factors=[0, 2])
+        >>> figure.data[0].name
+        '5'
     """
     if is_numbers(effect):
         if not is_numbers(damage):

@@ -26,13 +26,13 @@ def plot_surprise(
     title: str | None = None,
     show: bool = False,
 ) -> go.Figure:
-    """A text, each token coloured by its surprise: the loss on it, −log of the probability the model gave it, in nats.
+    """A text, each token coloured by its surprise (its loss): −log of the probability that the model gave it, in nats.
 
     Args:
         logits: `[positions, vocab]`, the model's logits (or log-probabilities) at each position of the text.
         tokens: `[positions]`, the ids of the text's tokens. The first is predicted by nothing and has no surprise.
         tokenizer: Names the tokens.
-        top_k: How many tokens hovering lists that the model expected there.
+        top_k: How many of the tokens that the model expected are listed on hovering.
         limits: The lowest and the highest surprise of the colour scale; 0 and the largest if None.
         title: Plain text; if None, it says the mean loss and the perplexity.
         show: Also show the figure, in a notebook or a browser.
@@ -42,8 +42,8 @@ def plot_surprise(
         expected instead.
 
     Raises:
-        ValueError: There are fewer than two tokens, there is not one row of logits for each, an id is not in the
-            vocabulary, or these are probabilities.
+        ValueError: There are fewer than two tokens, `logits` has not one row for each token or holds probabilities, or
+            an id is not in the vocabulary.
 
     Example:
         >>> import torch

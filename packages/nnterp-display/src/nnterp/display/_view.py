@@ -1,4 +1,4 @@
-"""Views: pages that answer to the mouse in ways that a plotly figure cannot, such as a picker of heads over a text."""
+"""Views: interactive pages for what a plotly figure cannot do, such as picking a head over a text."""
 
 from __future__ import annotations
 
@@ -23,16 +23,24 @@ PlotlyJs = Literal["inline", "directory", "cdn"]
 
 @dataclass(frozen=True)
 class View:
-    """A page with a text, or with figures side by side; `nnterp.display.save(view, "page.html")` writes it.
+    """An interactive page; `plot_attention_text` and `side_by_side` return one.
 
-    In a notebook it is shown as it is. The page opens offline and follows the reader's light or dark setting.
+    A notebook shows it below the cell, `view.show()` elsewhere, and `nnterp.display.save(view, "page.html")` writes it.
+    The page opens offline and follows the reader's light or dark setting.
 
     Attributes:
         title: The heading, plain text.
-        script: Name of the script that draws the page.
-        data: What it draws, in what JSON can hold.
-        needs_plotly: Whether it draws plotly figures.
-        height: Pixels of the frame in a notebook.
+        script: File name of the JavaScript that draws the page, in `_pages`.
+        data: What the script draws: values that JSON can hold.
+        needs_plotly: Whether the page draws plotly figures.
+        height: Height of the frame in a notebook, in pixels.
+
+    Example:
+        >>> import torch
+        >>> from nnterp import display
+        >>> view = display.plot_attention_text(torch.eye(2), ["a", "b"])
+        >>> view.page().startswith("<!doctype html>")
+        True
     """
 
     title: str
@@ -42,15 +50,16 @@ class View:
     height: int = 520
 
     def page(self, title: str | None = None, *, theme: Theme | None = None, plotlyjs: PlotlyJs = "inline") -> str:
-        """The HTML page.
+        """Return the page as HTML.
 
         Args:
             title: The title of the page; that of the view if None.
             theme: "light" or "dark"; the reader's setting if None.
-            plotlyjs: Where it finds plotly.js, if it needs it, as in `nnterp.display.save`.
+            plotlyjs: Where the page finds plotly.js, if it needs it: "inline", "directory" or "cdn", as in
+                `nnterp.display.save`.
 
         Raises:
-            ValueError: `theme` is neither.
+            ValueError: `theme` is none of these.
         """
         if theme not in (None, "light", "dark"):
             raise ValueError(f"theme must be 'light' or 'dark', not {theme!r}.")
@@ -116,5 +125,5 @@ def _colours(theme: Theme | None) -> str:
 
 
 def packed(numbers: np.ndarray) -> str:
-    """Numbers as the base64 of little-endian float32, which the page's script reads."""
+    """Encode numbers for the page's script: little-endian float32, in base64."""
     return b64encode(np.ascontiguousarray(numbers, dtype="<f4").tobytes()).decode()

@@ -10,7 +10,6 @@ import torch
 
 from nnterp.interventions._engine import Cell, Reduce
 from nnterp.interventions._tokens import ids_per_prompt
-from nnterp.record import Record
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
 Score: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]  # from logits [n, vocab] and their prompt's index to [n]
 
 
-class Bound(Record):
+@dataclass(frozen=True)
+class Bound:
     """A metric that is ready for some prompts: a function from logits `[n, vocab]` and their prompt's index to `[n]`.
 
     Attributes:
@@ -26,8 +26,8 @@ class Bound(Record):
         tokens: Ids of the only tokens whose logits it reads, int64 on the CPU; None if it reads all.
     """
 
-    def __init__(self, score: Score, tokens: torch.Tensor | None = None) -> None:
-        self.score, self.tokens = score, tokens
+    score: Score
+    tokens: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, prompt: int) -> torch.Tensor:
         return self.score(logits, prompt)
@@ -132,12 +132,14 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
     Raises:
         TypeError: It is neither a metric nor callable.
     """
-    bound: Score
+    tokens: torch.Tensor | None = None
+    score: Score
     if isinstance(metric, Metric):
-        bound = metric.bind(model, prompts, reference)
+        made: Any = metric.bind(model, prompts, reference)
+        score, tokens = (made.score, made.tokens) if isinstance(made, Bound) else (made, None)
     elif callable(metric):
 
-        def bound(logits: torch.Tensor, _: int) -> torch.Tensor:
+        def score(logits: torch.Tensor, _: int) -> torch.Tensor:
             return metric(logits)
     else:
         raise TypeError(
@@ -146,7 +148,7 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
         )
 
     def checked(logits: torch.Tensor, prompt: int) -> torch.Tensor:
-        made = bound(logits, prompt)
+        made = score(logits, prompt)
         if not isinstance(made, torch.Tensor) or made.shape != logits.shape[:1]:
             got = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
             raise ValueError(
@@ -155,7 +157,7 @@ def bind_metric(metric: Any, model: StandardizedTransformer, prompts: int, refer
             )
         return made.float()
 
-    return Bound(checked, bound.tokens if isinstance(bound, Bound) else None)
+    return Bound(checked, tokens)
 
 
 def bind_some(
@@ -176,7 +178,8 @@ def bind_some(
     whole = reference.new_zeros(max(chosen) + 1, reference.shape[1])
     whole[list(chosen)] = reference
     bound = bind_metric(metric, model, prompts, whole)
-    return Bound(lambda logits, prompt: bound(logits, chosen[prompt]), bound.tokens)
+    score = bound.score
+    return Bound(lambda logits, prompt: score(logits, chosen[prompt]), bound.tokens)
 
 
 def metric_name(metric: Any) -> str:
@@ -184,7 +187,7 @@ def metric_name(metric: Any) -> str:
     return metric.name if isinstance(metric, Metric) else getattr(metric, "__name__", "metric")
 
 
-def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.Tensor:
+def by_prompt(bound: Score, logits: torch.Tensor, prompts: list[int]) -> torch.Tensor:
     """The metric of logits `[n, vocab]`, each row of the prompt at the same place in `prompts`: `[n]`."""
     if len(set(prompts)) == 1:
         return bound(logits, prompts[0])
@@ -197,8 +200,8 @@ def by_prompt(bound: Bound, logits: torch.Tensor, prompts: list[int]) -> torch.T
 
 def scored(bound: Bound, cells: Sequence[Cell]) -> Reduce:
     """The `reduce` of a sweep that computes the metric of each cell, as "scores"."""
-    prompts = [cell.prompt for cell in cells]
-    return lambda logits, indices: {"scores": by_prompt(bound, logits, [prompts[i] for i in indices])}
+    prompts, score = [cell.prompt for cell in cells], bound.score
+    return lambda logits, indices: {"scores": by_prompt(score, logits, [prompts[i] for i in indices])}
 
 
 def _mean_at(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A call over many prompts in shards: several processes run a share each, and what they found is merged."""
+"""Run a function of this package over many prompts in shards, in one or several processes, and merge the results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nnterp.resuming import Call, differing
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-SHARD = "shard"  # where `about` of a stored result keeps which shard it is
+SHARD = "shard"  # the entry of a stored result's `about` that says which shard it is
 _PROMPTS = "prompts"
-_BY_PROMPT = ("clean", "corrupted")  # of a call's record: lists with an entry for each prompt
+_BY_PROMPT = ("clean", "corrupted")  # entries of `about` that have one item for each prompt
 
 
 def run_shards(
@@ -32,32 +32,33 @@ def run_shards(
     rank: tuple[int, int] | None = None,
     progress: bool | None = None,
 ) -> Result | None:
-    """Call `work` for some prompts at a time and keep each result in a folder; several processes share the calls.
+    """Call `work` once for every `prompts_per_shard` prompts and save each result; several processes share the calls.
 
-    Start the same program in every process. Process r of n computes shards r, r + n, r + 2n and so on, each a file that
-    is written at once when it is whole. Processes do not communicate: they need a folder that all of them see. Shards
-    that are there are not computed again, so a program that was killed is started again as it was, with any number of
-    processes; at most the shards it was working on are lost. Shards do not depend on the number of processes.
+    Start the same program in every process. Process r of n computes the shards r, r + n, r + 2n and so on. A shard is
+    one file, which is written when its result is complete. Processes do not communicate; they only need a folder that
+    all of them can write. A shard that exists is not computed again: if a program was killed, start it again, with any
+    number of processes. Only the shards that it was working on are lost.
 
     Args:
         model: The model. Its weights, dtype, edits and steering have to be the same in all processes.
-        work: Given the indices of some prompts, a `range`, returns the `Result` of a function of this package for these
-            prompts alone, in this order. Whatever depends on prompts, a metric for instance, it makes of these.
-        prompts: How many there are.
-        to: The folder. It is made if it is not there.
-        prompts_per_shard: How many prompts a shard holds; its result is lost if the process is killed meanwhile.
-        rank: The number of this process and how many there are; RANK and WORLD_SIZE if None, as `torchrun` and
-            `accelerate launch` set them; one process without these.
+        work: A function from the indices of some prompts, a `range`, to the `Result` of a function of this package for
+            these prompts alone, in this order. Make in `work` what depends on the prompts, such as a metric.
+        prompts: How many prompts there are in all.
+        to: The folder. It is created if it does not exist.
+        prompts_per_shard: How many prompts a shard holds. If a process is killed, at most so many are computed again.
+        rank: (number of this process, number of processes). If None, the environment variables RANK and WORLD_SIZE,
+            which `torchrun` and `accelerate launch` set; one process without them.
         progress: Show a progress bar; with None, only if the work lasts.
 
     Returns:
-        The result of all prompts if all shards are there now (see `merge_shards`), else None: other processes are still
-        at work, or have been killed.
+        The merged result of all prompts, as of `merge_shards`, if all shards exist now. Else None: other processes are
+        still running, or were killed.
 
     Raises:
-        ValueError: A shard in the folder was made by another call: other weights, prompts, code or versions; names what
-            differs. Or it is damaged; names the file, which is to be deleted.
-        TypeError: `work` returns no `Result`.
+        ValueError: A shard in the folder was made by another call (other weights, prompts, code or versions; says what
+            differs), or is damaged (names the file to delete). Or `work` returned a result of another number of
+            prompts.
+        TypeError: `work` did not return a `Result`.
         InsideTraceError: Called inside a trace of the model.
 
     Example:
@@ -112,10 +113,10 @@ def _one(folder: Path, number: int, some: range, settings: dict[str, Any], work:
 
 
 def _loaded(path: Path) -> Result:
-    """A shard.
+    """Read a shard.
 
     Raises:
-        ValueError: It is damaged, or a result that is no shard.
+        ValueError: The file is damaged, or holds a result that `run_shards` did not write.
     """
     try:
         found = Result.load(path)
@@ -127,20 +128,25 @@ def _loaded(path: Path) -> Result:
 
 
 def merge_shards(folder: str | Path) -> Result:
-    """The result of all prompts, from the shards that `run_shards` has written to a folder.
+    """Read the shards that `run_shards` wrote to a folder, and return the result of all prompts.
 
-    Axes of positions are as long as the longest; entries that a shorter prompt does not have are NaN, −1 for integers.
+    An axis of positions is as long as that of the longest prompt. Entries beyond a shorter prompt are NaN, −1 for
+    integers, False for booleans.
 
     Args:
-        folder: The folder.
+        folder: The folder that was `to` of `run_shards`.
 
     Returns:
-        A result of the class that `work` returned, its prompts in order.
+        A result of the class that `work` returned, with its prompts in order. Tensors are on the CPU, in their dtype.
 
     Raises:
         FileNotFoundError: There are no shards.
-        ValueError: Shards are missing (names their prompts), damaged, or of different calls (names what differs); or
-            `work` makes something of all its prompts together, an average for instance, so that shards have no sum.
+        ValueError: Shards are missing (says which prompts), damaged, or of different calls (says what differs). Or
+            `work` computes something over all its prompts together, such as an average, which cannot be merged.
+
+    Example:
+        >>> scores = merge_shards("patching")
+        >>> scores["scores"].shape[0]  # the number of prompts
     """
     folder = path_of(folder, "folder")
     paths = sorted(folder.glob("shard-*.safetensors"))
@@ -200,7 +206,7 @@ def _joined(name: str, shards: Sequence[Result], labels: dict[str, tuple[Any, ..
 
 
 def _about(shards: Sequence[Result]) -> dict[str, Any]:
-    """The record of the call: what all shards share, and lists with an entry for each prompt joined.
+    """Merge `about` of the shards: keep what they share, and join lists that have an item for each prompt.
 
     Raises:
         ValueError: Something else differs.
