@@ -12,7 +12,7 @@ from nnterp import EncoderDecoderPrompt, StandardizedTransformer
 from nnterp.certificate import certify
 from nnterp.errors import PaddingError, Unavailable
 from nnterp.inputs import as_given, encode, pad
-from nnterp.interventions import TargetPrompt, activation_patching, logit_lens, patchscope_lens
+from nnterp.interventions import Component, TargetPrompt, ablate, activation_patching, logit_lens, patchscope_lens
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
 from nnterp.testing import encoder_decoder_types, tiny_encoder_decoder, tiny_model, tiny_tokenizer
 
@@ -322,3 +322,26 @@ def test_a_drift_is_that_of_both_inputs():
     mine, its = (plain(which, one).encoder_hidden_states[2][0] for which in (model, other))
     errors = (mine - its).norm(dim=-1) / its.norm(dim=-1)
     close(torch.tensor(lines["encoder_layers_output", 1].worst), errors.max())
+
+
+def test_components_at_the_encoders_positions_are_refused():
+    model = model_of("t5")
+    for value in ("encoder_mlps_output", "cross_attention_keys"):
+        with pytest.raises(Unavailable, match="positions of the encoder's input"):
+            ablate(model, [prompt(model)], what=Component(value, 1), metric=lambda logits: logits[:, 7])
+
+
+def test_ablating_cross_attention_equals_a_plain_hook():
+    model = model_of("t5")
+    one = prompt(model)
+    found = ablate(
+        model, [one], what=Component("cross_attentions_output", 1), how="zero", metric=lambda logits: logits[:, 7]
+    )["scores"]
+    module = model._module.get_submodule(model.anatomy.blocks[1].cross_attn.exit)
+    handle = module.register_forward_hook(lambda _, args, out: (torch.zeros_like(out[0]), *out[1:]))
+    try:
+        hooked = plain(model, one).logits[0, -1, 7]
+    finally:
+        handle.remove()
+    assert (hooked - plain(model, one).logits[0, -1, 7]).abs() > 1e-4
+    close(found.flatten()[0], hooked)

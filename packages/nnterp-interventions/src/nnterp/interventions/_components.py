@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.defaults import plain_defaults
+from nnterp.errors import Unavailable
 from nnterp.indices import Indices, integer, integers, shown_slice
 from nnterp.inputs import Row
 from nnterp.interventions._engine import At, Edit, index_of, label_of, positions_axis, units_axis
@@ -107,6 +108,11 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
     value = get_value(component.value)
     if not value.per_layer:
         raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
+    if value.label.of_encoder:
+        raise Unavailable(
+            f"{value.name} has the positions of the encoder's input, and components those of the decoder's: patch it "
+            "with activation_patching, or write it in a trace."
+        )
     positions_axis(component.value)
     at = component.layer
     (layer,) = places_with(model, [value.name], [at] if isinstance(at, tuple) else at)
