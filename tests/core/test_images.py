@@ -213,6 +213,20 @@ def test_a_processor_makes_prompts_of_pairs():
     torch.testing.assert_close(found, expected.expand(2, -1, -1).float())
 
 
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
+def test_a_trace_passes_positions_on(model_type):
+    model = loaded(model_type)
+    prompt = tiny_image_inputs(model._module)
+    prompt["position_ids"] = torch.arange(prompt["input_ids"].shape[1])[None] * 2 + 3
+    with torch.no_grad():
+        expected = model._module(**prompt).logits
+    with model.trace(prompt):
+        logits = model.logits.save()
+    torch.testing.assert_close(logits, expected)
+    with pytest.raises(ValueError, match="position_ids of the encoding are not"):
+        model.collect(prompt, "logits")
+
+
 # -- models that are wrong with an image, and right on text ------------------------------------------------------------
 
 

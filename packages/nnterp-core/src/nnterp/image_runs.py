@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnterp.certificate import Certificate, certify_images
-from nnterp.inputs import Row, is_pair, pad, read_each
+from nnterp.inputs import Row, is_pair, pad, read_each, without_places
 from nnterp.named_transformer import NamedTransformer
 from nnterp.standing import unsteered
 
@@ -74,6 +74,7 @@ class ImageTransformer(NamedTransformer):
                 why = "they are padded" if padded else "nothing has proven that rows with images may share a batch"
                 raise ValueError(f"{rows} prompts with images in one encoding, and {why}: trace them one by one.")
             return prompt
-        (row,) = read_each(self, [prompt])
+        given = {} if is_pair(prompt) else dict(prompt)
+        (row,) = read_each(self, [without_places(given) if given else prompt])
         self.require_images(row)
-        return pad(self, [row]).encoding
+        return {**given, **pad(self, [row]).encoding}  # position_ids, labels, ... go along
