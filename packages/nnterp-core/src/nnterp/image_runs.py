@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from nnterp.certificate import Certificate, certify_images
 from nnterp.inputs import Row, is_pair, pad, read_each, without_places
 from nnterp.named_transformer import NamedTransformer
@@ -64,9 +66,12 @@ class ImageTransformer(NamedTransformer):
         """One prompt with an image as it is traced, once runs with images are proven; or several, none of them padded.
 
         Raises:
-            ValueError: Several prompts are padded, or nothing has proven that rows with images may share a batch.
+            ValueError: It is a list; several prompts are padded, or nothing has proven that rows with images may share a batch.
         """
-        rows = 1 if is_pair(prompt) or prompt["input_ids"].dim() == 1 else prompt["input_ids"].shape[0]
+        if isinstance(prompt, list):
+            raise ValueError("model.trace runs one prompt with an image, and was given a list: trace them one by one.")
+        ids = torch.as_tensor(() if is_pair(prompt) else prompt.get("input_ids", ()))
+        rows = len(ids) if ids.dim() > 1 else 1
         if rows > 1:
             mask = prompt.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
