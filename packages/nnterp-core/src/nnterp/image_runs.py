@@ -66,7 +66,8 @@ class ImageTransformer(NamedTransformer):
         """One prompt with an image as it is traced, once runs with images are proven; or several, none of them padded.
 
         Raises:
-            ValueError: It is a list; several prompts are padded, or nothing has proven that rows with images may share a batch.
+            ValueError: It is a list; several prompts are padded, or nothing has proven that rows with images may share
+                a batch.
         """
         if isinstance(prompt, list):
             raise ValueError("model.trace runs one prompt with an image, and was given a list: trace them one by one.")
