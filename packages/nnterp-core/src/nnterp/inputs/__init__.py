@@ -2,7 +2,7 @@
 
 from nnterp.inputs._batches import batches, by_length, forward_flags, left_padded, pad, sharing_first
 from nnterp.inputs._encode import Prompt, all_images, context_length, encode, encode_each, read_each, tokenized
-from nnterp.inputs._kinds import as_prompts, is_pair, token_ids
+from nnterp.inputs._kinds import as_prompts, is_pair, token_ids, without_places
 from nnterp.inputs._rows import Batch, Reader, Row
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "sharing_first",
     "token_ids",
     "tokenized",
+    "without_places",
 ]
