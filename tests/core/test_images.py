@@ -213,6 +213,47 @@ def test_a_processor_makes_prompts_of_pairs():
     torch.testing.assert_close(found, expected.expand(2, -1, -1).float())
 
 
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
+def test_a_trace_passes_positions_on(model_type):
+    model = loaded(model_type)
+    prompt = tiny_image_inputs(model._module)
+    prompt["position_ids"] = torch.arange(prompt["input_ids"].shape[1])[None] * 2 + 3
+    with torch.no_grad():
+        expected = model._module(**prompt).logits
+    with model.trace(prompt):
+        logits = model.logits.save()
+    torch.testing.assert_close(logits, expected)
+    with pytest.raises(ValueError, match="position_ids of the encoding are not"):
+        model.collect(prompt, "logits")
+
+
+def test_what_runs_no_images_says_so(tmp_path):
+    model = loaded("llava")
+    prompt = tiny_image_inputs(model._module)
+    listed = prompt | {"input_ids": prompt["input_ids"].tolist()}
+    with torch.no_grad():
+        expected = model._module(**prompt).logits
+    with model.trace(listed):
+        logits = model.logits.save()
+    torch.testing.assert_close(logits, expected)
+    with pytest.raises(ValueError, match="was given a list: trace them one by one"), model.trace([prompt, prompt]):
+        pass
+    without_mask = {name: tensor for name, tensor in prompt.items() if name != "attention_mask"}
+    for given in (prompt, [prompt, without_mask], (one for one in [without_mask])):
+        with pytest.raises(TypeError, match="has an image, and this function runs texts"):
+            model.collect(given, "layers_output", to=tmp_path / "out", progress=False)
+
+
+def test_encodings_of_texts_are_stored(tmp_path):
+    """As a tokenizer gives each: ids `[1, seq]`, with a mask or without."""
+    model, ids = loaded("llava"), torch.tensor([[5, 9, 12]])
+    given = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"input_ids": ids}]
+    stored = model.collect(given, "layers_output", layers=[1], to=tmp_path / "out", progress=False)
+    expected = model.collect(ids, "layers_output", layers=[1])["layers_output"].reshape(3, -1)
+    found = torch.as_tensor(stored["layers_output", 1][:])
+    torch.testing.assert_close(found, expected.repeat(2, 1))
+
+
 # -- models that are wrong with an image, and right on text ------------------------------------------------------------
 
 

@@ -212,3 +212,16 @@ def test_a_mask_says_where_positions_are(tiny):
     assert found["layers_output"][:, found.mask].dim() == 3
     assert model.collect([PROMPT, "The"], "layers_output", positions=-1).mask.tolist() == [True, True]
     assert model.collect([PROMPT, "The"], "layers_output", reduce="mean").mask is None
+
+
+def test_positions_that_would_not_be_used_are_refused(tiny):
+    """`collect` counts positions itself; others than its own gave the numbers of its own."""
+    model, ids = tiny("llama"), torch.tensor([[5, 6, 7], [9, 5, 6]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    usual = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.tensor([[0, 1, 2], [1, 0, 1]])}
+    assert [row.ids for row in encode(model, usual)] == [(5, 6, 7), (5, 6)]
+    for places in (torch.tensor([[3, 4, 5], [1, 3, 4]]), torch.tensor([1, 2, 3]), torch.zeros(3, 2, 3)):
+        with pytest.raises(ValueError, match="position_ids of the encoding are not 0, 1, 2"):
+            model.collect({**usual, "position_ids": places}, "layers_output")
+    with pytest.raises(ValueError, match="inputs_embeds of the encoding would not be used here"):
+        model.collect({"input_ids": ids, "inputs_embeds": torch.zeros(2, 3, 64)}, "layers_output")

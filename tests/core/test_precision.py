@@ -178,6 +178,9 @@ def test_what_cannot_be_compared_is_refused():
     shallow = StandardizedTransformer(tiny_model("llama", num_hidden_layers=3), tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="num_layers 3, and this one has 4"):
         model.validate(against=shallow)
+    narrow = StandardizedTransformer(tiny_model("llama", intermediate_size=96), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="intermediate_size 96, and this one has"):
+        model.validate(against=narrow)
     model._module.config.quantization_config = {"bits": 4}
     with pytest.raises(ValueError, match="its weights are quantised; load the model"):
         model.validate(against="float32")

@@ -1,10 +1,12 @@
 """Sweeps shared by processes: two of them, one killed, give the result of one call; what does not fit is refused."""
 
+import copy
 import itertools
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from nnterp.interventions import (
     components,
     edge_attribution,
     logit_difference,
+    logit_lens,
     logit_lens_table,
     merge_shards,
     run_shards,
@@ -133,6 +136,69 @@ def test_other_functions_shard_too(toy, tmp_path):
     for function in (ablated, table):
         folder = tmp_path / function.__name__
         same(run_shards(toy, function, 4, folder, prompts_per_shard=3, **SETTINGS), function(range(4)))
+
+
+def test_labels_are_those_of_one_call(toy, tmp_path):
+    """Positions from the end are others in each shard; bytes of tokens are kept."""
+
+    def lens(some):
+        return logit_lens(toy, [IDS[i] for i in some], top_k=2, positions=[-1, -2], layers=[1, 7], **SETTINGS)
+
+    def broken(some):
+        return replace(lens(some), token_bytes=dict.fromkeys(some, "ff"))
+
+    same(run_shards(toy, lens, 3, tmp_path / "lens", prompts_per_shard=1, **SETTINGS), lens(range(3)))
+    found = run_shards(toy, broken, 3, tmp_path / "bytes", prompts_per_shard=2, **SETTINGS)
+    assert found.token_bytes == {0: "ff", 1: "ff", 2: "ff"}
+
+
+@dataclass
+class Pair:
+    ids: list[int]
+    right: int
+
+
+class Options:
+    def __init__(self, layer):
+        self.layer = layer
+
+
+IDS = [[5, 9, 7, 14], [5, 9, 7, 15, 3], [6, 2]]
+RECORDS = [Pair([5, 9, 7], 5), Pair([6, 2], 6)]
+METRIC = logit_difference(5, 9)
+OPTIONS = Options(1)
+
+
+def of_globals(some):
+    parts = components(MODEL["toy"], "mlps_output", layers=[OPTIONS.layer])
+    return ablate(MODEL["toy"], [RECORDS[i].ids for i in some], parts, metric=METRIC, **SETTINGS)
+
+
+MODEL = {}
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("RECORDS", [Pair([5, 9, 7], 5), Pair([6, 3], 6)]),
+        ("METRIC", logit_difference(6, 9)),
+        ("OPTIONS", Options(2)),
+    ],
+)
+def test_records_that_work_reads_belong_to_the_call(toy, tmp_path, monkeypatch, name, other):
+    """Shards of other data were merged with those of this call."""
+    monkeypatch.setitem(MODEL, "toy", toy)
+
+    def run(rank):
+        return run_shards(toy, of_globals, 2, tmp_path, prompts_per_shard=1, rank=rank, **SETTINGS)
+
+    assert run((0, 2)) is None
+    before = getattr(sys.modules[__name__], name)
+    monkeypatch.setitem(globals(), name, other)
+    with pytest.raises(ValueError, match=rf"was made with work \(global variable '{name}'\)"):
+        run((0, 1))
+    monkeypatch.setitem(globals(), name, copy.deepcopy(before))
+    assert run((0, 1)) is not None
 
 
 def test_what_averages_over_prompts_is_refused(toy, tmp_path):

@@ -26,6 +26,22 @@ def test_logits_of_some_tokens_are_huggingfaces(model_type):
         torch.testing.assert_close(model.project_on_vocab(leaving[0, 1], TOKENS), own[0, 1])
 
 
+def test_small_integers_are_ids():
+    model, hidden = wrapped("llama", check=True), torch.randn(3, 64)
+    found = model.project_on_vocab(hidden, torch.tensor([7, 31], dtype=torch.int8))
+    torch.testing.assert_close(found, model.project_on_vocab(hidden)[:, [7, 31]])
+
+
+def test_a_hook_on_every_module_counts():
+    model, hidden = wrapped("llama", check=True), torch.randn(3, 64)
+    head, before = model._module.lm_head, model.project_on_vocab(hidden, TOKENS)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, _, out: out * 2 if m is head else None)
+    try:
+        torch.testing.assert_close(model.project_on_vocab(hidden, TOKENS), before * 2)
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("change", ["hook", "forward"])
 def test_a_changed_head_is_run_as_it_is(change):
     model, hidden = wrapped.__wrapped__("llama", check=True), torch.randn(3, 64)  # its own, since it is changed
@@ -40,7 +56,7 @@ def test_a_changed_head_is_run_as_it_is(change):
     torch.testing.assert_close(after, model.project_on_vocab(hidden)[:, TOKENS])
 
 
-@pytest.mark.parametrize("tokens", [[], [-1], [509], [1.5], [[1, 2]], [True], torch.tensor(3)])
+@pytest.mark.parametrize("tokens", [[], [-1], [509], [1.5], [[1, 2]], [True], torch.tensor(3), "cat", ["cat"], {1, 2}])
 @pytest.mark.parametrize("model_type", ["llama", "bert"])
 def test_what_is_no_list_of_ids_is_refused(tokens, model_type):
     model = wrapped(model_type, check=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks_everywhere
 
 from nnterp.traced import project_on_vocab
 
@@ -41,7 +42,8 @@ def _rows(module: nn.Module, path: str | None, ids: torch.Tensor) -> Head | None
     forward = head.__dict__.get("forward")
     state = getattr(forward, "state", None)  # nnsight's forward keeps the one that it found
     own = forward is None if state is None else state.original is nn.Linear.forward
-    if not own or head._forward_hooks or head._forward_pre_hooks or "_hf_hook" in head.__dict__:
+    everywhere = hooks_everywhere._global_forward_hooks or hooks_everywhere._global_forward_pre_hooks
+    if not own or everywhere or head._forward_hooks or head._forward_pre_hooks or "_hf_hook" in head.__dict__:
         return None
     at = ids.to(head.weight.device)
     weight, bias = head.weight, head.bias
@@ -49,9 +51,13 @@ def _rows(module: nn.Module, path: str | None, ids: torch.Tensor) -> Head | None
 
 
 def _ids(tokens: Sequence[int] | torch.Tensor, size: int | None) -> torch.Tensor:
-    ids = torch.as_tensor(tokens)
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
     whole = ids.dim() == 1 and len(ids) > 0 and not ids.is_floating_point() and ids.dtype != torch.bool
+    ids = ids.long() if whole else ids
     if not whole or bool((ids < 0).any()) or bool((ids >= (size or 1 << 62)).any()):
         most = "" if size is None else f" to {size - 1}"
         raise ValueError(f"tokens is a list of ids from 0{most}, not {tokens!r:.80}.")
-    return ids.long()
+    return ids

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from nnterp.certificate import Certificate, certify_images
-from nnterp.inputs import Row, is_pair, pad, read_each
+from nnterp.inputs import Row, is_pair, pad, read_each, without_places
 from nnterp.named_transformer import NamedTransformer
 from nnterp.standing import unsteered
 
@@ -70,10 +72,14 @@ class ImageTransformer(NamedTransformer):
         Proves runs with images first, if one prompt is given and nothing has proven them yet.
 
         Raises:
-            ValueError: Several prompts are padded, or nothing has proven that rows with images may share a batch.
+            ValueError: It is a list; several prompts are padded, or nothing has proven that rows with images may share
+                a batch.
             CertificateError: The proof fails.
         """
-        rows = 1 if is_pair(prompt) or prompt["input_ids"].dim() == 1 else prompt["input_ids"].shape[0]
+        if isinstance(prompt, list):
+            raise ValueError("model.trace runs one prompt with an image, and was given a list: trace them one by one.")
+        ids = torch.as_tensor(() if is_pair(prompt) else prompt.get("input_ids", ()))
+        rows = len(ids) if ids.dim() > 1 else 1
         if rows > 1:
             mask = prompt.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
@@ -81,6 +87,7 @@ class ImageTransformer(NamedTransformer):
                 why = "they are padded" if padded else "nothing has proven that rows with images may share a batch"
                 raise ValueError(f"{rows} prompts with images in one encoding, and {why}: trace them one by one.")
             return prompt
-        (row,) = read_each(self, [prompt])
+        given = {} if is_pair(prompt) else dict(prompt)
+        (row,) = read_each(self, [without_places(given) if given else prompt])
         self.require_images(row)
-        return pad(self, [row]).encoding
+        return {**given, **pad(self, [row]).encoding}  # position_ids, labels, ... go along

@@ -91,7 +91,7 @@ def _reference(model: NamedTransformer, against: Any) -> tuple[NamedTransformer,
         raise ValueError(f"against is 'float32' or a StandardizedTransformer, not {against!r:.80}.")
     if not against.dispatched or against.facts.proof != "weights":
         raise ValueError("The model given as against is not proven: load its weights and call its validate() first.")
-    for what in ("num_layers", "vocab_size"):
+    for what in ("num_layers", "vocab_size", "hidden_size", "num_heads", "intermediate_size"):
         if getattr(model, what) != getattr(against, what):
             raise ValueError(
                 f"The model given as against has {what} {getattr(against, what)}, and this one has "

@@ -288,7 +288,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
         else:
             self.dispatch()
             self.notice_changes()
-            if inputs and (holds_images(inputs[0]) or is_pair(inputs[0])):
+            first = inputs[0] if inputs else None
+            if any(holds_images(one) or is_pair(one) for one in (first if isinstance(first, list) else [first])):
                 inputs = (self._with_images(inputs[0]), *inputs[1:])
             elif holds_images(kwargs) and "input_ids" in kwargs:
                 self._with_images(kwargs)

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from nnterp.images import holds_images
 from nnterp.inputs import Reader, as_prompts
 
 _COLUMNS = ("text", "prompt", "messages", "input_ids")
@@ -61,9 +62,18 @@ def _lines(path: Path) -> Iterator[Any]:
             yield _entry(entry, f"Line {number} of {path}")
 
 
+def _row(values: Any, label: str) -> Any:
+    """The only row of a tensor or array with two axes, as a tokenizer gives one text; anything else as it is."""
+    if getattr(values, "ndim", 1) != 2:
+        return values
+    if len(values) != 1:
+        raise ValueError(f"{label} is an encoding of {len(values)} prompts; in a list, give one for each prompt.")
+    return values[0]
+
+
 def _entry(entry: Any, label: str) -> Any:
     """The prompt that an entry of a source stands for."""
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, Mapping) or holds_images(entry):  # who runs texts refuses images
         return entry
     found = [name for name in _COLUMNS if name in entry]
     if len(found) != 1:
@@ -72,6 +82,9 @@ def _entry(entry: Any, label: str) -> Any:
             f"{', '.join(_COLUMNS)}. Or give a generator of prompts: (row['question'] for row in rows)."
         )
     prompt, mask = entry[found[0]], entry.get("attention_mask")
-    if found[0] != "input_ids" or mask is None:
+    if found[0] != "input_ids":
+        return prompt
+    prompt, mask = _row(prompt, label), None if mask is None else _row(mask, label)
+    if mask is None:
         return prompt
     return [int(token) for token, keep in zip(prompt, mask, strict=True) if keep]

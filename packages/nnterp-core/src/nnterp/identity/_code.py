@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -9,8 +10,10 @@ from types import CodeType, EllipsisType, FunctionType, NoneType
 from typing import Any
 
 import torch
+from torch import nn
 
 SIMPLE = (bool, int, float, complex, str, bytes, NoneType, EllipsisType, range, torch.dtype, torch.device)
+_DEPTH = 16  # containers and records in one another, at most
 
 
 @lru_cache(4096)
@@ -34,7 +37,7 @@ def closure_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def plain_values(names: Iterable[str], scope: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the variables with plain values: numbers, texts, tensors, arrays, and containers of these."""
+    """Return the variables with plain values: numbers, texts, tensors, arrays, and what holds these."""
     return [(name, scope[name]) for name in names if name in scope and is_plain(scope[name])]
 
 
@@ -53,13 +56,44 @@ def neighbours(function: FunctionType) -> list[tuple[str, FunctionType | type]]:
     ]
 
 
-def is_plain(value: Any, depth: int = 16) -> bool:
-    """Return True for numbers, texts, tensors, arrays, and containers of these, at most `depth` in one another."""
+def is_plain(value: Any) -> bool:
+    """Return True for numbers, texts, tensors, arrays, and containers and records of these.
+
+    A record is an object of a dataclass, whose fields may also be functions, or an object that pickle takes apart into
+    its attributes and that is not callable. Records that hold themselves, or others in many levels, are not plain.
+    """
+    return _is_plain(value, (), set())
+
+
+def _is_plain(value: Any, inside: tuple[int, ...], seen: set[int]) -> bool:
+    """`inside`: the `id`s of the containers and records that this value is a part of; `seen`: of those found plain."""
+    if isinstance(value, (*SIMPLE, torch.Tensor)) or is_array(value) or id(value) in seen:
+        return True
+    if len(inside) > _DEPTH or id(value) in inside:
+        return False
     if isinstance(value, (list, tuple, set, frozenset)):
-        return depth > 0 and all(is_plain(item, depth - 1) for item in value)
-    if isinstance(value, dict):
-        return depth > 0 and all(is_plain(item, depth - 1) for pair in value.items() for item in pair)
-    return isinstance(value, (*SIMPLE, torch.Tensor)) or is_array(value)
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif isinstance(value, (type, nn.Module, FunctionType)):
+        return False
+    elif dataclasses.is_dataclass(value):
+        parts = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+        parts = [part for part in parts if not isinstance(part, FunctionType)]
+    elif _is_record(value):
+        parts = list(vars(value).values())
+    else:
+        return False
+    if not all(_is_plain(part, (*inside, id(value)), seen) for part in parts):
+        return False
+    seen.add(id(value))
+    return True
+
+
+def _is_record(value: Any) -> bool:
+    hooks = ("__reduce__", "__reduce_ex__", "__getstate__")
+    usual = all(getattr(type(value), name, None) is getattr(object, name, None) for name in hooks)
+    return usual and hasattr(value, "__dict__") and not callable(value)
 
 
 def is_array(value: Any) -> bool:

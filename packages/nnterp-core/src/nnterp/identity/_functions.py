@@ -20,7 +20,7 @@ def parts_of_function(function: Callable[..., Any]) -> dict[str, Any]:
     """Return a `summary` of everything that decides what a callable returns, under names for messages.
 
     These are the code, the default values, the variables of the closure, the arguments that a `functools.partial` sets,
-    the plain values of global variables, the functions and classes of the same module that it uses, and the attributes
+    the global variables that hold data, the functions and classes of the same module that it uses, and the attributes
     of a callable object.
     """
     found: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from nnterp.inputs._encode import (
     read_each,
     tokenized,
 )
-from nnterp.inputs._kinds import as_prompts, is_pair, token_ids
+from nnterp.inputs._kinds import as_prompts, is_pair, token_ids, without_places
 from nnterp.inputs._rows import Batch, EncoderDecoderPrompt, Reader, Row, given
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "sharing_side",
     "token_ids",
     "tokenized",
+    "without_places",
 ]

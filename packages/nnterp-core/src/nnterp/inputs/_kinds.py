@@ -57,7 +57,29 @@ def _rows_of(encoding: Mapping[str, Any]) -> list[torch.Tensor]:
     ids = _tensor(encoding["input_ids"])
     mask = _tensor(encoding.get("attention_mask", torch.ones_like(ids)))
     ids, mask = (t.unsqueeze(0) if t.dim() == 1 else t for t in (ids, mask))
+    _refuse_places(encoding, mask)
     return [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+
+
+def _refuse_places(encoding: Mapping[str, Any], mask: torch.Tensor) -> None:
+    """Refuse embeddings, and positions other than those that tokens have by themselves: what reads ids runs neither."""
+    told = "would not be used here: leave it out, or give the encoding to model.trace, which passes it on."
+    if encoding.get("inputs_embeds") is not None:
+        raise ValueError(f"inputs_embeds of the encoding {told}")
+    if encoding.get("position_ids") is None:
+        return
+    places, keep, own = _tensor(encoding["position_ids"]), mask.bool(), mask.long().cumsum(-1) - 1
+    places = places.unsqueeze(0) if places.dim() == 1 else places
+    fits = tuple(places.shape) in ((1, own.shape[1]), tuple(own.shape))
+    if not fits or not torch.equal(places.to(own).expand_as(own)[keep], own[keep]):
+        raise ValueError(
+            f"position_ids of the encoding are not 0, 1, 2, ... from each prompt's first token, and {told}"
+        )
+
+
+def without_places(encoding: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoding without the entries that say where its tokens stand, or what they are embedded as."""
+    return {name: value for name, value in encoding.items() if name not in ("position_ids", "inputs_embeds")}
 
 
 def is_pair(prompt: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,7 @@ def _one(folder: Path, number: int, some: range, settings: dict[str, Any], work:
         have = f"has {len(made.labels[_PROMPTS])}" if _PROMPTS in made.labels else "has no axis of prompts"
         raise ValueError(f"work was given {len(some)} prompts, and the {type(made).__name__} it returned {have}.")
     about = {**made.about, SHARD: {"first": some.start, "end": some.stop, "settings": settings}}
-    kept = type(made)(made.tensors, made.axes, made.labels, made.tokens, made.vocabulary, about)
-    kept.save(path)
+    replace(made, about=about).save(path)
 
 
 def _loaded(path: Path) -> Result:
@@ -175,13 +175,17 @@ def _merged(shards: Sequence[Result]) -> Result:
     for axis in first.labels:
         if axis != _PROMPTS:
             labels[axis] = max((shard.labels[axis] for shard in shards), key=len)
-            if any(shard.labels[axis] != labels[axis][: len(shard.labels[axis])] for shard in shards):
+            if axis == "positions" and all(isinstance(one, int) for shard in shards for one in shard.labels[axis]):
+                same = all(shard.labels[axis] == labels[axis] for shard in shards)
+                labels[axis] = labels[axis] if same else tuple(range(len(labels[axis])))  # as of prompts in one call
+            elif any(shard.labels[axis] != labels[axis][: len(shard.labels[axis])] for shard in shards):
                 raise ValueError(f"The shards' labels of the axis {axis} differ, so they do not make one result.")
     tensors = {name: _joined(name, shards, labels) for name in first.tensors}
     width = max((len(tokens) for shard in shards for tokens in shard.tokens), default=0)
     tokens = tuple((*own, *(None,) * (width - len(own))) for shard in shards for own in shard.tokens)
     vocabulary = {i: text for shard in shards for i, text in shard.vocabulary.items()}
-    return type(first)(tensors, first.axes, labels, tokens, vocabulary, _about(shards))
+    pieces = {i: piece for shard in shards for i, piece in shard.token_bytes.items()}
+    return type(first)(tensors, first.axes, labels, tokens, vocabulary, _about(shards), pieces)
 
 
 def _joined(name: str, shards: Sequence[Result], labels: dict[str, tuple[Any, ...]]) -> torch.Tensor:
