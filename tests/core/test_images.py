@@ -81,9 +81,9 @@ def test_runs_with_an_image_are_proven(model_type):
     assert len(skipped) <= 3
     with torch.no_grad():
         expected = model._module(**prompt).logits
-    with model.trace(prompt):
-        logits = model.logits.save()
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+        with model.trace(prompt):
+            logits = model.logits.save()  # without gradients too: attention has another kernel with them
+    torch.testing.assert_close(logits, expected)
 
 
 def returned(output):

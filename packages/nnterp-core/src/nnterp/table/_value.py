@@ -19,7 +19,7 @@ class Label(Record):
         shape: Its axes.
         description: One sentence.
         per_layer: Whether it is indexed by layer.
-        stack: Which layers these are: "layers", those of the residual stream, or "vision", those of the vision tower.
+        stack: As in `Value`.
     """
 
     def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: str = "layers") -> None:

@@ -83,7 +83,7 @@ class ModuleListAccessor:
 
 
 def depth(model: Running, value: Label | Value) -> int:
-    """How many layers the stack has that a value is of."""
+    """Number of layers that have a value's kind."""
     return model.num_vision_layers if value.stack == "vision" else model.num_layers
 
 
