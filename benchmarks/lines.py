@@ -245,22 +245,27 @@ def _plus(output: object, vector: torch.Tensor) -> object:
     return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
 
 
+def _kept_by_hooks(model: StandardizedTransformer, run: Run, take: object) -> list[torch.Tensor]:
+    """A copy of a part of each layer's output, kept by a hook while `run` runs."""
+    found: list[torch.Tensor] = []
+
+    def keep(module: object, args: object, out: object) -> None:
+        found.append(take(out[0] if isinstance(out, tuple) else out).clone())
+
+    handles = [model._module.get_submodule(path).register_forward_hook(keep) for path in model.layer_paths]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def _hooked(model: StandardizedTransformer, run: Run, take: object) -> Run:
     """A run with a hook on each layer that copies a part of its output."""
-    blocks = [model._module.get_submodule(path) for path in model.layer_paths]
 
     def hooked() -> None:
-        found: list[torch.Tensor] = []
-
-        def keep(module: object, args: object, out: object) -> None:
-            found.append(take(out[0] if isinstance(out, tuple) else out).clone())
-
-        handles = [block.register_forward_hook(keep) for block in blocks]
-        try:
-            run()
-        finally:
-            for handle in handles:
-                handle.remove()
+        found = _kept_by_hooks(model, run, take)
         torch.stack(found).cpu() if len({f.shape for f in found}) == 1 else [f.cpu() for f in found]
 
     return hooked
@@ -268,23 +273,11 @@ def _hooked(model: StandardizedTransformer, run: Run, take: object) -> Run:
 
 def _hooked_lens(model: StandardizedTransformer, run: Run) -> Run:
     """A lens by hooks: the last token of all layers, then the final norm, the head and probabilities, all at once."""
-    blocks = [model._module.get_submodule(path) for path in model.layer_paths]
     after = [model._module.get_submodule(path) for path in (model.readout.ln_final, model.readout.lm_head) if path]
 
     @torch.no_grad()
     def lens() -> None:
-        found: list[torch.Tensor] = []
-
-        def keep(module: object, args: object, out: object) -> None:
-            found.append((out[0] if isinstance(out, tuple) else out)[:, -1].clone())
-
-        handles = [block.register_forward_hook(keep) for block in blocks]
-        try:
-            run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        logits = torch.stack(found, dim=1)
+        logits = torch.stack(_kept_by_hooks(model, run, lambda out: out[:, -1]), dim=1)
         for module in after:
             logits = module(logits)
         logits.float().softmax(-1).cpu()

@@ -34,7 +34,11 @@ NO_PROJECTOR = {
     "exaone4_5": "merged windows are put back in order",
     "granite4_vision": "features of several layers are spread over the stream",
     "kosmos-2.5": "features are scaled one by one",
+    "llava_next": "rows of features get new lines between them",
+    "llava_next_video": "rows of features get new lines between them",
+    "llava_onevision": "rows of features get new lines between them",
     "mllama": "attended to",
+    "molmo2": "features are added to what is embedded",
     "ovis2": "a table of visual words is read between the two",
     "qwen2_5_omni_thinker": "merged windows are put back in order",
     "qwen2_5_vl": "merged windows are put back in order",
@@ -77,8 +81,8 @@ def test_runs_with_an_image_are_proven(model_type):
     assert len(skipped) <= 3
     with torch.no_grad():
         expected = model._module(**prompt).logits
-    with model.trace(prompt):
-        logits = model.logits.save()
+        with model.trace(prompt):
+            logits = model.logits.save()  # without gradients too: attention has another kernel with them
     torch.testing.assert_close(logits, expected)
 
 

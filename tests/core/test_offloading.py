@@ -41,8 +41,9 @@ def on_disk(folder, model_type):
     layers = LAYERS[model_type]
     far = (f"{layers}.1", f"{layers}.2", *(path for path in ("model.norm", "transformer.ln_f") if has(module, path)))
     every = {path for path, inner in module.named_modules() if path and not list(inner.children())}
-    placed = {path: "cpu" for path in every if not path.startswith(f"{layers}.")}
-    placed |= {f"{layers}.{i}": "cpu" for i in range(4)} | dict.fromkeys(far, "disk")
+    placed = dict.fromkeys(far, "disk")  # first, where transformers' pipeline looks for the device of its inputs
+    placed |= {path: "cpu" for path in sorted(every - set(far)) if not path.startswith(f"{layers}.")}
+    placed |= {f"{layers}.{i}": "cpu" for i in range(4) if f"{layers}.{i}" not in placed}
     options = {"device_map": placed, "offload_folder": tempfile.mkdtemp(dir=folder.parent)}
     return StandardizedTransformer(folder, enable_attention_probs=True, **options)
 

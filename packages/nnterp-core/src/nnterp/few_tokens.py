@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks_everywhere
 
-from nnterp.traced import project_on_vocab
+from nnterp.traced import Readout, project_on_vocab
 
 if TYPE_CHECKING:
-    from nnterp.traced import Head, TracedTransformer
+    from nnterp.traced import TracedTransformer
 
 
 def logits_of(
@@ -27,27 +27,41 @@ def logits_of(
     if tokens is None:
         return project_on_vocab(model, readout, hidden)
     ids = _ids(tokens, model.vocab_size)
-    head = _rows(model._module, readout.lm_head, ids) if readout.way == "chain" else None
-    if head is not None:
-        return project_on_vocab(model, readout, hidden, head)
+    head = None if readout.lm_head is None else model._module.get_submodule(readout.lm_head)
+    if readout.way == "chain" and _is_plain(head):
+        return project_on_vocab(model, _OfTokens(readout, ids), hidden)
     logits = project_on_vocab(model, readout, hidden)
     return logits[..., ids.to(logits.device)]
 
 
-def _rows(module: nn.Module, path: str | None, ids: torch.Tensor) -> Head | None:
-    """What the head does, for these tokens; None if it is no plain linear layer, or was changed."""
-    head = None if path is None else module.get_submodule(path)
+class _OfTokens(Readout):
+    """A readout by the chain whose head is a plain linear layer, for some tokens."""
+
+    def __init__(self, readout: Readout, ids: torch.Tensor) -> None:
+        self.__dict__.update(vars(readout))
+        self.ids = ids
+
+    def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., tokens]`."""
+        assert self.lm_head is not None
+        head: Any = module.get_submodule(self.lm_head)
+        if self.ln_final is not None:
+            hidden = module.get_submodule(self.ln_final)(hidden)
+        at = self.ids.to(head.weight.device)
+        bias = None if head.bias is None else head.bias[at]
+        return self.chain.finish(nn.functional.linear(hidden, head.weight[at], bias))
+
+
+def _is_plain(head: nn.Module | None) -> bool:
+    """Whether a head is a linear layer that nobody has changed."""
     if not isinstance(head, nn.Linear) or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
-        return None
+        return False
     forward = head.__dict__.get("forward")
     state = getattr(forward, "state", None)  # nnsight's forward keeps the one that it found
     own = forward is None if state is None else state.original is nn.Linear.forward
     everywhere = hooks_everywhere._global_forward_hooks or hooks_everywhere._global_forward_pre_hooks
-    if not own or everywhere or head._forward_hooks or head._forward_pre_hooks or "_hf_hook" in head.__dict__:
-        return None
-    at = ids.to(head.weight.device)
-    weight, bias = head.weight, head.bias
-    return lambda hidden: nn.functional.linear(hidden, weight[at], None if bias is None else bias[at])
+    hooked = everywhere or head._forward_hooks or head._forward_pre_hooks
+    return own and not hooked and "_hf_hook" not in head.__dict__
 
 
 def _ids(tokens: Sequence[int] | torch.Tensor, size: int | None) -> torch.Tensor:

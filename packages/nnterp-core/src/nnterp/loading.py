@@ -172,6 +172,7 @@ def left_in_place(module: nn.Module) -> Iterator[None]:
             f"The weights of {type(module).__name__} at {absent[0] or 'its root'} are on the meta device, and nothing "
             "brings them in. Give the name of the checkpoint instead of the module, or load the module's weights first."
         )
+    devices_first(module)
     unplaced = getattr(module, "hf_device_map", None) is None
     offloaded = unplaced and any(p.device.type == "meta" for p in module.parameters())
     if offloaded:
@@ -181,6 +182,13 @@ def left_in_place(module: nn.Module) -> Iterator[None]:
     finally:
         if offloaded:
             del module.hf_device_map
+
+
+def devices_first(module: nn.Module) -> None:
+    """Put what is on disk last in a module's device map: transformers moves a pipeline's inputs to its first entry."""
+    placed = getattr(module, "hf_device_map", None)
+    if placed:
+        module.hf_device_map = dict(sorted(placed.items(), key=lambda entry: entry[1] == "disk"))  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -199,6 +207,7 @@ def reported(reports: list[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
         wanted = kwargs.pop("output_loading_info", False)
         loaded = original.__func__(cls, *args, output_loading_info=True, **kwargs)
         if isinstance(loaded, tuple):
+            devices_first(loaded[0])
             reports.append(loaded)
         return loaded[0] if isinstance(loaded, tuple) and not wanted else loaded
 

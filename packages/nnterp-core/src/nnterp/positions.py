@@ -11,6 +11,7 @@ from nnterp.indices import axes_of_array, integers, shown_slice, within
 from nnterp.inputs import Reader, Row
 from nnterp.selectors import (
     ImageSelector,
+    Selector,
     TextSelector,
     at,
     image,
@@ -24,6 +25,7 @@ __all__ = [
     "ImageSelector",
     "Plain",
     "Positions",
+    "Selector",
     "TextSelector",
     "at",
     "describe",
@@ -37,7 +39,7 @@ __all__ = [
 
 
 # Positions as functions take them: see `plain_positions`.
-Positions: TypeAlias = "int | slice | TextSelector | ImageSelector | Iterable[Any] | torch.Tensor | None"
+Positions: TypeAlias = "int | slice | Selector | Iterable[Any] | torch.Tensor | None"
 
 # Positions in plain form: an index, a slice, a selector, several of these, or None for all.
 Plain: TypeAlias = "int | slice | TextSelector | ImageSelector | tuple[Plain, ...] | None"
@@ -68,7 +70,7 @@ def plain_positions(given: Any, name: str = "positions") -> Plain:
     several = isinstance(items, Iterable) and not isinstance(items, (str, bytes, bytearray, memoryview, Mapping, Set))
     if several and axes_of_array(items) is None:
         items = list(items)
-        if any(isinstance(item, (TextSelector, ImageSelector, slice, str)) or _is_list(item) for item in items):
+        if any(isinstance(item, (Selector, slice, str)) or _is_list(item) for item in items):
             return tuple(plain_positions(item, name) for item in items)
     found = integers(items, name)
     return tuple(found) if isinstance(found, list) else found

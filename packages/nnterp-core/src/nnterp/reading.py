@@ -237,6 +237,26 @@ class ReadTransformer(NamedTransformer):
         """
         return gradients(self, prompts, metric, values, layers, device, remote, frozen)
 
+    # -- the vocabulary ---------------------------------------------------------------------------------------------
+
+    def get_topk_closest_tokens(
+        self, hidden_state: torch.Tensor, k: int = 5
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """The `k` most probable tokens of hidden states read out as if they left the last layer.
+
+        Args:
+            hidden_state: `[hidden]` or `[batch, hidden]`.
+            k: How many tokens.
+
+        Returns:
+            Token → probability, most probable first; a list of these for a batch.
+
+        Raises:
+            ShapeError: The hidden state has another number of axes or another width.
+            ValueError: `k` is no integer from 1 to the size of the vocabulary.
+        """
+        return NamedTransformer.get_topk_closest_tokens(self, hidden_state, k)
+
 
 for _label in LABELS.values():
     if _label.stack in ("encoder", "cross"):  # the others are on the half that travels

@@ -11,7 +11,20 @@ from nnterp.record import Record
 _TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
 
 
-class TextSelector(Record):
+# Its code travels only with a selector that a block or a steering mentions.
+class Selector(Record):
+    """Positions that depend on the prompt."""
+
+    def among(self, own: Any, row: int) -> tuple[int, ...]:
+        """Where they stand among the tokens of a running row; `own` is a `Pass`.
+
+        Raises:
+            ValueError: The row has none.
+        """
+        raise NotImplementedError
+
+
+class TextSelector(Selector):
     """The tokens of a piece of the prompt's text; make one with `at` or `last_of`."""
 
     def __init__(self, text: str, which: str, occurrence: int = 0) -> None:
@@ -21,8 +34,13 @@ class TextSelector(Record):
         later = "" if self.occurrence == 0 else f", {self.occurrence}"
         return f"{self.which}({self.text!r}{later})"
 
+    def among(self, own: Any, row: int) -> tuple[int, ...]:
+        """The tokens that overlap the text."""
+        text, spans = own.text(row)
+        return overlapping(self, text, spans, f"row {row}")
 
-class ImageSelector(Record):
+
+class ImageSelector(Selector):
     """The tokens of an image in the prompt; make one with `image`."""
 
     def __init__(self, number: int | None) -> None:
@@ -30,6 +48,10 @@ class ImageSelector(Record):
 
     def __repr__(self) -> str:
         return "image()" if self.number is None else f"image({self.number})"
+
+    def among(self, own: Any, row: int) -> tuple[int, ...]:
+        """The tokens of the image."""
+        return image_positions(own.ids(row), image_token_ids(own.model._module.config), self.number, f"row {row}")
 
 
 def image(number: int | None = None) -> ImageSelector:

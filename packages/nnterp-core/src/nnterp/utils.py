@@ -46,13 +46,17 @@ def is_notebook() -> bool:
 
 
 def display_markdown(text: str) -> None:
-    """Show Markdown in a notebook; print it where there is no IPython."""
+    """Show Markdown in a notebook; print it where no IPython is running."""
     try:
+        from IPython import get_ipython
         from IPython.display import Markdown, display
     except ImportError:
         print(text)
         return
-    display(Markdown(text))
+    if get_ipython() is None:  # it is installed, and this is a plain program
+        print(text)
+    else:
+        display(Markdown(text))
 
 
 def display_source(source: Any) -> None:

@@ -53,11 +53,15 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Edit:
-    """A target, the rows in which it is written, and the seed of what is added."""
+    """A target, the rows in which it is written, the seed of what is added, and whether unequally over positions.
+
+    Two heads of opposite signs can cancel a shift that is the same at all positions.
+    """
 
     target: _Target
     rows: tuple[int, ...]
     seed: int
+    uneven: bool = False
 
 
 def writes(evidence: Evidence, facts: Facts) -> Claimed:
@@ -80,6 +84,10 @@ def writes(evidence: Evidence, facts: Facts) -> Claimed:
     alone = {str(targets[k]): row for k, row in row_of.items()}
     idle = {str(target) for target in targets if _enters_zeros(evidence, facts, target)}
     silent = [n for n, row in alone.items() if not relative_error(written[row], written[-1]) > EFFECT and n not in idle]
+    if silent:
+        uneven = [dataclasses.replace(edit, uneven=True) for edit in edits]
+        again = _by_accessors(evidence.model.supposing(facts), batch, batch.shape[0], uneven)
+        silent = [name for name in silent if not relative_error(again[alone[name]], again[-1]) > EFFECT]
     error = relative_error(written, hooked)
     ok = not silent and error <= evidence.tolerance
     detail = _evidence(targets, row_of.keys())
@@ -205,7 +213,11 @@ def _disturbed(tensor: torch.Tensor, edit: _Edit, batch: int, extra: int = 0) ->
         else:  # batch and positions on one axis
             view = copy.view(batch, -1, tensor.shape[-1])[row]
         view = view[extra:]
-        view += direction * (0.3 * view.float().pow(2).mean().sqrt().clamp(min=1e-3)).to(tensor.dtype)
+        shift = direction * (0.3 * view.float().pow(2).mean().sqrt().clamp(min=1e-3)).to(tensor.dtype)
+        if edit.uneven:
+            amounts = torch.linspace(0.5, 1.5, len(view), device=view.device, dtype=view.dtype)
+            shift = shift * amounts.view(-1, *[1] * (view.dim() - 1))
+        view += shift
     return copy
 
 

@@ -20,9 +20,7 @@ class Label(Record):
         shape: Its axes.
         description: One sentence.
         per_layer: Whether it is indexed by layer.
-        stack: Which layers these are: "layers", those of the residual stream; "vision", those of the vision tower;
-            "encoder", those of an encoder-decoder model's encoder; or "cross", those of its decoder, of which the value
-            belongs to the attention to the encoder.
+        stack: As in `Value`.
     """
 
     def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: Stack = "layers") -> None:
@@ -54,7 +52,9 @@ class Value:
         side: For the input or output of a part, which of the two; None for every other value.
         finder: For every other value, the name of the function that finds it: a key of `nnterp.values`' `FINDERS`.
         per_layer: Whether it is indexed by layer.
-        stack: Which layers these are, as in `Label`. Values of images are of the stack "vision", per layer or not.
+        stack: Which layers these are: "layers", those of the residual stream; "vision", those of the vision tower (and
+            all other values of images, per layer or not); "encoder", those of an encoder-decoder model's encoder; or
+            "cross", those of its decoder, of which the value belongs to the attention to the encoder.
         aliases: TransformerLens' names for it, `{}` standing for the layer.
         note: For the reference page: what a reader must know to use it correctly.
         label: The part of the row that an accessor needs.

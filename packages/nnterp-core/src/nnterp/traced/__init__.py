@@ -36,7 +36,7 @@ from nnterp.traced._edits import Edits, NoEdits
 from nnterp.traced._features import Attached, Features, listed
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
-from nnterp.traced._readout import Chain, Head, Readout, Way, project_on_vocab
+from nnterp.traced._readout import Chain, Readout, Way, project_on_vocab
 from nnterp.traced._running import Lender, Place, Running
 from nnterp.traced._sharing import Sharing, fresh_rotations, require_sharing
 from nnterp.traced._skipping import skip_layers
@@ -70,7 +70,6 @@ __all__ = [
     "Features",
     "Gated",
     "GroupMax",
-    "Head",
     "Inside",
     "Item",
     "JumpRelu",

@@ -83,7 +83,7 @@ class ModuleListAccessor:
 
 
 def depth(model: Running, value: Label | Value) -> int:
-    """How many layers the stack has that a value is of."""
+    """Number of layers that have a value's kind."""
     if value.stack == "vision":
         return model.num_vision_layers
     return model.num_encoder_layers if value.stack == "encoder" else model.num_layers

@@ -37,7 +37,7 @@ class Directory:
                 if layer is None:
                     return found
                 index = layer[0] if isinstance(layer, tuple) else layer
-                # a layer of a vision tower is named by its own path, and may have a number that no other layer has
+                # towers may have more layers, which are named by their own paths
                 return relocated(found, LAYER, layer_paths[index]) if index < len(layer_paths) else found
         raise Unavailable(f"{name} of layer {layer} was not looked up before the request was sent.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.errors import ShapeError
-from nnterp.selectors import ImageSelector, TextSelector, image_positions, image_token_ids, overlapping
+from nnterp.selectors import Selector
 
 if TYPE_CHECKING:
     from nnterp.traced._running import Running
@@ -78,15 +78,6 @@ class Pass:
         index = self.first + row
         return tuple(self.given.ids[index][self.given.columns(index, self.prompt)].tolist())
 
-    def indices(self, row: int, position: Any) -> tuple[int, ...]:
-        """Where a position, or what a selector names, stands among a row's own tokens."""
-        if isinstance(position, TextSelector):
-            return overlapping(position, *self.text(row), f"row {row}")
-        if isinstance(position, ImageSelector):
-            tokens = image_token_ids(self.model._module.config)
-            return image_positions(self.ids(row), tokens, position.number, f"row {row}")
-        return (position,)
-
     def find(self, row: int, positions: Any, required: bool) -> list[int]:
         """The columns of this pass at a row's positions; -1 for one that an earlier pass ran, unless `required`."""
         own, found = self.own(row), []
@@ -94,7 +85,7 @@ class Pass:
             if isinstance(position, slice):
                 found += [column - self.begin for column in own[position] if column >= self.begin]
                 continue
-            for index in self.indices(row, position):
+            for index in position.among(self, row) if isinstance(position, Selector) else (position,):
                 if not -len(own) <= index < len(own):
                     tokens = f"{len(own)} tokens" + (f" at step {self.step}" if self.step else "")
                     raise IndexError(f"{self.what}: row {row} has {tokens}, so there is no position {index}.")

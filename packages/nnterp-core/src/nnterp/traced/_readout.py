@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from nnterp.traced._running import Running
 
 Way = Literal["unproven", "chain", "replay", "none"]
-Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Chain(Record):
@@ -98,10 +96,8 @@ class Readout(Record):
         """Whether it is proven that hidden states can be projected on the vocabulary, and how."""
         return self.way in ("chain", "replay")
 
-    def project(self, module: nn.Module, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
+    def project(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states at the output of the last layer: `[..., hidden]` → `[..., vocab]`, the model's dtype.
-
-        With `head`, what the chain gives with it in place of the model's own.
 
         Raises:
             Unavailable: Neither way gives this model's logits.
@@ -112,15 +108,15 @@ class Readout(Record):
             )
         if self.way == "replay":
             return self.by_replay(module, hidden)
-        return self.by_chain(module, hidden, head)
+        return self.by_chain(module, hidden)
 
-    def by_chain(self, module: nn.Module, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
+    def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """See `Chain`."""
         if self.ln_final is not None:
             hidden = module.get_submodule(self.ln_final)(hidden)
         if self.lm_head is None:
             raise Unavailable(f"{self.model_class} has no head that hidden states could be given to.")
-        return self.chain.finish((head or module.get_submodule(self.lm_head))(hidden))
+        return self.chain.finish(module.get_submodule(self.lm_head)(hidden))
 
     def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The model's forward on the hidden state, every layer replaced by one that returns it."""
@@ -171,7 +167,7 @@ class _LayersReplaced:
                 block.__dict__["forward"] = forward
 
 
-def project_on_vocab(model: Running, readout: Readout, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
+def project_on_vocab(model: Running, readout: Readout, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of hidden states in a model that may be running a trace; the trace does not see the modules run."""
     width = readout.layout.width
     if width and hidden.shape[-1] != width:
@@ -183,4 +179,4 @@ def project_on_vocab(model: Running, readout: Readout, hidden: torch.Tensor, hea
         paths = [path for path in (readout.ln_final, readout.lm_head) if path is not None]
         hidden = hidden.to(device_of(module, [module.get_submodule(path) for path in paths]))
     with Apart(model.interleaver):
-        return readout.project(module, hidden, head)
+        return readout.project(module, hidden)

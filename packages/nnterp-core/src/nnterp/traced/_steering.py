@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.errors import ShapeError
 from nnterp.record import Record
-from nnterp.selectors import ImageSelector, TextSelector
+from nnterp.selectors import Selector
 from nnterp.traced._accessors import layer_index, require_running
 from nnterp.traced._own_tokens import Pass
 from nnterp.traced._steps import in_a_loop, in_steps, read_steps
@@ -147,7 +147,7 @@ def _real(vector: Any, mode: str, label: str) -> torch.Tensor:
 
 def read_positions(positions: Any) -> Any:
     """`token_positions` as None, one index, slice or selector, or a list of these."""
-    if positions is None or isinstance(positions, (slice, TextSelector, ImageSelector)):
+    if positions is None or isinstance(positions, (slice, Selector)):
         return positions
     if isinstance(positions, str):
         raise TypeError(
@@ -160,9 +160,7 @@ def read_positions(positions: Any) -> Any:
     single = not isinstance(positions, Iterable)
     entries = [positions] if single else list(positions)
     for entry in entries:
-        if isinstance(entry, bool) or not (
-            hasattr(entry, "__index__") or isinstance(entry, (slice, TextSelector, ImageSelector))
-        ):
+        if isinstance(entry, bool) or not (hasattr(entry, "__index__") or isinstance(entry, (slice, Selector))):
             raise TypeError(
                 f"steer: token_positions={positions!r}; give an index, a slice, at('text'), a list of these, or None."
             )
@@ -187,7 +185,7 @@ def selected(
         raise ValueError(f"{what}: batch_index={batch_index!r} chooses no rows.")
     several = isinstance(positions, list)
     entries = positions if several else [slice(None) if positions is None else positions]
-    plain = not any(isinstance(entry, (slice, TextSelector, ImageSelector)) for entry in entries)
+    plain = not any(isinstance(entry, (slice, Selector)) for entry in entries)
     listed = batch_index is not None and not isinstance(batch_index, slice) and not hasattr(batch_index, "__index__")
     if several and plain and listed:  # paired, as in stream[rows, positions]
         if len(entries) != len(rows):

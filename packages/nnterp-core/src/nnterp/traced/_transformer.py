@@ -298,28 +298,14 @@ class TracedTransformer(TransformersModel):
     def project_on_vocab(
         self, hidden_state: torch.Tensor, tokens: Sequence[int] | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`[..., vocab]` of hidden states `[..., hidden]`: what the model does after its last layer.
-
-        With `tokens`, `[..., tokens]`: the logits of these alone.
-        """
+        """`[..., vocab]` (or `[..., tokens]`) of hidden states: what the model does after its last layer."""
         logits = project_on_vocab(self, self.readout, hidden_state)
         return logits if tokens is None else logits[..., torch.as_tensor(tokens)]
 
     def get_topk_closest_tokens(
         self, hidden_state: torch.Tensor, k: int = 5
     ) -> dict[str, float] | list[dict[str, float]]:
-        """The `k` most probable tokens of hidden states read out as if they left the last layer.
-
-        Args:
-            hidden_state: `[hidden]` or `[batch, hidden]`.
-            k: How many tokens.
-
-        Returns:
-            Token → probability, most probable first; a list of these for a batch.
-
-        Raises:
-            ShapeError: The hidden state has another number of axes or another width.
-        """
+        """The `k` most probable tokens of hidden states."""
         if hidden_state.dim() not in (1, 2):
             raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; give [hidden] or [batch, hidden].")
         with torch.no_grad():
@@ -356,7 +342,9 @@ def accessor(label: Label) -> property:
     def write(self: TracedTransformer, tensor: torch.Tensor) -> None:
         write_value(self, label, tensor)
 
-    return property(read, None if label.per_layer else write, doc=f"{label.description} {label.shape}")
+    if label.per_layer:  # documented where it does not travel: in `OlderModel`
+        return property(read)
+    return property(read, write, doc=f"{label.description} {label.shape}")
 
 
 for _label in LABELS.values():

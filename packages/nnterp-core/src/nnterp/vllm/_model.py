@@ -107,13 +107,13 @@ class StandardizedVLLM(TracedVLLM):
         Args:
             prompts, values, layers, positions, device, dtype: As in `StandardizedTransformer.collect`.
             max_new_tokens: Generate so many tokens, and read values at the positions from which each was predicted.
-                `positions` cannot be given with it. All prompts have to generate equally many tokens: pass
-                `ignore_eos=True`.
+                `positions` cannot be given with it. A prompt whose generation ends earlier has fewer.
             **settings: vLLM's `SamplingParams` for a generation, such as `ignore_eos=True`; greedy by default.
 
         Returns:
             A `Collected`: `[layers, prompts, (positions,) ...]`. With `max_new_tokens`,
-            `[layers, prompts, tokens, ...]`, and the new tokens `[prompts, tokens]` in `generated`.
+            `[layers, prompts, tokens, ...]`, and the new tokens `[prompts, tokens]` in `generated`; after a prompt's
+            last token values are 0, tokens −1, and `mask` is False.
 
         Raises:
             TypeError: Settings of a generation were given without `max_new_tokens`.
