@@ -132,7 +132,7 @@ FLOORS = (
     "selectors beside images indices arguments defaults generation progress identity resuming versions memory sent "
     "lazy _siblings _ids_alone",
     "anatomy traced loading testing",
-    "discovery inputs",
+    "decoders discovery inputs",
     "facts positions standing fingerprint frozen few_tokens",
     "editing",
     "values",

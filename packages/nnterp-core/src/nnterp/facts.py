@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from nnterp.anatomy import Anatomy, AttnProbFunction, cross_layers
+from nnterp.decoders import DecoderReadout
 from nnterp.discovery import (
     Findings,
     Probe,
@@ -177,10 +178,8 @@ def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFuncti
     paths = tuple(layer.path for layer in anatomy.blocks)
     layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
     chain = declared_chain(module.config)
-    readout = Readout(
-        *(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout),
-        encoded=anatomy.encoder is not None,
-    )
+    kind = Readout if anatomy.encoder is None else DecoderReadout
+    readout = kind(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout)
     lenders = declared_lenders(module, anatomy.num_layers)
     encoder = None if anatomy.encoder is None else Facts(anatomy.encoder, [], readout)
     across = cross_layers(anatomy)

@@ -12,13 +12,14 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
+from nnterp.decoders import check_encoder_mask, stream_inputs
 from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
 from nnterp.editing import EditedTransformer, mentions_edits
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
-from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
+from nnterp.huggingface import is_huggingface, require_no_dropout, without_full_mask
 from nnterp.identity import checkpoint_digest
 from nnterp.inputs import Row, both_inputs, tokenized
 from nnterp.loading import left_in_place, reported
@@ -92,15 +93,16 @@ class NamedTransformer(EditedTransformer):
         return input_device(self._module) if self.dispatched else TransformersModel.device.fget(self)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
-        if is_huggingface(self._module):
-            if self.num_encoder_layers and getattr(fn, "__name__", fn) in ("_call", "__call__"):
-                invokes = [both_inputs(self, *invoke) for invoke in invokes]
-            return TracedTransformer._batch(self, invokes, fn)
-        args, kwargs = TracedTransformer._batch(self, [tokenized(self.tokenizer, *invoke) for invoke in invokes], fn)
-        mask = kwargs.get("attention_mask")  # full: padding was refused
-        if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
-            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
-        return args, kwargs
+        if not is_huggingface(self._module):
+            invokes = [tokenized(self.tokenizer, *invoke) for invoke in invokes]
+        elif self.num_encoder_layers and getattr(fn, "__name__", fn) in ("_call", "__call__"):
+            invokes = [both_inputs(self, *invoke) for invoke in invokes]
+        args, kwargs = TracedTransformer._batch(self, invokes, fn)
+        check_encoder_mask(self, kwargs)
+        return args, kwargs if is_huggingface(self._module) else without_full_mask(self._module, kwargs)
+
+    def _stream_of(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return TracedTransformer._stream_of(self, stream_inputs(kwargs))
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}
@@ -267,8 +269,6 @@ class NamedTransformer(EditedTransformer):
 
     def require_images(self, row: Row) -> None:
         """Does nothing here; `StandardizedTransformer` proves runs with an image."""
-
-    # -- where everything is ----------------------------------------------------------------------------------------
 
     @property
     def attached(self) -> Attached | None:  # type: ignore[override]

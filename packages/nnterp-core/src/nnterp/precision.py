@@ -192,7 +192,7 @@ def _read(model: NamedTransformer, rows: list[Row], value: str, layers: list[int
     collected = collect(model, [as_given(model, row) for row in rows], value, layers=chosen, progress=False)
     pattern = value in VALUES and VALUES[value].is_pattern
     read = []
-    if value in VALUES and VALUES[value].label.of_encoder:
+    if value in VALUES and VALUES[value].of_encoder:
         rows = [row.encoder for row in rows if row.encoder is not None]
     for layer in layers:
         whole = collected[value] if chosen is None else collected[value, layer]

@@ -62,9 +62,9 @@ class Plan:
         Raises:
             ValueError: Some values are of the encoder's positions and some of the decoder's.
         """
-        sides = {target.value.label.of_encoder for target in self.targets}
+        sides = {target.value.of_encoder for target in self.targets}
         if len(sides) > 1:
-            heard = sorted({t.value.name for t in self.targets if t.value.label.of_encoder})
+            heard = sorted({t.value.name for t in self.targets if t.value.of_encoder})
             raise ValueError(
                 f"{', '.join(heard)} have the positions of the encoder's input, and the other values those of the "
                 "decoder's: collect them in two calls."

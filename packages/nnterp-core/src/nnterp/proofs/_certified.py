@@ -10,6 +10,7 @@ from typing import Any
 from nnterp import traced
 from nnterp.anatomy import Anatomy, Layer, Part, Sizes
 from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, Line, certify
+from nnterp.decoders import DecoderReadout
 from nnterp.discovery import Attention, Contribution, Findings, ResidualStructure, SourceText, Term
 from nnterp.facts import Facts
 from nnterp.named_transformer import NamedTransformer
@@ -24,7 +25,7 @@ _PLACES = (
     *(traced.Sum, traced.ThroughOut, traced.State, traced.CachedState),
 )
 _FACTS = (
-    *(Anatomy, Layer, Part, Sizes, traced.Readout, traced.Chain, traced.StreamLayout, traced.Sharing),
+    *(Anatomy, Layer, Part, Sizes, traced.Readout, DecoderReadout, traced.Chain, traced.StreamLayout, traced.Sharing),
     *(ResidualStructure, Contribution, Term, *_PLACES),
 )
 _LINES = (Certificate, Line)

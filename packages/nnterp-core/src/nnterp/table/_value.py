@@ -28,11 +28,6 @@ class Label(Record):
         self.stack = stack
 
     @property
-    def of_encoder(self) -> bool:
-        """Whether its positions are those of the encoder's input."""
-        return self.stack == "encoder" or (self.stack == "cross" and self.shape.startswith("[batch, keys"))
-
-    @property
     def axes(self) -> int:
         """Number of axes."""
         return self.shape.count(",") + 1
@@ -80,6 +75,11 @@ class Value:
     def axes(self) -> int:
         """Number of axes."""
         return self.label.axes
+
+    @property
+    def of_encoder(self) -> bool:
+        """Whether its positions are those of the encoder's input."""
+        return self.stack == "encoder" or (self.stack == "cross" and self.shape.startswith("[batch, keys"))
 
     @property
     def base(self) -> str:

@@ -84,9 +84,8 @@ class ModuleListAccessor:
 
 def depth(model: Running, value: Label | Value) -> int:
     """Number of layers that have a value's kind."""
-    if value.stack == "vision":
-        return model.num_vision_layers
-    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
+    apart = {"vision": model.num_vision_layers, "encoder": model.num_encoder_layers}
+    return apart.get(value.stack, model.num_layers)
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:

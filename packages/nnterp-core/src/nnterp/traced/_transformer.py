@@ -101,11 +101,8 @@ class TracedTransformer(TransformersModel):
     def _batch(self, invokes: list, fn: Any) -> tuple:
         args, kwargs = TransformersModel._batch(self, invokes, fn)
         self.prepare_run()
-        own = "decoder_" if kwargs.get("decoder_input_ids") is not None else ""
-        mask = kwargs.get(f"{own}attention_mask")
+        mask, ids = self._stream_of(kwargs)
         padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
-        names = (f"{own}input_ids", f"{own}inputs_embeds")
-        ids = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         width = None if ids is None else ids.shape[1]
         self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
         settings = kwargs | self.interleaver.batcher.extra_kwargs
@@ -116,12 +113,14 @@ class TracedTransformer(TransformersModel):
         if self.sharing is not None:
             counted = self.positions_from_mask and "position_ids" in kwargs
             self.sharing.begin(self, mask if padded else None, settings, counted)
-        heard = kwargs.get("attention_mask") if own else None
-        if self.sharing is not None and isinstance(heard, torch.Tensor) and not is_fake(heard):
-            self.sharing.begin(self, None if bool(heard.all()) else heard, {}, False)
         if padded and not self.positions_from_mask:
             kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
+
+    # Of what a run is given: the mask and the ids (or embeddings) of the positions of the residual stream.
+    def _stream_of(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        ids = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        return kwargs.get("attention_mask"), ids
 
     @property
     def iter(self) -> Any:

@@ -108,7 +108,7 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
     value = get_value(component.value)
     if not value.per_layer:
         raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
-    if value.label.of_encoder:
+    if value.of_encoder:
         raise Unavailable(
             f"{value.name} has the positions of the encoder's input, and components those of the decoder's: patch it "
             "with activation_patching, or write it in a trace."
