@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.traced import Readout, TracedTransformer
@@ -13,17 +14,23 @@ from nnterp.traced import Readout, TracedTransformer
 class DecoderReadout(Readout):
     """A readout of a decoder: while its layers are replaced, nothing reads the encoder, whose output is then zeros."""
 
-    def replayed(self, ids: torch.Tensor) -> dict[str, Any]:
-        """What the model is given while its layers are replaced."""
-        nothing = torch.zeros((ids.shape[0], 1, self.layout.width), device=ids.device)
-        return {"decoder_input_ids": ids, "encoder_outputs": (nothing,)}
+    def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., vocab]` of hidden states `[..., hidden]`."""
+        return Readout.by_replay(self, _Decoder(module, self.layout.width), hidden)  # type: ignore[arg-type]
 
 
-def stream_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of what a run is given, the inputs of the residual stream: a decoder's under the names that other models use."""
-    if kwargs.get("decoder_input_ids") is None:
-        return kwargs
-    return {name.removeprefix("decoder_"): value for name, value in kwargs.items() if name.startswith("decoder_")}
+class _Decoder:
+    """An encoder-decoder model that is called as a decoder alone, beside an encoder's output of zeros."""
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        self._module, self._width = module, width
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        heard = torch.zeros((input_ids.shape[0], 1, self._width), device=input_ids.device)
+        return self._module(decoder_input_ids=input_ids, encoder_outputs=(heard,), **options)
 
 
 def check_encoder_mask(model: TracedTransformer, kwargs: dict[str, Any]) -> None:

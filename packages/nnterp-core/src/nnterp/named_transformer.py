@@ -12,7 +12,7 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
-from nnterp.decoders import check_encoder_mask, stream_inputs
+from nnterp.decoders import check_encoder_mask
 from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
 from nnterp.editing import EditedTransformer, mentions_edits
@@ -48,7 +48,7 @@ SENT_OF_NNSIGHT = (
     *("_children", "_child_map", "args", "kwargs", "generator"),
 )
 SENT = (
-    *"num_layers num_vision_layers num_encoder_layers hidden_size num_heads num_kv_heads head_dim".split(),
+    *"num_layers num_vision_layers hidden_size num_heads num_kv_heads head_dim".split(),
     *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
     *("standing", "attached"),
 )
@@ -100,9 +100,6 @@ class NamedTransformer(EditedTransformer):
         args, kwargs = TracedTransformer._batch(self, invokes, fn)
         check_encoder_mask(self, kwargs)
         return args, kwargs if is_huggingface(self._module) else without_full_mask(self._module, kwargs)
-
-    def _stream_of(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return TracedTransformer._stream_of(self, stream_inputs(kwargs))
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}

@@ -23,7 +23,7 @@ class Label(Record):
         stack: As in `Value`.
     """
 
-    def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: Stack = "layers") -> None:
+    def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: str = "layers") -> None:
         self.name, self.shape, self.description, self.per_layer = name, shape, description, per_layer
         self.stack = stack
 

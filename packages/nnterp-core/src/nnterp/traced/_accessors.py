@@ -84,8 +84,7 @@ class ModuleListAccessor:
 
 def depth(model: Running, value: Label | Value) -> int:
     """Number of layers that have a value's kind."""
-    apart = {"vision": model.num_vision_layers, "encoder": model.num_encoder_layers}
-    return apart.get(value.stack, model.num_layers)
+    return getattr(model, f"num_{value.stack}_layers", model.num_layers)
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
@@ -182,8 +181,8 @@ def require_running(model: Running, label: str) -> None:
         )
 
 
+# Puts this library's words in front; in place, because nnsight ends its loops by the error's identity.
 def _explain(error: OutOfOrderError, label: str) -> None:
-    """Put this library's words in front; in place, because nnsight ends its loops by the error's identity."""
     error.args = (
         f"{label}: the forward pass is already past it, or never computes it. Read values in forward order (layer by "
         f"layer; input before attention before MLP before output), and none inside a skipped layer. [{error.args[0]}]",

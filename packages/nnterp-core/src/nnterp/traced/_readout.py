@@ -129,12 +129,8 @@ class Readout(Record):
         embedding = module.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.zeros((rows, seq), dtype=torch.long, device=embedding.device)
         with _LayersReplaced(module, self, layout.native(hidden)):
-            logits = module(**self.replayed(ids), use_cache=False).logits
+            logits = module(input_ids=ids, use_cache=False).logits
         return logits.reshape(*shape[:-1], logits.shape[-1]) if layout.plain else logits
-
-    # What the model is given while its layers are replaced.
-    def replayed(self, ids: torch.Tensor) -> dict[str, Any]:
-        return {"input_ids": ids}
 
 
 class _LayersReplaced:

@@ -16,7 +16,6 @@ class Running(Protocol):
     """What a place, a readout or an edit needs of the model in whose forward pass it acts."""
 
     num_layers: int
-    num_encoder_layers: int
     num_vision_layers: int
     model_class: str
     layer_paths: tuple[str, ...]

@@ -40,7 +40,6 @@ class TracedTransformer(TransformersModel):
 
     # Comments, because a docstring travels.
     num_layers: int  # layers of the residual stream
-    num_encoder_layers: int  # of the encoder of an encoder-decoder model, else 0
     num_vision_layers: int  # layers of the vision tower
     hidden_size: int | None  # sizes are None where the config does not state them
     num_heads: int | None
@@ -101,8 +100,10 @@ class TracedTransformer(TransformersModel):
     def _batch(self, invokes: list, fn: Any) -> tuple:
         args, kwargs = TransformersModel._batch(self, invokes, fn)
         self.prepare_run()
-        mask, ids = self._stream_of(kwargs)
+        own = "decoder_" if "decoder_input_ids" in kwargs else ""
+        mask, ids, embeds = (kwargs.get(own + name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
+        ids = embeds if ids is None else ids
         width = None if ids is None else ids.shape[1]
         self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
         settings = kwargs | self.interleaver.batcher.extra_kwargs
@@ -116,11 +117,6 @@ class TracedTransformer(TransformersModel):
         if padded and not self.positions_from_mask:
             kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
-
-    # Of what a run is given: the mask and the ids (or embeddings) of the positions of the residual stream.
-    def _stream_of(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        ids = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-        return kwargs.get("attention_mask"), ids
 
     @property
     def iter(self) -> Any:
