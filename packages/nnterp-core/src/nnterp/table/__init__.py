@@ -13,7 +13,16 @@ from nnterp.table._value import Label, Side, Stack, Value
 __all__ = ["LABELS", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
 
 VALUES: dict[str, Value] = {value.name: value for value in (*ROWS, *IMAGE_ROWS, *ENCODER_ROWS, *CROSS_ROWS)}
-LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}
+
+
+class _Labels(dict[str, Label]):
+    """The labels of all values. A request carries those of models that send requests: none of encoders."""
+
+    def __reduce__(self) -> tuple:
+        return dict, ({name: label for name, label in self.items() if label.stack not in ("encoder", "cross")},)
+
+
+LABELS: dict[str, Label] = _Labels({name: value.label for name, value in VALUES.items()})
 
 
 def get_label(name: str) -> Label:
