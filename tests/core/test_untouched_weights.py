@@ -252,7 +252,7 @@ def test_weights_of_a_file_that_is_gone_are_read(how, original, tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("entry", [0, -(1 << 63), -(1 << 63) | 1 << 61, 1 << 62])
+@pytest.mark.parametrize("entry", [0, -1 << 63, -1 << 63 | 1 << 61, 1 << 62])
 def test_a_page_table_that_does_not_tell_is_not_believed(entry, original, monkeypatch):
     """One that always says: not in memory; in memory; the file's; in swap."""
     module, files = load(original)

@@ -11,7 +11,7 @@ import bisect
 import mmap
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from nnterp.identity._checkpoint import Checkpoint
 
 _PAGE = mmap.PAGESIZE
 _ENTRY = 8  # bytes of the page table's entry of one page; the bits below: Documentation/admin-guide/mm/pagemap.rst
-_SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # the highest, 63: present
+_PRESENT, _SWAPPED, _OF_FILE = -1 << 63, 1 << 62, 1 << 61
 
 
 @dataclass(frozen=True)
@@ -52,54 +52,70 @@ def places_in_files(tensors: Iterable[torch.Tensor], files: Checkpoint) -> list[
         return [""] * len(tensors)
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as table:
-            names = {own: name for name in files.weights() for own in _file(files.folder / name, table.fileno())}
+            trials = {name: page for name in files.weights() for page in _first_pages(files.folder / name)}
             areas = _areas()
-            starts = [area.start for area in areas]
-            return [_place(tensor, areas, starts, names, table.fileno()) for tensor in tensors]
+            names = {
+                area.file: name
+                for name, page in trials.items()
+                for area in areas
+                if area.start <= page.data_ptr() < area.end and _tells(table.fileno(), page)
+            }
+            mapped = [area for area in areas if area.file in names]
+            return _places(tensors, mapped, names, [_touched(table.fileno(), area) for area in mapped])
     except (OSError, ValueError):
         return [""] * len(tensors)
 
 
-def _file(path: Path, table: int) -> list[str]:
-    """The file as the kernel names it in mappings made now; [] if a page written in one is not told from the others."""
+def _first_pages(path: Path) -> Iterator[torch.Tensor]:
+    """The first page of a file, mapped privately; nothing for an empty file."""
     with path.open("rb") as opened:
-        if not (size := os.fstat(opened.fileno()).st_size):
-            return []
-        page = torch.frombuffer(mmap.mmap(opened.fileno(), min(size, _PAGE), access=mmap.ACCESS_COPY), dtype=torch.uint8)
-    address = page.data_ptr()
-    area = next((area for area in _areas() if area.start <= address < area.end), None)
+        if size := os.fstat(opened.fileno()).st_size:
+            page = mmap.mmap(opened.fileno(), min(size, _PAGE), access=mmap.ACCESS_COPY)
+            yield torch.frombuffer(page, dtype=torch.uint8)
+
+
+def _tells(table: int, page: torch.Tensor) -> bool:
+    """Whether the page table tells a page of a file that was read from one that was written: this one, in turn."""
     first = int(page[0])
-    read = _entries(table, address, 1)
+    read = _entries(table, page.data_ptr(), 1)
     page[0] = first
-    written = _entries(table, address, 1)
-    told = read.item() < 0 and _are_files(read) and not _are_files(written)
-    return [area.file] if area is not None and told else []
+    written = _entries(table, page.data_ptr(), 1)
+    return bool((read & _OF_FILE).all() and (written & _PRESENT).all() and not _are_files(written).any())
 
 
 def _areas() -> list[_Area]:
     """The private mappings of files in this process' memory, by address."""
     found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        for line in maps:
-            span, rights, offset, device, inode = line.split(maxsplit=5)[:5]
-            if inode != "0" and rights.endswith("p"):
-                start, end = (int(address, 16) for address in span.split("-"))
-                found.append(_Area(start, end, int(offset, 16), f"{device} {inode}"))
+    with open("/proc/self/maps", "rb") as maps:
+        for line in maps.read().splitlines():
+            if b"/" in line:
+                span, rights, offset, device, inode = line.split(maxsplit=5)[:5]
+                if rights.endswith(b"p"):
+                    start, end = (int(address, 16) for address in span.split(b"-"))
+                    found.append(_Area(start, end, int(offset, 16), f"{device.decode()} {inode.decode()}"))
     return found
 
 
-def _place(tensor: torch.Tensor, areas: list[_Area], starts: list[int], names: dict[str, str], table: int) -> str:
-    if not _is_plain(tensor):
-        return ""
-    start, length = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    index = bisect.bisect_right(starts, start) - 1
-    area = areas[index] if index >= 0 else None
-    if area is None or start + length > area.end or area.file not in names:
-        return ""
-    pages = (start + length - 1) // _PAGE - start // _PAGE + 1
-    if not _are_files(_entries(table, start, pages)):
-        return ""
-    return f"{names[area.file]}+{area.offset + start - area.start}"
+def _places(tensors: list[torch.Tensor], areas: list[_Area], names: dict[str, str], touched: list[list[int]]) -> list:
+    found, starts = [], [area.start for area in areas]
+    for tensor in tensors:
+        found.append("")
+        if not _is_plain(tensor):
+            continue
+        start, length = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        index = bisect.bisect_right(starts, start) - 1
+        if index < 0 or start + length > areas[index].end:
+            continue
+        first, last = (address // _PAGE for address in (start, start + length - 1))
+        if bisect.bisect_left(touched[index], first) == bisect.bisect_right(touched[index], last):
+            found[-1] = f"{names[areas[index].file]}+{areas[index].offset + start - areas[index].start}"
+    return found
+
+
+def _touched(table: int, area: _Area) -> list[int]:
+    """The pages of an area that are not the file's, by number, in order."""
+    files = _are_files(_entries(table, area.start, (area.end - area.start) // _PAGE))
+    return [area.start // _PAGE + index for index in (~files).nonzero().flatten().tolist()]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -120,6 +136,9 @@ def _entries(table: int, address: int, pages: int) -> torch.Tensor:
     return torch.frombuffer(found, dtype=torch.int64)
 
 
-def _are_files(entries: torch.Tensor) -> bool:
-    """Whether all pages are the file's: those that are not in memory (and not in swap) would be read from it."""
-    return bool((((entries & _OF_FILE) != 0) | (entries >= 0)).logical_and((entries & _SWAPPED) == 0).all())
+def _are_files(entries: torch.Tensor) -> torch.Tensor:
+    """Whether pages are the file's: those that are neither in memory nor in swap would be read from it.
+
+    A page of the file that the kernel is moving counts as in swap for that time, and as the file's.
+    """
+    return ((entries & _OF_FILE) != 0) | ((entries & (_PRESENT | _SWAPPED)) == 0)
