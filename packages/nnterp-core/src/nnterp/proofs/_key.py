@@ -77,9 +77,9 @@ class Keyed(Protocol):
 def key_of(model: Keyed, what: What) -> Key | str:
     """Return what a proof of a model rests on, or why none is kept for it.
 
-    The certificate is looked up before anyone can have changed the weights, right after they were loaded: the files that
-    they were loaded from count. Later each weight counts with its numbers, which are read, unless the kernel knows that
-    its memory still is what the file holds.
+    The certificate is looked up before anyone can have changed the weights, right after they were loaded: the files
+    that they were loaded from count. Later each weight counts with its numbers, which are read, unless the kernel
+    knows that its memory still is what the file holds.
 
     Args:
         model: The model.

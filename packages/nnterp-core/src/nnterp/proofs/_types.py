@@ -47,22 +47,14 @@ def check_of(hint: Any) -> Check:
 
 def _any_of(checks: list[Check]) -> Check:
     def fitting(value: Any) -> bool:
-        for check in checks:
-            if check(value):
-                return True
-        return False
+        return any(check(value) for check in checks)
 
     return fitting
 
 
 def _all_of(kind: type, check: Check) -> Check:
     def fitting(value: Any) -> bool:
-        if not isinstance(value, kind):
-            return False
-        for item in value:
-            if not check(item):
-                return False
-        return True
+        return isinstance(value, kind) and all(map(check, value))
 
     return fitting
 
