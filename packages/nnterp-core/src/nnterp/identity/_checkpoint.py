@@ -37,8 +37,10 @@ class Checkpoint:
 
     def weights(self) -> list[str]:
         """The names of the files that hold tensors, relative to the folder."""
-        files = [] if self.folder is None else sorted(self.folder.rglob("*"))
-        return [str(file.relative_to(self.folder)) for file in files if file.name.endswith(_TENSORS) and file.is_file()]
+        if self.folder is None:
+            return []
+        files = [own for own in sorted(self.folder.rglob("*")) if own.name.endswith(_TENSORS) and own.is_file()]
+        return [str(file.relative_to(self.folder)) for file in files]
 
 
 def checkpoint_of(name: str, options: Mapping[str, Any]) -> Checkpoint:

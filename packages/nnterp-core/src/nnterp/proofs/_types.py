@@ -54,7 +54,7 @@ def _any_of(checks: list[Check]) -> Check:
 
 def _all_of(kind: type, check: Check) -> Check:
     def fitting(value: Any) -> bool:
-        return isinstance(value, kind) and all(map(check, value))
+        return isinstance(value, kind) and all(check(item) for item in value)
 
     return fitting
 
