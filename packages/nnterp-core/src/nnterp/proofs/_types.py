@@ -52,7 +52,7 @@ def _any_of(checks: list[Check]) -> Check:
     return fitting
 
 
-def _all_of(kind: type, check: Check) -> Check:
+def _all_of(kind: Any, check: Check) -> Check:
     def fitting(value: Any) -> bool:
         return isinstance(value, kind) and all(check(item) for item in value)
 
