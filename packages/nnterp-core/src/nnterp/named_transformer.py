@@ -20,7 +20,7 @@ from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
 from nnterp.huggingface import is_huggingface, require_no_dropout, without_full_mask
-from nnterp.identity import checkpoint_digest
+from nnterp.identity import Checkpoint, checkpoint_of
 from nnterp.inputs import Row, both_inputs, tokenized
 from nnterp.loading import left_in_place, reported
 from nnterp.sent import SentByName
@@ -74,7 +74,7 @@ class NamedTransformer(EditedTransformer):
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
-        self.standing, self.edits, self.loaded_files = (), Edits(), ""  # digest of the loaded checkpoint
+        self.standing, self.edits, self.loaded_files = (), Edits(), Checkpoint()
         self.attachments: dict[tuple[int, int], Attachment] = {}  # dictionaries, see `nnterp.attach`
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
@@ -103,10 +103,10 @@ class NamedTransformer(EditedTransformer):
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}
-        files = checkpoint_digest(name, options)
+        files = checkpoint_of(name, options)
         with self._turn, reported(self._load_reports):
             module = TransformersModel._load(self, *args, **kwargs)
-        self.loaded_files = files if files == checkpoint_digest(name, options) else ""
+        self.loaded_files = files if files.unchanged() else Checkpoint()
         self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
         return module
 
