@@ -193,6 +193,35 @@ ROWS = (
         finder="router",
     ),
     Value(
+        "expert_weights",
+        "[batch, seq, chosen]",
+        3.4,
+        "The weight of each expert that a token is sent to, in the order of `router_choices`.",
+        role="mlp",
+        finder="experts",
+        note="As the experts are given them: normalised and scaled as the model does it.",
+    ),
+    Value(
+        "expert_outputs",
+        "[batch, seq, chosen, hidden]",
+        3.41,
+        "What each expert that a token is sent to returns for it, before its weight; in the order of `router_choices`.",
+        role="mlp",
+        finder="experts",
+        note="Times `expert_weights` they add up to what the chosen experts add to `mlps_output`. A new tensor: assign "
+        "it. Reading runs the chosen experts a second time.",
+    ),
+    Value(
+        "expert_contributions",
+        "[batch, seq, experts, hidden]",
+        3.42,
+        "What each expert adds to `mlps_output`: its output times its weight, zero for tokens not sent to it.",
+        role="mlp",
+        finder="experts",
+        note="A new tensor: assign it (in Llama 4 it is the model's own). It holds every expert for every token: take "
+        "`expert_outputs` for long prompts. See [mixtures](mixtures.md).",
+    ),
+    Value(
         "mlp_neurons",
         "[batch, seq, neurons]",
         3.5,

@@ -85,6 +85,9 @@ class TracedTransformer(TransformersModel):
         layers_mid: LayerAccessor
         router_logits: LayerAccessor
         router_choices: LayerAccessor
+        expert_weights: LayerAccessor
+        expert_outputs: LayerAccessor
+        expert_contributions: LayerAccessor
         mlp_neurons: LayerAccessor
         shared_expert_neurons: LayerAccessor
         mlp_contributions: LayerAccessor

@@ -15,12 +15,15 @@ from nnterp.table import VALUES, Value, get_value
 from nnterp.traced import (
     CachedState,
     Declared,
+    EveryExpert,
     Everywhere,
+    Experts,
     Features,
     Inside,
     Item,
     Place,
     ReadOnly,
+    Routed,
     Site,
     State,
     Sum,
@@ -162,7 +165,7 @@ def source_of(model: Known, place: Place) -> str:
         return source_of(model, place.places[0])
     if isinstance(place, Sum):
         return "\n".join(_module_line(model, path) for path, _ in place.terms)
-    if isinstance(place, (Site, Item)):
+    if isinstance(place, Site | Item | Routed | Experts | EveryExpert):
         return _module_line(model, place.path)
     if isinstance(place, Declared):
         return str(place.source)

@@ -273,6 +273,17 @@ def _router(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     which = ("router_logits", "router_choices").index(value.name)
     every = [found[which] for found in facts.inside.routers]
     place = every[layer]
+    if value.name == "router_choices" and isinstance(place, str):
+        return _experts(facts, module, value, layer)
+    if isinstance(place, str):
+        raise _missing(facts, layer, value.name, place, _served(every))
+    return place
+
+
+def _experts(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """The experts that a layer's tokens are sent to, their weights and what they return."""
+    every = [found[value.name] for found in facts.inside.experts]
+    place = every[layer]
     if isinstance(place, str):
         raise _missing(facts, layer, value.name, place, _served(every))
     return place
@@ -363,6 +374,7 @@ FINDERS: dict[str, Finder] = {
     "contribution": _contribution,
     "mid": _mid,
     "router": _router,
+    "experts": _experts,
     "neurons": _neurons,
     "features": _features,
     "vision": lambda facts, module, value, layer: of_images(facts, value, layer),

@@ -1,0 +1,176 @@
+"""Find the experts of a mixture, and prove that what they return, times their weights, is what the mixture adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnterp.anatomy import Layer
+from nnterp.discovery._probe import Probe
+from nnterp.discovery._recording import Call, Recording
+from nnterp.discovery._routers import NO_EXPERTS, recorded_router
+from nnterp.tensors import copied, same, stream_out
+from nnterp.traced import EveryExpert, Experts, Place, Routed
+
+CHOICES, WEIGHTS = "router_choices", "expert_weights"
+OUTPUTS, CONTRIBUTIONS = "expert_outputs", "expert_contributions"
+NAMES = (CHOICES, WEIGHTS, OUTPUTS, CONTRIBUTIONS)
+
+NO_MODULE = "no module of it is given the chosen experts of each token and returns what they make of it"
+NO_SUM = "its experts' module does not return the weighted sum of what it returns for one expert at a time"
+NOT_LINEAR = "its experts do not return their output times the weight: expert_contributions has both together"
+NOT_ADDED = "what its experts return is not what the mixture adds to its output"
+NO_COUNT = "it is not known how many experts it has"
+EVERY = "every expert runs on every token, its input times its weight: expert_contributions has what they return"
+
+Key = int | str
+Found = dict[str, Place | str]
+
+
+class ExpertsFinder:
+    """Finds the experts of one model's layers. Layers whose experts run the same code share one proof.
+
+    Args:
+        probe: A short prompt for the model.
+        recording: A forward pass of the probe in which the calls of all modules were recorded.
+    """
+
+    def __init__(self, probe: Probe, recording: Recording) -> None:
+        self.probe, self.recording = probe, recording
+        self.proven: dict[tuple[type, type], tuple[str | None, str | None]] = {}
+
+    def of(self, layer: Layer) -> Found:
+        """Name → place of one layer, or the reason why there is none."""
+        if layer.mlp is None or not layer.mixture_of_experts:
+            return dict.fromkeys(NAMES, NO_EXPERTS)
+        tokens = self.probe.tokens
+        for path in sorted(self.recording.calls, key=len):
+            if not path.startswith(f"{layer.path}."):
+                continue
+            call = self.recording.calls[path][0]
+            keys = _routed(call, tokens)
+            if keys is not None:
+                return self.chosen(layer, path, call, keys)
+            experts = self.count(layer, path)
+            if experts and _is_every(call, experts, tokens):
+                return self.every(path, experts)
+        return dict.fromkeys(NAMES, NO_MODULE)
+
+    def chosen(self, layer: Layer, path: str, call: Call, keys: tuple[Key, Key, Key]) -> Found:
+        """The places of experts that run on the tokens sent to them."""
+        experts = self.count(layer, path)
+        found: Found = {CHOICES: Routed(path, keys[1]), WEIGHTS: Routed(path, keys[2])}
+        kinds = type(self._module(layer.path)), type(self._module(path))
+        if kinds not in self.proven:
+            self.proven[kinds] = self.proof(path, call, keys)
+        no_outputs, no_contributions = self.proven[kinds]
+        found[OUTPUTS] = no_outputs or Experts(path, keys, "outputs", experts)
+        found[CONTRIBUTIONS] = (
+            no_contributions
+            or (NO_COUNT if experts <= int(_argument(call, keys[1]).max()) else None)
+            or Experts(path, keys, "contributions", experts)
+        )
+        return found
+
+    def every(self, path: str, experts: int) -> Found:
+        """The places of experts that run on all tokens."""
+        made = stream_out(self.recording.calls[path][0].output)
+        assert made is not None
+        added = self.added(path)
+        total = made.unflatten(0, (experts, -1)).sum(0)
+        right = added is not None and same(added.reshape(total.shape), total, self.probe.tolerance)
+        return {**dict.fromkeys(NAMES, EVERY), CONTRIBUTIONS: EveryExpert(path, experts) if right else NOT_ADDED}
+
+    def proof(self, path: str, call: Call, keys: tuple[Key, Key, Key]) -> tuple[str | None, str | None]:
+        """For outputs and contributions None if they are proven, or the reason why they are not."""
+        whole, tolerance = stream_out(call.output), self.probe.tolerance
+        assert whole is not None
+        weights = _argument(call, keys[2])
+        weighted = self.one_by_one(path, call, keys, weights)
+        plain = self.one_by_one(path, call, keys, torch.ones_like(weights))
+        if not same(weighted.sum(1).reshape(whole.shape), whole, tolerance):
+            return NO_SUM, NO_SUM
+        added = self.added(path)
+        if added is None or not same(added.reshape(whole.shape), whole, tolerance):
+            return NOT_ADDED, NOT_ADDED
+        return (None if same(plain * weights[..., None], weighted, tolerance) else NOT_LINEAR), None
+
+    def one_by_one(self, path: str, call: Call, keys: tuple[Key, Key, Key], weights: torch.Tensor) -> torch.Tensor:
+        """What the module returns for each chosen expert of each token by itself, `[tokens, chosen, hidden]`."""
+        tokens, chosen = _argument(call, keys[0]), _argument(call, keys[1])
+        flat, made = tokens.reshape(-1, tokens.shape[-1]), []
+        for slot in range(chosen.shape[1]):
+            given = flat.reshape(tokens.shape), chosen[:, slot : slot + 1], weights[:, slot : slot + 1]
+            made.append(self._call(path, call, dict(zip(keys, given, strict=True))).reshape(flat.shape[0], -1))
+        return torch.stack(made, 1)
+
+    def added(self, path: str) -> torch.Tensor | None:
+        """How much of the mixture's output is there only because the experts' module returns what it returns."""
+        block = path.rpartition(".")[0]
+        call = self.recording.call(block)
+        whole = None if call is None else stream_out(call.output)
+        if call is None or whole is None:
+            return None
+
+        def nothing(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(output)
+
+        handle = self._module(path).register_forward_hook(nothing)
+        try:
+            without = stream_out(self._module(block)(*copied(call.args), **named(call)))
+        finally:
+            handle.remove()
+        return None if without is None else whole - without
+
+    def count(self, layer: Layer, path: str) -> int:
+        """How many experts a layer has: as many as its router scores, or its experts' module says; 0 if neither."""
+        router = recorded_router(self.probe.module, layer)
+        call = None if router is None else self.recording.call(router[0])
+        if router is not None and call is not None:
+            scores = call.output if isinstance(call.output, torch.Tensor) else call.output[router[1]]
+            return scores.shape[-1]
+        named = vars(self._module(path))
+        return next((named[name] for name in ("num_experts", "moe_num_experts") if name in named), 0)
+
+    def _call(self, path: str, call: Call, changed: dict[Key, torch.Tensor]) -> torch.Tensor:
+        args = tuple(changed.get(i, x) for i, x in enumerate(copied(call.args)))
+        kwargs = {**named(call), **{k: v for k, v in changed.items() if isinstance(k, str)}}
+        made = stream_out(self._module(path)(*args, **kwargs))
+        assert made is not None
+        return made
+
+    def _module(self, path: str) -> nn.Module:
+        return self.probe.module.get_submodule(path)
+
+
+def _routed(call: Call, tokens: int) -> tuple[Key, Key, Key] | None:
+    """Which arguments of a call are the tokens, the chosen experts and their weights; None if it has others."""
+    given: dict[Key, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    tensors = {key: x for key, x in given.items() if isinstance(x, torch.Tensor)}
+    made = call.output
+    whole = [key for key, x in tensors.items() if not x.is_floating_point() and x.dim() == 2 and len(x) == tokens]
+    if len(whole) != 1 or not isinstance(made, torch.Tensor):
+        return None
+    weights = [k for k, x in tensors.items() if x.is_floating_point() and x.shape == tensors[whole[0]].shape]
+    streams = [k for k, x in tensors.items() if x.is_floating_point() and x.shape == made.shape and k not in weights]
+    return (streams[0], whole[0], weights[0]) if len(weights) == len(streams) == 1 else None
+
+
+def _is_every(call: Call, experts: int, tokens: int) -> bool:
+    """Whether a module was given one tensor, every token for every expert, and returned as many."""
+    made = call.output
+    given = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)]
+    if not isinstance(made, torch.Tensor) or len(given) != 1:
+        return False
+    return made.shape[:-1] == given[0].shape[:-1] == (experts * tokens,)
+
+
+def _argument(call: Call, key: Key) -> torch.Tensor:
+    return call.kwargs[key] if isinstance(key, str) else call.args[key]
+
+
+def named(call: Call) -> dict[str, Any]:
+    """Copies of a call's keyword arguments."""
+    return {name: copied(x) for name, x in call.kwargs.items()}
