@@ -14,7 +14,7 @@ from torch import nn
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
-from nnterp.editing import EditedTransformer, mentions_edits
+from nnterp.editing import EditedTransformer, mentions_edits, mentions_values
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
@@ -23,9 +23,11 @@ from nnterp.identity import checkpoint_digest
 from nnterp.inputs import Row, both_inputs, tokenized
 from nnterp.loading import left_in_place, reported
 from nnterp.sent import SentByName
+from nnterp.table import LABELS, SENT_WHERE_NAMED
 from nnterp.traced import (
     Attached,
     Edits,
+    LayerAccessor,
     Lender,
     NoEdits,
     Place,
@@ -377,6 +379,7 @@ class NamedTransformer(EditedTransformer):
                 "Set model.tokenizer.padding_side = 'left'."
             )
         mentions_edits.set(True)
+        mentions_values.set(SENT_WHERE_NAMED)
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
@@ -396,5 +399,7 @@ class NamedTransformer(EditedTransformer):
             state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
         state["sharing"] = None if self.sharing == Sharing() else self.sharing
         state["edits"] = self.edits if mentions_edits.get() else NoEdits()
-        state["directory"] = directory_of(self, self.module_path)
+        named = mentions_values.get()
+        state.update({name: LayerAccessor(self, LABELS[name]) for name in named})
+        state["directory"] = directory_of(self, self.module_path, SENT_WHERE_NAMED - named)
         return arriving, (), state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -13,13 +13,18 @@ from nnterp.datasets import ActivationDataset, refuse_for_disk, write_dataset
 from nnterp.errors import Unavailable
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
-from nnterp.table import LABELS, VALUES, Value
-from nnterp.traced import accessor
+from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES, Value
+from nnterp.traced import LayerAccessor, accessor
 from nnterp.values import Support, canonical, explain, support
 
 
 class ReadTransformer(NamedTransformer):
     """The methods of a model that read it."""
+
+    if TYPE_CHECKING:
+        expert_weights: LayerAccessor
+        expert_outputs: LayerAccessor
+        expert_contributions: LayerAccessor
 
     # -- the table of values ----------------------------------------------------------------------------------------
 
@@ -259,5 +264,5 @@ class ReadTransformer(NamedTransformer):
 
 
 for _label in LABELS.values():
-    if _label.stack in ("encoder", "cross"):  # the others are on the half that travels
+    if _label.stack in ("encoder", "cross") or _label.name in SENT_WHERE_NAMED:  # others are on the half that travels
         setattr(ReadTransformer, _label.name, accessor(_label))

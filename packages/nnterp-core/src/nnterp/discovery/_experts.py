@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from nnterp.anatomy import Layer
+from nnterp.discovery._fitting import fit
 from nnterp.discovery._probe import Probe
 from nnterp.discovery._recording import Call, Recording
 from nnterp.discovery._routers import NO_EXPERTS, recorded_router
@@ -21,12 +23,24 @@ NAMES = (CHOICES, WEIGHTS, OUTPUTS, CONTRIBUTIONS)
 NO_MODULE = "no module of it is given the chosen experts of each token and returns what they make of it"
 NO_SUM = "its experts' module does not return the weighted sum of what it returns for one expert at a time"
 NOT_LINEAR = "its experts do not return their output times the weight: expert_contributions has both together"
-NOT_ADDED = "what its experts return is not what the mixture adds to its output"
+NOT_ADDED = (
+    "more than a factor stands between what its experts return and what the mixture returns, such as a norm: "
+    "expert_outputs and expert_weights have what is before it"
+)
 NO_COUNT = "it is not known how many experts it has"
 EVERY = "every expert runs on every token, its input times its weight: expert_contributions has what they return"
 
 Key = int | str
 Found = dict[str, Place | str]
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """Why there are no outputs, or no contributions, or None; and what the mixture multiplies its experts' sum by."""
+
+    no_outputs: str | None
+    no_contributions: str | None
+    factor: float = 1.0
 
 
 class ExpertsFinder:
@@ -39,7 +53,7 @@ class ExpertsFinder:
 
     def __init__(self, probe: Probe, recording: Recording) -> None:
         self.probe, self.recording = probe, recording
-        self.proven: dict[tuple[type, type], tuple[str | None, str | None]] = {}
+        self.proven: dict[tuple[type, type], _Proof] = {}
 
     def of(self, layer: Layer) -> Found:
         """Name → place of one layer, or the reason why there is none."""
@@ -61,18 +75,18 @@ class ExpertsFinder:
     def chosen(self, layer: Layer, path: str, call: Call, keys: tuple[Key, Key, Key]) -> Found:
         """The places of experts that run on the tokens sent to them."""
         experts = self.count(layer, path)
-        found: Found = {CHOICES: Routed(path, keys[1]), WEIGHTS: Routed(path, keys[2])}
         kinds = type(self._module(layer.path)), type(self._module(path))
         if kinds not in self.proven:
             self.proven[kinds] = self.proof(path, call, keys)
-        no_outputs, no_contributions = self.proven[kinds]
-        found[OUTPUTS] = no_outputs or Experts(path, keys, "outputs", experts)
-        found[CONTRIBUTIONS] = (
-            no_contributions
-            or (NO_COUNT if experts <= int(_argument(call, keys[1]).max()) else None)
-            or Experts(path, keys, "contributions", experts)
-        )
-        return found
+        proof = self.proven[kinds]
+        few = experts <= int(_argument(call, keys[1]).max())
+        no_sum = proof.no_contributions or (NO_COUNT if few else None)
+        return {
+            CHOICES: Routed(path, keys[1]),
+            WEIGHTS: Routed(path, keys[2], proof.factor),
+            OUTPUTS: proof.no_outputs or Experts(path, keys, "outputs", experts),
+            CONTRIBUTIONS: no_sum or Experts(path, keys, "contributions", experts, proof.factor),
+        }
 
     def every(self, path: str, experts: int) -> Found:
         """The places of experts that run on all tokens."""
@@ -83,19 +97,23 @@ class ExpertsFinder:
         right = added is not None and same(added.reshape(total.shape), total, self.probe.tolerance)
         return {**dict.fromkeys(NAMES, EVERY), CONTRIBUTIONS: EveryExpert(path, experts) if right else NOT_ADDED}
 
-    def proof(self, path: str, call: Call, keys: tuple[Key, Key, Key]) -> tuple[str | None, str | None]:
-        """For outputs and contributions None if they are proven, or the reason why they are not."""
+    def proof(self, path: str, call: Call, keys: tuple[Key, Key, Key]) -> _Proof:
+        """What is proven of the experts' module at a path."""
         whole, tolerance = stream_out(call.output), self.probe.tolerance
         assert whole is not None
         weights = _argument(call, keys[2])
         weighted = self.one_by_one(path, call, keys, weights)
         plain = self.one_by_one(path, call, keys, torch.ones_like(weights))
         if not same(weighted.sum(1).reshape(whole.shape), whole, tolerance):
-            return NO_SUM, NO_SUM
+            return _Proof(NO_SUM, NO_SUM)
+        no_outputs = None if same(plain * weights[..., None], weighted, tolerance) else NOT_LINEAR
         added = self.added(path)
-        if added is None or not same(added.reshape(whole.shape), whole, tolerance):
-            return NOT_ADDED, NOT_ADDED
-        return (None if same(plain * weights[..., None], weighted, tolerance) else NOT_LINEAR), None
+        found = None if added is None else fit(added.reshape(whole.shape), [whole], per_channel=False)
+        if found is None or found.error > tolerance or not found.whole:
+            return _Proof(no_outputs, NOT_ADDED)
+        (factor,) = found.scales
+        assert isinstance(factor, float)
+        return _Proof(no_outputs, None, factor)
 
     def one_by_one(self, path: str, call: Call, keys: tuple[Key, Key, Key], weights: torch.Tensor) -> torch.Tensor:
         """What the module returns for each chosen expert of each token by itself, `[tokens, chosen, hidden]`."""

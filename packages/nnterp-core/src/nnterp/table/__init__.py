@@ -10,10 +10,12 @@ from nnterp.table._images import IMAGE_ROWS
 from nnterp.table._rows import ROWS
 from nnterp.table._value import Label, Side, Stack, Value
 
-__all__ = ["LABELS", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
+__all__ = ["LABELS", "SENT_WHERE_NAMED", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
 
 VALUES: dict[str, Value] = {value.name: value for value in (*ROWS, *IMAGE_ROWS, *ENCODER_ROWS, *CROSS_ROWS)}
 LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}
+# Values of few models: a remote request takes them along only if its block names them, so that the others stay small.
+SENT_WHERE_NAMED = frozenset(name for name, value in VALUES.items() if value.finder == "experts")
 
 
 def get_label(name: str) -> Label:

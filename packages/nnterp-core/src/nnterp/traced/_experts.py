@@ -30,24 +30,27 @@ class Routed(Record):
     Attributes:
         path: The module.
         key: The argument.
+        factor: What the mixture multiplies its experts' sum by.
     """
 
-    def __init__(self, path: str, key: Key) -> None:
-        self.path, self.key = path, key
+    def __init__(self, path: str, key: Key, factor: float = 1.0) -> None:
+        self.path, self.key, self.factor = path, key, factor
 
     def read(self, model: Running, label: str) -> torch.Tensor:
-        """`[batch, seq, chosen]`, a view of the model's own tensor."""
-        return by_token(model, argument(*inputs_of(model, self.path), self.key), label)
+        """`[batch, seq, chosen]`, a view of the model's own tensor unless there is a factor."""
+        shown = by_token(model, argument(*inputs_of(model, self.path), self.key), label)
+        return shown if self.factor == 1.0 else shown * self.factor
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
         """Replace it."""
         args, kwargs = inputs_of(model, self.path)
+        tensor = tensor if self.factor == 1.0 else tensor / self.factor
         new = reflattened(model, tensor, argument(args, kwargs, self.key))
         envoy = model.envoy(self.path)
         in_every_row(lambda: setattr(envoy, "inputs", with_argument(args, kwargs, self.key, new)))
 
     def __str__(self) -> str:
-        return f"{self.path}.inputs, argument {self.key}"
+        return f"{'' if self.factor == 1.0 else f'{self.factor:g} × '}{self.path}.inputs, argument {self.key}"
 
 
 class Experts(Record):
@@ -59,10 +62,11 @@ class Experts(Record):
         which: "outputs", by the experts that were chosen; or "contributions", by all experts, each output times its
             weight and zero for the tokens that were not sent to the expert.
         experts: How many there are.
+        factor: What the mixture multiplies the contributions' sum by; contributions include it.
     """
 
-    def __init__(self, path: str, keys: tuple[Key, Key, Key], which: Which, experts: int) -> None:
-        self.path, self.keys, self.which, self.experts = path, keys, which, experts
+    def __init__(self, path: str, keys: tuple[Key, Key, Key], which: Which, experts: int, factor: float = 1.0) -> None:
+        self.path, self.keys, self.which, self.experts, self.factor = path, keys, which, experts, factor
 
     def read(self, model: Running, label: str) -> torch.Tensor:
         """`[batch, seq, chosen or experts, hidden]`; a new tensor."""
@@ -77,6 +81,7 @@ class Experts(Record):
         with Apart(model.interleaver):
             made = model._module.get_submodule(self.path)(*args, **kwargs)
         made = made.reshape(*chosen.shape, -1)
+        made = made if self.factor == 1.0 else made * self.factor
         if self.which == "outputs":
             return made
         index = chosen.to(made.device)[..., None].expand_as(made)
@@ -87,7 +92,7 @@ class Experts(Record):
         if self.which == "outputs":
             weights = Routed(self.path, self.keys[2]).read(model, label)
             tensor = tensor * weights.to(tensor.device)[..., None]
-        put_sum(model, self.path, tensor)
+        put_sum(model, self.path, tensor.sum(2) / self.factor)
 
     def __str__(self) -> str:
         one = "each chosen expert" if self.which == "outputs" else "each expert, times its weight"
@@ -145,10 +150,9 @@ def by_token(model: Running, tensor: torch.Tensor, label: str) -> torch.Tensor:
     return shown
 
 
-def put_sum(model: Running, path: str, tensor: torch.Tensor) -> None:
-    """Make a module return the sum over experts of `[batch, seq, experts, hidden]`."""
+def put_sum(model: Running, path: str, total: torch.Tensor) -> None:
+    """Make a module return `[batch, seq, hidden]` for the rows of this invoke."""
     envoy = model.envoy(path)
     current = in_every_row(lambda: envoy.output)
-    total = tensor.sum(2).to(current)
-    new = reflattened(model, total, current.reshape(-1, current.shape[-1])).reshape(current.shape)
+    new = reflattened(model, total.to(current), current.reshape(-1, current.shape[-1])).reshape(current.shape)
     in_every_row(lambda: setattr(envoy, "output", new))

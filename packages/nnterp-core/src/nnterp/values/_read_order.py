@@ -139,8 +139,8 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
         ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
     if isinstance(place, Routed | Experts | EveryExpert):
         raise Unavailable(
-            f"There is no gradient with respect to {label}: reading it makes a new tensor, which the model's output does "
-            "not depend on. Take the gradient with respect to mlps_output, and multiply it with what the experts return."
+            f"There is no gradient with respect to {label}: reading it makes a new tensor, on which the model's output "
+            "does not depend. Take the gradient with respect to mlps_output, and multiply it with expert_contributions."
         )
     if isinstance(place, ReadOnly):
         raise Unavailable(
