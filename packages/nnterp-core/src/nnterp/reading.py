@@ -15,7 +15,7 @@ from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES, Value
 from nnterp.traced import LayerAccessor, accessor
-from nnterp.values import Support, canonical, explain, support
+from nnterp.values import Support, canonical, explain, explain_context, support
 
 
 class ReadTransformer(NamedTransformer):
@@ -44,8 +44,12 @@ class ReadTransformer(NamedTransformer):
         self.require_no_trace("support()")
         return support(self)
 
-    def explain(self, name: str, layer: int | tuple[int, int] | None = None) -> None:
+    def explain(self, name: str | None = None, layer: int | tuple[int, int] | None = None) -> None:
         """Print where a value is read in this model: native path, source lines, layout and rank.
+
+        Without a name, print what the model does around its layers, as measured on a short probe: factors on
+        embeddings, on what layers add and on logits, per-layer embeddings, heads for later tokens.
+        `model.support().context` has the same as data.
 
         Args:
             name: A value of the table, or TransformerLens' name for it (`blocks.3.attn.hook_z`).
@@ -54,7 +58,12 @@ class ReadTransformer(NamedTransformer):
         Raises:
             ValueError: There is no such value.
             Unavailable: This model, or this layer of it, does not have it.
+            InsideTraceError: Called without a name inside a trace of this model.
         """
+        if name is None:
+            self.require_no_trace("explain()")
+            print(explain_context(self))
+            return
         value, named = canonical(name)
         print(explain(self, value, layer if layer is not None else named))
 

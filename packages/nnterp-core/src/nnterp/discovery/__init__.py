@@ -2,6 +2,7 @@
 
 from nnterp.discovery._between import PROBE as BETWEEN_PROBE
 from nnterp.discovery._between import find_between
+from nnterp.discovery._context import ContextFact, find_context
 from nnterp.discovery._declared import declared_chain, declared_lenders
 from nnterp.discovery._inside import Findings, find_inside
 from nnterp.discovery._probe import Probe, model_inputs, probe_ids, rounding_of
@@ -19,6 +20,7 @@ __all__ = [
     "BETWEEN_PROBE",
     "Attention",
     "Call",
+    "ContextFact",
     "Contribution",
     "Findings",
     "Probe",
@@ -34,6 +36,7 @@ __all__ = [
     "declared_lenders",
     "declared_sharing",
     "find_between",
+    "find_context",
     "find_inside",
     "find_states",
     "mixes_rows",

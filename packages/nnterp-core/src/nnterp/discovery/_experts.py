@@ -59,7 +59,7 @@ class ExpertsFinder:
         """Name → place of one layer, or the reason why there is none."""
         if layer.mlp is None or not layer.mixture_of_experts:
             return dict.fromkeys(NAMES, NO_EXPERTS)
-        tokens = self.probe.tokens
+        tokens = self.probe.ids.numel()
         for path in sorted(self.recording.calls, key=len):
             if not path.startswith(f"{layer.path}."):
                 continue
