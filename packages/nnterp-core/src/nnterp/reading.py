@@ -22,6 +22,9 @@ class ReadTransformer(NamedTransformer):
     """The methods of a model that read it."""
 
     if TYPE_CHECKING:
+        mixer_states: LayerAccessor
+        router_logits: LayerAccessor
+        router_choices: LayerAccessor
         expert_weights: LayerAccessor
         expert_outputs: LayerAccessor
         expert_contributions: LayerAccessor

@@ -81,10 +81,7 @@ class TracedTransformer(TransformersModel):
         mixers_input: LayerAccessor
         mixers_output: LayerAccessor
         mixer_contributions: LayerAccessor
-        mixer_states: LayerAccessor
         layers_mid: LayerAccessor
-        router_logits: LayerAccessor
-        router_choices: LayerAccessor
         mlp_neurons: LayerAccessor
         shared_expert_neurons: LayerAccessor
         mlp_contributions: LayerAccessor
