@@ -15,6 +15,7 @@ from nnterp.anatomy import Anatomy, AttnProbFunction, cross_layers
 from nnterp.discovery import (
     ContextFact,
     Findings,
+    Linear,
     Probe,
     ResidualStructure,
     States,
@@ -24,6 +25,7 @@ from nnterp.discovery import (
     declared_sharing,
     find_context,
     find_inside,
+    find_linear,
     find_states,
     silent_weights,
     sounding,
@@ -42,7 +44,8 @@ class Facts:
 
     Certifying a model makes its facts, and the model is given them in one assignment. Until then, code that needs only
     names works, and code that needs proven numbers raises `Unproven`. Nothing in it changes but caches (`places`,
-    `inside`, `states`, `context`).
+    `inside`, `states`, `linear`,
+    `context`).
 
     Attributes:
         anatomy: Which module plays which part, as corrected by the order in which modules run.
@@ -63,6 +66,7 @@ class Facts:
         between: For each layer the operation whose result is `layers_mid`, or None.
         look_inside: Finds where the inside of layers is served; run once, when it is first needed.
         look_for_states: Finds where the states of mixers are served; run once, when it is first needed.
+        look_for_linear: Finds the queries, keys, values and gates of linear attention; run once.
         look_for_context: Finds what the model does around its layers; run once, when it is first needed.
         encoder: In an encoder-decoder model, what is known of its encoder's layers.
         cross: The same of the cross-attention in its decoder's layers, as if it were their only part.
@@ -86,6 +90,7 @@ class Facts:
     between: tuple[Inside | None, ...] = ()
     look_inside: Callable[[], Findings] | None = field(default=None, repr=False)
     look_for_states: Callable[[], States] | None = field(default=None, repr=False)
+    look_for_linear: Callable[[], Linear] | None = field(default=None, repr=False)
     look_for_context: Callable[[], tuple[ContextFact, ...]] | None = field(default=None, repr=False)
     encoder: Facts | None = None
     cross: Facts | None = None
@@ -125,6 +130,17 @@ class Facts:
         return self.look_for_states()
 
     @cached_property
+    def linear(self) -> Linear:
+        """Where the inside of linear attention is served.
+
+        Raises:
+            Unproven: Nothing has run the model yet.
+        """
+        if self.look_for_linear is None:
+            raise Unproven(self.unproven("Where the inside of linear attention is served"))
+        return self.look_for_linear()
+
+    @cached_property
     def context(self) -> tuple[ContextFact, ...]:
         """What the model does around its layers.
 
@@ -151,12 +167,15 @@ class Facts:
             with Apart(interleaver), sounding(module, silent_weights(module)):
                 return find_states(Probe(module, self.anatomy, self.repeated))
 
+        def linear() -> Linear:
+            with Apart(interleaver), sounding(module, silent_weights(module)):
+                return find_linear(Probe(module, self.anatomy, self.repeated))
+
         def context() -> tuple[ContextFact, ...]:
             with Apart(interleaver):
                 return find_context(Probe(module, self.anatomy, self.repeated), self.residual, self.readout)
 
         look, look_for_states = functools.cache(inside), functools.cache(states)
-        look_for_context = functools.cache(context)
         encoder, cross = self.encoder, self.cross
         if encoder is not None:
             encoder = dataclasses.replace(encoder, look_inside=lambda: look().encoder or Findings(), proof=self.proof)
@@ -166,7 +185,8 @@ class Facts:
             self,
             look_inside=look,
             look_for_states=look_for_states,
-            look_for_context=look_for_context,
+            look_for_linear=functools.cache(linear),
+            look_for_context=functools.cache(context),
             encoder=encoder,
             cross=cross,
         )

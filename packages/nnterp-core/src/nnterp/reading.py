@@ -22,6 +22,12 @@ class ReadTransformer(NamedTransformer):
     """The methods of a model that read it."""
 
     if TYPE_CHECKING:
+        mixer_queries: LayerAccessor
+        mixer_keys: LayerAccessor
+        mixer_values: LayerAccessor
+        mixer_decays: LayerAccessor
+        mixer_betas: LayerAccessor
+        mixer_steps: LayerAccessor
         mixer_states: LayerAccessor
         router_logits: LayerAccessor
         router_choices: LayerAccessor

@@ -15,7 +15,7 @@ __all__ = ["LABELS", "SENT_WHERE_NAMED", "VALUES", "Label", "Side", "Stack", "Va
 VALUES: dict[str, Value] = {value.name: value for value in (*ROWS, *IMAGE_ROWS, *ENCODER_ROWS, *CROSS_ROWS)}
 LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}
 # Values of few models: a remote request takes them along only if its block names them, so that the others stay small.
-_OF_FEW_MODELS = ("router", "experts", "state")
+_OF_FEW_MODELS = ("router", "experts", "state", "linear")
 SENT_WHERE_NAMED = frozenset(v.name for v in VALUES.values() if v.finder in _OF_FEW_MODELS and v.stack == "layers")
 
 

@@ -223,7 +223,7 @@ def _module_line(model: Known, path: str) -> str:
 def _operation_lines(model: Known, place: Inside, around: int = 3) -> str:
     """A window of the function in which the operation stands, its line marked."""
     key = (place.path, place.labels[:-1])
-    found = model.facts.inside.texts.get(key) or model.facts.states[1].get(key)
+    found = model.facts.inside.texts.get(key) or model.facts.states[1].get(key) or model.facts.linear[1].get(key)
     if found is None:
         return f"  {place}"
     at = found.lines[place.labels[-1]] - 1

@@ -299,6 +299,16 @@ def _state(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     return place
 
 
+def _linear(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """What the recurrence of linear attention is given."""
+    facts.anatomy.part("mixer", layer)
+    every = [found[value.name] for found in facts.linear[0]]
+    place = every[layer]
+    if isinstance(place, str):
+        raise _missing(facts, layer, value.name, place, _served(every))
+    return place
+
+
 # -- what is added to the stream ---------------------------------------------------------------------------------------
 
 
@@ -371,6 +381,7 @@ FINDERS: dict[str, Finder] = {
     "attention": _attention,
     "head_contributions": _head_contributions,
     "state": _state,
+    "linear": _linear,
     "contribution": _contribution,
     "mid": _mid,
     "router": _router,
