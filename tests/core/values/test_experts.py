@@ -266,7 +266,7 @@ def test_every_invoke_sees_and_writes_its_own_rows(tiny):
 
 def test_in_a_generation_each_step_has_one_token(tiny):
     model, ids = tiny("mixtral"), prompts()
-    layer, shapes = mixture_layer(model), []
+    layer = mixture_layer(model)
     with torch.no_grad(), model.generate(ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0) as tracer:
         shapes = [].save()
         for _ in tracer.iter[:]:
@@ -280,10 +280,10 @@ def test_collected_are_those_of_each_prompt_alone(tiny):
     names = ("router_choices", "expert_weights", "expert_outputs", "expert_contributions")
     collected = model.collect(texts, names, layers=layer, positions=-1)
     for i, text in enumerate(texts):
-        with torch.no_grad(), model.trace(text):
-            alone = {name: getattr(model, name)[layer][0, -1].save() for name in names}
         for name in names:
-            torch.testing.assert_close(collected[name, layer][i], alone[name], rtol=1e-4, atol=1e-5)
+            with torch.no_grad(), model.trace(text):
+                alone = getattr(model, name)[layer].save()
+            torch.testing.assert_close(collected[name, layer][i], alone[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_refused(tiny):

@@ -14,7 +14,7 @@ from nnterp.discovery._probe import Probe
 from nnterp.discovery._recording import Call, Recording
 from nnterp.discovery._routers import NO_EXPERTS, recorded_router
 from nnterp.tensors import copied, same, stream_out
-from nnterp.traced import EveryExpert, Experts, Place, Routed
+from nnterp.traced import EveryExpert, Experts, Place, Routed, one_column
 
 CHOICES, WEIGHTS = "router_choices", "expert_weights"
 OUTPUTS, CONTRIBUTIONS = "expert_outputs", "expert_contributions"
@@ -36,11 +36,18 @@ Found = dict[str, Place | str]
 
 @dataclass(frozen=True)
 class _Proof:
-    """Why there are no outputs, or no contributions, or None; and what the mixture multiplies its experts' sum by."""
+    """What is proven of experts that run the same code.
+
+    Attributes:
+        no_outputs, no_contributions: Why there are none, or None.
+        factor: What the mixture multiplies its experts' sum by.
+        columns: How many experts the module must be given for each token; of two, the second has no weight.
+    """
 
     no_outputs: str | None
     no_contributions: str | None
     factor: float = 1.0
+    columns: int = 1
 
 
 class ExpertsFinder:
@@ -84,8 +91,8 @@ class ExpertsFinder:
         return {
             CHOICES: Routed(path, keys[1]),
             WEIGHTS: Routed(path, keys[2], proof.factor),
-            OUTPUTS: proof.no_outputs or Experts(path, keys, "outputs", experts),
-            CONTRIBUTIONS: no_sum or Experts(path, keys, "contributions", experts, proof.factor),
+            OUTPUTS: proof.no_outputs or Experts(path, keys, "outputs", experts, 1.0, proof.columns),
+            CONTRIBUTIONS: no_sum or Experts(path, keys, "contributions", experts, proof.factor, proof.columns),
         }
 
     def every(self, path: str, experts: int) -> Found:
@@ -102,26 +109,32 @@ class ExpertsFinder:
         whole, tolerance = stream_out(call.output), self.probe.tolerance
         assert whole is not None
         weights = _argument(call, keys[2])
-        weighted = self.one_by_one(path, call, keys, weights)
-        plain = self.one_by_one(path, call, keys, torch.ones_like(weights))
+        try:
+            columns, weighted = 1, self.one_by_one(path, call, keys, weights, 1)
+        except ValueError:  # LongCat-Flash drops an axis of one
+            columns, weighted = 2, self.one_by_one(path, call, keys, weights, 2)
+        plain = self.one_by_one(path, call, keys, torch.ones_like(weights), columns)
         if not same(weighted.sum(1).reshape(whole.shape), whole, tolerance):
             return _Proof(NO_SUM, NO_SUM)
         no_outputs = None if same(plain * weights[..., None], weighted, tolerance) else NOT_LINEAR
         added = self.added(path)
         found = None if added is None else fit(added.reshape(whole.shape), [whole], per_channel=False)
         if found is None or found.error > tolerance or not found.whole:
-            return _Proof(no_outputs, NOT_ADDED)
+            return _Proof(no_outputs, NOT_ADDED, columns=columns)
         (factor,) = found.scales
         assert isinstance(factor, float)
-        return _Proof(no_outputs, None, factor)
+        return _Proof(no_outputs, None, factor, columns)
 
-    def one_by_one(self, path: str, call: Call, keys: tuple[Key, Key, Key], weights: torch.Tensor) -> torch.Tensor:
+    def one_by_one(
+        self, path: str, call: Call, keys: tuple[Key, Key, Key], weights: torch.Tensor, columns: int
+    ) -> torch.Tensor:
         """What the module returns for each chosen expert of each token by itself, `[tokens, chosen, hidden]`."""
         tokens, chosen = _argument(call, keys[0]), _argument(call, keys[1])
         flat, made = tokens.reshape(-1, tokens.shape[-1]), []
         for slot in range(chosen.shape[1]):
-            given = flat.reshape(tokens.shape), chosen[:, slot : slot + 1], weights[:, slot : slot + 1]
-            made.append(self._call(path, call, dict(zip(keys, given, strict=True))).reshape(flat.shape[0], -1))
+            index, weight = one_column(chosen[:, slot], weights[:, slot], columns)
+            given = dict(zip(keys, (flat.reshape(tokens.shape), index, weight), strict=True))
+            made.append(self._call(path, call, given).reshape(flat.shape[0], -1))
         return torch.stack(made, 1)
 
     def added(self, path: str) -> torch.Tensor | None:

@@ -144,8 +144,8 @@ def _delta_rule(given: dict[str, Any], keys: dict[str, str]) -> torch.Tensor | N
 
 
 def _scan(given: dict[str, Any], keys: dict[str, str]) -> torch.Tensor:
-    """What a selective scan returns, `[batch, channels, seq]` in Mamba (Gu and Dao, 2023), `[batch, seq, heads, dim]` in
-    Mamba 2 (Dao and Gu, 2024)."""
+    """What a selective scan returns: `[batch, channels, seq]` in Mamba (Gu and Dao, 2023), in Mamba 2 (Dao and Gu,
+    2024) `[batch, seq, heads, head_dim]`."""
     c, b, x, dt = (given[keys[name]].float() for name in (QUERIES, KEYS, VALUES, STEPS))
     turned = x.dim() == 3
     if turned:

@@ -63,10 +63,20 @@ class Experts(Record):
             weight and zero for the tokens that were not sent to the expert.
         experts: How many there are.
         factor: What the mixture multiplies the contributions' sum by; contributions include it.
+        columns: How many experts the module must be given for each token.
     """
 
-    def __init__(self, path: str, keys: tuple[Key, Key, Key], which: Which, experts: int, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: str,
+        keys: tuple[Key, Key, Key],
+        which: Which,
+        experts: int,
+        factor: float = 1.0,
+        columns: int = 1,
+    ) -> None:
         self.path, self.keys, self.which, self.experts, self.factor = path, keys, which, experts, factor
+        self.columns = columns
 
     def read(self, model: Running, label: str) -> torch.Tensor:
         """`[batch, seq, chosen or experts, hidden]`; a new tensor."""
@@ -75,7 +85,8 @@ class Experts(Record):
         tokens, chosen, weights = (by_token(model, t.reshape(-1, t.shape[-1]), label) for t in whole)
         factor = weights if self.which == "contributions" else torch.ones_like(weights)
         each = tokens.repeat_interleave(chosen.shape[-1], 1).flatten(0, 1)
-        given = each.reshape(*(1,) * (whole[0].dim() - 2), *each.shape), chosen.reshape(-1, 1), factor.reshape(-1, 1)
+        routed = one_column(chosen.flatten(), factor.flatten(), self.columns)
+        given = each.reshape(*(1,) * (whole[0].dim() - 2), *each.shape), *routed
         for key, tensor in zip(self.keys, given, strict=True):
             args, kwargs = with_argument(args, kwargs, key, tensor)
         with Apart(model.interleaver):
@@ -125,6 +136,12 @@ class EveryExpert(Record):
 
     def __str__(self) -> str:
         return f"{self.path}.output (stored as [experts × batch × seq, hidden])"
+
+
+def one_column(chosen: torch.Tensor, weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert for each token and its weight, both `[tokens, columns]`; further columns repeat it without weight."""
+    padded = weights[:, None] * torch.eye(columns, device=weights.device, dtype=weights.dtype)[0]
+    return chosen[:, None].repeat(1, columns), padded
 
 
 def inputs_of(model: Running, path: str) -> tuple[tuple, dict[str, Any]]:
