@@ -139,8 +139,11 @@ def _tables(probe: Probe, recording: Recording) -> Iterator[ContextFact]:
         table, made = getattr(module, "weight", None), call.stream_out
         if module is own or not isinstance(module, torch.nn.Embedding) or table is None or made is None:
             continue
-        given = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)]
-        if not any(x.shape == probe.ids.shape and torch.equal(x, probe.ids.to(x)) for x in given):
+        looked_up = made.shape[:-1] == probe.ids.shape and table.dim() == 2 and int(probe.ids.max()) < len(table)
+        if not looked_up or made.shape[-1] != table.shape[-1] or table.device.type == "meta":
+            continue
+        rows = torch.nn.functional.embedding(probe.ids.to(table.device), table).to(made)
+        if fit(made, [rows], per_channel=False).error > 10 * probe.tolerance:  # indexed by something else
             continue
         width = made.numel() // probe.ids.numel()
         if (
@@ -159,7 +162,7 @@ def _tables(probe: Probe, recording: Recording) -> Iterator[ContextFact]:
 
 def _residual(probe: Probe, residual: Sequence[ResidualStructure]) -> Iterator[ContextFact]:
     """Factors on what the parts of the layers return, and on the stream itself."""
-    found: dict[tuple[str, float | None], list[int]] = {}
+    found: dict[str, dict[int, float | None]] = {}
     for layer, structure in zip(probe.anatomy.blocks, residual, strict=False):
         parts = [part for part in (structure.mixer, structure.mlp, structure.other) if part is not None]
         addends = [(term.path.removeprefix(f"{layer.path}."), term.scale) for part in parts for term in part.terms]
@@ -167,14 +170,17 @@ def _residual(probe: Probe, residual: Sequence[ResidualStructure]) -> Iterator[C
         for path, scale in (*addends, *streams):
             factor = None if isinstance(scale, torch.Tensor) else round(scale, 5)
             if factor != 1.0:
-                found.setdefault((path, factor), []).append(layer.index)
-    for (path, factor), layers in found.items():
-        by = "one factor per channel" if factor is None else f"{factor:.6g}"
+                found.setdefault(path, {})[layer.index] = factor
+    for path, factors in found.items():
+        different = list(dict.fromkeys(factors.values()))
+        by = ", ".join("one factor per channel" if factor is None else f"{factor:.6g}" for factor in different)
+        where = f"layers {ranges(tuple(factors))}" + (f" (of {len(different)} factors)" if len(different) > 1 else "")
+        number = different[0] if len(different) == 1 else None
         if path:
-            name, text = "residual multiplier", f"add {by} times the output of {path} to the stream."
+            name, text = "residual multiplier", f"{where} add {by} times the output of {path} to the stream."
         else:
-            name, text = "stream multiplier", f"multiply the stream that enters them by {by}."
-        yield ContextFact(name, f"layers {ranges(tuple(layers))} {text}", factor, tuple(layers))
+            name, text = "stream multiplier", f"{where} multiply the stream that enters them by {by}."
+        yield ContextFact(name, text, number, tuple(factors))
 
 
 def _logits(readout: Readout) -> Iterator[ContextFact]:

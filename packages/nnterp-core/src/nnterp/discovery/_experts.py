@@ -75,8 +75,8 @@ class ExpertsFinder:
             if keys is not None:
                 return self.chosen(layer, path, call, keys)
             experts = self.count(layer, path)
-            if experts and _is_every(call, experts, tokens):
-                return self.every(path, experts)
+            if experts is not None and _is_every(call, experts[0], tokens):
+                return self.every(path, *experts)
         return dict.fromkeys(NAMES, NO_MODULE)
 
     def chosen(self, layer: Layer, path: str, call: Call, keys: tuple[Key, Key, Key]) -> Found:
@@ -86,23 +86,24 @@ class ExpertsFinder:
         if kinds not in self.proven:
             self.proven[kinds] = self.proof(path, call, keys)
         proof = self.proven[kinds]
-        few = experts <= int(_argument(call, keys[1]).max())
-        no_sum = proof.no_contributions or (NO_COUNT if few else None)
+        largest = int(_argument(call, keys[1]).max())
+        number, count = experts or (0, "")
+        no_sum = proof.no_contributions or (NO_COUNT if number <= largest else None)
         return {
             CHOICES: Routed(path, keys[1]),
             WEIGHTS: Routed(path, keys[2], proof.factor),
-            OUTPUTS: proof.no_outputs or Experts(path, keys, "outputs", experts, 1.0, proof.columns),
-            CONTRIBUTIONS: no_sum or Experts(path, keys, "contributions", experts, proof.factor, proof.columns),
+            OUTPUTS: proof.no_outputs or Experts(path, keys, "outputs", count, 1.0, proof.columns),
+            CONTRIBUTIONS: no_sum or Experts(path, keys, "contributions", count, proof.factor, proof.columns),
         }
 
-    def every(self, path: str, experts: int) -> Found:
+    def every(self, path: str, experts: int, count: str) -> Found:
         """The places of experts that run on all tokens."""
         made = stream_out(self.recording.calls[path][0].output)
         assert made is not None
         added = self.added(path)
         total = made.unflatten(0, (experts, -1)).sum(0)
         right = added is not None and same(added.reshape(total.shape), total, self.probe.tolerance)
-        return {**dict.fromkeys(NAMES, EVERY), CONTRIBUTIONS: EveryExpert(path, experts) if right else NOT_ADDED}
+        return {**dict.fromkeys(NAMES, EVERY), CONTRIBUTIONS: EveryExpert(path, count) if right else NOT_ADDED}
 
     def proof(self, path: str, call: Call, keys: tuple[Key, Key, Key]) -> _Proof:
         """What is proven of the experts' module at a path."""
@@ -155,15 +156,19 @@ class ExpertsFinder:
             handle.remove()
         return None if without is None else whole - without
 
-    def count(self, layer: Layer, path: str) -> int:
-        """How many experts a layer has: as many as its router scores, or its experts' module says; 0 if neither."""
-        router = recorded_router(self.probe.module, layer)
+    def count(self, layer: Layer, path: str) -> tuple[int, str] | None:
+        """How many experts a layer has, and the attribute of its experts' module that says so or holds as many.
+
+        As many as the router scores; if it is not known, as the module says.
+        """
+        module, router = self._module(path), recorded_router(self.probe.module, layer)
+        named = [(value, name) for name, value in vars(module).items() if type(value) is int and "expert" in name]
+        held = [(p.shape[0], name) for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
         call = None if router is None else self.recording.call(router[0])
-        if router is not None and call is not None:
-            scores = call.output if isinstance(call.output, torch.Tensor) else call.output[router[1]]
-            return scores.shape[-1]
-        named = vars(self._module(path))
-        return next((named[name] for name in ("num_experts", "moe_num_experts") if name in named), 0)
+        if router is None or call is None:
+            return next((pair for pair in named if pair[1] in ("num_experts", "moe_num_experts")), None)
+        scores = call.output if isinstance(call.output, torch.Tensor) else call.output[router[1]]
+        return next((pair for pair in (*named, *held) if pair[0] == scores.shape[-1]), None)
 
     def _call(self, path: str, call: Call, changed: dict[Key, torch.Tensor]) -> torch.Tensor:
         args = tuple(changed.get(i, x) for i, x in enumerate(copied(call.args)))

@@ -61,7 +61,7 @@ class Experts(Record):
         keys: Its arguments: the tokens, the chosen experts, their weights.
         which: "outputs", by the experts that were chosen; or "contributions", by all experts, each output times its
             weight and zero for the tokens that were not sent to the expert.
-        experts: How many there are.
+        count: Attribute of the module that says how many experts there are, or that holds a matrix for each.
         factor: What the mixture multiplies the contributions' sum by; contributions include it.
         columns: How many experts the module must be given for each token.
     """
@@ -71,11 +71,11 @@ class Experts(Record):
         path: str,
         keys: tuple[Key, Key, Key],
         which: Which,
-        experts: int,
+        count: str,
         factor: float = 1.0,
         columns: int = 1,
     ) -> None:
-        self.path, self.keys, self.which, self.experts, self.factor = path, keys, which, experts, factor
+        self.path, self.keys, self.which, self.count, self.factor = path, keys, which, count, factor
         self.columns = columns
 
     def read(self, model: Running, label: str) -> torch.Tensor:
@@ -96,7 +96,8 @@ class Experts(Record):
         if self.which == "outputs":
             return made
         index = chosen.to(made.device)[..., None].expand_as(made)
-        return made.new_zeros(*chosen.shape[:2], self.experts, made.shape[-1]).scatter_add(2, index, made)
+        experts = counted(model, self.path, self.count)
+        return made.new_zeros(*chosen.shape[:2], experts, made.shape[-1]).scatter_add(2, index, made)
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
         """Make the module return their sum: of outputs, the weighted sum."""
@@ -115,22 +116,24 @@ class EveryExpert(Record):
 
     Attributes:
         path: The module; it returns `[experts × tokens, hidden]`.
-        experts: How many there are.
+        count: As in `Experts`.
     """
 
-    def __init__(self, path: str, experts: int) -> None:
-        self.path, self.experts = path, experts
+    def __init__(self, path: str, count: str) -> None:
+        self.path, self.count = path, count
 
     def read(self, model: Running, label: str) -> torch.Tensor:
         """`[batch, seq, experts, hidden]`, a view of the model's own tensor."""
         envoy = model.envoy(self.path)
         made = in_every_row(lambda: envoy.output)
-        return by_token(model, made.unflatten(0, (self.experts, -1)).transpose(0, 1), label)
+        experts = counted(model, self.path, self.count)
+        return by_token(model, made.unflatten(0, (experts, -1)).transpose(0, 1), label)
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
         """Replace it."""
         envoy = model.envoy(self.path)
-        current = in_every_row(lambda: envoy.output).unflatten(0, (self.experts, -1)).transpose(0, 1)
+        experts = counted(model, self.path, self.count)
+        current = in_every_row(lambda: envoy.output).unflatten(0, (experts, -1)).transpose(0, 1)
         new = reflattened(model, tensor, current).transpose(0, 1).flatten(0, 1)
         in_every_row(lambda: setattr(envoy, "output", new))
 
@@ -142,6 +145,12 @@ def one_column(chosen: torch.Tensor, weights: torch.Tensor, columns: int) -> tup
     """One expert for each token and its weight, both `[tokens, columns]`; further columns repeat it without weight."""
     padded = weights[:, None] * torch.eye(columns, device=weights.device, dtype=weights.dtype)[0]
     return chosen[:, None].repeat(1, columns), padded
+
+
+def counted(model: Running, path: str, name: str) -> int:
+    """How many experts a module has."""
+    held = getattr(model._module.get_submodule(path), name)
+    return held if isinstance(held, int) else held.shape[0]
 
 
 def inputs_of(model: Running, path: str) -> tuple[tuple, dict[str, Any]]:
