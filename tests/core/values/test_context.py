@@ -21,7 +21,6 @@ FACTS = {
         "residual multiplier": "residual_multiplier",
         "logit multiplier": lambda c: 1 / c.logits_scaling,
     },
-    "minicpm": {"embedding multiplier": "scale_emb"},
     "cohere": {"logit multiplier": "logit_scale"},
     "falcon_h1": {"embedding multiplier": "embedding_multiplier", "logit multiplier": "lm_head_multiplier"},
     "gemma3n_text": {
@@ -77,7 +76,7 @@ def test_facts(tiny, model_type):
         torch.testing.assert_close(stream, rows)
 
 
-@pytest.mark.parametrize("model_type", [t for t in MANY])
+@pytest.mark.parametrize("model_type", MANY)
 def test_more_facts(tiny, model_type):
     test_facts(tiny, model_type)
 

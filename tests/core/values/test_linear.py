@@ -1,9 +1,13 @@
 """Inside linear attention and state spaces: what the recurrence is given, against hooks and a slow recurrence."""
 
+import sys
+
 import pytest
 import torch
 
+from nnterp.anatomy import find_anatomy
 from nnterp.errors import Unavailable
+from nnterp.testing import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,12 +33,11 @@ def read(model, layer, names):
     return found, mixed
 
 
-def given_to(model, layer, wanted):
-    """What a function of the mixer's own file is called with and returns, patched where its module finds it."""
-    import sys
-
-    module = model._module.get_submodule(model.anatomy.blocks[layer].mixer.path)
-    home = sys.modules[type(module).__module__]
+def given_to(model_type, layer, wanted):
+    """What a function in the mixer's own file is called with and returns, in a model that nnsight never saw."""
+    module = tiny_model(model_type)
+    mixers = find_anatomy(module, None).blocks
+    home = sys.modules[type(module.get_submodule(mixers[layer].mixer.path)).__module__]
     seen = []
 
     def spied(function):
@@ -50,7 +53,7 @@ def given_to(model, layer, wanted):
         setattr(home, name, spied(function))
     try:
         with torch.no_grad():
-            model._module(input_ids=PROMPT, use_cache=False)
+            module(input_ids=PROMPT, use_cache=False)
     finally:
         for name, function in kept.items():
             setattr(home, name, function)
@@ -73,11 +76,11 @@ def slow_delta_rule(q, k, v, g, beta):
     return made
 
 
-def check_delta_rule(model):
+def check_delta_rule(model, model_type):
     layer = first_layer(model)
     names = ("mixer_queries", "mixer_keys", "mixer_values", "mixer_decays", "mixer_betas")
     found, _ = read(model, layer, names)
-    args, kwargs, made = given_to(model, layer, "delta")
+    args, kwargs, made = given_to(model_type, layer, "delta")
     theirs = [*args, kwargs["g"], kwargs["beta"]]
     for mine, its in zip(found, theirs, strict=True):
         torch.testing.assert_close(mine, its)
@@ -86,13 +89,13 @@ def check_delta_rule(model):
 
 @pytest.mark.parametrize("model_type", RULES)
 def test_gated_delta_rules(tiny, model_type):
-    check_delta_rule(tiny(model_type))
+    check_delta_rule(tiny(model_type), model_type)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", OTHERS["delta"])
 def test_more_gated_delta_rules(tiny, model_type):
-    check_delta_rule(tiny(model_type))
+    check_delta_rule(tiny(model_type), model_type)
 
 
 def slow_scan(c, b, x, dt, a, d):
@@ -108,10 +111,10 @@ def slow_scan(c, b, x, dt, a, d):
     return made
 
 
-def check_scan(model):
+def check_scan(model, model_type):
     layer = first_layer(model)
     (c, b, x, dt), _ = read(model, layer, ("mixer_queries", "mixer_keys", "mixer_values", "mixer_steps"))
-    args, kwargs, made = given_to(model, layer, "scan")
+    args, kwargs, made = given_to(model_type, layer, "scan")
     given = dict(zip(("x", "dt", "A", "B", "C"), args, strict=False)) | kwargs
     turned = given["x"].dim() == 3
     for mine, its in ((x, given["x"]), (dt, given["dt"]), (b, given["B"]), (c, given["C"])):
@@ -137,13 +140,13 @@ def check_scan(model):
 
 @pytest.mark.parametrize("model_type", SCANS)
 def test_selective_scans(tiny, model_type):
-    check_scan(tiny(model_type))
+    check_scan(tiny(model_type), model_type)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", OTHERS["scan"])
 def test_more_selective_scans(tiny, model_type):
-    check_scan(tiny(model_type))
+    check_scan(tiny(model_type), model_type)
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("qwen3_next", "mixer_values"), ("mamba", "mixer_values")])
