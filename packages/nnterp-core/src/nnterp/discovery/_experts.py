@@ -183,7 +183,7 @@ class ExpertsFinder:
 
 def _routed(call: Call, tokens: int) -> tuple[Key, Key, Key] | None:
     """Which arguments of a call are the tokens, the chosen experts and their weights; None if it has others."""
-    given: dict[Key, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    given: dict[Key, Any] = dict((*enumerate(call.args), *call.kwargs.items()))
     tensors = {key: x for key, x in given.items() if isinstance(x, torch.Tensor)}
     made = call.output
     whole = [key for key, x in tensors.items() if not x.is_floating_point() and x.dim() == 2 and len(x) == tokens]

@@ -10,13 +10,11 @@ the values, and the step size is both how strongly a token is written and how fa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from nnterp.anatomy import Layer
 from nnterp.discovery._probe import Probe
 from nnterp.discovery._quiet import quiet
 from nnterp.discovery._recording import Labels, Operation, SourceText
@@ -53,21 +51,24 @@ def find_linear(probe: Probe) -> Linear:
     layers = probe.anatomy.blocks
     mixing = [layer for layer in layers if layer.mixer is not None and layer.kind != "attention"]
     if not mixing:
-        return [dict.fromkeys(NAMES, NO_MIXER) for _ in layers], {}
-    paths = {layer.index: list(_coded(probe, layer)) for layer in mixing}
+        return [_none(NO_MIXER) for _ in layers], {}
+    paths = {layer.index: with_code(probe.module, layer.mixer) for layer in mixing if layer.mixer is not None}
     with quiet(probe.module):
         recording = probe.record(operations=list(dict.fromkeys(path for own in paths.values() for path in own)))
-        found = [dict.fromkeys(NAMES, NO_MIXER) for _ in layers]
+        found: list[Found] = [_none(NO_MIXER) for _ in layers]
         for layer in mixing:
             operations = [o for path in paths[layer.index] for o in recording.operations_of(path)]
-            proven = (places for o in operations if (places := _places(o, probe.tolerance)) is not None)
-            found[layer.index] = next(proven, dict.fromkeys(NAMES, NO_RULE))
+            proven = [places for o in operations if (places := _places(o, probe.tolerance)) is not None]
+            found[layer.index] = proven[0] if proven else _none(NO_RULE)
     return found, recording.texts
 
 
-def _coded(probe: Probe, layer: Layer) -> Iterator[str]:
-    parts = [part for part in (layer.mixer,) if part is not None]
-    return (path for part in parts for path in with_code(probe.module, part))
+def _none(reason: str) -> Found:
+    """No value has a place."""
+    found: Found = {}
+    for name in NAMES:
+        found[name] = reason
+    return found
 
 
 def _places(operation: Operation, tolerance: float) -> Found | None:
@@ -89,7 +90,7 @@ def _places(operation: Operation, tolerance: float) -> Found | None:
     if expected is None or not same(expected.to(made.dtype), made, max(tolerance, 1e-4)):
         return None
     turned = scanned and given[keys[VALUES]].dim() == 3  # [batch, channels, seq]
-    found: Found = dict.fromkeys(NAMES, NOT_GIVEN)
+    found = _none(NOT_GIVEN)
     for name, argument in keys.items():
         place = Inside(operation.path, operation.labels, "input", _position(operation, argument))
         found[name] = View(place, Layout("[batch, heads, seq, dim]")) if turned else place

@@ -91,7 +91,9 @@ def with_kept_searches(model: NamedTransformer, facts: Facts, anew: bool = False
             lambda: proven(model, what, search, restore=functools.partial(_required, kind), anew=anew)
         )
 
-    found = {name: kept(*of, search) for name, of in _SEARCHES.items() if (search := getattr(facts, name)) is not None}
+    found: dict[str, Any] = {
+        name: kept(*of, search) for name, of in _SEARCHES.items() if (search := getattr(facts, name)) is not None
+    }
     return dataclasses.replace(facts, **found)
 
 
