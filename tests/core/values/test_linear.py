@@ -15,9 +15,9 @@ RULES = ["qwen3_next", "kimi_linear"]
 SCANS = ["mamba", "mamba2"]
 OTHERS = {
     "delta": ["bailing_hybrid", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen4_exp"],
-    "scan": ["bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"],
+    "scan": ["bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"],
 }
-UNSERVED = ["minimax", "rwkv", "recurrent_gemma", "lfm2"]
+UNSERVED = ["minimax", "rwkv", "zamba", "recurrent_gemma", "lfm2"]
 PROMPT = torch.stack([torch.arange(8, 19), torch.arange(40, 29, -1)])
 
 

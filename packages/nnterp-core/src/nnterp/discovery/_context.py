@@ -127,8 +127,8 @@ def _between(probe: Probe, recording: Recording, began: int) -> str:
         if "rotary" not in path
     ]
     outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-    through = f" through {', '.join(outer)}" if outer else ""
-    return f"what enters the first layer is no multiple of a row of the embedding table: rows pass{through} first."
+    how = f"rows pass through {', '.join(outer)} first" if outer else "the model's own code changes it first"
+    return f"what enters the first layer is no multiple of a row of the embedding table: {how}."
 
 
 def _tables(probe: Probe, recording: Recording) -> Iterator[ContextFact]:

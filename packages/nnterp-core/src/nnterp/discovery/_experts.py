@@ -27,7 +27,7 @@ NOT_ADDED = (
     "more than a factor stands between what its experts return and what the mixture returns, such as a norm: "
     "expert_outputs and expert_weights have what is before it"
 )
-NO_COUNT = "it is not known how many experts it has"
+NO_COUNT = "its router scores another number of experts than its experts' module says it has"
 EVERY = "every expert runs on every token, its input times its weight: expert_contributions has what they return"
 
 Key = int | str
