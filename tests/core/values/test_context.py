@@ -26,6 +26,7 @@ FACTS = {
     "gemma3n_text": {
         "embedding multiplier": lambda c: math.sqrt(c.hidden_size),
         "per-layer embeddings": "hidden_size_per_layer_input",
+        "streams": "altup_num_inputs",
     },
     "deepseek_v3": {"multi-token prediction": "num_nextn_predict_layers"},
     "glm4_moe": {"multi-token prediction": "num_nextn_predict_layers"},

@@ -68,12 +68,12 @@ def _embedding(probe: Probe, recording: Recording, readout: Readout) -> Iterator
     """How the stream that enters the first layer is made of the rows of the embedding table."""
     table: Any = getattr(input_embedding(probe.module), "weight", None)
     stream, first = recording.given(probe.anatomy.blocks[0].path), recording.call(probe.anatomy.blocks[0].path)
-    streams = readout.layout.streams
-    if streams > 1:
-        yield ContextFact("streams", f"the layers carry {streams} residual streams side by side.", streams)
     if table is None or stream is None or first is None or table.device.type == "meta":
         return
     rows = torch.nn.functional.embedding(probe.ids.to(table.device), table).to(stream.device)
+    streams, rest = divmod(stream.numel(), rows.numel())
+    if streams > 1 and not rest and not readout.layout.extra:
+        yield ContextFact("streams", f"the layers carry {streams} residual streams side by side.", streams)
     entering = _as_rows(stream, rows)
     if entering is None:
         yield ContextFact("embedding path", _between(probe, recording, first.began))

@@ -27,7 +27,7 @@ NOT_ADDED = (
     "more than a factor stands between what its experts return and what the mixture returns, such as a norm: "
     "expert_outputs and expert_weights have what is before it"
 )
-NO_COUNT = "its router scores another number of experts than its experts' module says it has"
+NO_COUNT = "it is not known how many experts it has"
 EVERY = "every expert runs on every token, its input times its weight: expert_contributions has what they return"
 
 Key = int | str
@@ -159,16 +159,18 @@ class ExpertsFinder:
     def count(self, layer: Layer, path: str) -> tuple[int, str] | None:
         """How many experts a layer has, and the attribute of its experts' module that says so or holds as many.
 
-        As many as the router scores; if it is not known, as the module says.
+        As many as the router scores; else as the module says, because the router may also score an expert that does
+        nothing (Zaya). None if neither is known.
         """
         module, router = self._module(path), recorded_router(self.probe.module, layer)
         named = [(value, name) for name, value in vars(module).items() if type(value) is int and "expert" in name]
         held = [(p.shape[0], name) for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
         call = None if router is None else self.recording.call(router[0])
+        stated = next((pair for pair in named if pair[1] in ("num_experts", "moe_num_experts")), None)
         if router is None or call is None:
-            return next((pair for pair in named if pair[1] in ("num_experts", "moe_num_experts")), None)
+            return stated
         scores = call.output if isinstance(call.output, torch.Tensor) else call.output[router[1]]
-        return next((pair for pair in (*named, *held) if pair[0] == scores.shape[-1]), None)
+        return next((pair for pair in (*named, *held) if pair[0] == scores.shape[-1]), stated)
 
     def _call(self, path: str, call: Call, changed: dict[Key, torch.Tensor]) -> torch.Tensor:
         args = tuple(changed.get(i, x) for i, x in enumerate(copied(call.args)))
