@@ -22,7 +22,7 @@ from nnterp.huggingface import accepts_argument, is_huggingface, require_no_drop
 from nnterp.identity import checkpoint_digest
 from nnterp.inputs import Row, both_inputs, tokenized
 from nnterp.loading import left_in_place, reported
-from nnterp.sent import SentByName
+from nnterp.sent import SENT, SENT_OF_NNSIGHT, SentByName
 from nnterp.table import LABELS, SENT_WHERE_NAMED
 from nnterp.traced import (
     Attached,
@@ -42,17 +42,6 @@ from nnterp.traced import (
 from nnterp.turn import Turn
 from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
 
-# Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
-SENT_OF_NNSIGHT = (
-    *("task", "pipeline", "tokenizer", "processor", "image_processor", "feature_extractor", "peft", "repo_id"),
-    *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
-    *("_children", "_child_map", "args", "kwargs", "generator"),
-)
-SENT = (
-    *"num_layers num_vision_layers num_encoder_layers hidden_size num_heads num_kv_heads head_dim".split(),
-    *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
-    *("standing", "attached"),
-)
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
 
