@@ -16,8 +16,8 @@ from nnterp.certificate import CLAIMS, certify
 from nnterp.errors import PaddingError, Unavailable, Unproven, UnprovenWarning
 from nnterp.facts import Facts
 from nnterp.interventions import activation_patching, logit_lens
-from nnterp.named_transformer import SENT, SENT_OF_NNSIGHT
-from nnterp.table import VALUES
+from nnterp.sent import SENT, SENT_OF_NNSIGHT
+from nnterp.table import SENT_WHERE_NAMED, VALUES
 from nnterp.testing import RemoteWorker, tiny_checkpoint, tiny_model, tiny_tokenizer
 from nnterp.traced import TracedTransformer
 
@@ -112,7 +112,8 @@ def test_facts_do_not_travel(tiny):
     assert not any(isinstance(value, Facts) for value in state.values())
     bound = {"embed_tokens", "layers", "ln_final", "lm_head", "model", "generator"}
     made = {"directory", "edits", "sharing"}  # for the request
-    assert state.keys() <= {*SENT, *SENT_OF_NNSIGHT, *made, *bound}
+    assert state.keys() <= {*SENT, *SENT_OF_NNSIGHT, *made, *bound, *SENT_WHERE_NAMED}
+    assert not any(hasattr(TracedTransformer, name) for name in SENT_WHERE_NAMED)  # their accessors come with the state
     annotated = {name for name in TracedTransformer.__annotations__ if name not in ("output", *bound, *VALUES)}
     assert {*SENT, *made} == annotated
     for name in SENT:
