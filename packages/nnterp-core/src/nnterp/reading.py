@@ -34,6 +34,36 @@ class ReadTransformer(NamedTransformer):
         expert_weights: LayerAccessor
         expert_outputs: LayerAccessor
         expert_contributions: LayerAccessor
+        cross_attentions_input: LayerAccessor
+        cross_attention_queries: LayerAccessor
+        cross_attention_keys: LayerAccessor
+        cross_attention_values: LayerAccessor
+        cross_attention_scores: LayerAccessor
+        cross_attention_probabilities: LayerAccessor
+        cross_attention_head_outputs: LayerAccessor
+        cross_attention_head_contributions: LayerAccessor
+        cross_attentions_output: LayerAccessor
+        encoder_layers_input: LayerAccessor
+        encoder_attentions_input: LayerAccessor
+        encoder_attention_queries: LayerAccessor
+        encoder_attention_keys: LayerAccessor
+        encoder_attention_values: LayerAccessor
+        encoder_attention_scores: LayerAccessor
+        encoder_attention_probabilities: LayerAccessor
+        encoder_attention_head_outputs: LayerAccessor
+        encoder_attention_head_contributions: LayerAccessor
+        encoder_attentions_output: LayerAccessor
+        encoder_attention_contributions: LayerAccessor
+        encoder_layers_mid: LayerAccessor
+        encoder_mlps_input: LayerAccessor
+        encoder_router_logits: LayerAccessor
+        encoder_router_choices: LayerAccessor
+        encoder_mlp_neurons: LayerAccessor
+        encoder_shared_expert_neurons: LayerAccessor
+        encoder_mlps_output: LayerAccessor
+        encoder_mlp_contributions: LayerAccessor
+        encoder_other_contributions: LayerAccessor
+        encoder_layers_output: LayerAccessor
 
     # -- the table of values ----------------------------------------------------------------------------------------
 
