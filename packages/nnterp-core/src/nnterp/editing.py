@@ -14,12 +14,15 @@ import torch
 
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.standing import conditional, standing
+from nnterp.table import SENT_WHERE_NAMED
 from nnterp.traced import Condition, TracedTransformer, skip_layers, steering_of
 from nnterp.turn import Turn
 
 EDITS = frozenset(["steer", "skip_layer", "skip_layers", "each_step"])  # methods of `Edits`, as blocks name them
 # Whether the remote request that is being made takes the edits along: yes, unless its block was seen to name none.
 mentions_edits: ContextVar[bool] = ContextVar("mentions_edits", default=True)
+# Which values of few models it takes along: all, unless its block was seen to name none.
+mentions_values: ContextVar[frozenset[str]] = ContextVar("mentions_values", default=SENT_WHERE_NAMED)
 
 
 class EditedTransformer(TracedTransformer):

@@ -15,7 +15,7 @@ from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
 from nnterp.decoders import check_encoder_mask
 from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
-from nnterp.editing import EditedTransformer, mentions_edits
+from nnterp.editing import EditedTransformer, mentions_edits, mentions_values
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
@@ -23,10 +23,12 @@ from nnterp.huggingface import is_huggingface, require_no_dropout, without_full_
 from nnterp.identity import Checkpoint, checkpoint_of
 from nnterp.inputs import Row, both_inputs, tokenized
 from nnterp.loading import left_in_place, reported
-from nnterp.sent import SentByName
+from nnterp.sent import SENT, SENT_OF_NNSIGHT, SentByName
+from nnterp.table import LABELS, SENT_WHERE_NAMED
 from nnterp.traced import (
     Attached,
     Edits,
+    LayerAccessor,
     Lender,
     NoEdits,
     Place,
@@ -41,17 +43,6 @@ from nnterp.traced import (
 from nnterp.turn import Turn
 from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
 
-# Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
-SENT_OF_NNSIGHT = (
-    *("task", "pipeline", "tokenizer", "processor", "image_processor", "feature_extractor", "peft", "repo_id"),
-    *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
-    *("_children", "_child_map", "args", "kwargs", "generator"),
-)
-SENT = (
-    *"num_layers num_vision_layers hidden_size num_heads num_kv_heads head_dim".split(),
-    *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
-    *("standing", "attached"),
-)
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
 
@@ -374,6 +365,7 @@ class NamedTransformer(EditedTransformer):
                 "Set model.tokenizer.padding_side = 'left'."
             )
         mentions_edits.set(True)
+        mentions_values.set(SENT_WHERE_NAMED)
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
@@ -393,5 +385,7 @@ class NamedTransformer(EditedTransformer):
             state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
         state["sharing"] = None if self.sharing == Sharing() else self.sharing
         state["edits"] = self.edits if mentions_edits.get() else NoEdits()
-        state["directory"] = directory_of(self, self.module_path)
+        named = mentions_values.get()
+        state.update({name: LayerAccessor(self, LABELS[name]) for name in named})
+        state["directory"] = directory_of(self, self.module_path, SENT_WHERE_NAMED - named)
         return arriving, (), state

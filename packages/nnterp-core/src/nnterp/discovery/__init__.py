@@ -2,8 +2,10 @@
 
 from nnterp.discovery._between import PROBE as BETWEEN_PROBE
 from nnterp.discovery._between import find_between
+from nnterp.discovery._context import ContextFact, find_context
 from nnterp.discovery._declared import declared_chain, declared_lenders
 from nnterp.discovery._inside import Findings, find_inside
+from nnterp.discovery._linear import Linear, find_linear
 from nnterp.discovery._probe import Probe, model_inputs, probe_ids, rounding_of
 from nnterp.discovery._quantised import mixes_rows, require_gradients
 from nnterp.discovery._quiet import quiet, static_experts
@@ -19,8 +21,10 @@ __all__ = [
     "BETWEEN_PROBE",
     "Attention",
     "Call",
+    "ContextFact",
     "Contribution",
     "Findings",
+    "Linear",
     "Probe",
     "Recording",
     "ResidualStructure",
@@ -34,7 +38,9 @@ __all__ = [
     "declared_lenders",
     "declared_sharing",
     "find_between",
+    "find_context",
     "find_inside",
+    "find_linear",
     "find_states",
     "mixes_rows",
     "model_inputs",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nnterp.anatomy import Layer, cross_layers
+from nnterp.discovery._experts import ExpertsFinder
 from nnterp.discovery._linears import arguments_of, ending, linears
 from nnterp.discovery._neurons import find_neurons, find_shared_neurons
 from nnterp.discovery._probe import Probe
@@ -33,6 +34,7 @@ class Findings:
         neurons: Per layer, where the neurons of its feed-forward are served, or the reason why they are not.
         shared_neurons: The same for the expert that runs on all tokens.
         routers: Per layer, (router logits, chosen experts): places, or reasons.
+        experts: Per layer, name of a value of its experts → its place, or the reason why it has none.
         exits: Path of a module inside a part whose output is also the part's output → the part's own exit.
         ticks: (path, labels, "input" or "output") → when the forward pass first reached it.
         texts: (path, labels) of an instrumented function → its source.
@@ -44,6 +46,7 @@ class Findings:
     neurons: list[Place | str] = field(default_factory=list)
     shared_neurons: list[Place | str] = field(default_factory=list)
     routers: list[tuple[Place | str, Place | str]] = field(default_factory=list)
+    experts: list[dict[str, Place | str]] = field(default_factory=list)
     exits: dict[str, str] = field(default_factory=dict)
     ticks: dict[tuple[str, Labels, str], int] = field(default_factory=dict)
     texts: dict[tuple[str, Labels], SourceText] = field(default_factory=dict)
@@ -111,12 +114,14 @@ class _Look:
         """What is found in some layers."""
         found = Findings(ticks=self.whole.ticks(), texts={**self.current.texts, **self.whole.texts})
         routers = Routers(self.probe, self.current)
+        experts = ExpertsFinder(self.probe, self.current)
         tolerance = self.probe.tolerance
         for layer in layers:
             found.attention.append(self.attention(layer))
             found.neurons.append(find_neurons(self.root, layer, self.current, tolerance))
             found.shared_neurons.append(find_shared_neurons(self.root, layer, self.current, tolerance))
             found.routers.append(routers.of(layer))
+            found.experts.append(experts.of(layer))
             found.exits.update(self.same_as_exit(layer))
         found.several = {at: self.attention(layer) for at, layer in one_of_several.items()}
         if self.eager is not None:

@@ -110,8 +110,8 @@ class Probe:
     ) -> None:
         self.module, self.anatomy, self.repeated = module, anatomy, repeated
         self.tolerance = max(1e-5, 8 * rounding_of(module))
-        ids = probe_ids(module, anatomy.sizes.vocab_size, *shape, seed=3)
-        self.inputs: dict[str, Any] = {**model_inputs(module, ids), **uncached(module)}
+        self.ids = probe_ids(module, anatomy.sizes.vocab_size, *shape, seed=3)
+        self.inputs: dict[str, Any] = {**model_inputs(module, self.ids), **uncached(module)}
 
     def record(self, until: str | None = None, **options: Any) -> Recording:
         """Run the module with `run(until)` and record it; `options` are those of `record`."""

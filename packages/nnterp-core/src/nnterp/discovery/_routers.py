@@ -22,7 +22,7 @@ USED = "its router has chosen by them when it returns them"
 
 def router_path(root: nn.Module, layer: Layer) -> str | None:
     """Path of the router's module in one layer; None if transformers records none."""
-    found = _recorded(root, layer)
+    found = recorded_router(root, layer)
     return None if found is None else found[0]
 
 
@@ -42,7 +42,7 @@ class Routers:
         """(logits, chosen experts) of one layer: for each its place, or the reason why it has none."""
         if layer.mlp is None or not layer.mixture_of_experts:
             return NO_EXPERTS, NO_EXPERTS
-        found = _recorded(self.probe.module, layer)
+        found = recorded_router(self.probe.module, layer)
         if found is None:
             return NO_LOGITS, NO_CHOICES
         path, index = found
@@ -95,7 +95,7 @@ def _choices(path: str, output: Sequence[Any]) -> Place | str:
     return Item(path, whole[-1]) if whole else NO_CHOICES
 
 
-def _recorded(root: nn.Module, layer: Layer) -> tuple[str, int] | None:
+def recorded_router(root: nn.Module, layer: Layer) -> tuple[str, int] | None:
     """(path, index of the logits in its output) of a layer's router; None if transformers records none."""
     if layer.mlp is None or not layer.mixture_of_experts:
         return None

@@ -33,6 +33,7 @@ from nnterp.traced._dictionary import (
 )
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edits import Edits, NoEdits
+from nnterp.traced._experts import EveryExpert, Experts, Routed, one_column
 from nnterp.traced._features import Attached, Features, listed
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
@@ -66,7 +67,9 @@ __all__ = [
     "Dictionary",
     "Directory",
     "Edits",
+    "EveryExpert",
     "Everywhere",
+    "Experts",
     "Features",
     "Gated",
     "GroupMax",
@@ -81,6 +84,7 @@ __all__ = [
     "Place",
     "ReadOnly",
     "Readout",
+    "Routed",
     "Running",
     "Scaling",
     "Sharing",
@@ -107,6 +111,7 @@ __all__ = [
     "is_apart",
     "layer_index",
     "listed",
+    "one_column",
     "over",
     "project_on_vocab",
     "read_value",

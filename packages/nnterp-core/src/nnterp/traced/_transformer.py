@@ -15,7 +15,7 @@ from nnsight.intervention.envoy import Envoy
 from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.errors import ShapeError, Unavailable
-from nnterp.table import LABELS, Label
+from nnterp.table import LABELS, SENT_WHERE_NAMED, Label
 from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
 from nnterp.traced._binding import envoy_at
 from nnterp.traced._bracketing import bracket_one
@@ -80,10 +80,7 @@ class TracedTransformer(TransformersModel):
         mixers_input: LayerAccessor
         mixers_output: LayerAccessor
         mixer_contributions: LayerAccessor
-        mixer_states: LayerAccessor
         layers_mid: LayerAccessor
-        router_logits: LayerAccessor
-        router_choices: LayerAccessor
         mlp_neurons: LayerAccessor
         shared_expert_neurons: LayerAccessor
         mlp_contributions: LayerAccessor
@@ -343,5 +340,6 @@ def accessor(label: Label) -> property:
 
 
 for _label in LABELS.values():
-    if _label.stack in ("layers", "vision"):  # requests are refused for models with the others
+    # Requests are refused for models with other stacks, and bring their own accessors of values of few models.
+    if _label.stack in ("layers", "vision") and _label.name not in SENT_WHERE_NAMED:
         setattr(TracedTransformer, _label.name, accessor(_label))

@@ -5,7 +5,7 @@ from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, layer_in
 from nnterp.values._aliases import canonical
 from nnterp.values._attached import Attachment, attached_of, features_of, spelled
 from nnterp.values._directory import directory_of
-from nnterp.values._explain import Support, explain, source_of, support
+from nnterp.values._explain import Support, explain, explain_context, source_of, support
 from nnterp.values._images import layers_that_run
 from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
 from nnterp.values._read_order import Combine, gradient_reads, reads, when
@@ -28,6 +28,7 @@ __all__ = [
     "canonical",
     "directory_of",
     "explain",
+    "explain_context",
     "features_of",
     "find_place",
     "get_label",

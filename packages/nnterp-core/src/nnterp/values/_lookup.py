@@ -273,6 +273,17 @@ def _router(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     which = ("router_logits", "router_choices").index(value.name)
     every = [found[which] for found in facts.inside.routers]
     place = every[layer]
+    if value.name == "router_choices" and isinstance(place, str):
+        return _experts(facts, module, value, layer)
+    if isinstance(place, str):
+        raise _missing(facts, layer, value.name, place, _served(every))
+    return place
+
+
+def _experts(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """The experts that a layer's tokens are sent to, their weights and what they return."""
+    every = [found[value.name] for found in facts.inside.experts]
+    place = every[layer]
     if isinstance(place, str):
         raise _missing(facts, layer, value.name, place, _served(every))
     return place
@@ -282,6 +293,16 @@ def _state(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     """The state that a mixer keeps for the next token."""
     facts.anatomy.part("mixer", layer)
     every, _ = facts.states
+    place = every[layer]
+    if isinstance(place, str):
+        raise _missing(facts, layer, value.name, place, _served(every))
+    return place
+
+
+def _linear(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """What the recurrence of linear attention is given."""
+    facts.anatomy.part("mixer", layer)
+    every = [found[value.name] for found in facts.linear[0]]
     place = every[layer]
     if isinstance(place, str):
         raise _missing(facts, layer, value.name, place, _served(every))
@@ -360,9 +381,11 @@ FINDERS: dict[str, Finder] = {
     "attention": _attention,
     "head_contributions": _head_contributions,
     "state": _state,
+    "linear": _linear,
     "contribution": _contribution,
     "mid": _mid,
     "router": _router,
+    "experts": _experts,
     "neurons": _neurons,
     "features": _features,
     "vision": lambda facts, module, value, layer: of_images(facts, value, layer),

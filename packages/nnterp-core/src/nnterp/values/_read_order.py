@@ -11,12 +11,15 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.traced import (
     Declared,
+    EveryExpert,
     Everywhere,
+    Experts,
     Features,
     Inside,
     Item,
     Place,
     ReadOnly,
+    Routed,
     Running,
     Site,
     Sum,
@@ -72,7 +75,9 @@ def when(model: Known, place: Place) -> float:
     if isinstance(place, Site):
         key = place.path, (), place.side
         return ticks[key] if key in ticks else _with_image(model, place)
-    if isinstance(place, Item):
+    if isinstance(place, Routed | Experts):
+        return ticks[place.path, (), "input"]
+    if isinstance(place, Item | EveryExpert):
         return ticks[place.path, (), "output"]
     if isinstance(place, Inside):
         # The probe does not time the operations of every module. One that it does not is `layers_mid` in a module that
@@ -132,6 +137,11 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
         return [
             Site(path, "output")
         ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
+    if isinstance(place, Routed | Experts | EveryExpert):
+        raise Unavailable(
+            f"There is no gradient with respect to {label}: reading it makes a new tensor, on which the model's output "
+            "does not depend. Take the gradient with respect to mlps_output, and multiply it with expert_contributions."
+        )
     if isinstance(place, ReadOnly):
         raise Unavailable(
             f"There is no gradient with respect to {label} in {model.facts.anatomy.model_class}: {place.reason}."

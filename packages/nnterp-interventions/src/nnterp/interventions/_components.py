@@ -28,7 +28,7 @@ class Component:
     Attributes:
         value: Name of a value, such as "attention_head_outputs" or "mlps_output".
         layer: Its layer; negative counts from the last. Of "features" also (layer, number), as `nnterp.attach` returns.
-        heads: A head (or neuron) or several, or a slice of them; all if None.
+        heads: A head (or neuron, or expert of "expert_contributions") or several, or a slice of them; all if None.
         positions: Over each prompt's own tokens: indices, selectors or a list of these; all if None.
 
     Raises:
@@ -54,11 +54,12 @@ class Component:
         object.__setattr__(self, "positions", plain_positions(self.positions, "Component(positions)"))
 
     def __str__(self) -> str:
+        unit = "expert" if self.value == "expert_contributions" else "head"
         if isinstance(self.heads, slice):
-            heads = f" heads {shown_slice(self.heads)}"
+            heads = f" {unit}s {shown_slice(self.heads)}"
         else:
             listed = (self.heads,) if isinstance(self.heads, int) else self.heads or ()
-            heads = f" head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
+            heads = f" {unit}{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
         at = "" if self.positions is None else f" at {self.positions}"
         return f"{label_of(self.value, self.layer)}{heads}{at}"
 
