@@ -13,7 +13,7 @@ from nnsight.intervention.tracer import InterleavingTracer
 from torch import nn
 
 from nnterp.editing import EDITS, mentions_edits, mentions_values
-from nnterp.table import SENT_WHERE_NAMED
+from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES
 from nnterp.traced import StepTracer
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 
@@ -49,7 +49,7 @@ def mentioned(node: ast.AST, scope: Mapping[str, Any]) -> tuple[set[str], set[st
         n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)
     }
     texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    seen: set[int] = set()
+    seen = {id(VALUES), id(LABELS), id(SENT_WHERE_NAMED)}  # they name all values, whatever the block does
     waiting = [scope[name] for name in names if name in scope]
     while waiting:
         found = waiting.pop()

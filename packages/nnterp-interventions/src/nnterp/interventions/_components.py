@@ -54,7 +54,7 @@ class Component:
         object.__setattr__(self, "positions", plain_positions(self.positions, "Component(positions)"))
 
     def __str__(self) -> str:
-        unit = "expert" if self.value == "expert_contributions" else "head"
+        unit = "expert" if self.value.startswith("expert_") else "head"
         if isinstance(self.heads, slice):
             heads = f" {unit}s {shown_slice(self.heads)}"
         else:
