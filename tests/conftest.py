@@ -94,18 +94,12 @@ def processes():
     launcher.close()
 
 
-@cache
-def _tiny(model_type: str):
-    from nnterp import StandardizedTransformer
-    from nnterp.testing import tiny_model, tiny_tokenizer
-
-    return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
-
-
 @pytest.fixture
 def tiny():
     """`tiny("llama")`: a StandardizedTransformer over a tiny random model, shared by the tests of one worker."""
-    return _tiny
+    from . import models
+
+    return models.tiny
 
 
 @cache
