@@ -19,6 +19,7 @@ def ids(rows=2, length=LENGTH, seed=5):
 
 @cache
 def wrapped(model_type, eager=True, check=False):
+    """A tiny model; one that is not eager is the proven one that all tests share."""
     if not eager:
         return tiny(model_type)
     return StandardizedTransformer(
