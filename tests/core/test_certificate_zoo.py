@@ -39,13 +39,12 @@ LINES = 10
 
 
 @pytest.mark.parametrize("model_type", [*model_types(), *multimodal_model_types()])
-def test_certificate_holds_or_the_model_is_refused(model_type):
-    module = tiny_model(model_type)
+def test_certificate_holds_or_the_model_is_refused(model_type, tiny):
     if model_type in REFUSED:
         with pytest.raises(RenamingError, match=REFUSED[model_type]):
-            StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+            tiny(model_type)
         return
-    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    model = tiny(model_type)
     certificate = model.certificate
     assert certificate.ok
     assert certificate.complete
