@@ -14,6 +14,7 @@ from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
 from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
+from nnterp.identity import checkpoint_digest, config_digest
 from nnterp.inputs import encode
 from nnterp.table import LABELS, Label
 from nnterp.traced import (
@@ -29,11 +30,21 @@ from nnterp.traced import (
     write_value,
 )
 from nnterp.vllm._errors import raise_first
-from nnterp.vllm._steering import require_plain, steer_pass
+from nnterp.vllm._requests import CleanEngine, CleanLLM
+from nnterp.vllm._steering import require_plain, steer_prompt
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
 from vllm import SamplingParams
 
+_REFUSED = {
+    "enable_chunked_prefill": "a prompt that is split over passes would be read in pieces",
+    "enable_prefix_caching": "tokens that are taken from the cache run through no layer, and would be missing",
+    "speculative_config": "a pass that checks several tokens at once has no one next token",
+}
+_ROUNDING = {  # settings that numbers depend on in their last bits alone
+    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_gpu_blocks_override"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "disable_log_stats", "seed"),
+}
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
 
 
@@ -54,6 +65,9 @@ class TracedVLLM(VLLM):
             raise Unavailable("mode='async' is nnsight's alone: use nnsight.modeling.vllm.VLLM for it.")
         if kwargs.get("taps"):
             raise Unavailable("taps= serves few places, and the standard names read any: leave it out.")
+        for name, why in _REFUSED.items():
+            if kwargs.get(name):
+                raise Unavailable(f"{name}={kwargs[name]!r}: {why}. Leave it out.")
         self.proven: frozenset[str] = frozenset()
         self.certificate: Any = None
         self.stepping = self._warned = False
@@ -81,6 +95,31 @@ class TracedVLLM(VLLM):
         # vLLM packs the experts' weights for the CPU while it loads them, which cannot be done without numbers.
         with mock.patch("vllm.model_executor.model_loader.base_loader.process_weights_after_loading"):
             return VLLM._load_meta(self, repo_id, **kwargs)
+
+    def _load_sync(self, repo_id: str, **kwargs: Any) -> Any:
+        llm = VLLM._load_sync(self, repo_id, **kwargs)
+        llm.__class__, llm.llm_engine.__class__ = CleanLLM, CleanEngine
+        return llm
+
+    def ready(self) -> None:
+        """Start the engine if it does not run yet, and warn if nothing has proven its values."""
+        if not self.dispatched:
+            self.dispatch()
+        self._warn_unproven()
+
+    def run_settings(self) -> dict[str, Any]:
+        """Everything that this model's numbers depend on, as JSON can hold it: see `nnterp.resuming.Call`."""
+        config = self.vllm_entrypoint.llm_engine.vllm_config.model_config
+        return {
+            "model_class": f"vLLM's {self.model_class}",
+            "model": self.repo,
+            "revision": self.dispatch_options.get("revision"),
+            "dtype": str(config.dtype),
+            "config": config_digest(config.hf_config),
+            "engine": {name: repr(value) for name, value in self.dispatch_options.items() if name not in _ROUNDING},
+            "edits": [getattr(edit, "identity", f"unknown {edit.id}") for edit in self._installed_edits],
+            "weights": checkpoint_digest(self.repo, self.dispatch_options) or f"unknown {id(self)}",
+        }
 
     # -- what the accessors need ------------------------------------------------------------------------------------
 
@@ -272,7 +311,7 @@ class TracedVLLM(VLLM):
                 "vector, layers, steps=...)` around model.generate(prompts, max_new_tokens=...)."
             )
         what = (layers, steering_vector, factor, token_positions, None, None, mode, keep_norm, origin)
-        steer_pass(self, require_plain(steering_of(self.num_layers, *what)), 0)
+        steer_prompt(self, require_plain(steering_of(self.num_layers, *what)))
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -351,11 +390,14 @@ class TracedVLLM(VLLM):
             >>> output.outputs[0].text
         """
         self.require_no_trace("run()")
-        if not self.dispatched:
-            self.dispatch()
-        self._warn_unproven()
-        params = SamplingParams(**{"temperature": 0.0, "max_tokens": max_new_tokens, **settings})
+        self.ready()
+        params = self.params(max_tokens=max_new_tokens, **settings)
         return self.vllm_entrypoint.generate(self.prompts_of(prompts), params, use_tqdm=False)
+
+    @staticmethod
+    def params(**settings: Any) -> SamplingParams:
+        """vLLM's settings of a request: one token, greedy, unless `settings` say otherwise."""
+        return SamplingParams(**{"temperature": 0.0, "max_tokens": 1, **settings})
 
     # -- travelling -------------------------------------------------------------------------------------------------
 

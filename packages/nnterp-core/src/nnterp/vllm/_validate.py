@@ -133,7 +133,7 @@ def _line(
     if not there:
         return Line(claim, "skipped", detail="HuggingFace's model does not prove this value"), {}
     try:
-        ours = collect(model, prompts, name, None, None, "cpu", None, None, {})
+        ours = collect(model, prompts, name)
     except (OutOfOrderError, RuntimeError, TypeError) as error:
         everywhere: dict[int | None, float] = dict.fromkeys(layers, float("inf"))
         return Line(claim, "failed", detail=f"it could not be read: {error}"), everywhere
