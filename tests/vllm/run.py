@@ -6,6 +6,7 @@ HuggingFace's numbers come from processes that were forked before vLLM was impor
     python tests/vllm/run.py gpt2 page          # some
 """
 
+import json
 import os
 import re
 import runpy
@@ -28,6 +29,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }  # vLLM knows heads of 32
+OPTIONS = {"gpt2": {"block_size": 16, "num_gpu_blocks_override": 10}}  # too little memory for several generations
 CHECKPOINTS = {
     "gpt2": {"n_embd": 64, "n_head": 2},
     "qwen3": SMALL,
@@ -75,12 +77,30 @@ def page(kept):
     return ran(program)
 
 
-def tested(folder, reference):
+def eager(folder, out):
+    """Write the dataset of the eager model."""
+    import reference
+
+    import nnterp
+
+    model = nnterp.StandardizedTransformer(folder, device_map="cpu")
+    values = ["layers_output", "attention_queries", "next_token_probs"]
+    model.collect([list(ids) for ids in reference.PROMPTS], values, to=out)
+
+
+def tested(name, folder, kept):
     """Run the tests on one checkpoint."""
     import pytest
 
     os.environ.update(
-        {"NNTERP_VLLM_MODEL": str(folder), "NNTERP_VLLM_REFERENCE": str(reference), "NNTERP_CACHE": "off"}
+        {
+            "NNTERP_VLLM_MODEL": str(folder),
+            "NNTERP_VLLM_NAME": name,
+            "NNTERP_VLLM_REFERENCE": f"{kept}/{name}.pt",
+            "NNTERP_VLLM_EAGER": f"{kept}/eager",
+            "NNTERP_VLLM_OPTIONS": json.dumps(OPTIONS.get(name, {})),
+            "NNTERP_CACHE": "off",
+        }
     )
     here = Path(__file__).parent
     left_out = [part for name in ("cacheprovider", "xdist", "anyio") for part in ("-p", f"no:{name}")]
@@ -106,12 +126,14 @@ def main(names):
         for name, folder in folders.items():
             if forked(lambda folder=folder, name=name: reference.main(folder, f"{kept}/{name}.pt")):
                 failed.append(f"{name} in HuggingFace")
+        if "toy" in folders and forked(lambda: eager(folders["toy"], f"{kept}/eager")):
+            failed.append("the dataset of the eager model")
         from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
         import nnsight.modeling.vllm.vllm  # noqa: F401
 
         for name, folder in folders.items():
             print(f"--- {name}", flush=True)
-            if forked(lambda folder=folder, name=name: tested(folder, f"{kept}/{name}.pt")):
+            if forked(lambda folder=folder, name=name: tested(name, folder, kept)):
                 failed.append(name)
         if not names or "page" in names:
             print("--- docs/vllm.md", flush=True)

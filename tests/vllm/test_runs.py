@@ -1,5 +1,7 @@
 """Steering, skipping, the lens, collecting and generating in vLLM, against HuggingFace's own model."""
 
+import os
+
 import pytest
 import torch
 
@@ -76,6 +78,27 @@ def test_steering_the_prompt_alone(model, reference):
     with model.steering(vector, list(STEERED), scale, steps="generated"):
         logits = model.collect(GIVEN, "logits", positions=-1)["logits"]
     close(logits, torch.stack([one[-1] for one in reference["logits"]]))
+
+
+@pytest.mark.parametrize("chosen", [{"steps": "prompt"}, {"steps": "generated"}, {"token_positions": [0, -1]}])
+def test_requests_that_come_back_into_the_engine_are_steered_as_before(model, reference, monkeypatch, chosen):
+    """Where memory does not hold all requests, vLLM puts some off, and later runs all their tokens again in one pass."""
+    if os.environ["NNTERP_VLLM_NAME"] != "gpt2":
+        pytest.skip("tried on the model whose engine has little memory")
+    scheduler = model.vllm_entrypoint.llm_engine.engine_core.engine_core.scheduler
+    put_off, preempt = [], scheduler._preempt_request
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *own, **named: put_off.append(preempt(*own, **named)))
+    prompts = [[*ids, *range(20 + i, 27 + i)] for i in range(3) for ids in GIVEN]
+    with model.steering(reference["vector"], list(STEERED), reference["scale"], **chosen):
+        single = [model.run([ids], 14, ignore_eos=True)[0] for ids in prompts]
+        assert not put_off
+        together = model.run(prompts, 14, ignore_eos=True)
+        last = model.collect(prompts, "layers_output", max_new_tokens=14, ignore_eos=True)
+    assert put_off
+    plain = model.run(prompts, 14, ignore_eos=True)
+    ids = [[list(output.outputs[0].token_ids) for output in outputs] for outputs in (single, together, plain)]
+    assert ids[0] == ids[1] == last.generated.tolist()
+    assert ids[0] != ids[2]
 
 
 def test_steering_at_some_positions(model, reference):

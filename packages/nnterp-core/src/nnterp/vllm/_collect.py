@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ def _of_prompts(
     reduce: Reduce,
     dtype: torch.dtype | None,
     positions: Any,
-) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
+) -> Generator[tuple[list[int], dict[int, torch.Tensor]], None, None]:
     """Read prompts, and yield some when they are finished: their indices, and target → `[prompts, (positions,) ...]`.
 
     With "mean" and "sum", positions are added up.
@@ -160,7 +160,7 @@ def _over_generation(
     max_new_tokens: int,
     dtype: torch.dtype | None,
     settings: dict[str, Any],
-) -> Iterator[tuple[int, torch.Tensor, dict[int, torch.Tensor]]]:
+) -> Generator[tuple[int, torch.Tensor, dict[int, torch.Tensor]], None, None]:
     """Generate, and yield each prompt when it ends: its index, new tokens, and target → `[1, tokens, ...]`."""
     if not rows:
         return

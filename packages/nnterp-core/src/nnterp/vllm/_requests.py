@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
@@ -37,7 +37,9 @@ class CleanLLM(LLM):
             raise
 
 
-def finished(model: TracedVLLM, prompts: Sequence[Any], params: SamplingParams) -> Iterator[list[tuple[int, Any]]]:
+def finished(
+    model: TracedVLLM, prompts: Sequence[Any], params: SamplingParams
+) -> Generator[list[tuple[int, Any]], None, None]:
     """Run prompts with continuous batching, and yield outputs after each forward pass that finishes some.
 
     Args:
