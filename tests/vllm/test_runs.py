@@ -82,7 +82,7 @@ def test_steering_the_prompt_alone(model, reference):
 
 @pytest.mark.parametrize("chosen", [{"steps": "prompt"}, {"steps": "generated"}, {"token_positions": [0, -1]}])
 def test_requests_that_come_back_into_the_engine_are_steered_as_before(model, reference, monkeypatch, chosen):
-    """Where memory does not hold all requests, vLLM puts some off, and later runs all their tokens again in one pass."""
+    """Where memory does not hold all requests, vLLM puts some off, and later runs their tokens again in one pass."""
     if os.environ["NNTERP_VLLM_NAME"] != "gpt2":
         pytest.skip("tried on the model whose engine has little memory")
     scheduler = model.vllm_entrypoint.llm_engine.engine_core.engine_core.scheduler
