@@ -30,14 +30,17 @@ SMALL = {
     "head_dim": 32,
 }  # vLLM knows heads of 32
 OPTIONS = {"gpt2": {"block_size": 16, "num_gpu_blocks_override": 10}}  # too little memory for several generations
+ONLY = {"smollm2": "is_that_of_huggingface or of_all_positions or lens or greedy or rows_are_those"}  # it is large
 CHECKPOINTS = {
     "gpt2": {"n_embd": 64, "n_head": 2},
     "qwen3": SMALL,
     "gemma3_text": {**SMALL, "query_pre_attn_scalar": 32},
     "mixtral": {**SMALL, "intermediate_size": 64},
+    "helium": {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1},  # by vLLM's Transformers backend
 }
 
 
+REAL = Path("~/.cache/nnterp/real-models/smollm2").expanduser()  # a trained model, if tools/real_models.py made it
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 SAYS = re.compile(r"^print\((.*)\)  # → (.*)$", flags=re.MULTILINE)
 
@@ -103,8 +106,9 @@ def tested(name, folder, kept):
         }
     )
     here = Path(__file__).parent
+    chosen = ["-k", ONLY[name]] if name in ONLY else []
     left_out = [part for name in ("cacheprovider", "xdist", "anyio") for part in ("-p", f"no:{name}")]
-    return pytest.main(["-q", *left_out, f"--confcutdir={here}", str(here)])
+    return pytest.main(["-q", *chosen, *left_out, f"--confcutdir={here}", str(here)])
 
 
 def main(names):
@@ -118,8 +122,10 @@ def main(names):
     failed = []
     with tempfile.TemporaryDirectory() as kept:
         folders = {}
-        for name in names or ["toy", *CHECKPOINTS]:
-            if name in CHECKPOINTS:
+        for name in names or ["toy", *CHECKPOINTS, *(["smollm2"] if REAL.is_dir() else [])]:
+            if name == "smollm2":
+                folders[name] = REAL
+            elif name in CHECKPOINTS:
                 folders[name] = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
             elif name == "toy":
                 folders[name] = nnterp.toy_checkpoint()
