@@ -4,8 +4,8 @@
     .venv-vllm/bin/python benchmarks/core/vllm.py --layers 6     # fewer of its layers
     .venv-vllm/bin/python benchmarks/core/vllm.py --model FOLDER # another checkpoint
 
-CPU time of one thread, the median of the rounds; on a GPU, wall time. All that is compared is measured in turns in every
-round. The eager model runs in a process of its own, and waits while vLLM runs.
+CPU time of one thread, the median of the rounds; on a GPU, wall time. All that is compared is measured in turns in
+every round. The eager model runs in a process of its own, and waits while vLLM runs.
 """
 
 from __future__ import annotations

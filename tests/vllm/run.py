@@ -77,6 +77,7 @@ def page(kept):
     program = Path(kept) / "page.py"
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     program.write_text("\n".join(snippets))
+    os.chdir(kept)
     return ran(program)
 
 
