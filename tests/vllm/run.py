@@ -78,6 +78,7 @@ def page(kept):
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     program.write_text("\n".join(snippets))
     os.chdir(kept)
+    os.environ["NNTERP_CACHE"] = str(Path(kept) / "proofs")
     return ran(program)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.prompts import Prompt
-from nnterp.vllm import logit_lens, run_prompts
+from nnterp.vllm import StandardizedVLLM, logit_lens, run_prompts
 from nnterp.vllm._kept import recall
 
 from .reference import NEW, PROMPTS, SKIPPED, STEERED
@@ -169,6 +169,30 @@ def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
         model.place("layers_output", (0, 1))
     assert not model._installed_edits
     close(model.collect(GIVEN, "logits", positions=-1)["logits"][0], reference["logits"][0][-1])
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"tensor_parallel_size": 2}, "several devices"),
+        ({"pipeline_parallel_size": 2}, "several devices"),
+        ({"data_parallel_size": 2}, "several devices"),
+        ({"mode": "async"}, "nnsight"),
+        ({"taps": ["model.layers.*.output"]}, "few places"),
+        ({"enable_prefix_caching": True}, "would be missing"),
+        ({"enable_chunked_prefill": True}, "in pieces"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "no one next token"),
+    ],
+)
+def test_engines_whose_values_would_be_wrong_are_refused_before_they_start(folder, option, match):
+    with pytest.raises(Unavailable, match=match):
+        StandardizedVLLM(folder, dtype="float32", **option)
+
+
+def test_methods_that_need_the_weights_or_a_padded_batch_say_what_to_use(model):
+    for name in ("scan", "each_step", "get_topk_closest_tokens", "attached"):
+        with pytest.raises(Unavailable, match="not there on vLLM"):
+            getattr(model, name)()
 
 
 def test_numbers_that_nothing_has_proven_say_so(model):

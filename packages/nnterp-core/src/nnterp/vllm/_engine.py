@@ -32,6 +32,12 @@ _ROUNDING = {  # settings that numbers depend on in their last bits alone
     *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_gpu_blocks_override"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "disable_log_stats", "seed"),
 }
+_ABSENT = {
+    "scan": "the engine runs the real model alone. Trace a prompt and read the shapes",
+    "each_step": "loop over `tracer.iter[:]` in a trace with max_new_tokens=, or use model.steering and model.collect",
+    "get_topk_closest_tokens": "the weights are in the engine. In a trace, use model.project_on_vocab(state).topk(k)",
+    "attached": "dictionaries run beside StandardizedTransformer. Collect the stream here, and encode it afterwards",
+}
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
 
 
@@ -242,3 +248,15 @@ def arriving(interleaver: Any, module: nn.Module, state: dict[str, Any]) -> Trac
     model.__dict__.update(state)
     bind_names(model, model.names, model.layer_paths)
     return model
+
+
+def _refusing(name: str, why: str) -> Any:
+    def refuse(self: TracedVLLM, *args: Any, **kwargs: Any) -> Any:
+        raise Unavailable(f"{name}() is not there on vLLM: {why}.")
+
+    refuse.__name__, refuse.__doc__ = name, f"Refuse: {why}."
+    return refuse
+
+
+for _name, _why in _ABSENT.items():
+    setattr(TracedVLLM, _name, _refusing(_name, _why))
