@@ -154,6 +154,33 @@ def test_generations_and_traces_that_are_cut_short_leave_nothing_in_the_engine(m
     assert tokens(model) == reference["greedy"]
 
 
+def test_steered_and_collected_generations_take_as_many_passes_as_plain_ones(model, reference):
+    """One that ends makes room for another: a request that ends at once does not hold up the next."""
+    passes, step = [], CleanEngine.step
+
+    def counted(self):
+        passes.append(self.get_num_unfinished_requests())
+        return step(self)
+
+    def made(work):
+        passes.clear()
+        work()
+        return len(passes)
+
+    stop = {"stop_token_ids": [new[0] for new in reference["greedy"]]}  # the prompts of `GIVEN` end after one token
+    mixed = [ids for pair in zip(MANY, [GIVEN[i % 3] for i in range(len(MANY))], strict=True) for ids in pair]
+    vector = 0 * reference["vector"]
+    with mock.patch.object(CleanEngine, "step", counted):
+        plain = made(lambda: model.run(mixed, NEW, **stop))
+        with model.steering(vector, list(STEERED)):
+            steered = made(lambda: model.run(mixed, NEW, **stop))
+        collected = made(lambda: model.collect(mixed, "layers_output", max_new_tokens=NEW, reduce="mean", **stop))
+        read = made(lambda: model.collect(mixed, "layers_output", reduce="mean"))
+    assert plain == steered == collected
+    assert read <= len(mixed) / 32 + 2
+    assert plain < NEW * (len(mixed) / 32 - 1)  # what batches that wait for their longest would take at the least
+
+
 def test_arguments_that_vllm_does_not_take(model):
     for name, value, match in (("batch_size", 4, "max_num_seqs"), ("remote", True, "on this machine")):
         with pytest.raises(TypeError, match=match):

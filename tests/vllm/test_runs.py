@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import nnterp
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.prompts import Prompt
 from nnterp.vllm import StandardizedVLLM, logit_lens, run_prompts
@@ -190,9 +191,13 @@ def test_engines_whose_values_would_be_wrong_are_refused_before_they_start(folde
 
 
 def test_methods_that_need_the_weights_or_a_padded_batch_say_what_to_use(model):
-    for name in ("scan", "each_step", "get_topk_closest_tokens", "attached"):
+    for name in ("scan", "each_step", "get_topk_closest_tokens"):
         with pytest.raises(Unavailable, match="not there on vLLM"):
             getattr(model, name)()
+    width = model.hidden_size
+    dictionary = nnterp.Dictionary(torch.eye(width), torch.zeros(width), torch.eye(width), torch.zeros(width))
+    with pytest.raises(Unavailable, match="Dictionaries are attached to StandardizedTransformer"):
+        nnterp.attach(model, dictionary, at="layers_output[1]")
 
 
 def test_numbers_that_nothing_has_proven_say_so(model):

@@ -36,7 +36,6 @@ _ABSENT = {
     "scan": "the engine runs the real model alone. Trace a prompt and read the shapes",
     "each_step": "loop over `tracer.iter[:]` in a trace with max_new_tokens=, or use model.steering and model.collect",
     "get_topk_closest_tokens": "the weights are in the engine. In a trace, use model.project_on_vocab(state).topk(k)",
-    "attached": "dictionaries run beside StandardizedTransformer. Collect the stream here, and encode it afterwards",
 }
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
 
@@ -81,6 +80,9 @@ class TracedVLLM(InTrace):
         self.model_class = type(self._module).__name__
         config = self._module.config.get_text_config() if hasattr(self._module, "config") else None
         self.hidden_size = int(getattr(config, "hidden_size", 0) or 0)
+        first = self.parts.blocks[0]
+        self.num_heads, self.num_kv_heads = first.heads or None, first.kv_heads or None
+        self.head_dim = None if first.core is None else int(self._module.get_submodule(first.core).head_size)
         self.names = self.parts.names()
         bind_names(self, self.names, self.layer_paths)
 
@@ -139,6 +141,17 @@ class TracedVLLM(InTrace):
             Unavailable: Always.
         """
         raise Unavailable("vLLM computes in inference mode, without gradients; StandardizedTransformer has them.")
+
+    @property
+    def attachments(self) -> Any:
+        """Refuse: `nnterp.attach` works on models of StandardizedTransformer.
+
+        Raises:
+            Unavailable: Always.
+        """
+        raise Unavailable(
+            "Dictionaries are attached to StandardizedTransformer. Collect what one reads, and encode it."
+        )
 
     def support(self) -> dict[str, tuple[int, ...] | bool]:
         """Every value → the layers that have it; for a value that is not per layer, True or False."""

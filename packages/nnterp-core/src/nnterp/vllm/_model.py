@@ -41,7 +41,8 @@ class StandardizedVLLM(TracedVLLM):
         AnatomyError: The model is not a decoder with one list of layers.
 
     Attributes:
-        num_layers, hidden_size: The model's sizes.
+        num_layers, hidden_size, num_heads, num_kv_heads, head_dim: The model's sizes; of heads, those of the first
+            layer, None if it has no attention.
         certificate: The proof; None before `validate()`, unless an earlier one was kept on disk.
         proven: Names of the values that were proven.
 
