@@ -113,7 +113,7 @@ def test_positions_of_their_own_for_the_same_prompt_twice(model, reference):
 @pytest.mark.parametrize(
     "options", [{}, {"reduce": "mean"}, {"reduce": width}, {"max_new_tokens": 3, "ignore_eos": True}]
 )
-def test_a_call_goes_on_from_what_was_cut_short(model, reference, cut_short, monkeypatch, tmp_path, options):
+def test_a_call_goes_on_from_what_was_cut_short(model, reference, tmp_path, options):
     whole = model.collect(MANY, "layers_output", **options)
     with cut_short(options.get("max_new_tokens", 1) + 1) as caught:
         model.collect(MANY, "layers_output", **options)
