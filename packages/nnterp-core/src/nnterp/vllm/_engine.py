@@ -212,7 +212,7 @@ class TracedVLLM(InTrace):
         return self.prompts_of([inputs[0]])[0] if isinstance(inputs[0], str) else VLLM._prompt(self, *inputs)
 
     def prompts_of(self, prompts: Any) -> list[Any]:
-        """Prompts of any kind that `nnterp.inputs.encode` reads, as vLLM's `TokensPrompt`s."""
+        """Prompts of any kind that `nnterp.inputs.encode` reads, each as vLLM's `TokensPrompt`."""
         return [TokensPrompt(prompt_token_ids=list(row.ids)) for row in encode(self, prompts)]  # type: ignore[arg-type]
 
     def run(self, prompts: Any, max_new_tokens: int = 1, **settings: Any) -> list[Any]:
