@@ -81,18 +81,19 @@ def collect(
             read = _over_generation(model, mine, plan, max_new_tokens, dtype, settings)
             with contextlib.closing(read):
                 for k, tokens, taken in read:
-                    filling.put([left[k]], tokens[None], torch.ones(1, len(tokens), dtype=torch.bool), taken)
+                    there = {t: tensor.to(device) for t, tensor in taken.items()}
+                    filling.put([left[k]], tokens[None], torch.ones(1, len(tokens), dtype=torch.bool), there)
                     shown.update(1)
         else:
             own = [chosen[i] for i in left]
             with contextlib.closing(_of_prompts(model, mine, own, single, plan, reduce, dtype, positions)) as some:
                 for indices, taken in some:
-                    there = [left[k] for k in indices]
+                    prompts_of_pass = [left[k] for k in indices]
                     if isinstance(reduce, str):
-                        filling.add(there, {t: tensor.sum(0) for t, tensor in taken.items()})
+                        filling.add(prompts_of_pass, {t: tensor.sum(0) for t, tensor in taken.items()})
                     else:
-                        filling.put(there, taken)
-                    shown.update(len(there))
+                        filling.put(prompts_of_pass, taken)
+                    shown.update(len(indices))
     return filling.collected(model.num_layers)
 
 
