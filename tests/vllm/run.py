@@ -29,8 +29,11 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }  # vLLM knows heads of 32
-OPTIONS = {"gpt2": {"block_size": 16, "num_gpu_blocks_override": 10}}  # too little memory for several generations
-ONLY = {"smollm2": "is_that_of_huggingface or of_all_positions or lens or greedy or rows_are_those"}  # it is large
+OPTIONS = {"gpt2": {"block_size": 32, "num_gpu_blocks_override": 10}}  # too little memory for several generations
+ONLY = {  # the one costs to read everything, the other is large
+    "helium": "huggingface or of_all_positions or lens or greedy or certificate",
+    "smollm2": "is_that_of_huggingface or of_all_positions or lens or greedy",
+}
 CHECKPOINTS = {
     "gpt2": {"n_embd": 64, "n_head": 2},
     "qwen3": SMALL,

@@ -113,7 +113,7 @@ def test_positions_of_their_own_for_the_same_prompt_twice(model, reference):
 @pytest.mark.parametrize(
     "options", [{}, {"reduce": "mean"}, {"reduce": width}, {"max_new_tokens": 3, "ignore_eos": True}]
 )
-def test_a_call_goes_on_from_what_was_cut_short(model, reference, tmp_path, options):
+def test_a_call_goes_on_from_what_was_cut_short(model, on_the_toy, reference, tmp_path, options):
     whole = model.collect(MANY, "layers_output", **options)
     with cut_short(options.get("max_new_tokens", 1) + 1) as caught:
         model.collect(MANY, "layers_output", **options)
@@ -135,7 +135,7 @@ def test_a_call_goes_on_from_what_was_cut_short(model, reference, tmp_path, opti
     assert Collected.load(tmp_path / "partial.safetensors").done == partial.done
 
 
-def test_an_interrupt_waits_for_the_end_of_the_pass(model, reference):
+def test_an_interrupt_waits_for_the_end_of_the_pass(model, on_the_toy, reference):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         model.collect(MANY, "layers_output", reduce=interrupted)
@@ -144,7 +144,7 @@ def test_an_interrupt_waits_for_the_end_of_the_pass(model, reference):
     assert tokens(model) == reference["greedy"]
 
 
-def test_generations_and_traces_that_are_cut_short_leave_nothing_in_the_engine(model, reference):
+def test_generations_and_traces_that_are_cut_short_leave_nothing_in_the_engine(model, on_the_toy, reference):
     with cut_short(1):
         model.run(GIVEN, NEW, ignore_eos=True)
     assert left_in(model) == (0, 0)
@@ -154,7 +154,7 @@ def test_generations_and_traces_that_are_cut_short_leave_nothing_in_the_engine(m
     assert tokens(model) == reference["greedy"]
 
 
-def test_steered_and_collected_generations_take_as_many_passes_as_plain_ones(model, reference):
+def test_steered_and_collected_generations_take_as_many_passes_as_plain_ones(model, on_the_toy, reference):
     """One that ends makes room for another: a request that ends at once does not hold up the next."""
     passes, step = [], CleanEngine.step
 
@@ -181,7 +181,7 @@ def test_steered_and_collected_generations_take_as_many_passes_as_plain_ones(mod
     assert plain < NEW * (len(mixed) / 32 - 1)  # what batches that wait for their longest would take at the least
 
 
-def test_arguments_that_vllm_does_not_take(model):
+def test_arguments_that_vllm_does_not_take(model, on_the_toy):
     for name, value, match in (("batch_size", 4, "max_num_seqs"), ("remote", True, "on this machine")):
         with pytest.raises(TypeError, match=match):
             model.collect(GIVEN, "layers_output", **{name: value})

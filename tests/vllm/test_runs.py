@@ -89,7 +89,7 @@ def test_requests_that_come_back_into_the_engine_are_steered_as_before(model, re
     scheduler = model.vllm_entrypoint.llm_engine.engine_core.engine_core.scheduler
     put_off, preempt = [], scheduler._preempt_request
     monkeypatch.setattr(scheduler, "_preempt_request", lambda *own, **named: put_off.append(preempt(*own, **named)))
-    prompts = [[*ids, *range(20 + i, 27 + i)] for i in range(3) for ids in GIVEN]
+    prompts = [[*ids, *range(20 + i, 42 + i)] for i in range(3) for ids in GIVEN]  # of fewer tokens than a block
     with model.steering(reference["vector"], list(STEERED), reference["scale"], **chosen):
         single = [model.run([ids], 14, ignore_eos=True)[0] for ids in prompts]
         assert not put_off
