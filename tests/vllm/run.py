@@ -1,4 +1,4 @@
-"""Run the tests of this folder on tiny random checkpoints and the toy, and the page's snippets, a process for each.
+"""Run the tests of this folder on tiny random checkpoints and the toy, and the snippets of the page, two at a time.
 
 HuggingFace's numbers come from processes that were forked before vLLM was imported, which happens once.
 
@@ -13,6 +13,7 @@ import runpy
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 
 SETTINGS = {
@@ -61,18 +62,37 @@ def ran(program):
     return 0
 
 
-def forked(work):
-    """Exit status of a function in a process of its own."""
+def forked(work, log):
+    """The id of a process of its own that does some work, and writes what it prints to a file."""
+    sys.stdout.flush()
     child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = int(work() or 0)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    return os.waitpid(child, 0)[1]
+    if child:
+        return child
+    code = 1
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    try:
+        code = int(work() or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def together(jobs, kept):
+    """Do some jobs, two at a time, and print what each printed; returns the names of those that failed."""
+    left, running, failed = list(jobs), {}, []
+    while left or running:
+        while left and len(running) < 2:
+            name = left.pop(0)
+            running[forked(jobs[name], f"{kept}/log of {len(jobs) - len(left)}")] = name, len(jobs) - len(left)
+        child, status = os.wait()
+        name, number = running.pop(child)
+        print(f"--- {name}", Path(f"{kept}/log of {number}").read_text(errors="replace"), sep="\n", flush=True)
+        if status:
+            failed.append(name)
+    return failed
 
 
 def page(kept):
@@ -134,22 +154,20 @@ def main(names):
                 folders[name] = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
             elif name == "toy":
                 folders[name] = nnterp.toy_checkpoint()
-        for name, folder in folders.items():
-            if forked(lambda folder=folder, name=name: reference.main(folder, f"{kept}/{name}.pt")):
-                failed.append(f"{name} in HuggingFace")
-        if "toy" in folders and forked(lambda: eager(folders["toy"], f"{kept}/eager")):
-            failed.append("the dataset of the eager model")
+        made = {
+            f"{name} in HuggingFace": partial(reference.main, folder, f"{kept}/{name}.pt")
+            for name, folder in folders.items()
+        }
+        if "toy" in folders:
+            made["the dataset of the eager model"] = partial(eager, folders["toy"], f"{kept}/eager")
+        failed += together(made, kept)
         from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
         import nnsight.modeling.vllm.vllm  # noqa: F401
 
-        for name, folder in folders.items():
-            print(f"--- {name}", flush=True)
-            if forked(lambda folder=folder, name=name: tested(name, folder, kept)):
-                failed.append(name)
+        tests = {name: partial(tested, name, folder, kept) for name, folder in folders.items()}
         if not names or "page" in names:
-            print("--- docs/vllm.md", flush=True)
-            if forked(lambda: page(kept)):
-                failed.append("docs/vllm.md")
+            tests["docs/vllm.md"] = partial(page, kept)
+        failed += together(tests, kept)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
