@@ -142,7 +142,8 @@ def _of_prompts(
         taken = read_pass(model, order, wanted, single, reduce, dtype)
         taken.save()  # type: ignore[attr-defined]  # every object has it in a trace
     try:
-        with contextlib.closing(finished(model, model.prompts_of([row.ids for row in rows]), model.params())) as run:
+        given = model.prompts_of([row.ids for row in rows])
+        with contextlib.closing(finished(model.vllm_entrypoint, given, model.params())) as run:
             for outputs in run:
                 alike: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
                 for i, output in outputs:
@@ -174,7 +175,8 @@ def _over_generation(
             taken.append(read_pass(model, order, LAST, True, None, dtype)[0])
     try:
         params = model.params(max_tokens=max_new_tokens, **settings)
-        with contextlib.closing(finished(model, model.prompts_of([row.ids for row in rows]), params)) as run:
+        given = model.prompts_of([row.ids for row in rows])
+        with contextlib.closing(finished(model.vllm_entrypoint, given, params)) as run:
             for outputs in run:
                 for i, output in outputs:
                     tokens = torch.tensor(list(output.outputs[0].token_ids), dtype=torch.long)

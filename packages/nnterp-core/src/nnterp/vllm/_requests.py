@@ -6,14 +6,11 @@ import contextlib
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
 
 from vllm import LLM, SamplingParams
-
-if TYPE_CHECKING:
-    from nnterp.vllm._engine import TracedVLLM
 
 
 class CleanEngine(NNsightLLMEngine):
@@ -37,21 +34,18 @@ class CleanLLM(LLM):
             raise
 
 
-def finished(
-    model: TracedVLLM, prompts: Sequence[Any], params: SamplingParams
-) -> Generator[list[tuple[int, Any]], None, None]:
+def finished(llm: Any, prompts: Sequence[Any], params: SamplingParams) -> Generator[list[tuple[int, Any]], None, None]:
     """Run prompts with continuous batching, and yield outputs after each forward pass that finishes some.
 
     Args:
-        model: The model, whose engine runs nothing else.
-        prompts: vLLM's `TokensPrompt`s.
+        llm: vLLM's entrypoint, whose engine runs nothing else.
+        prompts: Each as vLLM's `TokensPrompt`.
         params: The settings of every request.
 
     Yields:
         (the index of a prompt, its `RequestOutput`) of each prompt that is finished. Close the iterator to stop: the
         requests that are left are then taken out of the engine.
     """
-    llm: Any = model.vllm_entrypoint
     try:
         first = int(llm.enqueue(prompts, params, use_tqdm=False)[0].partition("-")[0])
         while llm.llm_engine.has_unfinished_requests():
