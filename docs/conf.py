@@ -32,6 +32,7 @@ myst_enable_extensions = ["attrs_inline", "dollarmath"]
 myst_heading_anchors = 3
 
 default_role = "code"  # docstrings write code in single backticks
+autodoc_mock_imports = ["vllm", "nnsight.modeling.vllm"]  # nnterp.vllm is documented without vLLM
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures are in the text; types of torch would be links that lead nowhere
 autodoc_class_signature = "separated"

@@ -2,16 +2,17 @@
 
     .venv-vllm/bin/python benchmarks/core/vllm.py                # SmolLM2-135M's shape, random weights, one thread
     .venv-vllm/bin/python benchmarks/core/vllm.py --layers 6     # fewer of its layers
+    .venv-vllm/bin/python benchmarks/core/vllm.py --model FOLDER # another checkpoint
 
-CPU time of one thread, the least of the rounds; on a GPU, wall time. What is compared is measured in turns.
-The eager model runs in a process of its own.
+CPU time of one thread, the median of the rounds; on a GPU, wall time. All that is compared is measured in turns in
+every round. The eager model runs in a process of its own, and waits while vLLM runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,22 +50,14 @@ def checkpoint(folder: str, layers: int) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
-def least(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, the least of some rounds after one that is not counted."""
+def clock() -> float:
     import torch
 
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    best = dict.fromkeys(runs, float("inf"))
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            began = clock()
-            run()
-            if turn:
-                best[name] = min(best[name], clock() - began)
-    return best
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-def eager(folder: str, rounds: int) -> dict[str, float]:
+def eager(folder: str) -> None:
+    """Run "collect" or "steer" for each line that is read, and print how long it took."""
     import torch
 
     from nnterp import StandardizedTransformer
@@ -72,22 +65,39 @@ def eager(folder: str, rounds: int) -> dict[str, float]:
     torch.set_num_threads(1)
     model = StandardizedTransformer(folder, dtype=torch.float32 if not torch.cuda.is_available() else torch.bfloat16)
     vector = torch.randn(model.hidden_size)
-    many, few = ids(COLLECTED, LENGTH), torch.tensor(ids(STEERED, START))
 
-    def steered() -> None:
+    def collect(share: int = 1) -> None:
+        many = ids(COLLECTED // share, LENGTH)
+        model.collect(many, "layers_output", positions=-1, batch_size=BATCH, progress=False)
+
+    def steer(share: int = 1) -> None:
+        few = torch.tensor(ids(STEERED // share, START))
         with model.steering(vector, layers=[1, 2]):
-            model.generate(few, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+            model.generate(
+                few, max_new_tokens=NEW // share, min_new_tokens=NEW // share, do_sample=False, pad_token_id=0
+            )
 
-    return least(
-        {
-            "collect": lambda: model.collect(many, "layers_output", positions=-1, batch_size=BATCH, progress=False),
-            "steer": steered,
-        },
-        rounds,
-    )
+    runs = {"collect": collect, "steer": steer}
+    for run in runs.values():
+        run(16)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = clock()
+        runs[line.strip()]()
+        print(f"took {clock() - began}", flush=True)
 
 
-def served(folder: str, rounds: int) -> dict[str, float]:
+def answer(child: subprocess.Popen) -> list[str]:
+    """What the eager model's process prints next."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith(("ready", "took")):
+            return line.split()
+    raise RuntimeError("The process of the eager model ended.")
+
+
+def served(folder: str) -> dict[str, Callable[..., object]]:
+    """What is run in vLLM, by name; `share` divides the number of prompts."""
     import torch
 
     from nnterp.vllm import StandardizedVLLM
@@ -95,48 +105,66 @@ def served(folder: str, rounds: int) -> dict[str, float]:
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     model = StandardizedVLLM(folder, dtype=dtype, max_model_len=128, max_num_seqs=STEERED)
     vector = torch.randn(model.hidden_size)
-    many, few = ids(COLLECTED, LENGTH), ids(STEERED, START)
 
-    def steered() -> None:
+    def steered(share: int = 1) -> None:
         with model.steering(vector, layers=[1, 2]):
-            model.run(few, NEW, ignore_eos=True)
+            generation(share)
 
-    return least(
-        {
-            "plain one pass": lambda: model.run(many, 1),
-            "collect": lambda: model.collect(many, "layers_output", positions=-1),
-            "plain generation": lambda: model.run(few, NEW, ignore_eos=True),
-            "steer": steered,
-        },
-        rounds,
-    )
+    def generation(share: int = 1) -> None:
+        model.run(ids(STEERED // share, START), NEW, ignore_eos=True)
+
+    runs: dict[str, Callable[..., object]] = {
+        "plain one pass": lambda share=1: model.run(ids(COLLECTED // share, LENGTH), 1),
+        "collect": lambda share=1: model.collect(ids(COLLECTED // share, LENGTH), "layers_output", positions=-1),
+        "plain generation": generation,
+        "steer": steered,
+    }
+    for run in runs.values():
+        run(16)
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", help="a checkpoint, in place of random weights")
     parser.add_argument("--eager", help="used by the program itself")
     given = parser.parse_args()
     if given.eager:
-        print(json.dumps(eager(given.eager, given.rounds)))
+        eager(given.eager)
         return
     os.environ.update(SETTINGS)
+    took: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint(folder, given.layers)
-        command = [sys.executable, str(Path(__file__)), "--eager", folder, "--rounds", str(given.rounds)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        plain = json.loads(done.stdout.splitlines()[-1])
-        fast = served(folder, given.rounds)
+        if given.model is None:
+            checkpoint(folder, given.layers)
+        command = [sys.executable, str(Path(__file__)), "--eager", given.model or folder]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        answer(child)
+        runs = served(given.model or folder)
+        for turn in range(given.rounds):
+            for name, run in runs.items():
+                began = clock()
+                run()
+                took.setdefault(name, []).append(clock() - began)
+                if name in ("collect", "steer"):
+                    assert child.stdin is not None
+                    child.stdin.write(f"{name}\n")
+                    child.stdin.flush()
+                    took.setdefault(f"eager {name}", []).append(float(answer(child)[1]))
+            print(f"round {turn + 1}:", {name: round(seconds[-1], 2) for name, seconds in took.items()}, flush=True)
+        child.kill()
+    middle = {name: statistics.median(seconds) for name, seconds in took.items()}
     tokens = {"collect": COLLECTED * LENGTH, "steer": STEERED * (START + NEW)}
     print("| | tokens/s | beside plain vLLM | beside the eager model |\n|---|---|---|---|")
     for what, beside in (("collect", "plain one pass"), ("steer", "plain generation")):
+        mine, plain, slow = middle[what], middle[beside], middle[f"eager {what}"]
         print(
-            f"| {what}, vLLM | {tokens[what] / fast[what]:.0f} | {fast[what] / fast[beside]:.2f} × its time | "
-            f"{plain[what] / fast[what]:.2f} × faster |"
+            f"| {what}, vLLM | {tokens[what] / mine:.0f} | {mine / plain:.2f} × its time | {slow / mine:.2f} × faster |"
         )
-        print(f"| {beside}, plain vLLM | {tokens[what] / fast[beside]:.0f} | 1 | |")
-        print(f"| {what}, eager | {tokens[what] / plain[what]:.0f} | | 1 |")
+        print(f"| {beside}, plain vLLM | {tokens[what] / plain:.0f} | 1 | {slow / plain:.2f} × faster |")
+        print(f"| {what}, eager | {tokens[what] / slow:.0f} | | 1 |")
 
 
 if __name__ == "__main__":

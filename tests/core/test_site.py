@@ -19,7 +19,9 @@ def test_the_index_links_to_every_page():
     assert {page for page in PAGES if page != "docs/index.md"} - linked == set()
 
 
-@pytest.mark.parametrize("package", ["nnterp", "nnterp.interventions", "nnterp.prompts", "nnterp.display"])
+@pytest.mark.parametrize(
+    "package", ["nnterp", "nnterp.vllm", "nnterp.interventions", "nnterp.prompts", "nnterp.display"]
+)
 def test_every_package_has_its_reference(package):
     directives = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES if page.startswith("docs/api/")]
     assert sum(f".. automodule:: {package}\n" in text for text in directives) == 1

@@ -1,5 +1,6 @@
 """One engine a process: `run.py` makes the checkpoints and their references, and runs these tests once for each."""
 
+import json
 import os
 from importlib.util import find_spec
 
@@ -27,4 +28,12 @@ def model(folder):
     """The checkpoint in vLLM."""
     from nnterp.vllm import StandardizedVLLM
 
-    return StandardizedVLLM(folder, dtype="float32", max_model_len=128)
+    options = json.loads(os.environ.get("NNTERP_VLLM_OPTIONS", "{}"))
+    return StandardizedVLLM(folder, dtype="float32", max_model_len=128, max_num_seqs=32, **options)
+
+
+@pytest.fixture
+def on_the_toy():
+    """Tests of what does not depend on the model run on one of them."""
+    if os.environ["NNTERP_VLLM_NAME"] != "toy":
+        pytest.skip("it does not depend on the model")

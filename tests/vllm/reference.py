@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PROMPTS = ([5, 17, 101, 33, 64, 9, 250], [7, 8, 99], [41, 300, 12, 13, 60])
@@ -143,7 +143,6 @@ def greedy(model, ids):
             given,
             attention_mask=torch.ones_like(given),
             max_new_tokens=NEW,
-            min_new_tokens=NEW,
             do_sample=False,
             pad_token_id=0,
         )
@@ -154,6 +153,7 @@ def main(folder, out):
     ALL_ATTENTION_FUNCTIONS.register("spy", spy)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="spy").eval()
+    plain.generation_config = GenerationConfig()  # no end token, no penalties: the most probable token of every step
     names = NAMES.get(model.config.model_type, LLAMA)
     vector = torch.randn(model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(1))
     found = {"vector": vector, "read": [], "logits": [], "lens": [], "written": {}}

@@ -1,4 +1,4 @@
-"""Run the tests of this folder on tiny random checkpoints and the toy, and the page's snippets, a process for each.
+"""Run the tests of this folder on tiny random checkpoints and the toy, and the snippets of the page, two at a time.
 
 HuggingFace's numbers come from processes that were forked before vLLM was imported, which happens once.
 
@@ -6,12 +6,14 @@ HuggingFace's numbers come from processes that were forked before vLLM was impor
     python tests/vllm/run.py gpt2 page          # some
 """
 
+import json
 import os
 import re
 import runpy
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 
 SETTINGS = {
@@ -28,14 +30,21 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }  # vLLM knows heads of 32
+OPTIONS = {"gpt2": {"block_size": 32, "num_gpu_blocks_override": 10}}  # too little memory for several generations
+ONLY = {  # the one costs to read everything, the other is large
+    "helium": "huggingface or of_all_positions or lens or greedy or certificate",
+    "smollm2": "is_that_of_huggingface or of_all_positions or lens or greedy",
+}
 CHECKPOINTS = {
     "gpt2": {"n_embd": 64, "n_head": 2},
     "qwen3": SMALL,
     "gemma3_text": {**SMALL, "query_pre_attn_scalar": 32},
     "mixtral": {**SMALL, "intermediate_size": 64},
+    "helium": {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1},  # by vLLM's Transformers backend
 }
 
 
+REAL = Path("~/.cache/nnterp/real-models/smollm2").expanduser()  # a trained model, if tools/real_models.py made it
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 SAYS = re.compile(r"^print\((.*)\)  # → (.*)$", flags=re.MULTILINE)
 
@@ -53,18 +62,37 @@ def ran(program):
     return 0
 
 
-def forked(work):
-    """Exit status of a function in a process of its own."""
+def forked(work, log):
+    """The id of a process of its own that does some work, and writes what it prints to a file."""
+    sys.stdout.flush()
     child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = int(work() or 0)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    return os.waitpid(child, 0)[1]
+    if child:
+        return child
+    code = 1
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    try:
+        code = int(work() or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def together(jobs, kept):
+    """Do some jobs, two at a time, and print what each printed; returns the names of those that failed."""
+    left, running, failed = list(jobs), {}, []
+    while left or running:
+        while left and len(running) < 2:
+            name = left.pop(0)
+            running[forked(jobs[name], f"{kept}/log of {len(jobs) - len(left)}")] = name, len(jobs) - len(left)
+        child, status = os.wait()
+        name, number = running.pop(child)
+        print(f"--- {name}", Path(f"{kept}/log of {number}").read_text(errors="replace"), sep="\n", flush=True)
+        if status:
+            failed.append(name)
+    return failed
 
 
 def page(kept):
@@ -72,19 +100,40 @@ def page(kept):
     program = Path(kept) / "page.py"
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     program.write_text("\n".join(snippets))
+    os.chdir(kept)
+    os.environ["NNTERP_CACHE"] = str(Path(kept) / "proofs")
     return ran(program)
 
 
-def tested(folder, reference):
+def eager(folder, out):
+    """Write the dataset of the eager model."""
+    import reference
+
+    import nnterp
+
+    model = nnterp.StandardizedTransformer(folder, device_map="cpu")
+    values = ["layers_output", "attention_queries", "next_token_probs"]
+    model.collect([list(ids) for ids in reference.PROMPTS], values, to=out)
+
+
+def tested(name, folder, kept):
     """Run the tests on one checkpoint."""
     import pytest
 
     os.environ.update(
-        {"NNTERP_VLLM_MODEL": str(folder), "NNTERP_VLLM_REFERENCE": str(reference), "NNTERP_CACHE": "off"}
+        {
+            "NNTERP_VLLM_MODEL": str(folder),
+            "NNTERP_VLLM_NAME": name,
+            "NNTERP_VLLM_REFERENCE": f"{kept}/{name}.pt",
+            "NNTERP_VLLM_EAGER": f"{kept}/eager",
+            "NNTERP_VLLM_OPTIONS": json.dumps(OPTIONS.get(name, {})),
+            "NNTERP_CACHE": "off",
+        }
     )
     here = Path(__file__).parent
+    chosen = ["-k", ONLY[name]] if name in ONLY else []
     left_out = [part for name in ("cacheprovider", "xdist", "anyio") for part in ("-p", f"no:{name}")]
-    return pytest.main(["-q", *left_out, f"--confcutdir={here}", str(here)])
+    return pytest.main(["-q", *chosen, *left_out, f"--confcutdir={here}", str(here)])
 
 
 def main(names):
@@ -98,25 +147,27 @@ def main(names):
     failed = []
     with tempfile.TemporaryDirectory() as kept:
         folders = {}
-        for name in names or ["toy", *CHECKPOINTS]:
-            if name in CHECKPOINTS:
+        for name in names or ["toy", *CHECKPOINTS, *(["smollm2"] if REAL.is_dir() else [])]:
+            if name == "smollm2":
+                folders[name] = REAL
+            elif name in CHECKPOINTS:
                 folders[name] = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
             elif name == "toy":
                 folders[name] = nnterp.toy_checkpoint()
-        for name, folder in folders.items():
-            if forked(lambda folder=folder, name=name: reference.main(folder, f"{kept}/{name}.pt")):
-                failed.append(f"{name} in HuggingFace")
+        made = {
+            f"{name} in HuggingFace": partial(reference.main, folder, f"{kept}/{name}.pt")
+            for name, folder in folders.items()
+        }
+        if "toy" in folders:
+            made["the dataset of the eager model"] = partial(eager, folders["toy"], f"{kept}/eager")
+        failed += together(made, kept)
         from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
         import nnsight.modeling.vllm.vllm  # noqa: F401
 
-        for name, folder in folders.items():
-            print(f"--- {name}", flush=True)
-            if forked(lambda folder=folder, name=name: tested(folder, f"{kept}/{name}.pt")):
-                failed.append(name)
+        tests = {name: partial(tested, name, folder, kept) for name, folder in folders.items()}
         if not names or "page" in names:
-            print("--- docs/vllm.md", flush=True)
-            if forked(lambda: page(kept)):
-                failed.append("docs/vllm.md")
+            tests["docs/vllm.md"] = partial(page, kept)
+        failed += together(tests, kept)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

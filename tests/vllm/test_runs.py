@@ -1,11 +1,14 @@
 """Steering, skipping, the lens, collecting and generating in vLLM, against HuggingFace's own model."""
 
+import os
+
 import pytest
 import torch
 
+import nnterp
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.prompts import Prompt
-from nnterp.vllm import logit_lens, run_prompts
+from nnterp.vllm import StandardizedVLLM, logit_lens, run_prompts
 from nnterp.vllm._kept import recall
 
 from .reference import NEW, PROMPTS, SKIPPED, STEERED
@@ -78,6 +81,27 @@ def test_steering_the_prompt_alone(model, reference):
     close(logits, torch.stack([one[-1] for one in reference["logits"]]))
 
 
+@pytest.mark.parametrize("chosen", [{"steps": "prompt"}, {"steps": "generated"}, {"token_positions": [0, -1]}])
+def test_requests_that_come_back_into_the_engine_are_steered_as_before(model, reference, monkeypatch, chosen):
+    """Where memory does not hold all requests, vLLM puts some off, and later runs their tokens again in one pass."""
+    if os.environ["NNTERP_VLLM_NAME"] != "gpt2":
+        pytest.skip("tried on the model whose engine has little memory")
+    scheduler = model.vllm_entrypoint.llm_engine.engine_core.engine_core.scheduler
+    put_off, preempt = [], scheduler._preempt_request
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *own, **named: put_off.append(preempt(*own, **named)))
+    prompts = [[*ids, *range(20 + i, 42 + i)] for i in range(3) for ids in GIVEN]  # of fewer tokens than a block
+    with model.steering(reference["vector"], list(STEERED), reference["scale"], **chosen):
+        single = [model.run([ids], 14, ignore_eos=True)[0] for ids in prompts]
+        assert not put_off
+        together = model.run(prompts, 14, ignore_eos=True)
+        last = model.collect(prompts, "layers_output", max_new_tokens=14, ignore_eos=True)
+    assert put_off
+    plain = model.run(prompts, 14, ignore_eos=True)
+    ids = [[list(output.outputs[0].token_ids) for output in outputs] for outputs in (single, together, plain)]
+    assert ids[0] == ids[1] == last.generated.tolist()
+    assert ids[0] != ids[2]
+
+
 def test_steering_at_some_positions(model, reference):
     vector, scale = reference["vector"], reference["scale"]
     with model.trace(GIVEN[0]):
@@ -146,6 +170,34 @@ def test_an_error_in_the_engine_leaves_nothing_behind(model, reference):
         model.place("layers_output", (0, 1))
     assert not model._installed_edits
     close(model.collect(GIVEN, "logits", positions=-1)["logits"][0], reference["logits"][0][-1])
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"tensor_parallel_size": 2}, "several devices"),
+        ({"pipeline_parallel_size": 2}, "several devices"),
+        ({"data_parallel_size": 2}, "several devices"),
+        ({"mode": "async"}, "nnsight"),
+        ({"taps": ["model.layers.*.output"]}, "few places"),
+        ({"enable_prefix_caching": True}, "would be missing"),
+        ({"enable_chunked_prefill": True}, "in pieces"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "no one next token"),
+    ],
+)
+def test_engines_whose_values_would_be_wrong_are_refused_before_they_start(folder, option, match):
+    with pytest.raises(Unavailable, match=match):
+        StandardizedVLLM(folder, dtype="float32", **option)
+
+
+def test_methods_that_need_the_weights_or_a_padded_batch_say_what_to_use(model):
+    for name in ("scan", "each_step", "get_topk_closest_tokens"):
+        with pytest.raises(Unavailable, match="not there on vLLM"):
+            getattr(model, name)()
+    width = model.hidden_size
+    dictionary = nnterp.Dictionary(torch.eye(width), torch.zeros(width), torch.eye(width), torch.zeros(width))
+    with pytest.raises(Unavailable, match="Dictionaries are attached to StandardizedTransformer"):
+        nnterp.attach(model, dictionary, at="layers_output[1]")
 
 
 def test_numbers_that_nothing_has_proven_say_so(model):

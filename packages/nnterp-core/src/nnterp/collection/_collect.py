@@ -14,7 +14,7 @@ from nnterp.collection._filling import Filling, still_to_run
 from nnterp.collection._generation import over_generation
 from nnterp.collection._pass import read_batch
 from nnterp.collection._plan import Plan, make_plan
-from nnterp.collection._reduce import Reduce
+from nnterp.collection._reduce import Reduce, check_reduce
 from nnterp.defaults import plain_defaults
 from nnterp.errors import Unavailable
 from nnterp.indices import Indices
@@ -48,8 +48,7 @@ def collect(
     device, batch_size = device_of(device), count(batch_size, "batch_size")
     check_dtype(dtype)
     check_progress(progress)
-    if reduce is not None and not callable(reduce) and not (isinstance(reduce, str) and reduce in ("mean", "sum")):
-        raise ValueError(f"reduce is 'mean', 'sum', a function or None, not {reduce!r}.")
+    check_reduce(reduce)
     rows = encode(model, prompts, images=max_new_tokens is None)
     if max_new_tokens is None and generation:
         raise TypeError(
@@ -84,7 +83,8 @@ def collect(
         for batch in batches(model, rows, batch_size):
             left = still_to_run(model, batch, result.done)
             if left is not None:
-                result.put(left, read_batch(model, plan, left, result.pick(left), result.device, dtype, reduce, remote))
+                taken = read_batch(model, plan, left, result.pick(left), result.device, dtype, reduce, remote)
+                result.put(left.indices, taken)
             shown.update(len(batch))
     return result.collected(model.num_layers)
 

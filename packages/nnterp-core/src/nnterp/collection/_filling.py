@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,14 +47,12 @@ class Filling:
         own = batch.encoder if batch.encoder is not None and self.plan.of_encoder else batch
         return pick(own, self.chosen, self.single, self.front, batch.encoder)
 
-    def put(self, batch: Batch, taken: dict[int, torch.Tensor]) -> None:
-        """Write a batch to where its prompts belong."""
+    def put(self, indices: Sequence[int], taken: dict[int, torch.Tensor]) -> None:
+        """Write what was read of some prompts, `[prompts, (positions,) ...]`, to where they belong."""
         if self.over_prompts:
-            totals = {t: self.added(t, read.to(self.device), batch) for t, read in taken.items()}
-            self.summed = totals, self.done | set(batch.indices)  # at once: an interrupt must not come between
-            self.filled, self.done = self.summed
+            self.add(indices, {t: self.summed_up(t, read.to(self.device), indices) for t, read in taken.items()})
             return
-        indices = torch.tensor(batch.indices, device=self.device)
+        index = torch.tensor(indices, device=self.device)
         if not self.filled:
             self.require_memory(taken)
         for t, read in taken.items():
@@ -61,6 +60,8 @@ class Filling:
             into = self.filled.get(t)
             if into is None:
                 into = self.filled[t] = self.allocate(t, tensor)
+            if callable(self.reduce):
+                into = self.filled[t] = self.grown(into, tensor)
             pattern = target.value.is_pattern
             where: list[Any] = [slice(None)] * into.dim()
             for axis in range(1, tensor.dim()):
@@ -68,10 +69,25 @@ class Filling:
                     where[axis] = slice(0, tensor.shape[axis])
             if pattern or any(w != slice(None) for w in where[1:]):
                 view = into[tuple(where)]
-                view[indices] = tensor
+                view[index] = tensor
             else:
-                into[indices] = tensor
-        self.done.update(batch.indices)
+                into[index] = tensor
+        self.done.update(indices)
+
+    def grown(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of all prompts, with room for what a function made of some.
+
+        Raises:
+            ValueError: It has another number of axes than what was made of earlier prompts.
+        """
+        if into.dim() != tensor.dim():
+            raise ValueError("reduce must return as many axes for every prompt; it returned different numbers of them.")
+        wanted = [len(into), *(max(a, b) for a, b in zip(into.shape[1:], tensor.shape[1:], strict=True))]
+        if wanted == list(into.shape):
+            return into
+        whole = into.new_zeros(wanted)
+        whole[tuple(slice(0, size) for size in into.shape)] = into
+        return whole
 
     def require_memory(self, taken: dict[int, torch.Tensor]) -> None:
         """Raise MemoryError if there is no room for all prompts, told by the first batch."""
@@ -106,19 +122,28 @@ class Filling:
             return block[layers.index(target.layer)]
         return tensor.new_zeros(shape)
 
-    def added(self, t: int, tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What is summed over prompts and positions so far and in this batch, in double precision."""
-        own = [self.chosen[i] for i in batch.indices]
-        axes: tuple[int, ...] = (0,)
+    def summed_up(self, t: int, tensor: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """The sum over prompts and their own positions, in double precision."""
+        own = [self.chosen[i] for i in indices]
         tensor = tensor.double()
-        if not self.single and not self.plan.targets[t].last:
-            width = max(len(c) for c in own)
-            mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own], device=tensor.device)
-            axis = 2 if self.plan.targets[t].value.is_pattern else 1
-            shape = [len(own), *([1] * (tensor.dim() - 1))]
-            shape[axis] = width
-            tensor, axes = tensor * mask.view(shape), (0, axis)
-        tensor, there = tensor.sum(axes), self.filled.get(t)
+        if self.single or self.plan.targets[t].last:
+            return tensor.sum(0)
+        width = max(len(c) for c in own)
+        mask = torch.tensor([[True] * len(c) + [False] * (width - len(c)) for c in own], device=tensor.device)
+        axis = 2 if self.plan.targets[t].value.is_pattern else 1
+        shape = [len(own), *([1] * (tensor.dim() - 1))]
+        shape[axis] = width
+        return (tensor * mask.view(shape)).sum((0, axis))
+
+    def add(self, indices: Sequence[int], sums: dict[int, torch.Tensor]) -> None:
+        """Add sums over some prompts and their positions, float64, to those of earlier prompts."""
+        totals = {t: self.added(t, tensor.to(self.device)) for t, tensor in sums.items()}
+        self.summed = totals, self.done | set(indices)  # at once: an interrupt must not come between
+        self.filled, self.done = self.summed
+
+    def added(self, t: int, tensor: torch.Tensor) -> torch.Tensor:
+        """What is summed so far, with one more sum."""
+        there = self.filled.get(t)
         if there is None or there.shape == tensor.shape:
             return tensor if there is None else there + tensor
         big, small = sorted((there, tensor), key=lambda x: x.shape[-1], reverse=True)

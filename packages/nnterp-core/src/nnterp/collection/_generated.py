@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from nnterp.collection._filling import stacked
 from nnterp.collection._plan import Plan
 from nnterp.collection._reduce import Reduce, reduced
 from nnterp.collection._select import Selection
-from nnterp.inputs import Batch, Row
+from nnterp.inputs import Row
 
 
 class Generated:
@@ -41,23 +42,25 @@ class Generated:
         self.mask = torch.zeros(len(rows), width, dtype=torch.bool)
         self.done: set[int] = set()
 
-    def put(self, batch: Batch, tokens: torch.Tensor, own: torch.Tensor, values: dict[int, torch.Tensor]) -> None:
-        """Write a batch to where its prompts belong.
+    def put(
+        self, indices: Sequence[int], tokens: torch.Tensor, own: torch.Tensor, values: dict[int, torch.Tensor]
+    ) -> None:
+        """Write what was made of some prompts to where they belong.
 
         Args:
-            batch: The prompts.
+            indices: The prompts.
             tokens: New token ids, `[rows, tokens]`.
             own: Which of them are a row's own.
             values: Target → `[rows, tokens, ...]`.
         """
-        index = torch.tensor(batch.indices)
+        index = torch.tensor(indices)
         made = {t: self.made_of(tensor, own, self.plan.targets[t].value.shape) for t, tensor in values.items()}
         for t, tensor in made.items():
             self.write(t, index, tensor)
         self.tokens[index, : tokens.shape[1]] = tokens.masked_fill(~own, -1)
         self.mask[index] = False
         self.mask[index, : tokens.shape[1]] = own
-        self.done.update(batch.indices)
+        self.done.update(indices)
 
     def made_of(self, tensor: torch.Tensor, own: torch.Tensor, shape: str) -> torch.Tensor:
         """What is kept of a value `[rows, tokens, ...]`: its own positions, or what they are reduced to."""

@@ -61,7 +61,7 @@ def over_generation(
         for batch in _batches(model, rows, batch_size, max_new_tokens, generation):
             left = still_to_run(model, batch, made.done)
             if left is not None:
-                made.put(left, *_generate(model, plan, left, made, max_new_tokens, generation))
+                made.put(left.indices, *_generate(model, plan, left, made, max_new_tokens, generation))
             shown.update(len(batch))
     return made.collected(model.num_layers)
 

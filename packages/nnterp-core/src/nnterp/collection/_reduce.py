@@ -12,6 +12,16 @@ from nnterp.collection._select import Selection
 Reduce = Literal["mean", "sum"] | Callable[[torch.Tensor], torch.Tensor] | None
 
 
+def check_reduce(reduce: Any) -> None:
+    """Raise unless it is "mean", "sum", a function or None.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if reduce is not None and not callable(reduce) and not (isinstance(reduce, str) and reduce in ("mean", "sum")):
+        raise ValueError(f"reduce is 'mean', 'sum', a function or None, not {reduce!r}.")
+
+
 def reduced(
     reduce: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, picked: Selection, shape: str
 ) -> torch.Tensor:

@@ -13,7 +13,6 @@ from nnterp.collection import Plan
 from nnterp.datasets._format import FORMAT, entry_path, manifest_path, numbers_of_entries, per_of, shard_path
 from nnterp.datasets._locks import alone
 from nnterp.files import write_whole
-from nnterp.named_transformer import NamedTransformer
 from nnterp.resuming import Call, differing
 from nnterp.versions import version_of
 
@@ -22,9 +21,9 @@ _VERSIONS = ("nnterp-core", "nnsight", "transformers", "torch")
 
 
 def described_call(
-    model: NamedTransformer, call: Call, plan: Plan, single: bool, prompts_per_shard: int
+    model: Any, call: Call, plan: Plan, single: bool, prompts_per_shard: int, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a dataset of which nothing is written yet."""
+    """The manifest of a dataset of which nothing is written yet; `about` replaces or adds entries."""
     settings = call.settings()
     certificate = getattr(model, "certificate", None)
     values = {target.value.name: target for target in plan.targets}
@@ -47,10 +46,16 @@ def described_call(
         },
         "certificate": None if certificate is None else {**asdict(certificate), "seconds": None},
         "tokenizer": _tokenizer(model.tokenizer),
-        "versions": {name: version_of(name) for name in _VERSIONS},
+        "versions": versions(),
         "prompts_per_shard": prompts_per_shard,
+        **about,
         "call": settings,
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that the numbers depend on."""
+    return {name: version_of(name) for name in _VERSIONS}
 
 
 def begin(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

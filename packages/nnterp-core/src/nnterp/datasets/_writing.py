@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,18 +33,38 @@ _Chosen: TypeAlias = list[tuple[int, ...]]  # for each prompt, the positions tha
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One call: what every shard of it needs."""
+class Job:
+    """One call that writes a dataset; a subclass says how prompts are run.
 
-    model: NamedTransformer
+    Attributes:
+        model: The model.
+        plan: What is read.
+        folder: Where it is written.
+        positions: The positions of every prompt, as `plain_positions` returns them.
+        dtype: What is stored; the model's if None.
+        batch_size: What the entry of a shard notes.
+        size: How many prompts a shard holds.
+    """
+
+    model: Any
     plan: Plan
     folder: Path
     positions: Any
-    lists: tuple[Any, ...] | None  # one entry a prompt, if positions were given so
-    single: bool
-    batch_size: int
     dtype: torch.dtype | None
-    remote: Any
+    batch_size: int
+    size: int
+
+    @property
+    def single(self) -> bool:
+        """Whether one position is stored of each prompt, without an axis."""
+        return is_one_position(self.positions)
+
+    @property
+    def lists(self) -> tuple[Any, ...] | None:
+        """One entry for each prompt, if positions were given so."""
+        plain = self.positions
+        several = isinstance(plain, tuple) and any(isinstance(p, (tuple, slice)) for p in plain)
+        return plain if several and isinstance(plain, tuple) else None
 
     def rows(self, prompts: Sequence[Any], first: int) -> tuple[list[Row], _Chosen]:
         """Prompts as token ids, and their positions."""
@@ -56,16 +76,39 @@ class _Job:
         ]
         return rows, chosen
 
-    def write(self, draft: Draft, rows: list[Row], chosen: _Chosen, shown: Any, behind: Background) -> None:
-        """Run the prompts of one shard and write what is read of them."""
+    def run(self, rows: list[Row], chosen: _Chosen) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
+        """Run the prompts of one shard, a batch at a time.
+
+        Yields:
+            The indices of some prompts in `rows`, and what was read of them, `[prompts, (positions,) ...]`, by the
+            label of each target. A prompt's own positions come first.
+        """
+        raise NotImplementedError
+
+    def call(self) -> Call:
+        """What the numbers depend on."""
+        asked = {
+            "values": ", ".join(f"{name}{list(mine) if mine else ''}" for name, mine in self.plan.layers.items()),
+            "positions": "all" if self.positions is None else repr(self.positions),
+            "stored dtype": "the model's" if self.dtype is None else str(self.dtype),
+            "prompts_per_shard": self.size,
+        }
+        return Call(self.model, "collect", asked)
+
+
+@dataclass(frozen=True)
+class _Batches(Job):
+    """Padded batches of a `StandardizedTransformer`."""
+
+    remote: Any
+
+    def run(self, rows: list[Row], chosen: _Chosen) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
+        """As `Job.run`."""
         front = self.model.readout.layout.extra
         for batch in batches(self.model, rows, self.batch_size):
             picked = pick(batch, chosen, self.single, front)
             taken = read_batch(self.model, self.plan, batch, picked, None, self.dtype, remote=self.remote)
-            leaving = Leaving({self.plan.targets[t].label: tensor for t, tensor in taken.items()})
-            behind.submit(_put, draft, batch.indices, leaving)
-            shown.update(len(batch))
-        behind.submit(draft.finish, self.batch_size)
+            yield batch.indices, {self.plan.targets[t].label: tensor for t, tensor in taken.items()}
 
 
 @plain_defaults()
@@ -93,44 +136,59 @@ def write_dataset(
     batch_size, size = count(batch_size, "batch_size"), count(prompts_per_shard, "prompts_per_shard")
     check_dtype(dtype)
     check_progress(progress)
-    number, world = rank_of(rank)
+    share = rank_of(rank)
     model.prepare(remote)
-    require_whole_model(model, world)
+    require_whole_model(model, share[1])
     given, total = prompts_of(model, prompts)
     plain = plain_positions(positions)
-    several = isinstance(plain, tuple) and any(isinstance(p, (tuple, slice)) for p in plain)
-    lists = plain if several and isinstance(plain, tuple) else None
-    if total is not None:
-        per_prompt(plain, total)
     plan = make_plan(model, values, layers, outputs=True)
-    single = is_one_position(plain)
-    asked = {
-        "values": ", ".join(f"{name}{list(mine) if mine else ''}" for name, mine in plan.layers.items()),
-        "positions": "all" if plain is None else repr(plain),
-        "stored dtype": "the model's" if dtype is None else str(dtype),
-        "prompts_per_shard": size,
-    }
-    manifest = described_call(model, Call(model, "collect", asked), plan, single, size)
-    manifest = begin(folder, manifest)
-    per = {target.label: per_of(target.value, single, target.last) for target in plan.targets}
-    job = _Job(model, plan, folder, plain, lists, single, batch_size, dtype, remote)
+    job = _Batches(model, plan, folder, plain, dtype, batch_size, size, remote)
+    with left_padded(model.tokenizer):
+        return write_shards(job, given, total, progress, share)
+
+
+def write_shards(
+    job: Job,
+    prompts: Iterable[Any],
+    total: int | None,
+    progress: bool | None,
+    share: tuple[int, int],
+    about: Mapping[str, Any] | None = None,
+) -> ActivationDataset:
+    """Run a job over prompts, shard by shard; shards that are whole are not run again.
+
+    Args:
+        job: The job.
+        prompts: The prompts.
+        total: How many they are, if that is known.
+        progress: As in `collect`.
+        share: The number of this process and how many write to the folder.
+        about: What the manifest also says.
+
+    Raises:
+        ValueError, FileExistsError, BlockingIOError, OSError: As `StandardizedTransformer.collect`, `to=`, says.
+    """
+    folder, lists, (number, world) = job.folder, job.lists, share
+    if total is not None:
+        per_prompt(job.positions, total)
+    manifest = begin(folder, described_call(job.model, job.call(), job.plan, job.single, job.size, about or {}))
+    per = {target.label: per_of(target.value, job.single, target.last) for target in job.plan.targets}
     draft: Draft | None = None
     shard = first = 0
     try:
         with (
             writing(folder, number, world),
-            left_padded(model.tokenizer),
             bar(total, "collect", progress, "prompt") as shown,
             background() as behind,
         ):
-            for shard, window in enumerate(windows(given, size)):
+            for shard, window in enumerate(windows(prompts, job.size)):
                 if lists is not None and first + len(window) > len(lists):
                     raise ValueError(f"positions has {len(lists)} lists, and there are more prompts.")
                 if shard % world == number:
                     rows, chosen = job.rows(window, first)
                     if not _there(folder, shard, first, rows, chosen):
-                        draft = Draft(folder, shard, first, rows, chosen, single, per)
-                        job.write(draft, rows, chosen, shown, behind)
+                        draft = Draft(folder, shard, first, rows, chosen, job.single, per)
+                        _write(job, draft, rows, chosen, shown, behind)
                         first += len(window)
                         continue
                 first += len(window)
@@ -149,6 +207,13 @@ def write_dataset(
         raise ValueError(f"positions has {len(lists)} lists for {first} prompts; give one list per prompt.")
     merge(folder, manifest, first, shard + 1)
     return ActivationDataset.open(folder, partial=True)
+
+
+def _write(job: Job, draft: Draft, rows: list[Row], chosen: _Chosen, shown: Any, behind: Background) -> None:
+    for indices, taken in job.run(rows, chosen):
+        behind.submit(_put, draft, indices, Leaving(taken))
+        shown.update(len(indices))
+    behind.submit(draft.finish, job.batch_size)
 
 
 def refuse_for_disk(device: Any, reduce: Any, max_new_tokens: Any, resume: Any, generation: Mapping[str, Any]) -> None:

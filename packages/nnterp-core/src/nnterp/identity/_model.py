@@ -15,8 +15,11 @@ _FORGOTTEN = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cac
 def settings_of_model(model: Any) -> dict[str, Any]:
     """Return everything that distinguishes a `StandardizedTransformer` from others, as JSON can hold it.
 
-    Its weights are read once, if they are loaded.
+    Its weights are read once, if they are loaded. A model whose class has `run_settings()`, because its weights are in
+    an engine, says itself what distinguishes it.
     """
+    if hasattr(type(model), "run_settings"):
+        return model.run_settings()
     module = model._module
     return {
         "model_class": model.anatomy.model_class,

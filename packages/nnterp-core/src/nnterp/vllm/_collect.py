@@ -2,186 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnterp.collection import Collected, positions_of
-from nnterp.indices import read_index, read_indices
+from nnterp.arguments import check_dtype, count, device_of, path_of
+from nnterp.collection import Collected, Filling, Generated, Plan, Reduce, check_reduce, positions_of, resumed
+from nnterp.datasets import ActivationDataset, Job, prompts_of, rank_of, write_shards
+from nnterp.defaults import plain_defaults
 from nnterp.inputs import Row, encode
-from nnterp.table import VALUES, get_label
-from nnterp.traced import read_value
-from nnterp.values import canonical
+from nnterp.positions import plain_positions
+from nnterp.progress import bar, check_progress
+from nnterp.resuming import Call
+from nnterp.vllm._kept import versions
 from nnterp.vllm._lens import saved
+from nnterp.vllm._reads import LAST, by_target, order_of, plan_of, read_pass, shapes_of, wanted_of, which
+from nnterp.vllm._requests import finished
 
 if TYPE_CHECKING:
     from nnterp.vllm._engine import TracedVLLM
 
-OUTPUTS = {"logits": 1.0, "next_token_probs": 2.0}
 
-
+@plain_defaults()
 def collect(
     model: TracedVLLM,
     prompts: Any,
-    values: str | Iterable[str],
-    layers: Any,
-    positions: Any,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    max_new_tokens: int | None,
-    settings: dict[str, Any],
+    values: Any,
+    layers: Any = None,
+    positions: Any = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    reduce: Reduce = None,
+    progress: bool | None = None,
+    max_new_tokens: int | None = None,
+    resume: Collected | str | Path | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Collected:
     """See `StandardizedVLLM.collect`."""
+    model.require_no_trace("collect()")
+    device, settings = device_of(device), settings or {}
+    check_dtype(dtype)
+    check_progress(progress)
+    check_reduce(reduce)
+    _check_generation(max_new_tokens, settings, positions)
     rows = encode(model, prompts)  # type: ignore[arg-type]
-    asked = targets_of(model, values, layers)
-    if max_new_tokens is None and settings:
-        raise TypeError(f"collect() got {', '.join(settings)}, settings of a generation, which needs max_new_tokens=.")
-    if max_new_tokens is not None and positions is not None:
-        raise ValueError("positions is for prompts; over a generation, the positions that predict new tokens are read.")
-    generating = max_new_tokens is not None
-    chosen, single = positions_of(model, rows, -1 if generating else positions)  # type: ignore[arg-type]
-    order = sorted(((name, layer) for name, mine in asked.items() for layer in mine), key=_rank)
-    outputs = _run(model, rows, order, _tables(rows, chosen), max_new_tokens, settings)
-    taken = [saved(output, "taken") for output in outputs]
-    width = max(len(mine) for mine in chosen)
-    mask = torch.tensor([[True] * len(mine) + [False] * (width - len(mine)) for mine in chosen])
-    tensors: dict[str, Any] = {}
-    for name, mine in asked.items():
-        stacks = [
-            _together([_row(one, name, layer, p, single, generating) for p, one in zip(chosen, taken, strict=True)])
-            for layer in mine
-        ]
-        tensors[name] = (stacks[0] if mine == (None,) else torch.stack(stacks)).to(device=device, dtype=dtype)
-    found = {name: () if mine == (None,) else mine for name, mine in asked.items()}
-    new = None
-    where = tuple(tuple(mine) for mine in chosen)
-    done = set(range(len(rows)))
-    shown = mask[:, 0] if single else mask
-    if generating:
-        tokens = [torch.tensor(list(output.outputs[0].token_ids)) for output in outputs]
-        new = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
-        shown = new >= 0
-    return Collected(tensors, found, where, shown, tuple(rows), new, done, model.num_layers)  # type: ignore[arg-type]
+    plan = plan_of(model, values, layers)
+    chosen, single = positions_of(model, rows, -1 if max_new_tokens is not None else positions)  # type: ignore[arg-type]
+    model.ready()
+    asked = {
+        "values": [target.label for target in plan.targets],
+        "prompts": [row.identity for row in rows],
+        "positions": (chosen, single),
+        "dtype": dtype,
+        "max_new_tokens": max_new_tokens,
+        "generation": settings,
+    }
+    call = Call(model, "collect", asked, {"reduce": reduce}, also="collected")
+    earlier = None if resume is None else resumed(call, resume)
+    filling: Any
+    if max_new_tokens is not None:
+        filling = Generated(rows, plan, max_new_tokens, device, dtype, reduce)
+    else:
+        filling = Filling(plan, rows, chosen, single, device, dtype, reduce)
+    if earlier is not None:
+        filling.take_over(earlier)
+    left = [i for i in range(len(rows)) if i not in filling.done]
+    with (
+        bar(len(rows), "collect", progress, "prompt") as shown,
+        call.keeping(lambda: filling.collected(model.num_layers, call.record) if filling.done else None),
+    ):
+        shown.update(len(rows) - len(left))
+        mine = [rows[i] for i in left]
+        if max_new_tokens is not None:
+            read = _over_generation(model, mine, plan, max_new_tokens, dtype, settings)
+            with contextlib.closing(read):
+                for k, tokens, taken in read:
+                    there = {t: tensor.to(device) for t, tensor in taken.items()}
+                    filling.put([left[k]], tokens[None], torch.ones(1, len(tokens), dtype=torch.bool), there)
+                    shown.update(1)
+        else:
+            own = [chosen[i] for i in left]
+            with contextlib.closing(_of_prompts(model, mine, own, single, plan, reduce, dtype, positions)) as some:
+                for indices, taken in some:
+                    prompts_of_pass = [left[k] for k in indices]
+                    if isinstance(reduce, str):
+                        filling.add(prompts_of_pass, {t: tensor.sum(0) for t, tensor in taken.items()})
+                    else:
+                        filling.put(prompts_of_pass, taken)
+                    shown.update(len(indices))
+    return filling.collected(model.num_layers)
 
 
-def targets_of(model: TracedVLLM, values: Any, layers: Any) -> dict[str, tuple[int | None, ...]]:
-    """Value → the layers to read it at; (None,) for a value that is not per layer.
+def _check_generation(max_new_tokens: Any, settings: dict[str, Any], positions: Any) -> None:
+    """Raise for arguments that do not go together, or that vLLM does not need.
 
     Raises:
-        ValueError: There is no such value.
-        Unavailable: A layer that was asked for does not have it.
+        TypeError, ValueError: There are such arguments.
     """
-    asked: dict[str, tuple[int | None, ...]] = {}
-    for name in [values] if isinstance(values, str) else list(values):
-        if name in OUTPUTS:
-            asked[name] = (None,)
-            continue
-        value, at = canonical(name)
-        if not value.per_layer:
-            model.place(value.name)
-            asked[value.name] = (None,)
-            continue
-        if at is not None:
-            mine: Sequence[int] = [read_index(at, model.num_layers, f"The layer of {name}", "layers")]
-        elif layers is not None:
-            mine = read_indices(layers, model.num_layers, "layers", "layers")
-        else:
-            mine = model.served.having(value.name)
-        for layer in mine or range(model.num_layers):
-            model.place(value.name, layer)
-        asked[value.name] = tuple(dict.fromkeys((*asked.get(value.name, ()), *mine)))
-    if not asked:
-        raise ValueError("No values were asked for.")
-    return asked
+    for name, instead in (
+        ("batch_size", "vLLM batches requests by itself; max_num_seqs= of StandardizedVLLM bounds how many"),
+        ("remote", "the engine is on this machine"),
+    ):
+        if name in settings:
+            raise TypeError(f"collect() has no {name}= on vLLM: {instead}.")
+    if max_new_tokens is None:
+        if settings:
+            names = ", ".join(settings)
+            raise TypeError(f"collect() got {names}, settings of a generation, which needs max_new_tokens=.")
+        return
+    count(max_new_tokens, "max_new_tokens")
+    if settings.get("n", 1) != 1:
+        raise ValueError(f"n={settings['n']}: collect() reads one generation of each prompt; give the prompt n times.")
+    if positions is not None:
+        raise ValueError("positions is for prompts; over a generation, the positions that predict new tokens are read.")
 
 
-def _rank(target: tuple[str, int | None]) -> tuple[float, float]:
-    name, layer = target
-    if name in OUTPUTS:
-        return float("inf"), OUTPUTS[name]
-    if layer is None:
-        return (-1.0, 0.0) if name == "token_embeddings" else (float("inf"), 0.0)
-    return float(layer), float(VALUES[name].rank)
-
-
-def _tables(rows: Sequence[Row], chosen: Sequence[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """The token ids of each prompt → the positions whose values the engine sends back."""
-    wanted: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for row, mine in zip(rows, chosen, strict=True):
-        wanted[row.ids] = tuple(sorted({*wanted.get(row.ids, ()), *mine}))
-    return wanted
-
-
-def _run(
+def _of_prompts(
     model: TracedVLLM,
     rows: Sequence[Row],
-    order: list[tuple[str, int | None]],
-    wanted: dict[tuple[int, ...], tuple[int, ...]],
-    max_new_tokens: int | None,
-    settings: dict[str, Any],
-) -> list[Any]:
-    last = all(mine == (len(ids) - 1,) for ids, mine in wanted.items())
-    sent = None if last else wanted
-    taken: Any
-    if max_new_tokens is None:
-        with model.edit() as (_, edit):
-            taken = read_pass(model, order, sent)
-            taken.save()  # type: ignore[attr-defined]  # every object has it in a trace
-    else:
-        with model.edit() as (tracer, edit):
-            taken = []
-            taken.save()  # type: ignore[attr-defined]
-            for _ in tracer.iter[:]:
-                taken.append(read_pass(model, order, None))
+    chosen: Sequence[tuple[int, ...]],
+    single: bool,
+    plan: Plan,
+    reduce: Reduce,
+    dtype: torch.dtype | None,
+    positions: Any,
+) -> Generator[tuple[list[int], dict[int, torch.Tensor]], None, None]:
+    """Read prompts, and yield some when they are finished: their indices, and target → `[prompts, (positions,) ...]`.
+
+    With "mean" and "sum", positions are added up.
+    """
+    if not rows:
+        return
+    order, wanted = order_of(plan), wanted_of(rows, chosen, plain_positions(positions) is None)
+    with model.edit() as (_, edit):
+        taken = read_pass(model, order, wanted, single, reduce, dtype)
+        taken.save()  # type: ignore[attr-defined]  # every object has it in a trace
     try:
-        return model.run([row.ids for row in rows], max_new_tokens or 1, **settings)
+        given = model.prompts_of([row.ids for row in rows])
+        with contextlib.closing(finished(model.vllm_entrypoint, given, model.params())) as run:
+            for outputs in run:
+                alike: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
+                for i, output in outputs:
+                    one = saved(output, "taken")[which(wanted, rows[i], chosen[i])]
+                    alike.setdefault(shapes_of(one), []).append((i, one))
+                for some in alike.values():
+                    yield [i for i, _ in some], by_target(plan, (one for _, one in some))
     finally:
         edit.clear()
 
 
-def read_pass(
+def _over_generation(
     model: TracedVLLM,
-    order: list[tuple[str, int | None]],
-    wanted: dict[tuple[int, ...], tuple[int, ...]] | None,
-) -> dict[tuple[str, int | None], Any]:
-    """Read values of the running pass, in forward order.
-
-    Args:
-        model: The model, in a trace.
-        order: (value, layer) pairs, in the order in which the model computes them.
-        wanted: The token ids of a prompt → the positions to keep; the last one alone if None.
-
-    Returns:
-        (value, layer) → (positions, `[positions, ...]`), on the CPU; for `next_token_probs`, `[vocab]` alone.
-    """
-    positions: tuple[int, ...] = (-1,)
-    if wanted is not None:
-        positions = wanted[tuple(model.input_ids[0].tolist())]
-    index = torch.tensor(positions)
-    taken: dict[tuple[str, int | None], Any] = {}
-    for name, layer in order:
-        if name == "next_token_probs":
-            taken[name, layer] = model.next_token_probs[0].cpu()
-            continue
-        value = model.logits if name == "logits" else read_value(model, get_label(name), layer)  # type: ignore[arg-type]
-        taken[name, layer] = positions, value[0][index.to(value.device)].cpu()
-    return taken
-
-
-def _row(taken: Any, name: str, layer: int | None, mine: Sequence[int], single: bool, generating: bool) -> torch.Tensor:
-    if generating:
-        every = [one[name, layer] for one in taken if (name, layer) in one]
-        return torch.stack([one if name == "next_token_probs" else one[1][0] for one in every])
-    if name == "next_token_probs":
-        return taken[name, layer]
-    positions, tensor = taken[name, layer]
-    where = [0] if positions == (-1,) else [positions.index(p) for p in mine]
-    return tensor[where[0]] if single else tensor[where]
+    rows: Sequence[Row],
+    plan: Plan,
+    max_new_tokens: int,
+    dtype: torch.dtype | None,
+    settings: dict[str, Any],
+) -> Generator[tuple[int, torch.Tensor, dict[int, torch.Tensor]], None, None]:
+    """Generate, and yield each prompt when it ends: its index, new tokens, and target → `[1, tokens, ...]`."""
+    if not rows:
+        return
+    order = order_of(plan)
+    taken: Any
+    with model.edit() as (tracer, edit):
+        taken = []
+        taken.save()  # type: ignore[attr-defined]
+        for _ in tracer.iter[:]:
+            taken.append(read_pass(model, order, LAST, True, None, dtype)[0])
+    try:
+        params = model.params(max_tokens=max_new_tokens, **settings)
+        given = model.prompts_of([row.ids for row in rows])
+        with contextlib.closing(finished(model.vllm_entrypoint, given, params)) as run:
+            for outputs in run:
+                for i, output in outputs:
+                    tokens = torch.tensor(list(output.outputs[0].token_ids), dtype=torch.long)
+                    steps = saved(output, "taken")[: len(tokens)]
+                    if len(steps) < len(tokens):
+                        raise RuntimeError(f"Prompt {i} has {len(tokens)} new tokens and {len(steps)} forward passes.")
+                    yield i, tokens, {t: tensor[None] for t, tensor in by_target(plan, steps).items()}
+    finally:
+        edit.clear()
 
 
-def _together(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Rows as one tensor; shorter ones, of which some generated fewer tokens, are filled up with 0."""
-    if len({row.shape for row in rows}) == 1:
-        return torch.stack(rows)
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+@dataclass(frozen=True)
+class _Requests(Job):
+    """Prompts as requests of vLLM's engine, which is empty when a shard begins: so its bytes depend on it alone."""
+
+    def run(
+        self, rows: list[Row], chosen: list[tuple[int, ...]]
+    ) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
+        """As `Job.run`."""
+        read = _of_prompts(self.model, rows, chosen, self.single, self.plan, None, self.dtype, self.positions)
+        with contextlib.closing(read):
+            for indices, taken in read:
+                yield indices, {self.plan.targets[t].label: tensor for t, tensor in taken.items()}
+
+
+@plain_defaults()
+def write(
+    model: TracedVLLM,
+    to: str | Path,
+    prompts: Any,
+    values: Any,
+    layers: Any,
+    positions: Any,
+    dtype: torch.dtype | None,
+    progress: bool | None,
+    prompts_per_shard: int,
+    rank: tuple[int, int] | None,
+) -> ActivationDataset:
+    """See `StandardizedVLLM.collect`, `to=`."""
+    model.require_no_trace("collect()")
+    folder, size = path_of(to, "to"), count(prompts_per_shard, "prompts_per_shard")
+    check_dtype(dtype)
+    check_progress(progress)
+    share = rank_of(rank)
+    given, total = prompts_of(model, prompts)  # type: ignore[arg-type]
+    plan = plan_of(model, values, layers)
+    model.ready()
+    together = model.vllm_entrypoint.llm_engine.vllm_config.scheduler_config.max_num_seqs
+    job = _Requests(model, plan, folder, plain_positions(positions), dtype, together, size)
+    certificate = model.certificate
+    about = {
+        "backend": "vLLM",
+        "versions": versions(),
+        "certificate": "not validated" if certificate is None else {**asdict(certificate), "seconds": None},
+    }
+    return write_shards(job, given, total, progress, share, about)

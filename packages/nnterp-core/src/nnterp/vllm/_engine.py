@@ -7,37 +7,40 @@ import warnings
 from typing import Any
 from unittest import mock
 
-import torch
 from nnsight.modeling.vllm import VLLM
 from torch import nn
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
-from nnterp.errors import InsideTraceError, ShapeError, Unavailable, UnprovenWarning
+from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
+from nnterp.identity import checkpoint_digest, config_digest
 from nnterp.inputs import encode
-from nnterp.table import LABELS, Label
-from nnterp.traced import (
-    Apart,
-    LayerAccessor,
-    Place,
-    bind_names,
-    envoy_at,
-    layer_index,
-    read_value,
-    require_running,
-    steering_of,
-    write_value,
-)
+from nnterp.traced import bind_names
 from nnterp.vllm._errors import raise_first
-from nnterp.vllm._steering import require_plain, steer_pass
+from nnterp.vllm._in_trace import InTrace
+from nnterp.vllm._requests import CleanEngine, CleanLLM
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
 from vllm import SamplingParams
 
+_REFUSED = {
+    "enable_chunked_prefill": "a prompt that is split over passes would be read in pieces",
+    "enable_prefix_caching": "tokens that are taken from the cache run through no layer, and would be missing",
+    "speculative_config": "a pass that checks several tokens at once has no one next token",
+}
+_ROUNDING = {  # settings that numbers depend on in their last bits alone
+    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_gpu_blocks_override"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "disable_log_stats", "seed"),
+}
+_ABSENT = {
+    "scan": "the engine runs the real model alone. Trace a prompt and read the shapes",
+    "each_step": "loop over `tracer.iter[:]` in a trace with max_new_tokens=, or use model.steering and model.collect",
+    "get_topk_closest_tokens": "the weights are in the engine. In a trace, use model.project_on_vocab(state).topk(k)",
+}
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
 
 
-class TracedVLLM(VLLM):
+class TracedVLLM(InTrace):
     """What `StandardizedVLLM` runs models with, and all of it that works inside a trace."""
 
     served: Served
@@ -54,6 +57,9 @@ class TracedVLLM(VLLM):
             raise Unavailable("mode='async' is nnsight's alone: use nnsight.modeling.vllm.VLLM for it.")
         if kwargs.get("taps"):
             raise Unavailable("taps= serves few places, and the standard names read any: leave it out.")
+        for name, why in _REFUSED.items():
+            if kwargs.get(name):
+                raise Unavailable(f"{name}={kwargs[name]!r}: {why}. Leave it out.")
         self.proven: frozenset[str] = frozenset()
         self.certificate: Any = None
         self.stepping = self._warned = False
@@ -74,6 +80,9 @@ class TracedVLLM(VLLM):
         self.model_class = type(self._module).__name__
         config = self._module.config.get_text_config() if hasattr(self._module, "config") else None
         self.hidden_size = int(getattr(config, "hidden_size", 0) or 0)
+        first = self.parts.blocks[0]
+        self.num_heads, self.num_kv_heads = first.heads or None, first.kv_heads or None
+        self.head_dim = None if first.core is None else int(self._module.get_submodule(first.core).head_size)
         self.names = self.parts.names()
         bind_names(self, self.names, self.layer_paths)
 
@@ -82,33 +91,32 @@ class TracedVLLM(VLLM):
         with mock.patch("vllm.model_executor.model_loader.base_loader.process_weights_after_loading"):
             return VLLM._load_meta(self, repo_id, **kwargs)
 
-    # -- what the accessors need ------------------------------------------------------------------------------------
+    def _load_sync(self, repo_id: str, **kwargs: Any) -> Any:
+        llm = VLLM._load_sync(self, repo_id, **kwargs)
+        llm.__class__, llm.llm_engine.__class__ = CleanLLM, CleanEngine
+        return llm
 
-    @property
-    def num_layers(self) -> int:
-        """Number of layers of the residual stream."""
-        return len(self.layer_paths)
+    def ready(self) -> None:
+        """Start the engine if it does not run yet, and warn if nothing has proven its values."""
+        if not self.dispatched:
+            self.dispatch()
+        self._warn_unproven()
 
-    def place(self, name: str, layer: Any = None) -> Place:
-        """Where a value is read and written in vLLM's modules.
+    def run_settings(self) -> dict[str, Any]:
+        """Everything that this model's numbers depend on, as JSON can hold it: see `nnterp.resuming.Call`."""
+        config = self.vllm_entrypoint.llm_engine.vllm_config.model_config
+        return {
+            "model_class": f"vLLM's {self.model_class}",
+            "model": self.repo,
+            "revision": self.dispatch_options.get("revision"),
+            "dtype": str(config.dtype),
+            "config": config_digest(config.hf_config),
+            "engine": {name: repr(value) for name, value in self.dispatch_options.items() if name not in _ROUNDING},
+            "edits": [getattr(edit, "identity", f"unknown {edit.id}") for edit in self._installed_edits],
+            "weights": checkpoint_digest(self.repo, self.dispatch_options) or f"unknown {id(self)}",
+        }
 
-        Args:
-            name: A value of the table, such as `"layers_output"`.
-            layer: The layer; None for a value that is not per layer.
-
-        Raises:
-            Unavailable: The model, or this layer, does not have it; says why, and which layers do.
-
-        Example:
-            >>> print(model.place("mlps_output", 3))
-            model.layers.3.mlp.output
-        """
-        return self.served.place(name, layer, self.model_class)
-
-    def envoy(self, path: str) -> Any:
-        """nnsight's envoy of the module at a native path of vLLM's model, such as `model.layers.3.mlp`."""
-        return envoy_at(self, path)
-
+    # -- what it refuses, and what it has -----------------------------------------------------------------------------
     def require_no_trace(self, what: str) -> None:
         """Raise `InsideTraceError` inside a trace."""
         if self.interleaver.interleaving:
@@ -134,145 +142,21 @@ class TracedVLLM(VLLM):
         """
         raise Unavailable("vLLM computes in inference mode, without gradients; StandardizedTransformer has them.")
 
+    @property
+    def attachments(self) -> Any:
+        """Refuse: `nnterp.attach` works on models of StandardizedTransformer.
+
+        Raises:
+            Unavailable: Always.
+        """
+        raise Unavailable(
+            "Dictionaries are attached to StandardizedTransformer. Collect what one reads, and encode it."
+        )
+
     def support(self) -> dict[str, tuple[int, ...] | bool]:
         """Every value → the layers that have it; for a value that is not per layer, True or False."""
         whole = {name: not isinstance(found, str) for name, found in self.served.whole.items()}
         return {**whole, **{name: self.served.having(name) for name in self.served.layers}}
-
-    # -- values of the model ----------------------------------------------------------------------------------------
-
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """Token ids of this forward pass, `[1, seq]`, a copy. Read it before any layer.
-
-        Raises:
-            OutsideTraceError: No forward pass is running.
-            Unavailable: vLLM was given embeddings in place of token ids.
-        """
-        require_running(self, "input_ids")
-        args, kwargs = self.inputs
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise Unavailable("input_ids: vLLM gave the model embeddings, and no token ids.")
-        return ids.clone()[None]
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """Logits at all positions of this forward pass, `[1, seq, vocab]`, computed here from the final norm's output.
-
-        vLLM itself computes logits at the last position only and samples from them: `next_token_logits`. Assigning to
-        `logits` sets those, from the last position of `[1, seq, vocab]` or from `[1, vocab]`.
-        """
-        hidden = read_value(self, LABELS["ln_final_output"])
-        with Apart(self.interleaver):
-            return self._head(hidden)
-
-    @logits.setter
-    def logits(self, tensor: torch.Tensor) -> None:
-        self.next_token_logits = tensor[:, -1] if tensor.dim() == 3 else tensor
-
-    @property
-    def next_token_logits(self) -> torch.Tensor:
-        """The logits that vLLM samples from, `[1, vocab]`, a copy. Assign to change what is sampled.
-
-        Raises:
-            OutsideTraceError: No forward pass is running.
-            ShapeError: What is assigned has another shape.
-        """
-        require_running(self, "next_token_logits")
-        return VLLM.logits.__get__(self, type(self)).clone()
-
-    @next_token_logits.setter
-    def next_token_logits(self, tensor: torch.Tensor) -> None:
-        current = VLLM.logits.__get__(self, type(self))
-        if tensor.shape != current.shape:
-            raise ShapeError(f"logits of the last position have shape {list(current.shape)}, not {list(tensor.shape)}.")
-        VLLM.logits.__set__(self, tensor.to(current))
-
-    @property
-    def next_token_probs(self) -> torch.Tensor:
-        """Probabilities of the next token, `[1, vocab]`: the softmax of `next_token_logits`, without temperature."""
-        return self.next_token_logits.softmax(-1)
-
-    # -- interventions on the running forward pass ------------------------------------------------------------------
-
-    def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap, scales. Only in a trace.
-
-        Raises:
-            OutsideTraceError: No forward pass is running: the weights are in the engine.
-            ShapeError: The last axis is not the model's hidden size.
-            Unavailable: The structure of the model does not tell which module is its final norm.
-        """
-        require_running(self, "project_on_vocab()")
-        if hidden_state.shape[-1] != self.hidden_size:
-            raise ShapeError(f"hidden_state has shape {list(hidden_state.shape)}; its last axis is {self.hidden_size}.")
-        if self.final_norm is None:
-            raise Unavailable(f"project_on_vocab: the structure of {self.model_class} does not tell its final norm.")
-        with Apart(self.interleaver):
-            flat = hidden_state.reshape(-1, self.hidden_size).clone()
-            return self._head(self._module.get_submodule(self.final_norm)(flat)).reshape(*hidden_state.shape[:-1], -1)
-
-    def _head(self, normed: torch.Tensor) -> torch.Tensor:
-        flat = normed.reshape(-1, normed.shape[-1])
-        return self._module.compute_logits(flat).reshape(*normed.shape[:-1], -1)  # type: ignore[operator]
-
-    def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
-        """Skip one layer; see `skip_layers`."""
-        self.skip_layers(layer, layer, skip_with)
-
-    def skip_layers(self, start_layer: int, end_layer: int, skip_with: torch.Tensor | None = None) -> None:
-        """Replace the output of `end_layer` by the input of `start_layer`, or by `skip_with`, in this forward pass.
-
-        The layers still run, because other requests run through them at the same time. So skipping saves no time, and
-        the layers still store keys and values for later steps.
-
-        Args:
-            start_layer, end_layer: The first and the last layer to skip; negative ones count from the end.
-            skip_with: `[1, seq, hidden]`.
-
-        Raises:
-            IndexError: There is no such layer.
-            ValueError: `end_layer` comes before `start_layer`.
-            ShapeError: `skip_with` does not have the shape of the stream.
-        """
-        first = layer_index(start_layer, self.num_layers, "skip_layers(start_layer)")
-        last = layer_index(end_layer, self.num_layers, "skip_layers(end_layer)")
-        if last < first:
-            raise ValueError(f"skip_layers({start_layer}, {end_layer}): the last layer comes before the first.")
-        stream = self.layers_input[first]
-        if skip_with is not None and skip_with.shape != stream.shape:
-            raise ShapeError(f"skip_with has shape {list(skip_with.shape)}; the stream has {list(stream.shape)}.")
-        self.layers_output[last] = stream if skip_with is None else skip_with
-
-    def steer(
-        self,
-        layers: Any,
-        steering_vector: Any,
-        factor: float = 1,
-        token_positions: Any = None,
-        steps: Any = None,
-        mode: str = "add",
-        keep_norm: bool = False,
-        origin: Any = None,
-    ) -> None:
-        """Steer the stream leaving each of `layers` in this forward pass.
-
-        Arguments as in `StandardizedTransformer.steer`; `token_positions` are indices or slices, and not texts.
-
-        Raises:
-            Unavailable: The trace generates several tokens. Use `with model.steering(...)` around it instead.
-            OutsideTraceError: No forward pass is running.
-            TypeError, IndexError, ValueError, ShapeError: As `StandardizedTransformer.steer` raises them.
-        """
-        require_running(self, "steer()")
-        if self.stepping or steps not in (None, "all", "prompt", 0):
-            raise Unavailable(
-                "steer() changes the pass that is running. To steer a generation on vLLM, use `with model.steering("
-                "vector, layers, steps=...)` around model.generate(prompts, max_new_tokens=...)."
-            )
-        what = (layers, steering_vector, factor, token_positions, None, None, mode, keep_norm, origin)
-        steer_pass(self, require_plain(steering_of(self.num_layers, *what)), 0)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -328,7 +212,7 @@ class TracedVLLM(VLLM):
         return self.prompts_of([inputs[0]])[0] if isinstance(inputs[0], str) else VLLM._prompt(self, *inputs)
 
     def prompts_of(self, prompts: Any) -> list[Any]:
-        """Prompts of any kind that `nnterp.inputs.encode` reads, as vLLM's `TokensPrompt`s."""
+        """Prompts of any kind that `nnterp.inputs.encode` reads, each as vLLM's `TokensPrompt`."""
         return [TokensPrompt(prompt_token_ids=list(row.ids)) for row in encode(self, prompts)]  # type: ignore[arg-type]
 
     def run(self, prompts: Any, max_new_tokens: int = 1, **settings: Any) -> list[Any]:
@@ -351,11 +235,14 @@ class TracedVLLM(VLLM):
             >>> output.outputs[0].text
         """
         self.require_no_trace("run()")
-        if not self.dispatched:
-            self.dispatch()
-        self._warn_unproven()
-        params = SamplingParams(**{"temperature": 0.0, "max_tokens": max_new_tokens, **settings})
+        self.ready()
+        params = self.params(max_tokens=max_new_tokens, **settings)
         return self.vllm_entrypoint.generate(self.prompts_of(prompts), params, use_tqdm=False)
+
+    @staticmethod
+    def params(**settings: Any) -> SamplingParams:
+        """vLLM's settings of a request: one token, greedy, unless `settings` say otherwise."""
+        return SamplingParams(**{"temperature": 0.0, "max_tokens": 1, **settings})
 
     # -- travelling -------------------------------------------------------------------------------------------------
 
@@ -376,17 +263,13 @@ def arriving(interleaver: Any, module: nn.Module, state: dict[str, Any]) -> Trac
     return model
 
 
-def _accessor(label: Label) -> property:
-    def read(self: TracedVLLM) -> Any:
-        return LayerAccessor(self, label) if label.per_layer else read_value(self, label)  # type: ignore[arg-type]
+def _refusing(name: str, why: str) -> Any:
+    def refuse(self: TracedVLLM, *args: Any, **kwargs: Any) -> Any:
+        raise Unavailable(f"{name}() is not there on vLLM: {why}.")
 
-    def write(self: TracedVLLM, tensor: torch.Tensor) -> None:
-        if label.per_layer:
-            raise TypeError(f"{label.name} is indexed by layer: model.{label.name}[i] = tensor.")
-        write_value(self, label, tensor)  # type: ignore[arg-type]
-
-    return property(read, write, doc=f"{label.shape}: {label.description}")
+    refuse.__name__, refuse.__doc__ = name, f"Refuse: {why}."
+    return refuse
 
 
-for _label in LABELS.values():
-    setattr(TracedVLLM, _label.name, _accessor(_label))
+for _name, _why in _ABSENT.items():
+    setattr(TracedVLLM, _name, _refusing(_name, _why))

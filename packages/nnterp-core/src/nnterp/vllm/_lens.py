@@ -52,7 +52,7 @@ def run_prompts(model: TracedVLLM, prompts: Sequence[Asked], over_layers: bool =
 
     Args:
         model: The model.
-        prompts: `nnterp.prompts.Prompt`s, all with the same categories.
+        prompts: Prompts of `nnterp.prompts`, all with the same categories.
         over_layers: Read every layer with the logit lens. If False, read the model's own next-token distribution.
 
     Returns:

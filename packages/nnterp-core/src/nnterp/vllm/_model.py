@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 
 from nnterp.certificate import Certificate
-from nnterp.collection import Collected
+from nnterp.collection import Collected, Reduce
+from nnterp.datasets import ActivationDataset, refuse_for_disk
 from nnterp.indices import Indices
 from nnterp.traced import steering_of
-from nnterp.vllm._collect import collect
+from nnterp.vllm._collect import collect, write
 from nnterp.vllm._engine import TracedVLLM
 from nnterp.vllm._kept import recall
 from nnterp.vllm._steering import in_every_step, require_plain
@@ -39,7 +41,8 @@ class StandardizedVLLM(TracedVLLM):
         AnatomyError: The model is not a decoder with one list of layers.
 
     Attributes:
-        num_layers, hidden_size: The model's sizes.
+        num_layers, hidden_size, num_heads, num_kv_heads, head_dim: The model's sizes; of heads, those of the first
+            layer, None if it has no attention.
         certificate: The proof; None before `validate()`, unless an earlier one was kept on disk.
         proven: Names of the values that were proven.
 
@@ -91,6 +94,7 @@ class StandardizedVLLM(TracedVLLM):
         finally:
             edit.clear()
 
+    @overload
     def collect(
         self,
         prompts: Any,
@@ -99,28 +103,92 @@ class StandardizedVLLM(TracedVLLM):
         positions: Any = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        reduce: Reduce = None,
+        progress: bool | None = None,
         max_new_tokens: int | None = None,
+        resume: Collected | str | Path | None = None,
+        *,
+        to: None = None,
+        prompts_per_shard: int = 1024,
+        rank: tuple[int, int] | None = None,
         **settings: Any,
-    ) -> Collected:
+    ) -> Collected: ...
+
+    @overload
+    def collect(
+        self,
+        prompts: Any,
+        values: str | Iterable[str],
+        layers: Indices = None,
+        positions: Any = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        reduce: Reduce = None,
+        progress: bool | None = None,
+        max_new_tokens: int | None = None,
+        resume: Collected | str | Path | None = None,
+        *,
+        to: str | Path,
+        prompts_per_shard: int = 1024,
+        rank: tuple[int, int] | None = None,
+        **settings: Any,
+    ) -> ActivationDataset: ...
+
+    def collect(
+        self,
+        prompts: Any,
+        values: str | Iterable[str],
+        layers: Indices = None,
+        positions: Any = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        reduce: Reduce = None,
+        progress: bool | None = None,
+        max_new_tokens: int | None = None,
+        resume: Collected | str | Path | None = None,
+        *,
+        to: str | Path | None = None,
+        prompts_per_shard: int = 1024,
+        rank: tuple[int, int] | None = None,
+        **settings: Any,
+    ) -> Collected | ActivationDataset:
         """Read values of many prompts, which vLLM batches.
 
         Args:
-            prompts, values, layers, positions, device, dtype: As in `StandardizedTransformer.collect`.
+            prompts, values, layers, positions, device, dtype, progress: As in `StandardizedTransformer.collect`.
+            reduce: "mean" or "sum" over all prompts and positions, added up in the engine in double precision; or a
+                function, which is sent to the engine and given each prompt's own positions, `[1, (positions,) ...]`;
+                it keeps the first axis. Over a generation it runs in this process, on the CPU.
             max_new_tokens: Generate so many tokens, and read values at the positions from which each was predicted.
                 `positions` cannot be given with it. A prompt whose generation ends earlier has fewer.
+            resume: The partial result of the same call that was cut short (an error's `partial`), or its file.
+            to: A folder to which the values are written while they are computed: a dataset as that of
+                `StandardizedTransformer.collect`, whose manifest says "backend": "vLLM", and its certificate or "not
+                validated". The same call goes on from what an earlier one has written. `device`, `reduce`, `resume` and
+                `max_new_tokens` do not go with it.
+            prompts_per_shard, rank: As in `StandardizedTransformer.collect`. The engine runs one shard at a time.
             **settings: vLLM's `SamplingParams` for a generation, such as `ignore_eos=True`; greedy by default.
 
         Returns:
             A `Collected`: `[layers, prompts, (positions,) ...]`. With `max_new_tokens`,
             `[layers, prompts, tokens, ...]`, and the new tokens `[prompts, tokens]` in `generated`; after a prompt's
-            last token values are 0, tokens −1, and `mask` is False.
+            last token values are 0, tokens −1, and `mask` is False. With `to`, the `nnterp.ActivationDataset`.
 
         Raises:
             TypeError: Settings of a generation were given without `max_new_tokens`.
             ValueError, IndexError, Unavailable, InsideTraceError: As `StandardizedTransformer.collect` raises them.
+            BlockingIOError, FileExistsError, OSError: With `to`, as there.
+
+            An error, and an interrupt, carry what is finished as `error.partial`. No request is left in the engine.
         """
-        self.require_no_trace("collect()")
-        return collect(self, prompts, values, layers, positions, device, dtype, max_new_tokens, settings)
+        if to is not None:
+            refuse_for_disk(device, reduce, max_new_tokens, resume, settings)
+            on_disk = (dtype, progress, prompts_per_shard, rank)
+            return write(self, to, prompts, values, layers, positions, *on_disk)
+        if rank is not None:
+            raise ValueError("rank is for collect(to=folder), whose shards several processes share; leave it out.")
+        options = (device, dtype, reduce, progress, max_new_tokens, resume, settings)
+        return collect(self, prompts, values, layers, positions, *options)
 
     def validate(self, tolerance: float | None = None) -> Certificate:
         """Prove every value against HuggingFace's model of the same checkpoint, which runs in another process.

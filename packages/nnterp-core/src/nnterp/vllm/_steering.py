@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nnterp.errors import ShapeError
+from nnterp.identity import digest
 from nnterp.traced import Steering, change, require_running
 
 
@@ -29,20 +30,25 @@ def require_plain(steering: Steering, width: int | None = None) -> Steering:
 
 def in_every_step(model: Any, steering: Steering) -> Any:
     """Install a steering in the engine, for all requests. Returns nnsight's handle; its `clear()` ends the steering."""
-    limited = steering.steps not in (None, "all")
     chosen = _chosen(steering.steps)
+    everywhere = chosen is None and steering.others["token_positions"] is None
     with model.edit() as (tracer, edit):
+        length = 0
         for step in tracer.iter[:]:
-            if limited:
-                model.inputs  # noqa: B018  (waits for the pass, without which a step that is not chosen never ends)
-            if not limited or step in chosen:
-                steer_pass(model, steering, step)
+            if everywhere:
+                steer_pass(model, steering, None)
+                continue
+            tokens = model.input_ids.shape[1]
+            length = length or tokens
+            steer_pass(model, steering, where(steering.others["token_positions"], chosen, step, tokens, length))
+    edit.identity = digest(vars(steering))
     return edit
 
 
 def _chosen(steps: Any) -> Any:
+    """The steps as something that holds their numbers; None for all of them."""
     if steps is None or steps == "all":
-        return range(0)
+        return None
     if steps == "prompt":
         return range(1)
     if steps == "generated":
@@ -52,16 +58,68 @@ def _chosen(steps: Any) -> Any:
     return {steps} if hasattr(steps, "__index__") else set(steps)
 
 
-def steer_pass(model: Any, steering: Steering, step: int) -> None:
-    """Steer the stream in the forward pass that is running.
+def where(positions: Any, chosen: Any, step: int, tokens: int, length: int) -> list[int] | None:
+    """The tokens of a pass that are steered; None for all of them.
+
+    A pass has the prompt, or one new token. If vLLM took a request out of the engine for want of memory, the pass in
+    which it comes back has the prompt and all new tokens; each is then steered as in the step that it belonged to.
+
+    Args:
+        positions: Indices or slices of the prompt, one or a list of these; None for every token.
+        chosen: The steps that are steered; None for all.
+        step: The number of the pass.
+        tokens: How many tokens it has.
+        length: How many tokens the prompt has.
+
+    Raises:
+        IndexError: The prompt has no such position.
+    """
+    own = None if positions is None else _resolved(positions, length)
+    first = length + step - tokens
+    found = [
+        k
+        for k, position in enumerate(range(first, first + tokens))
+        if (own is None or position in own) and (chosen is None or max(0, position - length + 1) in chosen)
+    ]
+    return None if len(found) == tokens else found
+
+
+def _resolved(positions: Any, length: int) -> set[int]:
+    found: set[int] = set()
+    for entry in positions if isinstance(positions, list) else [positions]:
+        if isinstance(entry, slice):
+            found.update(range(length)[entry])
+            continue
+        if not -length <= int(entry) < length:
+            raise IndexError(f"steer: there is no token position {entry} in a prompt of {length} tokens.")
+        found.add(range(length)[int(entry)])
+    return found
+
+
+def steer_prompt(model: Any, steering: Steering) -> None:
+    """Steer the pass of a prompt, which is running.
+
+    Raises:
+        ShapeError: A vector does not fit the stream.
+        IndexError: The prompt has no such position.
+    """
+    positions, tokens = steering.others["token_positions"], None
+    if positions is not None:
+        length = model.layers_output[min(steering.vectors)].shape[1]
+        tokens = where(positions, None, 0, length, length)
+    steer_pass(model, steering, tokens)
+
+
+def steer_pass(model: Any, steering: Steering, tokens: list[int] | None) -> None:
+    """Steer the stream in the forward pass that is running, at some of its tokens; None for all of them.
 
     Raises:
         ShapeError: A vector does not fit the stream.
     """
     require_running(model, "steer()")
     own = steering.others
-    added = own["mode"] == "add" and not own["keep_norm"] and own["token_positions"] is None
-    for layer, vector in steering.vectors.items():
+    added = own["mode"] == "add" and not own["keep_norm"] and tokens is None
+    for layer, vector in steering.vectors.items() if tokens != [] else ():
         if added:
             add(model, layer, own["factor"] * vector)
             continue
@@ -74,8 +132,10 @@ def steer_pass(model: Any, steering: Steering, step: int) -> None:
                 f"steer: layer {layer}: a vector of shape {list(vector.shape)} does not fit the stream, "
                 f"{list(stream.shape)} ({error})."
             ) from error
-        if own["token_positions"] is not None:
-            new = _at(own["token_positions"], stream, new, step)
+        if tokens is not None:
+            kept = stream.clone()
+            kept[:, tokens] = new[:, tokens]
+            new = kept
         model.layers_output[layer] = new
 
 
@@ -94,13 +154,3 @@ def add(model: Any, layer: int, vector: torch.Tensor) -> None:
             f"steer: layer {layer}: a vector of shape {list(vector.shape)} does not fit the stream, "
             f"{list(carried.shape)} ({error})."
         ) from error
-
-
-def _at(positions: Any, stream: torch.Tensor, new: torch.Tensor, step: int) -> torch.Tensor:
-    """`new` at these positions of the prompt, `stream` elsewhere. Later steps have no prompt positions: `stream`."""
-    kept = stream.clone()
-    if step:
-        return kept
-    for entry in positions if isinstance(positions, list) else [positions]:
-        kept[:, entry] = new[:, entry]
-    return kept

@@ -10,9 +10,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from nnterp.errors import AnatomyError
@@ -93,13 +94,14 @@ def find_parts(module: nn.Module) -> Parts:
     heads = [path for path, inner in module.named_modules() if isinstance(inner, ParallelLMHead)]
     norms = [name for name, inner in owner.named_children() if is_norm(inner) and _comes_after(owner, name, stack)]
     inside = stack.rpartition(".")[0]
+    width = int(module.get_submodule(embeddings[0]).embedding_dim) if embeddings else 0  # type: ignore[arg-type]
     return Parts(
         embed_tokens=embeddings[0] if embeddings else None,
         embedding_scale=scale_of(owner, embeddings[0].rpartition(".")[2]) if embeddings else None,
         ln_final=f"{inside}.{norms[0]}" if len(norms) == 1 else None,
         lm_head=heads[0] if heads else None,
         stack=stack,
-        blocks=tuple(_block(module, f"{stack}.{name}", cores) for name in layers),
+        blocks=tuple(_block(module, f"{stack}.{name}", cores, width) for name in layers),
     )
 
 
@@ -125,7 +127,7 @@ def _comes_after(owner: nn.Module, name: str, stack: str) -> bool:
     return order.index(name) > order.index(stack.rpartition(".")[2])
 
 
-def _block(module: nn.Module, path: str, cores: list[str]) -> Block:
+def _block(module: nn.Module, path: str, cores: list[str], width: int) -> Block:
     layer = module.get_submodule(path)
     reasons: dict[str, str] = {}
     mine = [core for core in cores if core.startswith(f"{path}.")]
@@ -143,8 +145,8 @@ def _block(module: nn.Module, path: str, cores: list[str]) -> Block:
     mlp = f"{path}.{others[0]}" if len(others) == 1 else None
     if mlp is None:
         reasons["mlp"] = f"{path} has {len(others) or 'no'} modules that could be its feed-forward"
-    w_out = _ending(module, attention, reasons, "w_out")
-    w_down = _ending(module, mlp, reasons, "w_down")
+    w_out = _ending(module, attention, reasons, "w_out", width)
+    w_down = _ending(module, mlp, reasons, "w_down", width)
     before = None if mlp is None else norm_before(layer, mlp.rpartition(".")[2])
     if before is None:
         reasons["before_mlp"] = f"in the forward of {type(layer).__name__}, no norm makes the feed-forward's input"
@@ -163,12 +165,21 @@ def _block(module: nn.Module, path: str, cores: list[str]) -> Block:
     )
 
 
-def _ending(module: nn.Module, path: str | None, reasons: dict[str, str], field: str) -> str | None:
-    """The only `RowParallelLinear` of a part; None if there is not exactly one, with the reason in `reasons[field]`."""
+def _ending(module: nn.Module, path: str | None, reasons: dict[str, str], field: str, width: int) -> str | None:
+    """The only projection that ends a part; None if there is not exactly one, with the reason in `reasons[field]`.
+
+    vLLM splits its input over devices (`RowParallelLinear`). In vLLM's Transformers backend it may be one that is never
+    split, as the projections that begin a part are; those that were fused, or that keep the width, are others.
+    """
     if path is None:
         return None
     part = module.get_submodule(path)
     found = [f"{path}.{name}" for name, inner in part.named_modules() if isinstance(inner, RowParallelLinear)]
+    found = found or [
+        f"{path}.{name}"
+        for name, inner in part.named_modules()
+        if isinstance(inner, ReplicatedLinear) and inner.output_size == width
+    ]
     experts = [name for name, inner in part.named_modules() if hasattr(inner, "w2_weight")]
     if len(found) == 1 and not experts:
         return found[0]
@@ -185,7 +196,7 @@ def norm_before(layer: nn.Module, mlp: str) -> str | None:
 
     None if it is not a norm, or if something is computed between the two: then the norm's input is not the stream.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
+    tree = _parsed(type(layer).forward)
     made: dict[str, str | None] = {}
     found: set[str | None] = set()
     for node in _in_order(tree):
@@ -200,6 +211,14 @@ def norm_before(layer: nn.Module, mlp: str) -> str | None:
                 made[name.id] = called
     child = found.pop() if len(found) == 1 else None
     return child if child is not None and is_norm(layer.get_submodule(child)) else None
+
+
+def _parsed(code: Any) -> ast.AST:
+    """The source of a class or function; an empty one if it was made while the program ran."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError):
+        return ast.parse("")
 
 
 def _in_order(tree: ast.AST) -> Iterator[ast.Assign]:
@@ -217,7 +236,7 @@ def _child_called(value: ast.expr) -> str | None:
 
 def scale_of(owner: nn.Module, child: str) -> str | None:
     """`factor` if the source of a module's class has `self.child(...) * self.factor`, else None."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(type(owner))))
+    tree = _parsed(type(owner))
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and _child_called(node.left) == child:
             factor = node.right

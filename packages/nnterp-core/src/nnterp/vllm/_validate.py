@@ -28,6 +28,7 @@ PROMPTS, LENGTH, NEW = 3, 9, 6
 # A process of its own: once vLLM's Transformers backend ran, transformers loads no model of the same class.
 _REFERENCE = """
 import json, sys, torch
+from transformers import GenerationConfig
 from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
 
@@ -43,11 +44,12 @@ for name, layers in job["values"].items():
             pass
 model.collect(job["prompts"], [*there, "logits", "next_token_probs"]).save(job["out"])
 new = []
+model._module.generation_config = GenerationConfig()  # no end token and no penalties
 with torch.no_grad():
     for ids in job["prompts"]:
         given = torch.tensor([ids])
         out = model._module.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=job["new"],
-                                     min_new_tokens=job["new"], do_sample=False, pad_token_id=0)
+                                     do_sample=False, pad_token_id=0)
         new.append(out[0, len(ids):].tolist())
 print("tokens:" + json.dumps(new))
 """
@@ -133,7 +135,7 @@ def _line(
     if not there:
         return Line(claim, "skipped", detail="HuggingFace's model does not prove this value"), {}
     try:
-        ours = collect(model, prompts, name, None, None, "cpu", None, None, {})
+        ours = collect(model, prompts, name)
     except (OutOfOrderError, RuntimeError, TypeError) as error:
         everywhere: dict[int | None, float] = dict.fromkeys(layers, float("inf"))
         return Line(claim, "failed", detail=f"it could not be read: {error}"), everywhere

@@ -1,0 +1,89 @@
+"""Run requests in vLLM's engine. A run that is cut short leaves none in it, whose output a later run would get."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
+
+from vllm import LLM, SamplingParams
+
+
+class CleanEngine(NNsightLLMEngine):
+    """nnsight's engine, in which Ctrl-C waits for the end of a forward pass: half a pass would leave it stuck."""
+
+    def step(self) -> Any:
+        """One forward pass of the requests that are scheduled; returns their outputs."""
+        with held_interrupts():
+            return NNsightLLMEngine.step(self)
+
+
+class CleanLLM(LLM):
+    """vLLM's entrypoint, whose `generate` takes its requests out of the engine if it is cut short."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's `LLM.generate`."""
+        try:
+            return LLM.generate(self, *args, **kwargs)
+        except BaseException:
+            drop_unfinished(self)
+            raise
+
+
+def finished(llm: Any, prompts: Sequence[Any], params: SamplingParams) -> Generator[list[tuple[int, Any]], None, None]:
+    """Run prompts with continuous batching, and yield outputs after each forward pass that finishes some.
+
+    Args:
+        llm: vLLM's entrypoint, whose engine runs nothing else.
+        prompts: Each as vLLM's `TokensPrompt`.
+        params: The settings of every request.
+
+    Yields:
+        (the index of a prompt, its `RequestOutput`) of each prompt that is finished. Close the iterator to stop: the
+        requests that are left are then taken out of the engine.
+    """
+    try:
+        first = int(llm.enqueue(prompts, params, use_tqdm=False)[0].partition("-")[0])
+        while llm.llm_engine.has_unfinished_requests():
+            done = [(int(one.request_id) - first, one) for one in llm.llm_engine.step() if one.finished]
+            if done:
+                yield done
+    finally:
+        drop_unfinished(llm)
+
+
+def drop_unfinished(llm: LLM) -> None:
+    """Take every request that is not finished out of the engine, with nnsight's workers; none if the engine is dead."""
+    engine = llm.llm_engine
+    left = list(engine.output_processor.request_states)
+    if left:
+        with contextlib.suppress(Exception):
+            engine.abort_request(left, internal=True)
+            engine.engine_core.collective_rpc("collect_nnsight", args=(left, left))
+
+
+@contextlib.contextmanager
+def held_interrupts() -> Iterator[None]:
+    """A block during which Ctrl-C waits until its end; a second Ctrl-C does not wait. Only in the main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+
+    def hold(number: int, frame: Any) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
