@@ -24,6 +24,7 @@ NO_SUM = {
     "gemma3n_text": "alternating updates of several streams",
     "glm5_next": "hyper-connections",
     "hy_v4": "hyper-connections",
+    "hy_v4_vl": "hyper-connections",
     "inkling2": "attention over earlier streams",
     "inkling2_text": "attention over earlier streams",
     "longcat_flash": "two attentions and three feed-forwards in a layer",

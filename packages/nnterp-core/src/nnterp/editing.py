@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nnterp.deprecation import deprecated
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.standing import conditional, standing
 from nnterp.table import SENT_WHERE_NAMED
@@ -121,6 +122,8 @@ class EditedTransformer(TracedTransformer):
             IndexError: There is no such layer, row or position.
             ValueError, TypeError: An argument selects nothing or is of no use.
         """
+        if positions is not None:
+            deprecated("`steer(positions=)`", "`token_positions=`", removed_in="3.0")
         how = (positions, token_positions, batch_index, steps, mode, keep_norm, origin)
         TracedTransformer.steer(self, layers, steering_vector, factor, *how)
 

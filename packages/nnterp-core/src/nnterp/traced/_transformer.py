@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -280,7 +279,6 @@ class TracedTransformer(TransformersModel):
         if positions is not None:
             if token_positions is not None:
                 raise ValueError("Cannot specify both `positions` (deprecated) and `token_positions`; give the latter.")
-            warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
         places = (token_positions, batch_index, steps)
         self.edits.steer(self, layers, steering_vector, factor, *places, mode, keep_norm, origin)
