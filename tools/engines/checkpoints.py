@@ -1,6 +1,6 @@
 """Save a tiny random model of every causal model type, with loud weights, as HuggingFace folders.
 
-    python checkpoints.py JOB.json
+python checkpoints.py JOB.json
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python child.py JOB.json
 
-Of each model type it writes the tensors that the engine gave, and what it said where it gave none. A cell or a layer that
-raises does not stop the others; what takes longer than a minute of CPU time is given up.
+Of each model type it writes the tensors that the engine gave, and what it said where it gave none. A cell or a layer
+that raises does not stop the others; what takes longer than a minute of CPU time is given up.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def limited():
 
 
 def said(error: BaseException) -> str:
-    """An error in one line: its kind, and the beginning of its message, or of the last line where that is a traceback."""
+    """An error in one line: its kind, and the beginning of its message, or of its last line if it is a traceback."""
     text = str(error).strip()
     text = text.splitlines()[-1] if text.startswith("Traceback") else " ".join(text.split())
     return f"{type(error).__name__}: {text}"[:KEPT]

@@ -2,9 +2,9 @@
 
     python reference.py JOB.json
 
-Layers are found by what `output_hidden_states` returns, attention by the softmax that runs in a module, the head that is
-set to zero in two ways that have to agree. Where the parts of a model cannot be told this way, there is no reference and
-nothing is compared.
+Layers are found by what `output_hidden_states` returns, attention by the softmax that runs in a module, the head that
+is set to zero in two ways that have to agree. Where the parts of a model cannot be told this way, there is no reference
+and nothing is compared.
 """
 
 from __future__ import annotations
@@ -188,9 +188,11 @@ def accepted(model: nn.Module, watched: Watched, layer: str, name: str) -> list[
     values = [first]
     for call in watched.calls:
         short = call.name.removeprefix(layer + ".")
-        if call.name.startswith(layer + ".") and NORM.search(short) and not call.name.startswith(name + "."):
-            if call.returned is not None and any(same(call.given, value) for value in values):
-                values.append(call.returned)
+        beside = call.name.startswith(layer + ".") and not call.name.startswith(name + ".")
+        if not beside or not NORM.search(short) or call.returned is None:
+            continue
+        if any(same(call.given, value) for value in values):
+            values.append(call.returned)
     factor = getattr(model.get_submodule(layer), "residual_multiplier", None)
     return values + ([values[-1] * factor] if isinstance(factor, float) else [])
 
@@ -333,10 +335,10 @@ class Examined:
 
             by_pattern = watch(self.model, self.ids[0], edit=silence).logits
             by_projection = self.without_head(attention, self.attending[i].shape[1])
-            if by_projection is not None and same(by_pattern, by_projection, 1e-4):
-                if not same(by_pattern, self.plain.logits, 1e-3):
-                    self.put("head", i, [by_projection])
-                    return
+            shows = not same(by_pattern, self.plain.logits, 1e-3)
+            if shows and by_projection is not None and same(by_pattern, by_projection, 1e-4):
+                self.put("head", i, [by_projection])
+                return
 
     def without_head(self, attention: str, heads: int) -> torch.Tensor | None:
         """Logits with one head's columns set to zero in the input of the attention's last projection."""
