@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from causes import Cause, cause_of
 from cells import CELLS, LONG, SHORT, TOLERANCE
-from comparing import ABSENT, AGREES, LETTERS, NONE, REFUSED, WRONG
+from comparing import ABSENT, AGREES, LETTERS, NONE, REFUSED, WRONG, Outcome
 from environments import BY_ADAPTER, ENGINES
 from results import Results
 
@@ -19,11 +19,11 @@ SHOWN = 3
 OPENING = """\
 # Other engines
 
-Which numbers do nnterp, TransformerLens, interp-engine and plain hooks give, on which architectures, and are they right?
+Which numbers do nnterp, TransformerLens, interp-engine and plain hooks give, on which architectures, and are they
+right?
 
-Each engine was given the same {count} tiny random models, one for each causal model type of transformers that can be saved
-and loaded, and was asked for the same eight things. What it gave was compared with plain HuggingFace models and plain
-torch hooks.
+Each engine was given the same {count} tiny random models, {which}, and was asked for
+the same eight things. What it gave was compared with plain HuggingFace models and plain torch hooks.
 
 * **agrees**: all numbers are those of the reference, within {tolerance:g} of the reference's largest number.
 * **refused**: the engine raised an error, when it loaded the model or when it was asked.
@@ -42,22 +42,22 @@ uv run python tools/engines run     # checkpoints, reference, engines, compariso
 uv run python tools/engines page    # this page
 ```
 
-* **Models.** `nnterp.testing.tiny_checkpoint`: the architecture's own code and features at a small size, in float32, with
-  random weights that are loud enough for softcaps, logit scales and wrong positions to show. Trained weights would be
-  quieter: a number that is off by a factor of two here may be off by a percent there, and is as wrong.
-* **Engines.** Each in an environment of its own, with the same torch and transformers, from a local folder, on the CPU, with
-  eager attention: `tools/engines/adapters`. Engines are used as their documentation says, with nothing set by hand for a
-  model type; what an error message recommends is not tried.
+* **Models.** `nnterp.testing.tiny_checkpoint`: the architecture's own code and features at a small size, in float32,
+  with random weights that are loud enough for softcaps, logit scales and wrong positions to show. Trained weights would
+  be quieter: a number that is off by a factor of two here may be off by a percent there, and is as wrong.
+* **Engines.** Each in an environment of its own, with the same torch and transformers, from a local folder, on the CPU,
+  with eager attention: `tools/engines/adapters`. Engines are used as their documentation says, with nothing set by hand
+  for a model type; what an error message recommends is not tried.
 * **Prompts.** Token ids, {long} and {short} of them. The batch of the two is left-padded and goes in as the engine's
   documentation says, with its attention mask.
 * **Reference.** `tools/engines/reference.py`: HuggingFace's model and torch hooks, no code of any engine. Layers are the
   modules whose outputs are the hidden states that the model returns. Attention probabilities are the softmax that ran
-  inside a layer. Of an attention's or feed-forward's output, what the module returns counts, and so does what norms and
-  multipliers make of it, because engines define it in either way. The logits without a head have to be the same whether
-  its pattern or its columns before the output projection are set to zero. Where the reference cannot tell, nothing is
-  compared, and the cell counts for no engine.
-* **The first engine's adapter was written by the people who made it.** Mistakes in the other adapters would count against
-  the others. So kinds of silent errors were looked into by hand, one by one; the list above says what was seen.
+  inside a layer. Of the output of an attention or a feed-forward, what the module returns counts, and so does what norms
+  and multipliers make of it, because engines define it in either way. The logits without a head have to be the same
+  whether its pattern or its columns before the output projection are set to zero. Where the reference cannot tell,
+  nothing is compared, and the cell counts for no engine.
+* **Who made it.** The makers of the first engine. Mistakes in the other adapters would count against the other engines,
+  so their silent errors were looked into by hand, kind by kind; the list above says what was seen.
 """
 
 
@@ -80,7 +80,8 @@ def counted(results: Results, cell: str | None = None) -> list[str]:
 def page(results: Results) -> str:
     """The page's text."""
     count = len(next(iter(results.outcomes.values())))
-    parts = [OPENING.format(count=count + len(results.unreferenced), tolerance=TOLERANCE), *counted(results), ""]
+    opening = OPENING.format(count=count, which=results.about["types"], tolerance=TOLERANCE)
+    parts = [opening, *counted(results), ""]
     parts += ["## One thing at a time", ""]
     for cell, meaning in CELLS.items():
         parts += [f"### {cell}: {meaning}", "", *counted(results, cell), ""]
@@ -106,7 +107,8 @@ def _most_refused(results: Results, engine: str, cell: str) -> str:
     if not texts:
         return ""
     text, times = texts.most_common(1)[0]
-    return f"* {BY_ADAPTER[engine].title} refuses {sum(texts.values())} that it loads; most often ({times}): {_plain(text)}"
+    title = BY_ADAPTER[engine].title
+    return f"* {title} refuses {sum(texts.values())} that it loads; most often ({times}): {_plain(text)}"
 
 
 def _plain(text: str) -> str:
@@ -168,16 +170,15 @@ def _versions(results: Results) -> list[str]:
     return [*lines, ""]
 
 
+def _letters(by_cell: Mapping[str, Outcome]) -> str:
+    """All cells of a model type, one letter each."""
+    return "`" + "".join(LETTERS[outcome.kind] for outcome in by_cell.values()) + "`"
+
+
 def _every_type(results: Results) -> list[str]:
     """One row for each model type."""
     letters = ", ".join(f"`{letter}` {kind}" for kind, letter in LETTERS.items())
     lines = ["## Every model type", "", f"In the order {', '.join(CELLS)}: {letters}.", ""]
     types = next(iter(results.outcomes.values()))
-    rows = [
-        [
-            f"`{t}`",
-            *("`" + "".join(LETTERS[o.kind] for o in results.outcomes[e.adapter][t].values()) + "`" for e in ENGINES),
-        ]
-        for t in types
-    ]
+    rows = [[f"`{t}`", *(_letters(results.outcomes[engine.adapter][t]) for engine in ENGINES)] for t in types]
     return [*lines, *table(["model type", *(engine.title for engine in ENGINES)], rows), ""]

@@ -81,8 +81,8 @@ def compared(folder: Path, adapter: str, model_type: str) -> dict[str, Outcome]:
     return outcomes(facts, reference, given, report["errors"], offered(adapter), list(CELLS))
 
 
-def collected(folder: Path, types: Sequence[str], adapters: Sequence[str] = tuple(BY_ADAPTER)) -> Results:
-    """All outcomes of what was run in a folder."""
+def collected(folder: Path, types: Sequence[str], which: str, adapters: Sequence[str] = tuple(BY_ADAPTER)) -> Results:
+    """All outcomes of what was run in a folder. `which` says in words how the types were chosen."""
     facts = {t: facts_of(folder, t) for t in types}
     there = [t for t in types if "none" not in facts[t]]
     found, versions, seconds = {}, {}, {}
@@ -92,7 +92,12 @@ def collected(folder: Path, types: Sequence[str], adapters: Sequence[str] = tupl
         times = [json.loads((folder / adapter / f"{t}.json").read_text())["seconds"] for t in there]
         seconds[adapter] = round(sorted(times)[len(times) // 2], 2)
     return Results(
-        {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "median seconds a type": seconds},
+        {
+            "types": which,
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": versions,
+            "median seconds a type": seconds,
+        },
         found,
         {t: facts[t]["none"] for t in types if "none" in facts[t]},
         {t: facts[t]["huggingface"] for t in there if facts[t]["huggingface"]},
