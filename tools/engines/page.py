@@ -50,12 +50,12 @@ uv run python tools/engines page    # this page
   for a model type; what an error message recommends is not tried.
 * **Prompts.** Token ids, {long} and {short} of them. The batch of the two is left-padded and goes in as the engine's
   documentation says, with its attention mask.
-* **Reference.** `tools/engines/reference.py`: HuggingFace's model and torch hooks, no code of any engine. Layers are the
-  modules whose outputs are the hidden states that the model returns. Attention probabilities are the softmax that ran
-  inside a layer. Of the output of an attention or a feed-forward, what the module returns counts, and so does what norms
-  and multipliers make of it, because engines define it in either way. The logits without a head have to be the same
-  whether its pattern or its columns before the output projection are set to zero. Where the reference cannot tell,
-  nothing is compared, and the cell counts for no engine.
+* **Reference.** `tools/engines/reference.py`: HuggingFace's model and torch hooks, no code of any engine. Layers are
+  the modules whose outputs are the hidden states that the model returns. Attention probabilities are the softmax that
+  ran inside a layer. Of the output of an attention or a feed-forward, what the module or its last projection returns
+  counts, and so does what norms and multipliers make of it, because engines define it in either way. The logits without
+  a head have to be the same whether its pattern or its columns before the output projection are set to zero. Where the
+  reference cannot tell, nothing is compared, and the cell counts for no engine.
 * **Who made it.** The makers of the first engine. Mistakes in the other adapters would count against the other engines,
   so their silent errors were looked into by hand, kind by kind; the list above says what was seen.
 """

@@ -177,15 +177,26 @@ def topmost(watched: Watched, layer: str, fits) -> list[str]:
     return [n for n in fitting if not any(n != m and n.startswith(m + ".") for m in fitting)]
 
 
-def accepted(model: nn.Module, watched: Watched, layer: str, name: str) -> list[torch.Tensor]:
-    """What counts as the output of a part: what its module returns, and what norms and factors make of it.
+def last_projection(model: nn.Module, watched: Watched, name: str, width: int) -> Call | None:
+    """The last linear map to the width of the stream that ran inside a part."""
+    for call in reversed(watched.calls):
+        linear = type(model.get_submodule(call.name)).__name__.endswith(("Linear", "Conv1D"))
+        if call.name.startswith(name + ".") and linear and call.returned.shape[-1] == width:
+            return call
+    return None
 
-    Engines define it in either way: what the module returns, or what is added to the stream.
+
+def accepted(model: nn.Module, watched: Watched, layer: str, name: str) -> list[torch.Tensor]:
+    """What counts as the output of a part: what its module or its last projection returns, and what norms make of it.
+
+    Engines define it in either way: what the module returns, or what is added to the stream. In a model that norms
+    after it adds (BERT), the module itself adds and norms, and the projection is what is added.
     """
     first = watched.returned(name)
     if first is None:
         return []
-    values = [first]
+    projection = last_projection(model, watched, name, first.shape[-1])
+    values = [first] if projection is None else [first, projection.returned]
     for call in watched.calls:
         short = call.name.removeprefix(layer + ".")
         beside = call.name.startswith(layer + ".") and not call.name.startswith(name + ".")
@@ -227,6 +238,7 @@ class Examined:
         self.parts()
         self.write()
         self.head()
+        self.default_attention(folder)
 
     def quietly(self, **kwargs: Any) -> Watched | None:
         """A run with something more to return, if the model takes it."""
@@ -282,6 +294,20 @@ class Examined:
                 self.attending[i] = softmaxes[0]
         if differ:
             self.facts["huggingface"].append(f"attentions of layers {differ} are not the softmax that ran in them")
+
+    def default_attention(self, folder: Path) -> None:
+        """Whether asking for attentions changes the logits of a model that is loaded with its default attention."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = model(input_ids=self.ids[0]).logits
+            try:
+                asked = model(input_ids=self.ids[0], output_attentions=True).logits
+            except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+                return
+        if not same(asked, logits, 1e-4):
+            self.facts["huggingface"].append("output_attentions changes the logits, with the default attention")
+        elif not same(logits, self.plain.logits, 1e-4):
+            self.facts["huggingface"].append("eager attention gives other logits than the default attention")
 
     def parts(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -343,22 +369,18 @@ class Examined:
     def without_head(self, attention: str, heads: int) -> torch.Tensor | None:
         """Logits with one head's columns set to zero in the input of the attention's last projection."""
         width = self.plain.returned(self.layers[0]).shape[-1]
-        for call in reversed(self.plain.calls):
-            module = self.model.get_submodule(call.name)
-            if not call.name.startswith(attention + ".") or type(module).__name__ not in ("Linear", "Conv1D"):
-                continue
-            if call.returned.shape[-1] != width or call.given.shape[-1] % heads:
-                continue
-            size = call.given.shape[-1] // heads
+        call = last_projection(self.model, self.plain, attention, width)
+        if call is None or call.given.shape[-1] % heads:
+            return None
+        size = call.given.shape[-1] // heads
 
-            def silence(module, args, size=size):
-                z = args[0].clone()
-                z[..., HEAD * size : (HEAD + 1) * size] = 0
-                return (z, *args[1:])
+        def silence(module, args):
+            z = args[0].clone()
+            z[..., HEAD * size : (HEAD + 1) * size] = 0
+            return (z, *args[1:])
 
-            with torch.no_grad(), hooks([module.register_forward_pre_hook(silence)]):
-                return self.model(input_ids=self.ids[0]).logits
-        return None
+        with torch.no_grad(), hooks([self.model.get_submodule(call.name).register_forward_pre_hook(silence)]):
+            return self.model(input_ids=self.ids[0]).logits
 
 
 def main() -> None:
