@@ -21,7 +21,7 @@ import environments  # noqa: E402
 import page  # noqa: E402
 import running  # noqa: E402
 from adapters import nnterp_2  # noqa: E402
-from cells import CELLS, left_padded  # noqa: E402
+from cells import CELLS, left_padded, own_tokens  # noqa: E402
 from child import Run  # noqa: E402
 from comparing import ABSENT, AGREES, NONE, REFUSED, WRONG, outcome  # noqa: E402
 from reference import Examined  # noqa: E402
@@ -153,3 +153,12 @@ def test_stored_texts_do_not_name_this_machine():
 def test_adapters_offer_what_is_compared():
     assert running.offered("nnterp_2") == list(CELLS)
     assert set(running.offered("nnterp_1")) == {*CELLS} - {"head"}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5, 2, 3, 4)])
+def test_what_belongs_to_the_tokens_of_a_padded_batch(shape):
+    batch = torch.arange(float(torch.tensor(shape).prod())).reshape(shape)
+    long, short = batch.unbind(len(shape) - 3)
+    expected = torch.cat([long, short[..., 2:, :]], dim=-2)
+    assert torch.equal(own_tokens(batch, [[5, 6, 7], [8]]), expected)
+    assert torch.equal(own_tokens(batch.transpose(-3, -2), [[5, 6, 7], [8]]), expected)

@@ -34,6 +34,25 @@ def left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torc
     return ids, mask
 
 
+def own_tokens(batch: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+    """What belongs to the tokens of the rows in the value of a left-padded batch, row after row along the sequence.
+
+    The batch's axis stands before that of the sequence, or after it where an engine keeps the layout of the model. A
+    tensor without the two axes comes back as it is.
+    """
+    longest = max(map(len, rows))
+    for axis in range(batch.ndim - 1):
+        if batch.shape[axis : axis + 2] == (longest, len(rows)) and longest != len(rows):
+            batch = batch.transpose(axis, axis + 1)
+        if batch.shape[axis : axis + 2] == (len(rows), longest):
+            cut = [
+                one.narrow(axis, longest - len(row), len(row))
+                for one, row in zip(batch.unbind(axis), rows, strict=True)
+            ]
+            return torch.cat(cut, dim=axis)
+    return batch
+
+
 def vector(size: int, scale: float) -> torch.Tensor:
     """What is added to the stream, `[size]`."""
     return torch.randn(size, generator=torch.Generator().manual_seed(6)) * scale

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from cells import CELLS, HEAD, left_padded
+from cells import CELLS, HEAD, left_padded, own_tokens
 from safetensors.torch import load_file, save_file
 
 SECONDS = 60
@@ -106,7 +106,7 @@ class Run:
             both = adapter.padded_logits(model, self.rows, *self.batch)
         else:
             both = adapter.padded(model, self.rows, *self.batch, place)
-        return torch.cat([both[0], both[1, -len(self.rows[1]) :]])
+        return own_tokens(torch.as_tensor(both), self.rows)
 
     def attempt(self, what: str, work, kept: bool = True):
         loud = Loudness()

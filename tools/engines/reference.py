@@ -316,7 +316,8 @@ class Examined:
 
             def attends(n, running=running, of_class=of_class, layer=layer):
                 short = n.removeprefix(layer + ".")
-                return n in running and bool(ATTENTION.search(short + of_class[n])) and not NOT_ATTENTION.search(short)
+                text = short + ("" if of_class[n].endswith(("Layer", "Block")) else of_class[n])
+                return n in running and bool(ATTENTION.search(text)) and not NOT_ATTENTION.search(short)
 
             def feeds(n, of_class=of_class, layer=layer):
                 short = n.removeprefix(layer + ".")
