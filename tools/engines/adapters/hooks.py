@@ -72,11 +72,9 @@ def write(model, ids, layer, vector):
 
 
 def head(model, ids, layer, index):
-    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-
     def silence(_, args):
         z = args[0].clone()
-        z[..., index * width : (index + 1) * width] = 0
+        z.unflatten(-1, (model.config.num_attention_heads, -1))[..., index, :] = 0
         return (z, *args[1:])
 
     with hooked(model.model.layers[layer].self_attn.o_proj, silence, before=True):

@@ -50,7 +50,7 @@ def write(model, ids, layer, vector):
 def head(model, ids, layer, index):
     def silence(z):
         z = z.clone()
-        z[..., index * model.head_dim : (index + 1) * model.head_dim] = 0
+        z.unflatten(-1, (model.n_heads, -1))[..., index, :] = 0
         return z
 
     module, side = model.resolve_point("z", layer)

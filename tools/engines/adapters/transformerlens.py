@@ -54,7 +54,8 @@ def write(bridge, ids, layer, vector):
 
 def head(bridge, ids, layer, index):
     def silence(z, hook):
-        z[:, :, index] = 0  # [batch, pos, head, d_head]
+        heads = z.unflatten(-1, (bridge.cfg.n_heads, -1)) if z.ndim == 3 else z  # latent attention has no axis of heads
+        heads[:, :, index] = 0
         return z
 
     return bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", silence)])
