@@ -45,10 +45,11 @@ def limited():
 
 
 def said(error: BaseException) -> str:
-    """An error in one line: its kind, and the beginning of its message, or of its last line if it is a traceback."""
+    """An error in one line: its kind, and its message, or the last line of that if it is a traceback."""
     text = str(error).strip()
     text = text.splitlines()[-1] if text.startswith("Traceback") else " ".join(text.split())
-    return f"{type(error).__name__}: {text}"[:KEPT]
+    text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= KEPT else f"{text[: KEPT // 2]} ... {text[-KEPT // 2 :]}"
 
 
 class Loudness(logging.Handler):

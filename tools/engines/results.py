@@ -99,7 +99,7 @@ def shortened(text: str) -> str:
     """A text without what differs from machine to machine, and not too long."""
     text = re.sub(r"(/[\w.+-]+){3,}", lambda found: ".../" + found[0].rpartition("/")[2], text)
     text = re.sub(r"0x[0-9a-f]+", "0x...", text)
-    return text if len(text) <= KEPT else text[: KEPT - 3] + "..."
+    return text if len(text) <= KEPT else f"{text[: KEPT * 2 // 3]} ... {text[-KEPT // 3 :]}"
 
 
 def _lines(kept: Mapping[str, Any]) -> str:
