@@ -16,7 +16,72 @@ class Cause:
     seen: str = ""
 
 
-CAUSES: tuple[Cause, ...] = ()
+NO_POSITIONS = (
+    "transformers counts positions from the start of the padded row, and the forward takes no `position_ids`."
+)
+MASK_ALONE = (
+    "the batch runs with its mask but without `position_ids`, so positions count from the start of the padded row."
+)
+TEMPERATURE = "in transformers the attention's temperature follows the index in the padded row, not the position."
+BLOCKS = "in transformers blocks of keys are cut from the start of the padded row."
+EQUALS = "the numbers equal those of the plain HuggingFace model on the padded batch"
+BART = ("bart", "blenderbot", "marian", "pegasus")
+SCALED = ("cohere2_moe", "gemma2", "granite", "hyperclovax")
+
+CAUSES: tuple[Cause, ...] = (
+    Cause(
+        "nnterp_1",
+        ("readout",),
+        SCALED,
+        "`project_on_vocab` is final norm and head: final softcaps and logit scales are left out.",
+        "with the softcap or scale of the config put behind it, the logits are the model's, bit for bit.",
+    ),
+    Cause("nnterp_1", ("padded",), ("gpt-sw3", "hunyuan_v1_dense"), MASK_ALONE, f"{EQUALS} and mask, bit for bit."),
+    Cause("nnterp_1", ("padded",), ("minimax_m3_vl_text",), BLOCKS, f"{EQUALS}, bit for bit."),
+    Cause(
+        "transformerlens",
+        ("padded",),
+        ("bart",),
+        "a checkpoint of `BartForCausalLM` is loaded as `BartForConditionalGeneration`; it does not hold the encoder.",
+        "`type(bridge.original_model)`. Streams are refused, logits are not.",
+    ),
+    Cause("transformerlens", ("padded",), ("llama4_text",), TEMPERATURE, f"{EQUALS} with `position_ids`, bit for bit."),
+    Cause(
+        "interp_engine_eager",
+        ("readout",),
+        BART,
+        "the model has no final norm, or one of another name; the norm `final_layer_norm` of layer 0 is taken for it.",
+        "`model.arch.final_norm` is `model.decoder.layers.0.final_layer_norm`.",
+    ),
+    Cause(
+        "interp_engine_eager",
+        ("readout",),
+        ("hyperclovax",),
+        "the logits are divided by `logits_scaling`, as in Granite; this model multiplies.",
+        "`model.arch.quirks.logit_multiplier` is 1/1.7, and `modeling_hyperclovax.py` multiplies by 1.7.",
+    ),
+    Cause(
+        "interp_engine_eager",
+        ("readout",),
+        ("gemma3n_text",),
+        "the stream of four copies goes through the final norm one by one; the model merges them first.",
+    ),
+    Cause("interp_engine_eager", ("padded",), BART, NO_POSITIONS, f"{EQUALS} and mask, bit for bit (bart, pegasus)."),
+    Cause(
+        "interp_engine_eager",
+        ("padded",),
+        ("llama4_text",),
+        TEMPERATURE,
+        f"{EQUALS} with `position_ids`, bit for bit.",
+    ),
+    Cause(
+        "interp_engine_eager",
+        ("padded",),
+        ("minimax_m3_vl_text",),
+        BLOCKS,
+        f"{EQUALS} with `position_ids`, bit for bit.",
+    ),
+)
 
 
 def cause_of(engine: str, cell: str, model_type: str) -> Cause | None:
