@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from causes import Cause, cause_of
+from causes import BESIDE, Cause, cause_of
 from cells import CELLS, LONG, SHORT, TOLERANCE
 from comparing import ABSENT, AGREES, LETTERS, NONE, REFUSED, WRONG, Outcome
 from environments import BY_ADAPTER, ENGINES
@@ -119,14 +119,17 @@ def _plain(text: str) -> str:
 
 def _silent(results: Results, engine: str) -> list[str]:
     """The silent errors of an engine, by cause."""
-    wrong = results.wrong(engine)
+    wrong, lines = results.wrong(engine), []
+    for cause in (c for c in BESIDE if c.engine == engine and not set(c.types) <= set(results.outcomes[engine])):
+        types = ", ".join(f"`{t}`" for t in cause.types)
+        what = f"**{', '.join(cause.cells)}** of {types}: {cause.why} Seen: {cause.seen}"
+        lines.append(f"* Not among the models above, but known: {what}")
     if not wrong:
-        return ["None."]
+        return ["None.", "", *lines] if lines else ["None."]
     rows: dict[Cause | None, dict[str, dict[str, str]]] = {}
     for cell, by_type in wrong.items():
         for model_type, detail in by_type.items():
             rows.setdefault(cause_of(engine, cell, model_type), {}).setdefault(cell, {})[model_type] = detail
-    lines = []
     for cause, cells in sorted(rows.items(), key=lambda item: item[0] is None):
         types = sorted({t for by_type in cells.values() for t in by_type})
         numbers = sum(map(len, cells.values()))
