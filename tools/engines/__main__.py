@@ -30,9 +30,7 @@ def setup(folder: Path, only: list[str]) -> int:
 
 
 EVERYTHING = "one for each causal model type of transformers that can be saved and loaded"
-SAMPLE = (
-    "every {every}th, in alphabetical order, of the causal model types of transformers that can be saved and loaded"
-)
+SAMPLE = "one in {every}, in alphabetical order, of transformers' causal model types that can be saved and loaded"
 
 
 def run(folder: Path, only: list[str], types: list[str] | None, every: int, keep: bool) -> int:

@@ -26,9 +26,32 @@ TEMPERATURE = "in transformers the attention's temperature follows the index in 
 BLOCKS = "in transformers blocks of keys are cut from the start of the padded row."
 EQUALS = "the numbers equal those of the plain HuggingFace model on the padded batch"
 BART = ("bart", "blenderbot", "marian", "pegasus")
-SCALED = ("cohere2_moe", "gemma2", "granite", "hyperclovax")
+MENDED = ("big_bird", "electra", "gpt-sw3", "hunyuan_v1_dense", "roc_bert")
+SCALED = ("cohere2_moe", "granite", "hyperclovax")
 
 CAUSES: tuple[Cause, ...] = (
+    Cause(
+        "hooks",
+        ("readout",),
+        (*SCALED, "granitemoehybrid"),
+        "final norm and head alone: final softcaps and logit scales are left out.",
+    ),
+    Cause("hooks", ("readout",), ("gemma3n_text",), "the four copies of the stream are not merged."),
+    Cause(
+        "hooks",
+        ("pattern",),
+        ("granitemoehybrid", "lfm2_moe", "zamba2"),
+        "`attentions` has one entry for each layer with attention, not one for each layer.",
+        "entry 1 is the pattern of a later layer.",
+    ),
+    Cause(
+        "hooks",
+        ("padded",),
+        (*BART, *MENDED, "llama4_text", "minimax_m3_vl_text", "trocr", "xlm", "xlstm"),
+        "the plain model, given the mask alone, does not give a padded row the numbers of the row: positions count from "
+        "the start of the padded row, or a state or blocks of keys run through the padding.",
+        f"this is the plain model; in {', '.join(MENDED)} `position_ids` mend it.",
+    ),
     Cause(
         "nnterp_1",
         ("readout",),

@@ -22,8 +22,8 @@ OPENING = """\
 Which numbers do nnterp, TransformerLens, interp-engine and plain hooks give, on which architectures, and are they
 right?
 
-Each engine was given the same {count} tiny random models, {which}, and was asked for
-the same eight things. What it gave was compared with plain HuggingFace models and plain torch hooks.
+Each engine was given the same {count} tiny random models and was asked for the same eight things. What it gave was
+compared with plain HuggingFace models and plain torch hooks. The models are {which}.
 
 * **agrees**: all numbers are those of the reference, within {tolerance:g} of the reference's largest number.
 * **refused**: the engine raised an error, when it loaded the model or when it was asked.
@@ -82,7 +82,8 @@ def page(results: Results) -> str:
     count = len(next(iter(results.outcomes.values())))
     opening = OPENING.format(count=count, which=results.about["types"], tolerance=TOLERANCE)
     parts = [opening, *counted(results), ""]
-    parts += ["## One thing at a time", ""]
+    parts += [line for engine in ENGINES if (line := _not_loaded(results, engine.adapter))]
+    parts += ["", "## One thing at a time", ""]
     for cell, meaning in CELLS.items():
         parts += [f"### {cell}: {meaning}", "", *counted(results, cell), ""]
         loudest = [line for engine in ENGINES if (line := _most_refused(results, engine.adapter, cell))]
@@ -95,6 +96,20 @@ def page(results: Results) -> str:
     parts += _versions(results)
     parts += _every_type(results)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _not_loaded(results: Results, engine: str) -> str:
+    """How many models an engine refuses altogether, and its most frequent reason."""
+    texts: Counter[str] = Counter()
+    for by_cell in results.outcomes[engine].values():
+        compared = [o for o in by_cell.values() if o.kind not in (NONE, ABSENT)]
+        if {o.kind for o in compared} == {REFUSED} and len({o.detail for o in compared}) == 1:
+            texts[compared[0].detail.partition(" ... ")[0][:60]] += 1
+    if not texts:
+        return ""
+    text, times = texts.most_common(1)[0]
+    title = BY_ADAPTER[engine].title
+    return f"* {title} does not load {sum(texts.values())} of the models; most often ({times}): {_plain(text)}"
 
 
 def _most_refused(results: Results, engine: str, cell: str) -> str:
