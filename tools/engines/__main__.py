@@ -29,10 +29,6 @@ def setup(folder: Path, only: list[str]) -> int:
     return failed
 
 
-EVERYTHING = "one for each causal model type of transformers that can be saved and loaded"
-SAMPLE = "one in {every}, in alphabetical order, of transformers' causal model types that can be saved and loaded"
-
-
 def run(folder: Path, only: list[str], types: list[str] | None, every: int, keep: bool) -> int:
     import running
 
@@ -43,8 +39,7 @@ def run(folder: Path, only: list[str], types: list[str] | None, every: int, keep
     for adapter in only:
         print(f"{BY_ADAPTER[adapter].title}: {len(there)} model types", flush=True)
         running.run(folder, adapter, there)
-    which = EVERYTHING if every == 1 else SAMPLE.format(every=every)
-    results = running.collected(folder, types, which, only)
+    results = running.collected(folder, types, every, only)
     for adapter in only:
         print(f"{BY_ADAPTER[adapter].title}: {dict(results.counts(adapter))}")
         for cell, wrong in results.wrong(adapter).items():

@@ -48,7 +48,7 @@ CAUSES: tuple[Cause, ...] = (
         "hooks",
         ("padded",),
         (*BART, *MENDED, "llama4_text", "minimax_m3_vl_text", "trocr", "xlm", "xlstm"),
-        "the plain model, given the mask alone, does not give a padded row the numbers of the row: positions count from "
+        "the plain model, given the mask alone, does not give a padded row its own numbers: positions count from "
         "the start of the padded row, or a state or blocks of keys run through the padding.",
         f"this is the plain model; in {', '.join(MENDED)} `position_ids` mend it.",
     ),

@@ -23,7 +23,8 @@ Which numbers do nnterp, TransformerLens, interp-engine and plain hooks give, on
 right?
 
 Each engine was given the same {count} tiny random models and was asked for the same eight things. What it gave was
-compared with plain HuggingFace models and plain torch hooks. The models are {which}.
+compared with plain HuggingFace models and plain torch hooks. The models are {which},
+in alphabetical order, of transformers' causal model types that can be saved and loaded.
 
 * **agrees**: all numbers are those of the reference, within {tolerance:g} of the reference's largest number.
 * **refused**: the engine raised an error, when it loaded the model or when it was asked.
@@ -33,13 +34,18 @@ compared with plain HuggingFace models and plain torch hooks. The models are {wh
 A refusal is an honest answer, so the columns that matter are the first and the third.
 """
 
+FALCON = """\
+* Not among the models above, but known: output_attentions changes the logits of `falcon`, with the default attention,
+  because the causal mask is left out.\
+"""
+
 MADE = """\
 ## How it was made
 
 ```bash
-uv run python tools/engines setup   # an environment for each engine
-uv run python tools/engines run     # checkpoints, reference, engines, comparison
-uv run python tools/engines page    # this page
+uv run python tools/engines setup
+uv run python tools/engines run{sample}
+uv run python tools/engines page
 ```
 
 * **Models.** `nnterp.testing.tiny_checkpoint`: the architecture's own code and features at a small size, in float32,
@@ -80,7 +86,9 @@ def counted(results: Results, cell: str | None = None) -> list[str]:
 def page(results: Results) -> str:
     """The page's text."""
     count = len(next(iter(results.outcomes.values())))
-    opening = OPENING.format(count=count, which=results.about["types"], tolerance=TOLERANCE)
+    every = results.about["every"]
+    which = "all" if every == 1 else f"one in {every}"
+    opening = OPENING.format(count=count, which=which, tolerance=TOLERANCE)
     parts = [opening, *counted(results), ""]
     parts += [line for engine in ENGINES if (line := _not_loaded(results, engine.adapter))]
     parts += ["", "## One thing at a time", ""]
@@ -92,7 +100,7 @@ def page(results: Results) -> str:
     for engine in ENGINES:
         parts += [f"### {engine.title}", "", *_silent(results, engine.adapter), ""]
     parts += _huggingface(results)
-    parts += [MADE.format(long=LONG, short=SHORT)]
+    parts += [MADE.format(long=LONG, short=SHORT, sample="" if every == 1 else f" --every {every}")]
     parts += _versions(results)
     parts += _every_type(results)
     return "\n".join(parts).rstrip() + "\n"
@@ -170,6 +178,8 @@ def _huggingface(results: Results) -> list[str]:
     for kind, types in by_kind.items():
         named = f"{len(types)} types, such as " if len(types) > 20 else ""
         lines.append(f"* {kind}: {named}{', '.join(f'`{t}`' for t in types[: SHOWN if named else None])}.")
+    if "falcon" not in results.outcomes[ENGINES[0].adapter]:
+        lines.append(FALCON)
     return [*lines, ""]
 
 

@@ -81,8 +81,8 @@ def compared(folder: Path, adapter: str, model_type: str) -> dict[str, Outcome]:
     return outcomes(facts, reference, given, report["errors"], offered(adapter), list(CELLS))
 
 
-def collected(folder: Path, types: Sequence[str], which: str, adapters: Sequence[str] = tuple(BY_ADAPTER)) -> Results:
-    """All outcomes of what was run in a folder. `which` says in words how the types were chosen."""
+def collected(folder: Path, types: Sequence[str], every: int, adapters: Sequence[str] = tuple(BY_ADAPTER)) -> Results:
+    """All outcomes of what was run in a folder. `types` are every `every`th of all."""
     facts = {t: facts_of(folder, t) for t in types}
     there = [t for t in types if "none" not in facts[t]]
     found, versions, seconds = {}, {}, {}
@@ -93,7 +93,7 @@ def collected(folder: Path, types: Sequence[str], which: str, adapters: Sequence
         seconds[adapter] = round(sorted(times)[len(times) // 2], 2)
     return Results(
         {
-            "types": which,
+            "every": every,
             "date": datetime.now(UTC).date().isoformat(),
             "versions": versions,
             "median seconds a type": seconds,
