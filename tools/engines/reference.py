@@ -2,9 +2,8 @@
 
     python reference.py JOB.json
 
-Layers are found by what `output_hidden_states` returns, attention by the softmax that runs in a module, the head that
-is set to zero in two ways that have to agree. Where the parts of a model cannot be told this way, there is no reference
-and nothing is compared.
+Layers are found by the hidden states that a model returns, attention by the softmax that runs in it; a head is set to
+zero in two ways that have to agree. Where a part cannot be told this way, nothing is compared.
 """
 
 from __future__ import annotations
@@ -327,8 +326,7 @@ class Examined:
             for cell, fits in (("attention", attends), ("mlp", feeds)):
                 found = topmost(self.plain, layer, fits)
                 if len(found) == 1:
-                    values = accepted(self.model, self.plain, layer, found[0])
-                    if values:
+                    if values := accepted(self.model, self.plain, layer, found[0]):
                         self.put(cell, i, values)
                     if cell == "attention":
                         self.facts.setdefault("attention modules", {})[i] = found[0]
