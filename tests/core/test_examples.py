@@ -7,6 +7,7 @@ example stands in a page of docs/api instead. Examples may use `model` (the toy,
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import re
 import textwrap
@@ -47,8 +48,9 @@ def methods(found: Any) -> Iterator[tuple[str, Any]]:
 
 
 def example(found: Any) -> str | None:
-    """The code under `Example:` in a docstring."""
-    shown = re.search(r"^Example:\n((?: {4}.*\n|\n)+)", f"{inspect.getdoc(found)}\n", flags=re.MULTILINE)
+    """The code under `Example:` in a docstring of its own."""
+    own = found.__dict__.get("__doc__") if inspect.isclass(found) else found.__doc__
+    shown = re.search(r"^Example:\n((?: {4}.*\n|\n)+)", f"{inspect.cleandoc(own or '')}\n", flags=re.MULTILINE)
     return textwrap.dedent(shown[1]).strip("\n") if shown else None
 
 
@@ -78,18 +80,29 @@ def test_every_public_name_has_an_example(name):
 @pytest.fixture(scope="module")
 def shared():
     """What every example may use."""
-    names = {name: getattr(package, name) for package in PACKAGES[:5] for name in package.__all__}
+    modules = {"display": display, "positions": positions, "tasks": tasks, "testing": testing}
+    names = {name: getattr(package, name) for package in (*PACKAGES[:3], testing) for name in package.__all__} | modules
     model = nnterp.StandardizedTransformer(nnterp.toy_checkpoint(), enable_attention_probs=True)
     return {**names, "model": model, "nnterp": nnterp, "torch": torch, "prompts": PROMPTS}
+
+
+def run_doctest(name, names):
+    """Run an example that is written with prompts, and compare what it shows."""
+    test = doctest.DocTestParser().get_doctest(EXAMPLES[name] + "\n", names, name, None, 0)
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(EXAMPLES))
 def test_every_example_runs(name, shared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "example.py"  # traces read their source
-    file.write_text(EXAMPLES[name], encoding="utf-8")
+    names = {**shared, "__name__": "example"}
     try:
-        exec(compile(EXAMPLES[name], str(file), "exec"), {**shared, "__name__": "example"})
+        if EXAMPLES[name].startswith(">>>"):
+            run_doctest(name, names)
+        else:
+            file = tmp_path / "example.py"  # traces read their source
+            file.write_text(EXAMPLES[name], encoding="utf-8")
+            exec(compile(EXAMPLES[name], str(file), "exec"), names)
     finally:
         nnterp.detach(shared["model"])
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]

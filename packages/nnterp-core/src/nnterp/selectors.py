@@ -74,12 +74,21 @@ def at(text: str, occurrence: int = 0) -> TextSelector:
     Raises:
         TypeError: The text is no text, or the occurrence no integer.
         ValueError: The text is empty.
+
+    Example:
+        acts = model.collect("The Eiffel Tower is in Paris", "layers_output[3]", positions=positions.at("Eiffel Tower"))
+        print(list(acts["layers_output[3]"].shape))  # → [1, 2, 128]
     """
     return _selector(text, "at", occurrence)
 
 
 def last_of(text: str, occurrence: int = 0) -> TextSelector:
-    """The last token that overlaps `text` in the prompt; arguments and errors as of `at`."""
+    """The last token that overlaps `text` in the prompt; arguments and errors as of `at`.
+
+    Example:
+        acts = model.collect("The Eiffel Tower is in Paris", "layers_output[3]", positions=positions.last_of("Eiffel Tower"))
+        print(list(acts["layers_output[3]"].shape))  # → [1, 128]
+    """
     return _selector(text, "last_of", occurrence)
 
 

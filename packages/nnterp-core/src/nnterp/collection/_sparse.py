@@ -45,6 +45,10 @@ class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
 
     Attributes:
         collected: As `model.collect` returned it, indices and activations side by side; `save` and `load` keep it.
+
+    Example:
+        attach(model, nnterp.toy_dictionary("residual_4"))
+        indices, activations = collect_features(model, prompts, k=8, positions=-1)[4]  # [prompts, 8] each
     """
 
     collected: Collected = field(repr=False)

@@ -37,6 +37,10 @@ class Request:
         size: Bytes sent, after nnsight's compression.
         bytecode: Names of the functions that were sent as bytecode, because they have no source. A worker with another
             version of Python cannot run them.
+
+    Example:
+        request = testing.Request(size=27_000, bytecode=())
+        print(request.size)  # → 27000
     """
 
     size: int

@@ -43,6 +43,10 @@ def plot_features(
     Raises:
         TypeError: `report` is no result.
         ValueError: It does not hold the feature, or the feature is not active on any text.
+
+    Example:
+        report = feature_report(model, nnterp.toy_dictionary("residual_4"), ["The capital of Japan is Tokyo."], features=[3])
+        figure = display.plot_features(report, 3)
     """
     read = contexts_of(report, feature, None if top is None else count(top, "top"))
     texts, starts, lines, hover, values = [], [], [], [], []

@@ -46,6 +46,12 @@ class Faithfulness(Result):
     `by_prompt` `[prompts, sizes]` and `random_by_prompt` `[controls, prompts, sizes]` are those of single pairs,
     `clean` and `corrupted` `[prompts]` of the unedited runs, and `edges` `[sizes]` says how many edges were kept: those
     on a path from the embeddings to the logits. Sizes are fractions of the model's edges.
+
+    Example:
+        clean, corrupted, metric = "The capital of France is", "The capital of Italy is", logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, clean, corrupted, metric, audit=0)
+        found = faithfulness(model, circuit, clean, corrupted, metric, sizes=[0.1, 1], controls=1)
+        print(round(float(found.normalized[-1]), 3))  # → 1.0
     """
 
     figure: ClassVar[str] = "faithfulness"

@@ -37,6 +37,10 @@ class DictionaryFit(Result):
 
     `tensors["density"]` and `tensors["mean_activation"]` are `[features]`: the share of positions at which a feature is
     active, and its mean where it is (NaN if it never is). `tensors["losses"]` is `[runs]`, nats per token.
+
+    Example:
+        fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), ["The capital of France is Paris."])
+        print(fit.explained_variance > 0.9)  # → True
     """
 
     @property

@@ -35,6 +35,10 @@ class FeatureReport(Result):
     `mean_activation` `[features]`, the share of positions at which it is active, and its mean where it is; `promoted`,
     `promoted_ids`, `suppressed`, `suppressed_ids` `[features, tokens]`, the logits that its decoder's direction adds
     when it is read out directly, if it has the width of the stream.
+
+    Example:
+        report = feature_report(model, nnterp.toy_dictionary("residual_4"), ["The capital of Japan is Tokyo."], features=[3])
+        report.contexts(3)  # the texts that activate feature 3 most
     """
 
     figure: ClassVar[str] = "features"

@@ -46,6 +46,11 @@ class GraphValidation:
         about: Model, versions, function and arguments.
 
         All are float32 on the CPU; NaN where a node is steered itself or is no feature of a later layer.
+
+    Example:
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        validate_graph(model, transcoders, graph).correlation("model")  # of predicted with measured changes
     """
 
     steered: tuple[tuple[GraphNode, ...], ...]

@@ -49,6 +49,10 @@ class HeadScores(Result):
 
     What the control is, says `about["control"]`; layers that have no attention patterns are in
     `about["without_patterns"]`.
+
+    Example:
+        scores = head_scores(model, "previous_token")
+        print(scores.top(1)[0]["layers"], scores.top(1)[0]["heads"])  # → 1 1
     """
 
     figure: ClassVar[str] = "heads"

@@ -41,6 +41,10 @@ class WeightedAttention(Result):
 
     `pattern` holds the attention probabilities, in the same shape, and `value_norms` `[prompts, layers, heads, key]`
     what they are weighted by. NaN past the end of a shorter prompt.
+
+    Example:
+        result = value_weighted_attention(model, prompts[0], layers=[4])
+        weighted = result["weighted"]  # [prompts, layers, heads, query, key]
     """
 
     figure: ClassVar[str] = "attention"
