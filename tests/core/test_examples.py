@@ -56,7 +56,9 @@ def example(found: Any) -> str | None:
 
 def on_a_page(name: str) -> bool:
     """Whether code of a page of the reference shows a name."""
-    blocks = [re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S) for page in PAGES.glob("*.md")]
+    blocks = [
+        re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S) for page in PAGES.glob("*.md")
+    ]
     return any(re.search(rf"\b{name}\b", block) for page in blocks for block in page)
 
 
@@ -92,7 +94,16 @@ def run_doctest(name, names):
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(EXAMPLES))
+HUB = ("nnterp.load_transcoders", "nnterp.interventions.lens_from_hub")  # their examples download
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_an_example_that_downloads_fails_only_because_nothing_can_be_reached(name, shared):
+    with pytest.raises(FileNotFoundError, match="is not there, or cannot be reached"):
+        exec(EXAMPLES[name], dict(shared))
+
+
+@pytest.mark.parametrize("name", [name for name in dict.fromkeys(EXAMPLES) if name not in HUB])
 def test_every_example_runs(name, shared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {**shared, "__name__": "example"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -14,8 +15,7 @@ pytest.importorskip("plotly")
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-import notebooks
-
+notebooks = importlib.import_module("notebooks")
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 PROJECTS = ["attribution", "ioi-circuit", "lens", "probing", "steering"]

@@ -201,8 +201,9 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
             MemoryError: A copy in float32 does not fit.
 
         Example:
-            >>> drift = model.validate(against="float32").drift
-            >>> drift.worst("layers_output"), drift.agreement
+            half = StandardizedTransformer(nnterp.toy_checkpoint(), dtype=torch.bfloat16)
+            drift = half.validate(against="float32").drift
+            drift.worst("layers_output"), drift.agreement
         """
         self.require_no_trace("validate()")
         if against is None and prompts is not None:

@@ -100,10 +100,7 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
         Native (relative) path → standard name.
 
     Example:
-        from nnsight import LanguageModel
-
-        plain = LanguageModel(nnterp.toy_checkpoint(), rename=nnterp.get_rename_dict())
-        print(plain.layers[0].self_attn is not None)  # → True
+        print(nnterp.get_rename_dict()["transformer"])
     """
     if rename_config is not None and not isinstance(rename_config, RenameConfig):
         raise TypeError(f"rename_config is a RenameConfig, not {rename_config!r:.80}.")

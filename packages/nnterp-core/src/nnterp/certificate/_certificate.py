@@ -58,7 +58,7 @@ class Certificate:
 
     Example:
         certificate = model.validate()
-        print(certificate.ok, certificate.lines[0].claim)
+        print(certificate.ok, certificate.lines[0].name)
     """
 
     model: str

@@ -56,10 +56,9 @@ class ActivationDataset(torch.utils.data.Dataset):
             ValueError: It is not complete, and `partial` is False; or the manifest or a shard is damaged.
 
         Example:
-            ```python
+            model.collect(prompts, "layers_output", positions=-1, to="activations")
             dataset = nnterp.ActivationDataset.open("activations")
-            dataset["layers_output", 3][0]   # [hidden]
-            ```
+            state = dataset["layers_output", 3][0]  # [hidden]
         """
         return cls(Stored.open(folder, partial))
 

@@ -69,7 +69,8 @@ def logit_difference(correct: Any, wrong: Any) -> Metric:
 
     Example:
         metric = logit_difference([" Paris", " Tokyo"], [" Rome", " Rome"])  # an entry for each prompt
-        found = ablate(model, ["The capital of France is", "The capital of Japan is"], Component("mlps_output", 3), "zero", metric)
+        both = ["The capital of France is", "The capital of Japan is"]
+        scores = ablate(model, both, Component("mlps_output", 3), "zero", metric)["scores"]  # [prompts, 1]
     """
 
     def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:

@@ -112,7 +112,8 @@ def activation_patching(
         `done` is False.
 
     Example:
-        clean, corrupted, metric = "The capital of France is", "The capital of Italy is", logit_difference(" Paris", " Rome")
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
         result = activation_patching(model, clean, corrupted, metric)
         print(result.tokens[0][int(result["scores"][0, 0].argmax())])  # → France
     """

@@ -194,8 +194,9 @@ def patch_object_attn_lens(
         `done` is False.
 
     Example:
-        target = TargetPrompt("The capital of Spain is", index_to_patch=-2)
-        probabilities = patch_object_attn_lens(model, "Once I lived in France", target, attn_idx_patch=2, num_patches=3)
+        source, target = "Once I lived in France", "The capital of Spain is"
+        probabilities = patch_object_attn_lens(model, source, target, attn_idx_patch=-2, num_patches=3)
+        print(list(probabilities.shape) == [1, model.num_layers, model.vocab_size])  # → True
     """
     model.require_no_trace("patch_object_attn_lens()")
     num_patches = count(num_patches, "num_patches")

@@ -48,7 +48,8 @@ class PathResult(Result):
     """The metric of each patched path, `scores` `[prompts, senders]`, and of the `clean` and `corrupted` runs.
 
     Example:
-        clean, corrupted, metric = "The capital of France is", "The capital of Italy is", logit_difference(" Paris", " Rome")
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
         result = path_patching(model, clean, corrupted, Component("attention_head_outputs", 4, 1), "logits", metric)
         moved = result["scores"] - result["corrupted"]  # [prompts, senders]
     """
@@ -108,7 +109,8 @@ def path_patching(
         `done` is False.
 
     Example:
-        clean, corrupted, metric = "The capital of France is", "The capital of Italy is", logit_difference(" Paris", " Rome")
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
         senders = components(model, "attention_head_outputs", layers=[4], heads="all")
         scores = path_patching(model, clean, corrupted, senders, "logits", metric)["scores"]  # [prompts, senders]
     """

@@ -23,7 +23,7 @@ class TargetPrompt:
 
     Example:
         target = TargetPrompt("The capital of Spain is", index_to_patch=-2)
-        probabilities = patchscope_lens(model, "Once I lived in France", target, layers=[0, 1])  # [sources, layers, vocab]
+        probabilities = patchscope_lens(model, "Once I lived in France", target)  # [sources, layers, vocab]
     """
 
     prompt: str

@@ -103,7 +103,8 @@ def pairs_from_table(
 
     Example:
         table = [{"country": "France", "capital": "Paris"}, {"country": "Italy", "capital": "Rome"}]
-        pairs = pairs_from_table("The capital of {country} is", table, "{capital}", model, corrupted=["country", "capital"])
+        other = ["country", "capital"]  # taken from the next row
+        pairs = pairs_from_table("The capital of {country} is", table, "{capital}", model, corrupted=other)
         print(len(pairs), pairs[0].clean.prompt)  # → 2 The capital of France is
     """
     tokenizer = tokenizer_of(tokenizer_or_model)

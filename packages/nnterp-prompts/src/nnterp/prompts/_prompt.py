@@ -198,7 +198,8 @@ class PromptPair:
 
     Example:
         table = [{"country": "France", "capital": "Paris"}, {"country": "Italy", "capital": "Rome"}]
-        pair = pairs_from_table("The capital of {country} is", table, "{capital}", model, corrupted=["country", "capital"])[0]
+        other = ["country", "capital"]  # taken from the next row
+        pair = pairs_from_table("The capital of {country} is", table, "{capital}", model, corrupted=other)[0]
         print(pair.corrupted.prompt)  # → The capital of Italy is
     """
 

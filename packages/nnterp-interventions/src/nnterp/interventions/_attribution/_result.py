@@ -18,7 +18,8 @@ class AttributionResult(Result):
     A score estimates how much patching changes the metric: that of the patched run minus that of the run patched into.
 
     Example:
-        found = attribution_patching(model, "The capital of France is", "The capital of Italy is", kl_divergence(), audit=4)
+        metric = logit_difference(" Paris", " Rome")
+        found = attribution_patching(model, "The capital of France is", "The capital of Italy is", metric, audit=4)
         shares = found.normalized()["scores"]  # [prompts, layers, positions]
     """
 

@@ -134,7 +134,8 @@ def dictionary_fit(
             than 0.1 nats per token and by more than the mean does; or it was trained on texts that begin differently.
 
     Example:
-        fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), texts)
+        fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), prompts)
+        print(fit.explained_variance > 0.9)  # → True
     """
     model.require_no_trace("dictionary_fit()")
     model.dispatch()

@@ -37,8 +37,9 @@ class FeatureReport(Result):
     when it is read out directly, if it has the width of the stream.
 
     Example:
-        report = feature_report(model, nnterp.toy_dictionary("residual_4"), ["The capital of Japan is Tokyo."], features=[3])
-        report.contexts(3)  # the texts that activate feature 3 most
+        texts = ["The capital of Japan is Tokyo.", "Kyoto is a city in Japan."]
+        report = feature_report(model, nnterp.toy_dictionary("transcoder_0"), texts, features=[206])
+        strongest = report.contexts(206)  # the texts that activate feature 206 most
     """
 
     figure: ClassVar[str] = "features"
@@ -151,7 +152,9 @@ def feature_report(
         DictionaryMismatch: The dictionary was trained on texts that begin differently.
 
     Example:
-        feature_report(model, nnterp.toy_dictionary("residual_4"), texts, features=[3, 141]).table()
+        texts = ["The capital of Japan is Tokyo.", "Kyoto is a city in Japan."]
+        report = feature_report(model, nnterp.toy_dictionary("transcoder_0"), texts, features=[206])
+        print(report.table())
     """
     model.require_no_trace("feature_report()")
     model.dispatch()

@@ -27,7 +27,7 @@ class DictionaryMismatch(UserWarning):
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DictionaryMismatch)
-            dictionary_fit(model, nnterp.toy_dictionary("residual_4"), ["The capital of France is Paris."], at="layers_output[1]")
+            dictionary_fit(model, nnterp.toy_dictionary("residual_4"), prompts, at="layers_output[1]")
         print(caught[0].category is DictionaryMismatch)  # → True
     """
 

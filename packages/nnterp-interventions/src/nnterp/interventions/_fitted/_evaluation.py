@@ -31,9 +31,8 @@ class LensEvaluation(Result):
     """`kl` and `logit_lens_kl`, `[prompts, layers]`: nats from the model's own prediction, means over positions.
 
     Example:
-        texts = ["The capital of France is Paris.", "The capital of Japan is Tokyo."]
-        evaluation = evaluate_lens(model, fit_tuned_lens(model, texts, epochs=1), texts)
-        print(evaluation.summary())
+        lens = fit_tuned_lens(model, ["The capital of France is Paris.", "The capital of Japan is Tokyo."], epochs=1)
+        print(evaluate_lens(model, lens, ["The capital of Spain is Madrid."]).summary())
     """
 
     @property
@@ -94,8 +93,8 @@ def evaluate_lens(
         UserWarning: The lens was fitted on some of the texts.
 
     Example:
-        texts = ["The capital of France is Paris.", "The capital of Japan is Tokyo."]
-        evaluation = evaluate_lens(model, fit_tuned_lens(model, texts, epochs=1), texts)
+        lens = fit_tuned_lens(model, ["The capital of France is Paris.", "The capital of Japan is Tokyo."], epochs=1)
+        evaluation = evaluate_lens(model, lens, ["The capital of Spain is Madrid."])
         evaluation["kl"], evaluation["logit_lens_kl"]  # [prompts, layers] each
     """
     model.require_no_trace("evaluate_lens()")

@@ -149,8 +149,10 @@ def validate_graph(
     Costs two forward passes, and two for each intervention.
 
     Example:
-        >>> found = validate_graph(model, transcoders, graph, ["L2 F17 @4", ["L1 F3 @4", "L1 F8 @4"]])
-        >>> found.correlation("model", "logit")
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        found = validate_graph(model, transcoders, graph, ["L0 F206 @3"])
+        found.correlation("model", "logit")
 
     Args:
         model: The model that the graph was made of.

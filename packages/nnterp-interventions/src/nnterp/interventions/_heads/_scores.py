@@ -51,7 +51,7 @@ class HeadScores(Result):
     `about["without_patterns"]`.
 
     Example:
-        scores = head_scores(model, "previous_token")
+        scores = head_scores(model, "previous_token", n=2)
         print(scores.top(1)[0]["layers"], scores.top(1)[0]["heads"])  # → 1 1
     """
 
@@ -152,8 +152,7 @@ def head_scores(
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`.
 
     Example:
-        >>> model = StandardizedTransformer(nnterp.toy_checkpoint(), enable_attention_probs=True)
-        >>> head_scores(model, "induction").heads()
+        heads = head_scores(model, "induction", n=2).heads()
     """
     model.require_no_trace("head_scores()")
     check_batch_size(batch_size)

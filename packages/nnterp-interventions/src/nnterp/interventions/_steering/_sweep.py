@@ -35,7 +35,8 @@ class SteeringSweep(Result):
 
     Example:
         vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
-        sweep = steering_sweep(model, vector, ["I feel"], logit_difference(" lovely", " awful"), layers=4, factors=[1, 2])
+        metric = logit_difference(" lovely", " awful")
+        sweep = steering_sweep(model, vector, ["I feel"], metric, layers=4, factors=[1, 2])
         sweep.best(max_damage=10)  # layer, factor, effect and damage
     """
 
@@ -150,7 +151,8 @@ def steering_sweep(
 
     Example:
         vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
-        sweep = steering_sweep(model, vector, ["I feel"], logit_difference(" lovely", " awful"), layers=4, factors=[1, 2])
+        metric = logit_difference(" lovely", " awful")
+        sweep = steering_sweep(model, vector, ["I feel"], metric, layers=4, factors=[1, 2])
         sweep["effect"], sweep["kl"]  # [layers, factors] each
     """
     model.require_no_trace("steering_sweep()")

@@ -82,8 +82,9 @@ def patch_subspace(
         InsideTraceError: Called inside a trace of the same model.
 
     Example:
-        clean, corrupted, metric = "The capital of France is", "The capital of Italy is", logit_difference(" Paris", " Rome")
-        whole = torch.eye(model.hidden_size)  # [dimensions, hidden]
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        whole = torch.eye(model.hidden_size)  # [hidden, dimensions]
         print(patch_subspace(model, clean, corrupted, metric, "layers_output", 4, whole).recovered() > 0.5)  # → True
     """
     model.require_no_trace("patch_subspace()")

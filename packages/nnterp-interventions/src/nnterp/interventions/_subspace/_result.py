@@ -18,8 +18,9 @@ class SubspaceResult(Result):
     `[prompts]`, unpatched; `basis` `[width, dimensions]`, orthonormal; and `losses` `[steps]` if it was fitted.
 
     Example:
-        clean, corrupted, metric = "The capital of France is", "The capital of Italy is", logit_difference(" Paris", " Rome")
-        basis = torch.eye(model.hidden_size)[:8]  # [dimensions, hidden]
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        basis = torch.eye(model.hidden_size)[:, :8]  # [hidden, dimensions]
         result = patch_subspace(model, clean, corrupted, metric, "layers_output", 4, basis)
         result.recovered(), result.recovered("control")  # parts of the clean minus the corrupted metric
     """

@@ -35,7 +35,8 @@ class ProbeResult(Result):
     `[layers]`: a text is called positive if its state along the direction is above the threshold.
 
     Example:
-        probed = probe(model, ["I am happy.", "I love it.", "I am sad.", "I hate it."], [1, 1, 0, 0], folds=2)
+        texts = ["I am happy.", "I love it.", "I am sad.", "I hate it."]
+        probed = probe(model, texts, [1, 1, 0, 0], [4], folds=2, repeats=2)
         directions = probed.vector()  # a SteeringVector
     """
 
@@ -121,7 +122,7 @@ def probe(
 
     Example:
         texts = ["I am happy.", "I love it.", "I am sad.", "I hate it."]
-        accuracy = probe(model, texts, [1, 1, 0, 0], folds=2)["accuracy"]  # [layers]
+        accuracy = probe(model, texts, [1, 1, 0, 0], [4], folds=2, repeats=2)["accuracy"]  # [layers]
     """
     require_sklearn("sklearn.linear_model")
     unknown = [name for name in controls if name not in CONTROLS]
