@@ -1,7 +1,7 @@
 """Every public name has an example, and every example runs and prints what it promises.
 
 Examples stand in docstrings, under `Example:`. What travels to a remote worker is sent with its docstring, so its
-example stands in a page of docs/api instead. Examples may use `model` (the toy, with attention probabilities),
+example stands in docs/errors.md or docs/api instead, and tests/core/test_readme.py runs it. Examples may use `model` (the toy, with attention probabilities),
 `prompts`, `torch`, `nnterp` and the public names of all packages.
 """
 
@@ -23,7 +23,7 @@ from nnterp import display, errors, interventions, positions, testing
 from nnterp import prompts as prompts_package
 from nnterp.prompts import tasks
 
-PAGES = Path(__file__).parents[2] / "docs" / "api"
+DOCS = Path(__file__).parents[2] / "docs"
 PACKAGES = (nnterp, interventions, prompts_package, display, tasks, positions, testing, errors)
 TRAVELLING = ("nnterp.traced", "nnterp.errors", "nnterp.selectors")
 PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]

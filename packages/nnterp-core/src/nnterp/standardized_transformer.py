@@ -202,6 +202,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
 
         Example:
             half = StandardizedTransformer(nnterp.toy_checkpoint(), dtype=torch.bfloat16)
+            half.dispatch()
             drift = half.validate(against="float32").drift
             drift.worst("layers_output"), drift.agreement
         """

@@ -56,7 +56,7 @@ class EncoderDecoderPrompt:
 
     Example:
         t5 = StandardizedTransformer(testing.tiny_encoder_decoder("t5"), tokenizer=testing.tiny_tokenizer())
-        prompt = EncoderDecoderPrompt("translate English to German: The house", "Das")
+        prompt = EncoderDecoderPrompt("translate English to German: The house", decoder=[2, 40])
         stream = t5.collect(prompt, "layers_output", positions=-1)["layers_output"]  # [layers, prompts, hidden]
     """
 

@@ -104,7 +104,7 @@ def patchscope_lens(
         `done` is False.
 
     Example:
-        probabilities = patchscope_lens(model, "The capital of France", repeat_prompt(), layers=0)  # [sources, 1, vocab]
+        probabilities = patchscope_lens(model, "The capital of France", repeat_prompt())  # [sources, layers, vocab]
         print(model.tokenizer.decode(probabilities[0, 0].argmax()))  # → France
     """
     layers = _one_of(layers, layer_to_patch)

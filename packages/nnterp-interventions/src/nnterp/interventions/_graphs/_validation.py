@@ -151,8 +151,7 @@ def validate_graph(
     Example:
         transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
         graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
-        found = validate_graph(model, transcoders, graph, ["L0 F206 @3"])
-        found.correlation("model", "logit")
+        frame = validate_graph(model, transcoders, graph, ["L0 F206 @3"]).to_dataframe()
 
     Args:
         model: The model that the graph was made of.
