@@ -1,8 +1,8 @@
 """Every public name has an example, and every example runs and prints what it promises.
 
 Examples stand in docstrings, under `Example:`. What travels to a remote worker is sent with its docstring, so its
-example stands in docs/errors.md or docs/api instead, and tests/core/test_readme.py runs it. Examples may use `model` (the toy, with attention probabilities),
-`prompts`, `torch`, `nnterp` and the public names of all packages.
+example stands in docs/errors.md or docs/api instead, and tests/core/test_readme.py runs it. Examples may use `model` (the
+toy, with attention probabilities), `prompts`, `torch`, `nnterp` and the public names of all packages.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ def example(found: Any) -> str | None:
 
 def on_a_page(name: str) -> bool:
     """Whether code of a page of the reference shows a name."""
-    blocks = [
-        re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S) for page in PAGES.glob("*.md")
-    ]
-    return any(re.search(rf"\b{name}\b", block) for page in blocks for block in page)
+    pages = [page.read_text(encoding="utf-8") for page in (DOCS / "errors.md", *DOCS.glob("api/*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)]
+    return any(re.search(rf"\b{name}\b", block) for block in blocks)
 
 
 NAMES = {full: found for package in PACKAGES for full, found in public(package)}
