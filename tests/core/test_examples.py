@@ -1,8 +1,8 @@
 """Every public name has an example, and every example runs and prints what it promises.
 
 Examples stand in docstrings, under `Example:`. What travels to a remote worker is sent with its docstring, so its
-example stands in docs/errors.md or docs/api instead, and tests/core/test_readme.py runs it. Examples may use `model` (the
-toy, with attention probabilities), `prompts`, `torch`, `nnterp` and the public names of all packages.
+example stands in docs/errors.md or docs/api instead, and tests/core/test_readme.py runs it. Examples may use `model`
+(the toy, with attention probabilities), `prompts`, `torch`, `nnterp` and the public names of all packages.
 """
 
 from __future__ import annotations
