@@ -160,6 +160,7 @@ class EditedTransformer(TracedTransformer):
                 a `SteeringVector` of another model.
 
         Example:
+            vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
             with model.steering(vector, layers=[3, 4], factor=2):
                 lens = logit_lens(model, prompts)
         """

@@ -226,10 +226,10 @@ class ReadTransformer(NamedTransformer):
             An error in a later batch, and an interrupt, carry what is finished as `error.partial`.
 
         Example:
-            >>> collected = model.collect(prompts, "layers_output", positions=-1)
-            >>> collected["layers_output"]  # [layers, prompts, hidden]
-            >>> dataset = model.collect(prompts, "layers_output", to="activations")
-            >>> dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
+            collected = model.collect(prompts, "layers_output", positions=-1)
+            collected["layers_output"]  # [layers, prompts, hidden]
+            dataset = model.collect(prompts, "layers_output", to="activations")
+            dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
         """
         if to is not None and self.num_encoder_layers:
             raise Unavailable(

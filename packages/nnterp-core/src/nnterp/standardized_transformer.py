@@ -70,6 +70,13 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     Raises:
         AnatomyError: A part was not found, or `rename_config` names one that is not there.
         CertificateError: The parts found do not behave as their names say.
+
+    Example:
+        model = StandardizedTransformer(nnterp.toy_checkpoint())  # or a hub id, a folder, a loaded module
+        with torch.no_grad(), model.trace("The capital of France is"):
+            stream = model.layers_output[4].save()  # [batch, seq, hidden]
+            probabilities = model.next_token_probs.save()  # [batch, vocab]
+        print(model.tokenizer.decode(probabilities[0].argmax()))  # → Paris
     """
 
     def __init__(
@@ -194,8 +201,10 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
             MemoryError: A copy in float32 does not fit.
 
         Example:
-            >>> drift = model.validate(against="float32").drift
-            >>> drift.worst("layers_output"), drift.agreement
+            half = StandardizedTransformer(nnterp.toy_checkpoint(), dtype=torch.bfloat16)
+            half.dispatch()
+            drift = half.validate(against="float32").drift
+            drift.worst("layers_output"), drift.agreement
         """
         self.require_no_trace("validate()")
         if against is None and prompts is not None:

@@ -114,6 +114,9 @@ class Anatomy:
         between: Paths of modules that add to the stream between one layer and the next (BLT's cross-attention to the
             patches). The certificate finds them.
         encoder: In an encoder-decoder model, the parts of its encoder; the parts named here are then the decoder's.
+
+    Example:
+        print(model.anatomy.ln_final, len(model.anatomy.blocks))  # → model.norm 8
     """
 
     model_class: str

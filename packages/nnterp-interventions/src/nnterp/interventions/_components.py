@@ -34,6 +34,10 @@ class Component:
     Raises:
         TypeError: The layer, heads or positions are something else: a float, a boolean, a text.
         ValueError: Heads or positions are empty.
+
+    Example:
+        head = Component("attention_head_outputs", 4, heads=1, positions=-1)
+        changed = ablate(model, prompts, head, "zero")["scores"]  # [prompts, 1]
     """
 
     value: str
@@ -86,6 +90,9 @@ def components(
         ValueError: The value is not per layer, or has no axis that was asked for.
         IndexError: There is no such layer or head.
         Unavailable: The model, or a layer that was asked for, does not have the value.
+
+    Example:
+        print(len(components(model, "attention_head_outputs", heads="all")))  # → 32
     """
     chosen = places_with(model, [value], layers)
     heads = integers(heads, "heads") if heads is not None and not isinstance(heads, str) else heads

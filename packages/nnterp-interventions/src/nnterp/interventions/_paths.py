@@ -45,7 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathResult(Result):
-    """The metric of each patched path, `scores` `[prompts, senders]`, and of the `clean` and `corrupted` runs."""
+    """The metric of each patched path, `scores` `[prompts, senders]`, and of the `clean` and `corrupted` runs.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        result = path_patching(model, clean, corrupted, Component("attention_head_outputs", 4, 1), "logits", metric)
+        moved = result["scores"] - result["corrupted"]  # [prompts, senders]
+    """
 
     figure: ClassVar[str] = "paths"
 
@@ -100,6 +107,12 @@ def path_patching(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done` is False.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        senders = components(model, "attention_head_outputs", layers=[4], heads="all")
+        scores = path_patching(model, clean, corrupted, senders, "logits", metric)["scores"]  # [prompts, senders]
     """
     model.require_no_trace("path_patching()")
     check_batch_size(batch_size)

@@ -61,6 +61,10 @@ def optimize_vector(
         InsideTraceError: Called inside a trace of this model.
 
         An error in a later step, or an interrupt, carries the vector so far as `error.partial`.
+
+    Example:
+        vector = optimize_vector(model, "The capital of Japan is", " Paris", layer=2, steps=5, norm=12)
+        print(len(vector.details["losses"]))  # → 6
     """
     model.require_no_trace("optimize_vector()")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
