@@ -30,6 +30,7 @@ from nnterp.traced import (
     NoEdits,
     Place,
     Readout,
+    Runs,
     Sharing,
     TracedTransformer,
     arriving,
@@ -48,7 +49,7 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *"num_layers num_vision_layers num_encoder_layers hidden_size num_heads num_kv_heads head_dim".split(),
-    *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
+    *"intermediate_size vocab_size model_class layer_paths runs readout lenders positions_from_mask".split(),
     *("standing", "attached"),
 )
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
@@ -183,8 +184,13 @@ class NamedTransformer(EditedTransformer):
         return self.facts.readout.layer_paths
 
     @property
+    def runs(self) -> Runs | None:  # type: ignore[override]
+        """Which index each run of a layer of a looped model has, None for other models; see `Anatomy.runs`."""
+        return Runs(self.facts.anatomy.runs) if self.facts.anatomy.runs else None
+
+    @property
     def num_layers(self) -> int:  # type: ignore[override]
-        """Number of layers of the residual stream."""
+        """Number of layers of the residual stream; in a looped model, each counts as often as it runs."""
         return self.facts.anatomy.num_layers
 
     @property

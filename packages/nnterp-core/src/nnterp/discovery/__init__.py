@@ -3,6 +3,7 @@
 from nnterp.discovery._between import PROBE as BETWEEN_PROBE
 from nnterp.discovery._between import find_between
 from nnterp.discovery._declared import declared_chain, declared_lenders
+from nnterp.discovery._fitting import fit
 from nnterp.discovery._inside import Findings, find_inside
 from nnterp.discovery._probe import Probe, model_inputs, probe_ids, rounding_of
 from nnterp.discovery._quantised import mixes_rows, require_gradients
@@ -36,6 +37,7 @@ __all__ = [
     "find_between",
     "find_inside",
     "find_states",
+    "fit",
     "mixes_rows",
     "model_inputs",
     "probe_ids",
