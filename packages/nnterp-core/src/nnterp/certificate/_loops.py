@@ -26,7 +26,9 @@ def unrolled(evidence: Evidence, facts: Facts) -> Facts:
     anatomy, calls = facts.anatomy, evidence.recording.calls
     if all(len(calls.get(layer.path, ())) < 2 for layer in anatomy.blocks):
         return facts
-    runs = [(call.began, layer, turn) for layer in anatomy.blocks for turn, call in enumerate(calls.get(layer.path, ()))]
+    runs = [
+        (call.began, layer, turn) for layer in anatomy.blocks for turn, call in enumerate(calls.get(layer.path, ()))
+    ]
     runs.sort(key=lambda run: run[0])
     blocks = tuple(
         dataclasses.replace(layer, index=index, turn=turn, turns=len(calls[layer.path]))

@@ -133,7 +133,9 @@ def write_value(
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
     try:
-        if isinstance(bare(place), Sum):  # its first terms are passed when the last is reached: it reads and writes in one go
+        if isinstance(
+            bare(place), Sum
+        ):  # its first terms are passed when the last is reached: it reads and writes in one go
             _require_tensor(tensor, label, "")
             place.write(model, tensor, label)
             return

@@ -1,7 +1,7 @@
 """Where every value of the table is served in one model, in which order, and what it is called elsewhere."""
 
 from nnterp.table import VALUES, Label, Value, get_label, get_value
-from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, layer_index, read_value, write_value
+from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, bare, layer_index, read_value, write_value
 from nnterp.values._aliases import canonical
 from nnterp.values._attached import Attachment, attached_of, features_of, spelled
 from nnterp.values._directory import directory_of
@@ -25,6 +25,7 @@ __all__ = [
     "Support",
     "Value",
     "attached_of",
+    "bare",
     "canonical",
     "directory_of",
     "explain",
