@@ -30,7 +30,6 @@ from nnterp.traced import (
     NoEdits,
     Place,
     Readout,
-    Runs,
     Sharing,
     TracedTransformer,
     arriving,
@@ -39,7 +38,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run, runs_of
 
 # Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
 SENT_OF_NNSIGHT = (
@@ -119,7 +118,7 @@ class NamedTransformer(EditedTransformer):
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
-        self.facts = facts
+        self.facts, self.runs = facts, runs_of(facts)
         bind_names(self, facts.anatomy.names(), facts.readout.layer_paths)
 
     def supposing(self, facts: Facts) -> NamedTransformer:
@@ -128,7 +127,7 @@ class NamedTransformer(EditedTransformer):
         The two share the HuggingFace module, nnsight's tree and the names that are bound to it.
         """
         trial = object.__new__(NamedTransformer)
-        trial.__dict__.update(self.__dict__, facts=facts)
+        trial.__dict__.update(self.__dict__, facts=facts, runs=runs_of(facts))
         return trial
 
     # -- what is known, by the names that the traced half uses ------------------------------------------------------
@@ -182,11 +181,6 @@ class NamedTransformer(EditedTransformer):
     def layer_paths(self) -> tuple[str, ...]:  # type: ignore[override]
         """Native path of each layer's module."""
         return self.facts.readout.layer_paths
-
-    @property
-    def runs(self) -> Runs | None:  # type: ignore[override]
-        """Which index each run of a layer of a looped model has, None for other models; see `Anatomy.runs`."""
-        return Runs(self.facts.anatomy.runs) if self.facts.anatomy.runs else None
 
     @property
     def num_layers(self) -> int:  # type: ignore[override]

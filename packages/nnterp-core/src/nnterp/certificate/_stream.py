@@ -48,7 +48,7 @@ def consecutive(evidence: Evidence, facts: Facts) -> Claimed:
                 stream = stream + recording.calls[path][0].stream_out
         pairs.append((f"between {before.path} and {after.path}", given.stream_in, stream))
     detail = f"and what {', '.join(dict.fromkeys(map(generic_path, between)))} adds" if between else ""
-    detail = f"but where a pass begins or ends: {_listed(seams)}" if seams else detail
+    detail = f"and where a pass begins or ends, {_listed(seams)}" if seams else detail
     line = compared(CONSECUTIVE, pairs, evidence.tolerance, REMEDY_LAYERS, detail)
     anatomy = dataclasses.replace(facts.anatomy, between=tuple(between), seams=tuple(seams))
     return line, dataclasses.replace(facts, anatomy=anatomy)
@@ -59,7 +59,7 @@ def _listed(seams: dict[int, str]) -> str:
     by_sum: dict[str, list[int]] = {}
     for index, read in seams.items():
         by_sum.setdefault(read, []).append(index)
-    return "; ".join(f"layers {ranges(indices)} read multiples of {read}" for read, indices in by_sum.items())
+    return "; ".join(f"multiples of {read} (layers {ranges(indices)})" for read, indices in by_sum.items())
 
 
 def _adding_between(evidence: Evidence, facts: Facts, before: Call, after: Call) -> str | None:

@@ -26,9 +26,9 @@ class LayerAccessor:
     `model.layers_output[i]` is the tensor of layer `i` (negative indices count from the last layer), on the device and
     in the dtype the model computes it; assigning replaces it for the rest of the forward pass. In a model whose layers
     hold several attentions one after the other (LongCat-Flash), values of attention are indexed with the layer and the
-    attention's number in it: `model.attention_head_outputs[i, 1]`. In a looped model, whose layers run several times,
-    `i` counts all runs, and `model.layers_output[layer, pass]` names one. Features are indexed with the layer, with the layer
-    and the dictionary's number in it, or with the value that the dictionary reads or writes.
+    attention's number in it: `model.attention_head_outputs[i, 1]`. In a looped model `i` counts all runs of layers, and
+    `model.layers_output[layer, pass]` names one. Features are indexed with the layer, with the layer and the
+    dictionary's number in it, or with the value that the dictionary reads or writes.
 
     Raises (on indexing):
         IndexError: The model has no such layer.
@@ -133,9 +133,7 @@ def write_value(
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
     try:
-        if isinstance(
-            bare(place), Sum
-        ):  # its first terms are passed when the last is reached: it reads and writes in one go
+        if isinstance(bare(place), Sum):  # its first terms are passed when the last is reached: it does both in one go
             _require_tensor(tensor, label, "")
             place.write(model, tensor, label)
             return

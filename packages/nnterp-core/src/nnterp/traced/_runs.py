@@ -34,8 +34,8 @@ class InRun(Record):
         return f"{self.place} (run {self.turn} of {self.turns}, from 0)"
 
 
-# nnsight tells the runs of a module apart by counting how often the run came by. A function that it looks into is handed
-# over when it is first called, whichever run is wanted.
+# nnsight tells the runs of a module apart by counting. A function that it looks into is handed over when it is first
+# called, whichever run is wanted.
 class Waiting:
     """While the block is open, what the running worker asks for is that of one run of the modules."""
 

@@ -9,6 +9,7 @@ from nnterp.values._explain import Support, explain, source_of, support
 from nnterp.values._images import layers_that_run
 from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
 from nnterp.values._read_order import Combine, gradient_reads, reads, when
+from nnterp.values._runs import runs_of, unrolled
 from nnterp.values._stacks import stack_depth
 
 __all__ = [
@@ -39,11 +40,13 @@ __all__ = [
     "leaves_inside",
     "read_value",
     "reads",
+    "runs_of",
     "site_of",
     "source_of",
     "spelled",
     "stack_depth",
     "support",
+    "unrolled",
     "when",
     "write_value",
 ]

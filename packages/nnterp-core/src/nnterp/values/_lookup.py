@@ -26,14 +26,13 @@ from nnterp.traced import (
     Layout,
     Place,
     ReadOnly,
-    Runs,
     Site,
     Sum,
     ThroughOut,
     View,
 )
 from nnterp.values._images import Missing, of_images, require_images_proven
-from nnterp.values._runs import in_its_run
+from nnterp.values._runs import in_its_run, runs_of
 from nnterp.values._stacks import stack_depth
 from nnterp.wording import ranges
 
@@ -67,8 +66,8 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
     """
     if layer is not None and type(layer) is not int:
         layer = _plain(layer, name)
-    if isinstance(layer, tuple) and facts.anatomy.runs and get_value(name).stack == "layers":
-        layer = Runs(facts.anatomy.runs).index(layer, name)
+    if isinstance(layer, tuple) and (runs := runs_of(facts)) is not None and get_value(name).stack == "layers":
+        layer = runs.index(layer, name)
     place = facts.places.get((name, layer))
     if place is None:
         every, value = facts, get_value(name)

@@ -15,6 +15,7 @@ from nnterp.traced import (
     Item,
     Place,
     ReadOnly,
+    Runs,
     Site,
     State,
     Sum,
@@ -24,6 +25,20 @@ from nnterp.traced import (
 from nnterp.values._images import Missing
 
 Location = tuple[str, tuple[str, ...]]  # a module's path, and the labels of an operation in it
+
+
+def runs_of(facts: Facts) -> Runs | None:
+    """Which index each run of a layer of a looped model has; None for other models."""
+    return Runs(facts.anatomy.runs) if facts.anatomy.runs else None
+
+
+def unrolled(facts: Facts, layer: int, number: int | None = None) -> int | list[int]:
+    """See `StandardizedTransformer.unrolled`."""
+    runs = runs_of(facts) or Runs(tuple((index,) for index in range(facts.anatomy.num_layers)))
+    if number is not None:
+        return runs.index((layer, number), "unrolled")
+    first = runs.index((layer, 0), "unrolled")
+    return list(next(own for own in runs.of if own[0] == first))
 
 
 def in_its_run(facts: Facts, value: Value, place: Place, layer: int | None) -> Place:
