@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from nnsight.intervention.interleaver import OutOfOrderError
 from transformers import CONFIG_MAPPING
 
 from nnterp import StandardizedTransformer
 from nnterp.certificate import certify
 from nnterp.certificate._passes import PASSES
 from nnterp.certificate._stream import CONSECUTIVE
-from nnterp.errors import CertificateError, OutOfOrderError, Unavailable
+from nnterp.errors import CertificateError, Unavailable
 from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.traced import _runs
 
-from ..looped_modeling import CORE, PASSES as TIMES, PRELUDE, looped_module
+from ..looped_modeling import CORE, PRELUDE, looped_module
+from ..looped_modeling import PASSES as TIMES
 from ..plain_hooks import at_call, seen
 
 IDS = torch.tensor([[5, 9, 12, 40, 77], [33, 8, 21, 90, 14]])
@@ -43,9 +45,10 @@ def test_anatomy_support_and_explain_say_passes(model):
     assert "4 layer modules run 8 times, in the order 0 to 2, 1 to 2, 1 to 3" in str(model.anatomy)
     assert model.support()["mlp_neurons"] == tuple(range(8))
     assert "(run 1 of 3, from 0)" in model.explain("layers_output", layer=(1, 1))
-    assert model.explain("layers_output", layer=3).splitlines()[1:] == model.explain(
-        "layers_output", layer=(1, 1)
-    ).splitlines()[1:]
+    assert (
+        model.explain("layers_output", layer=3).splitlines()[1:]
+        == model.explain("layers_output", layer=(1, 1)).splitlines()[1:]
+    )
     line = model.certificate[PASSES]
     assert line.status == "passed"
     assert "8 runs of 4 layers" in line.detail
@@ -172,7 +175,7 @@ def test_values_are_collected_in_the_order_of_all_runs(model, plain, tmp_path):
     one = model.collect(prompts, "layers_output[2, 1]", positions=-1)
     stored = model.collect(prompts, ["layers_output", "mlp_contributions"], positions=-1, to=tmp_path / "all")
     assert list(whole["layers_output"].shape) == [8, 2, model.hidden_size]
-    for (layer, turn) in every_run(model):
+    for layer, turn in every_run(model):
         index = model.unrolled(layer, turn)
         expected = plain.calls[f"model.layers.{layer}"][turn][1][:, -1]
         torch.testing.assert_close(whole["layers_output", index], expected, rtol=1e-4, atol=1e-4)
@@ -334,9 +337,11 @@ def test_a_skipped_pass_in_the_anatomy_is_caught(monkeypatch, model):
     monkeypatch.setattr(
         _loops.dataclasses,
         "replace",
-        lambda obj, **new: whole(obj, **{**new, "blocks": new["blocks"][:-1]})
-        if isinstance(obj, Anatomy) and "blocks" in new
-        else whole(obj, **new),
+        lambda obj, **new: (
+            whole(obj, **{**new, "blocks": new["blocks"][:-1]})
+            if isinstance(obj, Anatomy) and "blocks" in new
+            else whole(obj, **new)
+        ),
     )
     certificate, _ = certify(model)
     assert not certificate.ok
@@ -359,18 +364,18 @@ def test_a_direct_call_under_a_steering_is_refused(model):
 # -- the types that transformers has -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model_type", "passes"), [("dory", (1, 1, 3, 3, 1, 1)), ("inkling2_loop_text", (1, 1, 3, 3, 1, 1))])
-def test_looped_types_of_transformers(model_type, passes):
+@pytest.mark.parametrize("model_type", ["dory", "inkling2_loop_text"])
+def test_looped_types_of_transformers(model_type):
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"{model_type} came with transformers 5.24")
     model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
-    assert model.passes == passes
+    assert model.passes == (1, 1, 3, 3, 1, 1)
     assert model.certificate[PASSES].status == model.certificate[CONSECUTIVE].status == "passed"
     assert model.padding_is_exact
     plain = seen(model._module, lambda: model._module(IDS))
     with torch.no_grad(), model.trace(IDS):
         found = [model.layers_output[index].clone().save() for index in range(model.num_layers)]
-    for layer, times in enumerate(passes):
+    for layer, times in enumerate(model.passes):
         for turn in range(times):
             expected = plain.calls[f"model.layers.{layer}"][turn][1]
             assert torch.equal(found[model.unrolled(layer, turn)], expected)
