@@ -25,6 +25,10 @@ class OfPass:
 
 
 class LoopedModel(LlamaModel):
+    mix = staticmethod(
+        torch.add
+    )  # what a pass begins with, of what the one before it left and of what entered the loop
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -70,7 +74,7 @@ class LoopedModel(LlamaModel):
             x = run(layer, x)
         begun = self.norm(x)
         for turn in range(PASSES):
-            x = self.norm(x) + begun
+            x = self.mix(self.norm(x), begun)
             for layer in self.layers[PRELUDE : PRELUDE + CORE]:
                 x = run(layer, x, turn * CORE)
         for layer in self.layers[PRELUDE + CORE :]:

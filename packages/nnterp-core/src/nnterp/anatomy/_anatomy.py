@@ -171,6 +171,14 @@ class Anatomy:
         """How often each layer module runs in a forward pass; of a model that is not looped, once each."""
         return tuple(map(len, self.runs)) or (1,) * self.num_layers
 
+    def rolled(self) -> Anatomy:
+        """The anatomy with each layer module once, as it is before a run has shown how often each runs."""
+        if not self.runs:
+            return self
+        once = sorted((layer for layer in self.blocks if layer.turn == 0), key=lambda layer: layer.number)
+        blocks = tuple(replace(layer, index=layer.number, turns=1) for layer in once)
+        return replace(self, blocks=blocks, seams=())
+
     def indices(self, role: str) -> tuple[int, ...]:
         """Indices of the layers that have `role`: "self_attn", "mixer" or "mlp"."""
         return tuple(layer.index for layer in self.blocks if getattr(layer, role) is not None)

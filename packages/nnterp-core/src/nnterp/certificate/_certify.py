@@ -64,7 +64,7 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
     """
     started = time.perf_counter()
     declared = None if model.rename_config is None else model.rename_config.attn_prob_source
-    facts = unproven_facts(model._module, model.anatomy, declared)
+    facts = unproven_facts(model._module, model.anatomy.rolled(), declared)
     lines, facts = (_with_weights if model.dispatched else _without_weights)(model, facts)
     return stamped(model, facts, lines, started), facts
 
