@@ -1,5 +1,7 @@
 """Looped models, whose layers run several times in a forward pass: every pass against plain torch hooks."""
 
+from functools import cache
+
 import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
@@ -13,7 +15,7 @@ from nnterp.errors import CertificateError, Unavailable
 from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.traced import _runs
 
-from ..looped_modeling import CORE, PRELUDE, looped_module
+from ..looped_modeling import CORE, LOOPED, PRELUDE, looped_module
 from ..looped_modeling import PASSES as TIMES
 from ..plain_hooks import at_call, seen
 
@@ -361,19 +363,52 @@ def test_a_direct_call_under_a_steering_is_refused(model):
 # -- the types that transformers has -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["dory", "inkling2_loop_text"])
-def test_looped_types_of_transformers(model_type):
+# type → how often each layer module runs, which layers read something else than what the one before wrote, and what
+TYPES = {
+    "dory": ((1, 1, 3, 3, 1, 1), (2, 4, 6), "model.norm + model.norm"),
+    "inkling2_loop_text": ((1, 1, 3, 3, 1, 1), (4, 6), "layer 1"),
+    "hrm_text": ((6, 6, 2, 2), (2, 4, 6, 8, 10, 12, 14), "model.L_module.final_norm + model.H_module.final_norm"),
+}
+
+
+def test_every_looped_type_is_listed():
+    assert TYPES.keys() == LOOPED
+
+
+@pytest.fixture(scope="module")
+def looped_type():
+    return cache(lambda kind: StandardizedTransformer(tiny_model(kind), tokenizer=tiny_tokenizer()))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_looped_types_of_transformers(model_type, looped_type):
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"{model_type} came with transformers 5.24")
-    model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
-    assert model.passes == (1, 1, 3, 3, 1, 1)
+    model, (passes, seams, read) = looped_type(model_type), TYPES[model_type]
+    assert (model.passes, model.anatomy.seams) == (passes, seams)
     assert model.certificate[PASSES].status == model.certificate[CONSECUTIVE].status == "passed"
+    assert read in model.certificate[CONSECUTIVE].detail
     assert model.padding_is_exact
-    plain, found = seen(model._module, lambda: model._module(IDS)), []
+    module, found = model._module, []
+    with torch.no_grad():
+        plain = seen(module, lambda: module(IDS))
     with torch.no_grad(), model.trace(IDS):
         for index in range(model.num_layers):
             found.append(model.layers_output[index].clone().save())
-    for layer, times in enumerate(model.passes):
-        for turn in range(times):
-            expected = plain.calls[f"model.layers.{layer}"][turn][1]
-            assert torch.equal(found[model.unrolled(layer, turn)], expected)
+    paths = [model.anatomy.blocks[runs[0]].path for runs in model.anatomy.runs]
+    for layer, path in enumerate(paths):
+        assert len(plain.calls[path]) == passes[layer]
+        for turn in range(passes[layer]):
+            assert torch.equal(found[model.unrolled(layer, turn)], plain.calls[path][turn][1])
+            with torch.no_grad(), model.trace(IDS):
+                model.mlps_output[layer, turn] = scaled(model.mlps_output[layer, turn])
+                written = model.logits.save()
+            with torch.no_grad(), at_call(module, f"{path}.mlp", turn, scaled):
+                assert torch.equal(written, module(IDS).logits)
+
+
+def test_gradients_through_passes_without_gradients_are_refused(looped_type):
+    """HRM runs its early cycles under torch.no_grad: what autograd gives is not the derivative."""
+    model = looped_type("hrm_text")
+    with pytest.raises(Unavailable, match=r"runs model\.L_module\.layers\.0 under torch\.no_grad"):
+        model.gradients(IDS[:1].tolist(), lambda logits: logits[:, -1, 3], "layers_output")

@@ -7,6 +7,7 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types, tiny_model, tiny_tokenizer
 
+from ..looped_modeling import LOOPED
 from .test_certificate_zoo import REFUSED
 
 IDS = torch.arange(20, 32)[None]
@@ -18,7 +19,7 @@ LENDERS = {"gemma3n_text": {0, 1}, "hy_v4": {1}}
 IDLE = {"mllama": {1, 3}}
 
 
-@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in REFUSED and t not in STATEFUL])
+@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in {*REFUSED, *LOOPED, *STATEFUL}])
 def test_skipping_equals_handing_the_input_on(model_type):
     model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
     module = model._module

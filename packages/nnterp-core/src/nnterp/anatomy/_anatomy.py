@@ -120,6 +120,7 @@ class Anatomy:
         between: Paths of modules that add to the stream between one layer and the next (BLT's cross-attention to the
             patches). The certificate finds them.
         encoder: In an encoder-decoder model, the parts of its encoder; the parts named here are then the decoder's.
+        in_turn: Paths of further lists of layers that take turns with `layers` (HRM's high-level module).
         seams: In a looped model, indices of the layers that read something else than what the layer before them wrote:
             where a pass begins or ends, its code may normalise, add the prompt again or restart. The certificate finds
             them.
@@ -137,6 +138,7 @@ class Anatomy:
     other_stacks: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     encoder: Anatomy | None = None
+    in_turn: tuple[str, ...] = ()
     seams: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Anatomy:
@@ -209,7 +211,7 @@ class Anatomy:
         """Pairs of (standard path, native path): the model's own parts first, then those of each layer."""
         for role in _ROLES:
             native = getattr(self, role)
-            if native is not None:
+            if native is not None and not (role == "layers" and self.in_turn):
                 yield role, native
         for layer in self.blocks:
             if layer.turn:
@@ -222,6 +224,8 @@ class Anatomy:
     def rows(self) -> list[tuple[str, str]]:
         """The table that is printed: (standard name, native path) of each part, one entry for layers that are alike."""
         rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
+        at = 1 + _ROLES.index("layers")
+        rows[at:at] = [("", f"{path}  (in turn with these)") for path in self.in_turn]
         for indices, layer in _alike(self.blocks):
             rows.append((f"layers[{ranges(indices, at_most=4)}]", f"{generic_path(layer.path)}  ({layer.description})"))
             rows += [(f"  .{role}", generic_path(str(part))) for role, part in _named_parts(layer)]

@@ -14,6 +14,7 @@ from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
 from nnterp.discovery._vision import Vision, attention_of, vision_stacks
+from nnterp.discovery._without_gradients import require_passes_with_gradients
 from nnterp.discovery.attention import Attention
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "record",
     "refit",
     "require_gradients",
+    "require_passes_with_gradients",
     "rounding_of",
     "silent_weights",
     "solve_residual",
