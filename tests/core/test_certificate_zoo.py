@@ -27,6 +27,7 @@ NO_SUM = {
     "glm5_next": "hyper-connections",
     "hy_v4": "hyper-connections",
     "inkling2": "attention over earlier streams",
+    "inkling2_loop": "attention over earlier streams",
     "inkling2_loop_text": "attention over earlier streams",
     "inkling2_text": "attention over earlier streams",
     "longcat_flash": "two attentions and three feed-forwards in a layer",
@@ -36,7 +37,7 @@ NO_SUM = {
 }
 
 # Models that mix the streams of all layers before the head.
-NO_READOUT = {"inkling2", "inkling2_loop_text", "inkling2_text"}
+NO_READOUT = {"inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text"}
 
 LINES = 10
 

@@ -141,6 +141,7 @@ LOUD_ROWS: dict[str, dict[str, float]] = {
     "mllama_text_model": {"attn_gate": 12.0, "mlp_gate": 12.0},  # of cross-attention, zero at first
     "inkling_text": {"q_norm.weight": 3.0},  # scale 1 / head size
     "inkling2_text": {"q_norm.weight": 1.5},  # scale 1 / head size
+    "inkling2_loop_text": {"q_norm.weight": 1.5},  # scale 1 / head size
 }
 
 _NEEDS_AN_IMAGE = "its forward takes no text without an image, and the certificate begins with a text"

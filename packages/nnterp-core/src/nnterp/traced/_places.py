@@ -184,7 +184,7 @@ class ReadOnly(Record):
 
 def bare(place: Place) -> Place:
     """What a place in one run of a looped layer wraps; any other place as it is."""
-    return place.place if hasattr(place, "turns") else place
+    return place.place if hasattr(place, "turns") else place  # type: ignore[attr-defined]
 
 
 def with_argument(
