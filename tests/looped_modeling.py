@@ -13,8 +13,6 @@ from nnterp.testing import tiny_model
 
 # Types of transformers that run layers several times, tested in core/test_looped.py.
 LOOPED = frozenset({"dory", "hrm_text", "inkling2_loop", "inkling2_loop_text"})
-    {"dory", "hrm_text", "inkling2_loop", "inkling2_loop_text"}
-)  # types of transformers, tested in core/test_looped.py
 PRELUDE, CORE, PASSES = 1, 2, 3  # layers before the loop, in it, and how often they run; one more layer comes after it
 
 
