@@ -129,7 +129,7 @@ class Features(Record):
 
     def added_to_last(self, model: Running, place: Place, change: torch.Tensor, label: str) -> torch.Tensor:
         """As `added`, to the last term of a sum: the others are passed by then, and need not be read."""
-        terms = bare(place).terms  # type: ignore[attr-defined]
+        terms = bare(place).terms
         path, factor = terms[-1]
         change = change / (factor.to(change) if isinstance(factor, torch.Tensor) else factor)
         last: Place = Site(path, "output")

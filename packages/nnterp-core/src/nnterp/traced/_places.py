@@ -182,9 +182,9 @@ class ReadOnly(Record):
         return f"{self.place} (read only)"
 
 
-def bare(place: Place) -> Place:
+def bare(place: Any) -> Any:
     """What a place in one run of a looped layer wraps; any other place as it is."""
-    return place.place if hasattr(place, "turns") else place  # type: ignore[attr-defined]
+    return place.place if hasattr(place, "turns") else place
 
 
 def with_argument(

@@ -95,7 +95,7 @@ class Passing:
         # The terms but the last are computed and used already, so the last term takes the whole change.
         path, factor = inner.terms[-1]
         last_term, label = Site(path, "output"), label_of(name, layer)
-        site = last_term if inner is place else replace(place, place=last_term)
+        site = last_term if inner is place else replace(place, place=last_term)  # type: ignore[type-var]
         last = site.read(self.model, label)
         change = (new - current).to(last)
         change = change / factor.to(last) if isinstance(factor, torch.Tensor) else change / factor
