@@ -8,9 +8,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from transformers import CONFIG_MAPPING
 
 from nnterp import StandardizedTransformer
-from nnterp.certificate import certify
-from nnterp.certificate._passes import PASSES
-from nnterp.certificate._stream import CONSECUTIVE
+from nnterp.certificate import CONSECUTIVE, PASSES, certify
 from nnterp.errors import CertificateError, Unavailable
 from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.traced import _runs
