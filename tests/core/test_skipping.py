@@ -6,6 +6,7 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types, tiny_model
 
+from ..looped_modeling import LOOPED
 from .test_certificate_zoo import REFUSED
 
 IDS = torch.arange(20, 32)[None]
@@ -17,7 +18,7 @@ LENDERS = {"gemma3n_text": {0, 1}, "hy_v4": {1}}
 IDLE = {"mllama": {1, 3}}
 
 
-@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in REFUSED and t not in STATEFUL])
+@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in {*REFUSED, *LOOPED, *STATEFUL}])
 def test_skipping_equals_handing_the_input_on(model_type, tiny):
     model = tiny(model_type)
     module = model._module

@@ -61,7 +61,7 @@ class Facts:
         why_unproven: What errors say about facts that are not proven: why, and what to do.
         only_with_image: Indices of the layers that run only when there is an image (Mllama's cross-attention).
         vision: What a run with an image proved; None before there was one.
-        repeated: Modules that run more than once in a forward pass.
+        repeated: Modules that run more than once in a forward pass → how often.
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
         between: For each layer the operation whose result is `layers_mid`, or None.
@@ -85,7 +85,7 @@ class Facts:
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
     only_with_image: tuple[int, ...] = ()
     vision: Vision | None = None
-    repeated: frozenset[str] = frozenset()
+    repeated: dict[str, int] = field(default_factory=dict)
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()
     between: tuple[Inside | None, ...] = ()

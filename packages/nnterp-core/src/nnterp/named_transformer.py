@@ -41,7 +41,7 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run, runs_of
 
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
@@ -108,7 +108,7 @@ class NamedTransformer(EditedTransformer):
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
-        self.facts = facts
+        self.facts, self.runs = facts, runs_of(facts)
         bind_names(self, facts.anatomy.names(), facts.readout.layer_paths)
 
     def supposing(self, facts: Facts) -> NamedTransformer:
@@ -117,7 +117,7 @@ class NamedTransformer(EditedTransformer):
         The two share the HuggingFace module, nnsight's tree and the names that are bound to it.
         """
         trial = object.__new__(NamedTransformer)
-        trial.__dict__.update(self.__dict__, facts=facts)
+        trial.__dict__.update(self.__dict__, facts=facts, runs=runs_of(facts))
         return trial
 
     # -- what is known, by the names that the traced half uses ------------------------------------------------------
@@ -174,7 +174,7 @@ class NamedTransformer(EditedTransformer):
 
     @property
     def num_layers(self) -> int:  # type: ignore[override]
-        """Number of layers of the residual stream."""
+        """Number of layers of the residual stream; in a looped model, each counts as often as it runs."""
         return self.facts.anatomy.num_layers
 
     @property

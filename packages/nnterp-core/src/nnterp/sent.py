@@ -12,7 +12,7 @@ SENT_OF_NNSIGHT = (
 )
 SENT = (
     *"num_layers num_vision_layers hidden_size num_heads num_kv_heads head_dim".split(),
-    *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
+    *"intermediate_size vocab_size model_class layer_paths runs readout lenders positions_from_mask".split(),
     *("standing", "attached"),
 )
 

@@ -33,6 +33,7 @@ from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, travel_by_value
 from nnterp.traced_block import BlockTracer, RequestTracer, know_cell
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
+from nnterp.values import unrolled
 
 
 class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
@@ -272,6 +273,30 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     def _facts_by_twin(self) -> Facts | None:
         twin = self.twin
         return facts_by_twin(self.facts, twin, self._module.config) if isinstance(twin, Twin) else None
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """How often each layer module runs in a forward pass: once, unless the model is looped."""
+        return self.anatomy.passes
+
+    def unrolled(self, layer: int, number: int | None = None) -> Any:
+        """Return the index of a run of a layer among all runs of layers, for `layers=` and `[...]`; see docs/looped.md.
+
+        Args:
+            layer: Number of the layer module; a negative one counts from the last.
+            number: The pass; a negative one counts from the last. All if None.
+
+        Returns:
+            The index of that run, or a list with those of all passes.
+
+        Raises:
+            IndexError: There is no such layer, or it does not run as often.
+            TypeError: One of the two is no integer.
+
+        Example:
+            >>> model.steer(layers=model.unrolled(3), steering_vector=vector)  # at every pass of layer 3
+        """
+        return unrolled(self.facts, layer, number)
 
     # -- running -----------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,8 @@ def make_plan(
         if not value.per_layer:
             continue
         chosen: Sequence[Index]
+        if isinstance(at, tuple) and value.name != "features":
+            at = _of_pass(model, name, at)
         if at is not None:
             first = at[0] if isinstance(at, tuple) else at
             first = read_index(first, stack_depth(model.facts, value), f"The layer of {name}", "layers")
@@ -137,6 +139,16 @@ def make_plan(
     last_use = tuple(tuple(p for p, at in needed.items() if at == i) for i in range(len(order)))
     layers_of = {name: tuple(mine) for name, mine in asked.items()}
     return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, layers_of)
+
+
+def _of_pass(model: NamedTransformer, name: str, at: tuple[int, int]) -> int:
+    runs = model.runs
+    if runs is None:
+        raise ValueError(
+            f"{name} has two indices, and those of collect() are a layer and a dictionary of it, or a layer and a pass "
+            f"of a looped model. {model.model_class} is not looped."
+        )
+    return runs.index(at, name.partition("[")[0])
 
 
 def value_names(values: Any) -> list[str]:

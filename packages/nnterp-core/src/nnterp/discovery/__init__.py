@@ -4,6 +4,7 @@ from nnterp.discovery._between import PROBE as BETWEEN_PROBE
 from nnterp.discovery._between import find_between
 from nnterp.discovery._context import ContextFact, find_context
 from nnterp.discovery._declared import declared_chain, declared_lenders
+from nnterp.discovery._fitting import fit
 from nnterp.discovery._inside import Findings, find_inside
 from nnterp.discovery._linear import Linear, find_linear
 from nnterp.discovery._probe import Probe, model_inputs, probe_ids, rounding_of
@@ -15,6 +16,7 @@ from nnterp.discovery._sharing import declared_sharing
 from nnterp.discovery._silent import Silent, silent_weights, sounding
 from nnterp.discovery._states import States, find_states
 from nnterp.discovery._vision import Vision, attention_of, vision_stacks
+from nnterp.discovery._without_gradients import require_passes_with_gradients
 from nnterp.discovery.attention import Attention
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "find_inside",
     "find_linear",
     "find_states",
+    "fit",
     "mixes_rows",
     "model_inputs",
     "probe_ids",
@@ -49,6 +52,7 @@ __all__ = [
     "record",
     "refit",
     "require_gradients",
+    "require_passes_with_gradients",
     "rounding_of",
     "silent_weights",
     "solve_residual",

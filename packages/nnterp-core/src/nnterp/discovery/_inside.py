@@ -37,6 +37,7 @@ class Findings:
         experts: Per layer, name of a value of its experts → its place, or the reason why it has none.
         exits: Path of a module inside a part whose output is also the part's output → the part's own exit.
         ticks: (path, labels, "input" or "output") → when the forward pass first reached it.
+        turns: In a looped model, (path, labels) → when it began and ended each time, if it ran more than once.
         texts: (path, labels) of an instrumented function → its source.
         encoder, cross: The same of an encoder's layers, and of the cross-attention in a decoder's.
     """
@@ -49,6 +50,7 @@ class Findings:
     experts: list[dict[str, Place | str]] = field(default_factory=list)
     exits: dict[str, str] = field(default_factory=dict)
     ticks: dict[tuple[str, Labels, str], int] = field(default_factory=dict)
+    turns: dict[tuple[str, Labels], tuple[tuple[int, int], ...]] = field(default_factory=dict)
     texts: dict[tuple[str, Labels], SourceText] = field(default_factory=dict)
     encoder: Findings | None = None
     cross: Findings | None = None
@@ -113,13 +115,15 @@ class _Look:
     def of(self, layers: tuple[Layer, ...], one_of_several: dict[tuple[int, int], Layer]) -> Findings:
         """What is found in some layers."""
         found = Findings(ticks=self.whole.ticks(), texts={**self.current.texts, **self.whole.texts})
+        found.turns = self.whole.turns() if self.probe.anatomy.runs else {}
         routers = Routers(self.probe, self.current)
         experts = ExpertsFinder(self.probe, self.current)
         tolerance = self.probe.tolerance
         for layer in layers:
+            recording = self.current.of(layer)
             found.attention.append(self.attention(layer))
-            found.neurons.append(find_neurons(self.root, layer, self.current, tolerance))
-            found.shared_neurons.append(find_shared_neurons(self.root, layer, self.current, tolerance))
+            found.neurons.append(find_neurons(self.root, layer, recording, tolerance))
+            found.shared_neurons.append(find_shared_neurons(self.root, layer, recording, tolerance))
             found.routers.append(routers.of(layer))
             found.experts.append(experts.of(layer))
             found.exits.update(self.same_as_exit(layer))
@@ -144,15 +148,16 @@ class _Look:
         part = layer.self_attn
         if part is None:
             return None
-        result = self.current.made(part.exit)
+        current = self.current.of(layer)
+        result = current.made(part.exit)
         out = None
         if result is not None:
-            candidates = linears(self.root, part, self.current)
-            out = ending(candidates, result, arguments_of(part, self.current), self.probe.tolerance)
+            candidates = linears(self.root, part, current)
+            out = ending(candidates, result, arguments_of(part, current), self.probe.tolerance)
         return find_attention(
             with_code(self.root, part),
-            self.current,
-            self.whole,
+            current,
+            self.whole.of(layer),
             None if out is None else (out.path, out.given),
             self.probe.anatomy.sizes.num_heads,
             self.probe.tolerance,
@@ -160,10 +165,11 @@ class _Look:
 
     def same_as_exit(self, layer: Layer) -> Iterator[tuple[str, str]]:
         """(path, the part's exit) of each module inside a part whose output is also the part's output."""
+        current = self.current.of(layer)
         for part in (layer.self_attn, layer.mixer, layer.mlp):
-            if part is None or (result := self.current.made(part.exit)) is None:
+            if part is None or (result := current.made(part.exit)) is None:
                 continue
-            for path in self.current.calls:
-                made = self.current.made(path) if path.startswith(f"{part.exit}.") else None
+            for path in current.calls:
+                made = current.made(path) if path.startswith(f"{part.exit}.") else None
                 if made is not None and made.shape == result.shape and torch.equal(made, result):
                     yield path, part.exit

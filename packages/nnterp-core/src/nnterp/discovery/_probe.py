@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Probe:
         self,
         module: nn.Module,
         anatomy: Anatomy,
-        repeated: frozenset[str] = frozenset(),
+        repeated: Container[str] = (),
         shape: tuple[int, int] = (ROWS, LENGTH),
     ) -> None:
         self.module, self.anatomy, self.repeated = module, anatomy, repeated
@@ -115,7 +115,8 @@ class Probe:
 
     def record(self, until: str | None = None, **options: Any) -> Recording:
         """Run the module with `run(until)` and record it; `options` are those of `record`."""
-        return record(self.module, lambda: self.run(until), **options)
+        looped = dict.fromkeys(layer.path for layer in self.anatomy.blocks if layer.turns > 1)
+        return record(self.module, lambda: self.run(until), looped=looped, **options)
 
     def run(self, until: str | None = None) -> None:
         """Run one forward pass that stops after the layer at `until`, by default the last.

@@ -46,19 +46,20 @@ class Routers:
         if found is None:
             return NO_LOGITS, NO_CHOICES
         path, index = found
-        call = self.recording.call(path)
+        recording = self.recording.of(layer)
+        call = recording.call(path)
         output = None if call is None else call.output
         if isinstance(output, torch.Tensor):
             return Site(path, "output"), NO_CHOICES
         if not isinstance(output, (tuple, list)):
             return NO_LOGITS, NO_CHOICES
-        return self.logits(path, index, output), _choices(path, output)
+        return self.logits(recording, path, index, output), _choices(path, output)
 
-    def logits(self, path: str, index: int, output: Sequence[Any]) -> Place | str:
+    def logits(self, recording: Recording, path: str, index: int, output: Sequence[Any]) -> Place | str:
         """Where the logits of a router that returns several things are served; read-only if no write was proven."""
         if index >= len(output) or not isinstance(output[index], torch.Tensor):
             return NO_LOGITS
-        for operation in sorted(self.recording.operations_of(path), key=lambda o: o.ended):
+        for operation in sorted(recording.operations_of(path), key=lambda o: o.ended):
             holds = operation.times == 1 and same(operation.output, output[index], self.probe.tolerance)
             if holds and self.decides(operation, index, output):
                 return Inside(path, operation.labels)

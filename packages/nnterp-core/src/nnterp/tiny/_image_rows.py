@@ -108,6 +108,7 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
     "fuyu": {"form": "listed patches", "tokens": 6},
     "gemma4_unified": {"patch_size": 12},
     "inkling2": {"form": "blocks"},
+    "inkling2_loop": {"form": "blocks"},
     "inkling_mm_model": {"form": "frames", "patch_size": 40, "frames": 2},
     "llama4": {"tokens": 4},
     "minicpm_ocr": {"form": "row of patches"},

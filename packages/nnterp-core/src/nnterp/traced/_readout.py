@@ -137,9 +137,10 @@ class _LayersReplaced:
     """While the block is open, every layer returns a hidden state instead of running."""
 
     def __init__(self, module: nn.Module, readout: Readout, hidden: torch.Tensor) -> None:
-        self.blocks = [module.get_submodule(path) for path in readout.layer_paths]
+        self.blocks = [module.get_submodule(path) for path in dict.fromkeys(readout.layer_paths)]
         self.kept = [block.__dict__.get("forward") for block in self.blocks]
-        self.returns = readout.returns or (None,) * len(self.blocks)
+        rests = readout.returns or (None,) * len(readout.layer_paths)
+        self.returns = list(dict(zip(readout.layer_paths, rests, strict=True)).values())
         self.hidden = hidden
 
     def __enter__(self) -> None:

@@ -19,6 +19,7 @@ class Running(Protocol):
     num_vision_layers: int
     model_class: str
     layer_paths: tuple[str, ...]
+    runs: Any
     interleaver: Any
     lenders: list[Lender]
     readout: Any

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nnterp.traced._edits import NoEdits
     from nnterp.traced._features import Attached
     from nnterp.traced._running import Lender, Place
+    from nnterp.traced._runs import Runs
     from nnterp.traced._sharing import Sharing
 
 
@@ -48,6 +49,7 @@ class TracedTransformer(TransformersModel):
     vocab_size: int | None
     model_class: str  # name of the HuggingFace class
     layer_paths: tuple[str, ...]  # native path of each layer's module
+    runs: Runs | None  # of a looped model: which index each run of a layer has
     readout: Readout  # how hidden states become logits
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served

@@ -21,6 +21,7 @@ from nnterp.traced import (
     Everywhere,
     Experts,
     Features,
+    InRun,
     Inside,
     Item,
     Place,
@@ -190,7 +191,7 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
 
 def source_of(model: Known, place: Place) -> str:
     """The source lines at which a place is: the operation's own, or where its module is called from."""
-    if isinstance(place, (View, ReadOnly, State)):
+    if isinstance(place, (View, ReadOnly, State, InRun)):
         return source_of(model, place.place)
     if isinstance(place, ThroughOut):
         return source_of(model, place.heads)

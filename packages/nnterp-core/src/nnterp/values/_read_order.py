@@ -15,6 +15,7 @@ from nnterp.traced import (
     Everywhere,
     Experts,
     Features,
+    InRun,
     Inside,
     Item,
     Place,
@@ -47,6 +48,9 @@ def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
     if isinstance(place, View):
         inner, combine = reads(model, place.place)
         return inner, lambda given: place.layout.show(combine(given))
+    if isinstance(place, InRun):
+        inner, combine = reads(model, place.place)
+        return [InRun(part, place.turn, place.turns) for part in inner], combine
     if isinstance(place, Everywhere):
         return reads(model, place.places[0])
     if isinstance(place, ReadOnly):
@@ -70,6 +74,8 @@ def when(model: Known, place: Place) -> float:
         KeyError: The probe never reached it.
     """
     ticks = model.facts.inside.ticks
+    if isinstance(place, InRun):
+        return _in_run(model, place)
     if isinstance(place, Site) and place.path == model.facts.anatomy.ln_final:
         return math.inf  # after the last layer, with which the probe ends
     if isinstance(place, Site):
@@ -88,6 +94,21 @@ def when(model: Known, place: Place) -> float:
         part = model.facts.anatomy.part("self_attn", place.layer)
         return ticks[part.entry, (), "output"] - 0.5
     raise TypeError(f"{type(place).__name__} is made of other places; ask for those.")
+
+
+def _in_run(model: Known, place: InRun) -> float:
+    """When a pass reaches one run of a looped layer's modules.
+
+    Raises:
+        KeyError: The probe never reached it.
+    """
+    inner, runs = place.place, model.facts.inside.turns
+    if isinstance(inner, Site) and inner.path == model.facts.anatomy.ln_final and place.turn == place.turns - 1:
+        return math.inf
+    key = (inner.path, inner.labels if isinstance(inner, Inside) else ())  # type: ignore[attr-defined]
+    if key not in runs:  # `layers_mid` in a module that ends with it
+        return runs[key[0], ()][place.turn][1] - 0.5
+    return runs[key][place.turn][getattr(inner, "side", "output") == "output"]
 
 
 def _with_image(model: Known, place: Site) -> float:
@@ -118,6 +139,9 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
     Raises:
         Unavailable: The value is passed on in two places, of which only one is served.
     """
+    if isinstance(place, InRun):
+        inner, combine = gradient_reads(model, place.place, label)
+        return [InRun(part, place.turn, place.turns) for part in inner], combine
     if isinstance(place, View):
         inner, combine = gradient_reads(model, place.place, label)
         return inner, lambda given: place.layout.show(combine(given))

@@ -29,6 +29,7 @@ from nnterp.interventions._engine import (
     rows_of,
     sweep,
 )
+from nnterp.interventions._layers import require_once
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
@@ -180,6 +181,7 @@ def _senders_and_receivers(
         ValueError: There are none, or a receiver comes before a sender.
         Unavailable: The model does not have one, or adds to the stream outside of its layers.
     """
+    require_once(model, "path patching")
     if model.anatomy.between:
         raise Unavailable(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "
