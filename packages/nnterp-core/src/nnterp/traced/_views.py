@@ -75,9 +75,9 @@ def over(place: Place, layout: Layout) -> Place:
     return place if layout.name.startswith("[batch, seq, heads,") else View(place, layout)
 
 
+# A tensor that has batch and positions in one axis, as `[batch, seq, ...]`: this invoke's rows of it, as a
+# view.
 def unflattened(model: Running, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that has batch and positions in one axis, as `[batch, seq, ...]`: this invoke's rows of it, as a
-    view."""
     from nnsight.intervention.interleaver import Mediator
 
     batcher = model.interleaver.batcher
@@ -89,8 +89,8 @@ def unflattened(model: Running, tensor: torch.Tensor) -> torch.Tensor:
     return shaped if group is None or not batcher.batching else shaped.narrow(0, *group)
 
 
+# `[batch, seq, ...]` of this invoke put back among all rows, batch and positions in one axis as in `was`.
 def reflattened(model: Running, tensor: torch.Tensor, was: torch.Tensor) -> torch.Tensor:
-    """`[batch, seq, ...]` of this invoke put back among all rows, batch and positions in one axis as in `was`."""
     from nnsight.intervention.interleaver import Mediator
 
     batcher = model.interleaver.batcher

@@ -94,12 +94,11 @@ def axis_index(value: Label | Value, names: Sequence[str]) -> int | None:
     return next((i for i, axis in enumerate(axes_of(value)[1:]) if axis in names), None)
 
 
+# Index of a value's axis of positions, not counting the batch.
+#
+# Raises:
+#     ValueError: It has none.
 def positions_axis(name: str) -> int:
-    """Index of a value's axis of positions, not counting the batch.
-
-    Raises:
-        ValueError: It has none.
-    """
     value = get_label(name)
     axis = axis_index(value, POSITION_AXES)
     if axis is None:
@@ -109,12 +108,11 @@ def positions_axis(name: str) -> int:
     return axis
 
 
+# Index of a value's axis of heads or neurons, not counting the batch.
+#
+# Raises:
+#     ValueError: It has none; the message names values that have one.
 def units_axis(name: str) -> int:
-    """Index of a value's axis of heads or neurons, not counting the batch.
-
-    Raises:
-        ValueError: It has none; the message names values that have one.
-    """
     value = get_label(name)
     axis = axis_index(value, UNIT_AXES)
     if axis is None:
@@ -125,20 +123,19 @@ def units_axis(name: str) -> int:
     return axis
 
 
+# A view of a value `[rows, seq, ...]`, where the model may keep batch and positions in one axis.
+#
+# OPT's MLP does; and rows that joined a running batch may pass in one row of all their positions.
+#
+# Args:
+#     tensor: The value.
+#     rows: Rows of the batch.
+#     seq: Positions that run.
+#     value: Its label.
+#
+# Raises:
+#     ShapeError: The shape does not show which axis is the batch.
 def rows_of(tensor: torch.Tensor, rows: int, seq: int, value: Label | Value) -> torch.Tensor:
-    """A view of a value `[rows, seq, ...]`, where the model may keep batch and positions in one axis.
-
-    OPT's MLP does; and rows that joined a running batch may pass in one row of all their positions.
-
-    Args:
-        tensor: The value.
-        rows: Rows of the batch.
-        seq: Positions that run.
-        value: Its label.
-
-    Raises:
-        ShapeError: The shape does not show which axis is the batch.
-    """
     axes = len(axes_of(value))
     if tensor.dim() < axes and tensor.shape[0] == rows * seq:
         return tensor.unflatten(0, (rows, seq))
@@ -171,14 +168,13 @@ def index_of(edit: Edit, offset: int, device: torch.device) -> tuple[Any, ...]:
     return tuple(where)
 
 
+# The prompt's position at which one row of a value begins, when `seq` positions run from `offset` on.
+#
+# Keys and values of attention may also hold the cached positions before `offset`, and then begin at 0.
+#
+# Raises:
+#     ShapeError: The row has neither as many positions as run, nor as many as the prompt.
 def _begin(value: Label | Value, row: torch.Tensor, seq: int, offset: int) -> int:
-    """The prompt's position at which one row of a value begins, when `seq` positions run from `offset` on.
-
-    Keys and values of attention may also hold the cached positions before `offset`, and then begin at 0.
-
-    Raises:
-        ShapeError: The row has neither as many positions as run, nor as many as the prompt.
-    """
     axis = positions_axis(value.name)
     if axes_of(value)[1 + axis] != "keys" or row.shape[axis] == seq:
         return offset
@@ -190,20 +186,19 @@ def _begin(value: Label | Value, row: torch.Tensor, seq: int, offset: int) -> in
     )
 
 
+# A copy of one value with edits written into it.
+#
+# Args:
+#     tensor: The value.
+#     edits: Pairs of a row and an edit of this value.
+#     size: Rows of the batch and positions that run.
+#     offset: The first position that runs.
+#
+# Raises:
+#     ShapeError: An edit's tensor does not have the shape of what it replaces.
 def apply_edits(
     tensor: torch.Tensor, edits: Iterable[tuple[int, Edit]], size: tuple[int, int], offset: int
 ) -> torch.Tensor:
-    """A copy of one value with edits written into it.
-
-    Args:
-        tensor: The value.
-        edits: Pairs of a row and an edit of this value.
-        size: Rows of the batch and positions that run.
-        offset: The first position that runs.
-
-    Raises:
-        ShapeError: An edit's tensor does not have the shape of what it replaces.
-    """
     copy = tensor.clone()
     value = None
     for row, edit in edits:
