@@ -5,10 +5,16 @@ uv run sphinx-build -W -c docs . build/site
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from importlib.metadata import version as version_of
 from os.path import join, normpath
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from llms import write_llms_txt
+from notebooks import markdown
 
 project = "nnterp"
 author = "The nnterp authors"
@@ -17,10 +23,12 @@ version = release = version_of("nnterp-core")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 include_patterns = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/**",
+    "notebooks/*.ipynb",
     "packages/*/README.md",
     "packages/*/CHANGELOG.md",
     "packages/nnterp-core/src/nnterp/_toy*/README.md",
@@ -64,39 +72,23 @@ def inline(app, what, name, obj, options, lines):
         lines[i] = line if "`" in line else re.sub(r"(?<!\\)\*", r"\\*", line)
 
 
-def write_llms_txt(app, exception):
-    """`llms.txt`: every page with its first sentence, as plain text for language models."""
-    if exception is not None or app.builder.format != "html":
-        return
-    root = Path(app.srcdir)
-    entries = [
-        "# nnterp",
-        "",
-        "> One interface to the inside of any HuggingFace causal language model.",
-        "",
-        "## Pages",
-        "",
-    ]
-    for name in sorted(app.env.found_docs):
-        text = (root / app.env.doc2path(name)).read_text(encoding="utf-8")
-        title = re.search(r"^# (.*)$", text, flags=re.MULTILINE)
-        body = re.sub(r"^```.*?^```$", "", text.partition("\n")[2], flags=re.M | re.S)
-        first = next((p for p in body.split("\n\n") if re.match(r"\s*[\w`\[]", p)), "").split(". ")[0]
-        said = " ".join(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", first).split()).rstrip(".")
-        entries.append(f"- [{title[1] if title else name}]({name}.html): {said}{'' if said.endswith('?') else '.'}")
-    (Path(app.outdir) / "llms.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
+def read_notebooks(app, docname, source):
+    """A notebook is read as the page that it makes, with what it shows."""
+    if Path(app.env.doc2path(docname)).suffix == ".ipynb":
+        source[0] = markdown(json.loads(source[0]))
 
 
 def list_pages(app, docname, source):
     """The table of contents is made of the links of docs/index.md, in their order."""
     if docname == root_doc:
-        links = dict.fromkeys(re.findall(r"\]\(([^)#:]+)\.md\)", source[0]))
+        links = dict.fromkeys(re.findall(r"\]\(([^)#:]+)\.(?:md|ipynb)\)", source[0]))
         pages = "\n".join("/" + normpath(join("docs", link)) for link in links)
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
 
 
 def setup(app):
     """Called by Sphinx."""
+    app.connect("source-read", read_notebooks)
     app.connect("source-read", list_pages)
     app.connect("autodoc-process-docstring", blocks, priority=400)
     app.connect("autodoc-process-docstring", inline, priority=600)

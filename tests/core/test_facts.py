@@ -16,8 +16,9 @@ from nnterp.certificate import CLAIMS, certify
 from nnterp.errors import PaddingError, Unavailable, Unproven, UnprovenWarning
 from nnterp.facts import Facts
 from nnterp.interventions import activation_patching, logit_lens
-from nnterp.named_transformer import SENT, SENT_OF_NNSIGHT
-from nnterp.table import VALUES
+from nnterp.reading import ReadTransformer
+from nnterp.sent import SENT, SENT_OF_NNSIGHT
+from nnterp.table import SENT_WHERE_NAMED, VALUES
 from nnterp.testing import RemoteWorker, tiny_checkpoint, tiny_model, tiny_tokenizer
 from nnterp.traced import TracedTransformer
 
@@ -94,7 +95,7 @@ def test_certifying_touches_nothing(tiny):
     assert model.facts is facts is not found
     assert len(certificate.lines) == len(CLAIMS)
     for field in dataclasses.fields(Facts):
-        if field.name not in ("look_inside", "look_for_states", "places", "residual"):
+        if not field.name.startswith("look_") and field.name not in ("places", "residual"):
             assert getattr(found, field.name) == getattr(facts, field.name), field.name
 
 
@@ -112,7 +113,8 @@ def test_facts_do_not_travel(tiny):
     assert not any(isinstance(value, Facts) for value in state.values())
     bound = {"embed_tokens", "layers", "ln_final", "lm_head", "model", "generator"}
     made = {"directory", "edits", "sharing"}  # for the request
-    assert state.keys() <= {*SENT, *SENT_OF_NNSIGHT, *made, *bound}
+    assert state.keys() <= {*SENT, *SENT_OF_NNSIGHT, *made, *bound, *SENT_WHERE_NAMED}
+    assert not any(hasattr(TracedTransformer, name) for name in SENT_WHERE_NAMED)  # their accessors come with the state
     annotated = {name for name in TracedTransformer.__annotations__ if name not in ("output", *bound, *VALUES)}
     assert {*SENT, *made} == annotated
     for name in SENT:
@@ -127,8 +129,10 @@ def test_what_nnsight_keeps_of_a_model_is_sent():
 
 
 def test_the_names_that_type_checkers_see_are_those_of_the_table():
-    source = ast.parse(textwrap.dedent(inspect.getsource(TracedTransformer)))
-    lines = [node for node in ast.walk(source) if isinstance(node, ast.AnnAssign)]
+    halves = (TracedTransformer, ReadTransformer)  # what travels, and what does not
+    sources = [ast.parse(textwrap.dedent(inspect.getsource(half))) for half in halves]
+    lines = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.AnnAssign)]
+    lines = [line for line in lines if isinstance(line.target, ast.Name)]
     seen = {line.target.id: line.annotation for line in lines if line.target.id in VALUES}
     seen = {name: ast.unparse(annotation) for name, annotation in seen.items()}
     assert seen == {name: "LayerAccessor" if value.per_layer else "torch.Tensor" for name, value in VALUES.items()}

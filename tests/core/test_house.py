@@ -130,9 +130,9 @@ def test_imports_run_one_way(package, path):
 FLOORS = (
     "errors record turn wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
     "selectors beside images indices arguments defaults generation progress identity resuming versions memory sent "
-    "lazy _siblings _ids_alone",
+    "lazy deprecation _siblings _ids_alone",
     "anatomy traced loading testing",
-    "discovery inputs",
+    "decoders discovery inputs",
     "facts positions standing fingerprint frozen few_tokens",
     "editing",
     "values",
@@ -283,11 +283,29 @@ def test_py_typed_and_licence_are_in_every_package():
         assert owner.exists() == (package == "nnterp-core"), "nnterp/__init__.py belongs to nnterp-core alone"
 
 
+def test_what_is_deprecated_says_so_through_one_helper_and_goes_in_time():
+    told = 0
+    for package, path in FILES:
+        tree = tree_of(path)
+        uses = [
+            n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute) and "Deprecation" in ast.unparse(n)
+        ]
+        assert not uses or path.name == "deprecation.py", f"{short(path)} warns by itself: call `deprecated()`"
+        version = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]["version"]
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "deprecated"):
+            told += 1
+            until = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}["removed_in"]
+            numbers = [tuple(map(int, text.split("."))) for text in (version, until)]
+            assert numbers[0] < numbers[1], f"{short(path)}: {ast.unparse(call)}, and {package} is at {version}"
+    assert told
+
+
 def test_changelogs_begin_with_the_version_of_their_package():
     for package in PACKAGES:
         folder = ROOT / "packages" / package
         version = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["version"]
-        released = re.findall(r"^## (\S+)", (folder / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+        headings = re.findall(r"^## (\S+)", (folder / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+        released = headings[headings[:1] == ["Unreleased"] :]
         assert released, f"{package}'s changelog names no version"
         assert released[0] == version, f"{package} is at {version}, its changelog at {released[0]}"
 

@@ -115,9 +115,10 @@ def test_patterns_drift_as_hooks_say(measured):
 
 def test_all_that_the_model_has_is_compared(measured):
     _, model, _, certificate = measured
-    have = [name for name, layers in model.support().layers.items() if layers and name != "mixer_states"]
-    assert list(certificate.drift.values) == [*have, "logits"]
-    assert set(certificate.drift.left_out) <= {"mixer_states"}
+    without = {"mixer_states", "expert_weights", "expert_outputs", "expert_contributions"}
+    served = [name for name, layers in model.support().layers.items() if layers]
+    assert list(certificate.drift.values) == [*(name for name in served if name not in without), "logits"]
+    assert set(certificate.drift.left_out) == without & set(served)
     for line in certificate.drift.lines:
         assert line.layer is None or VALUES[line.value].per_layer
         assert 0 <= line.mean <= line.worst < 0.6

@@ -66,6 +66,14 @@ def test_links_inside_the_repository_lead_somewhere(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("page", [*READMES, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: name(page))
+def test_links_to_the_web_are_well_formed(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(([a-z]+:[^)\s]*)\)", re.sub(r"`[^`]*`", "", text))
+    host = r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[^\s]*)?"
+    assert [link for link in links if not re.fullmatch(host, link) or link.endswith((".", ",", "#"))] == []
+
+
 def test_the_two_commands_stand_at_the_top():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:8]
     assert "pip install uv && uv run nnterp demo" in lines

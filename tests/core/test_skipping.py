@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
-from nnterp.testing import model_types, tiny_model, tiny_tokenizer
+from nnterp.testing import model_types, tiny_model
 
+from ..looped_modeling import LOOPED
 from .test_certificate_zoo import REFUSED
 
 IDS = torch.arange(20, 32)[None]
@@ -18,9 +18,9 @@ LENDERS = {"gemma3n_text": {0, 1}, "hy_v4": {1}}
 IDLE = {"mllama": {1, 3}}
 
 
-@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in REFUSED and t not in STATEFUL])
-def test_skipping_equals_handing_the_input_on(model_type):
-    model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
+@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in {*REFUSED, *LOOPED, *STATEFUL}])
+def test_skipping_equals_handing_the_input_on(model_type, tiny):
+    model = tiny(model_type)
     module = model._module
     layers = set(range(model.num_layers)) - LENDERS.get(model_type, set()) - IDLE.get(model_type, set())
     for layer in sorted(layers)[:: max(1, len(layers) // 2)]:
@@ -43,8 +43,8 @@ def test_skipping_equals_handing_the_input_on(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "xlstm"])
-def test_skipping_a_recurrent_layer_equals_removing_it(model_type):
-    model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
+def test_skipping_a_recurrent_layer_equals_removing_it(model_type, tiny):
+    model = tiny(model_type)
     for layer in range(1, model.num_layers):
         shorter = tiny_model(model_type)
         del shorter.get_submodule(model.anatomy.layers)[layer]
@@ -57,8 +57,8 @@ def test_skipping_a_recurrent_layer_equals_removing_it(model_type):
         torch.testing.assert_close(skipped, expected)
 
 
-def test_skipping_hands_a_routers_state_on():
-    model = StandardizedTransformer(tiny_model("zaya"), tokenizer=tiny_tokenizer())
+def test_skipping_hands_a_routers_state_on(tiny):
+    model = tiny("zaya")
     for layer, block in enumerate(model._module.model.layers):
         handle = block.register_forward_hook(lambda m, args, output: (args[0], args[1]))
         with torch.no_grad():
@@ -71,8 +71,8 @@ def test_skipping_hands_a_routers_state_on():
 
 
 @pytest.mark.parametrize(("model_type", "layers"), LENDERS.items())
-def test_a_layer_that_others_borrow_from_is_not_skipped_alone(model_type, layers):
-    model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
+def test_a_layer_that_others_borrow_from_is_not_skipped_alone(model_type, layers, tiny):
+    model = tiny(model_type)
     for layer in layers:
         with pytest.raises(Unavailable, match=f"Layer {layer} .* cannot be skipped alone"), model.trace(IDS):
             model.skip_layer(layer)
@@ -82,8 +82,8 @@ def test_a_layer_that_others_borrow_from_is_not_skipped_alone(model_type, layers
     assert logits.isfinite().all()
 
 
-def test_skipping_works_while_generating():
-    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer())
+def test_skipping_works_while_generating(tiny):
+    model = tiny("llama")
     module = model._module
     handle = module.model.layers[1].register_forward_hook(lambda m, args, output: args[0])
     expected = module.generate(IDS, max_new_tokens=4, do_sample=False)

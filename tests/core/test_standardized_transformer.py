@@ -332,9 +332,14 @@ def test_steer_many_layers_in_any_order_and_bad_vectors(model):
         model.logits.save()
     with pytest.raises(ShapeError, match="64"), model.trace(PROMPT):
         model.steer(1, torch.randn(63))
-    with pytest.warns(DeprecationWarning, match="token_positions"), model.trace(PROMPT):
+    with pytest.warns(DeprecationWarning, match="3.0: use `token_positions=`") as told, model.trace(PROMPT):
         model.steer(1, vector, positions=-1)
-        model.logits.save()
+        older = model.logits.save()
+    assert [warning.filename for warning in told] == [__file__]  # where Python shows it
+    with model.trace(PROMPT):
+        model.steer(1, vector, token_positions=-1)
+        newer = model.logits.save()
+    torch.testing.assert_close(older, newer, rtol=0, atol=0)
     with pytest.raises(IndexError), model.trace(PROMPT):
         model.steer(7, vector)
 

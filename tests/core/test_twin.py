@@ -45,8 +45,7 @@ def test_it_proves_what_the_weights_prove(model_type, tmp_path):
     without.learn_from_twin()
     told = places(without)
     assert not without.dispatched
-    there = StandardizedTransformer(folder, enable_attention_probs=eager)
-    there.dispatch()
+    there = StandardizedTransformer(folder, enable_attention_probs=eager, dispatch=True)
     proven = places(there)
     for key, place in told.items():
         learned = place is None and key[0].endswith(LEARNED)

@@ -48,11 +48,12 @@ def test_the_tone_is_there_and_the_controls_are_not(toy):
     assert abs(found["shuffled"].mean().item() - 0.5) < 0.15
     assert found["random"].mean() < found["accuracy"].mean()
     assert found["accuracy"][found.best()] == found["accuracy"].max()
-    same = probe(toy, TEXTS, LABELS, position=None, repeats=8, batch_size=3)
-    for name in ("accuracy", "shuffled", "random"):
-        torch.testing.assert_close(same[name], found[name])
-    other = probe(toy, TEXTS, LABELS, position=None, repeats=8, seed=5)
-    assert not torch.equal(other["shuffled"], found["shuffled"])
+    same = probe(toy, TEXTS, LABELS, position=None, repeats=2, batch_size=3)
+    torch.testing.assert_close(same["accuracy"], found["accuracy"])
+    for name in ("shuffled", "random"):
+        torch.testing.assert_close(same[name], found[name][:, :2])
+    other = probe(toy, TEXTS, LABELS, layers=0, position=None, repeats=8, controls=["shuffled"], seed=5)
+    assert not torch.equal(other["shuffled"], found["shuffled"][:1])
 
 
 def test_what_is_not_there_is_not_found(tiny):

@@ -77,6 +77,10 @@ class Environment:
         run(self.uv, "pip", "install", "--quiet", "--python", self.folder, *wheels)
         run(self.uv, "pip", "check", "--python", self.folder)
 
+    def installed(self) -> set[str]:
+        """The distributions that are there, with their versions."""
+        return set(run(self.uv, "pip", "list", "--quiet", "--format", "freeze", "--python", self.folder).split())
+
     def nnterp(self, *arguments: str) -> str:
         """Output of the `nnterp` command."""
         return run(self.programs / "nnterp", *arguments, cwd=self.folder, bytecode=self.bytecode)

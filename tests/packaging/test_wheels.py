@@ -18,11 +18,6 @@ MODULES = {
 }
 SIBLINGS = {module: name for name, modules in MODULES.items() if name != "nnterp-core" for module in modules}
 
-ORDERS = (
-    ("nnterp-interventions", "nnterp-prompts", "nnterp-display"),
-    ("nnterp-display", "nnterp-prompts", "nnterp-interventions"),
-)
-
 CHECK_IMPORTS = """
 import importlib, sys
 import nnterp
@@ -127,28 +122,32 @@ def test_the_toy_checkpoint_is_in_the_core_wheel(wheels):
     assert sum(entry.file_size for entry in toy) <= 4 * 2**20
 
 
-def test_core_alone_loads_a_model_and_traces(wheels, environment):
-    environment.install(wheels["nnterp-core"])
+def add(environment, wheels, present, name):
+    """Install one more package beside those whose modules are `present`; what is there is imported, the rest is not."""
+    environment.install(wheels[name])
+    present += MODULES[name]
+    absent = {module: distribution for module, distribution in SIBLINGS.items() if module not in present}
+    environment.python(CHECK_IMPORTS.format(present=present, absent=absent))
+
+
+def test_core_alone_then_its_siblings_one_at_a_time(wheels, environment):
+    """The umbrella is installed before display comes, and adds itself alone."""
+    present = []
+    add(environment, wheels, present, "nnterp-core")
     assert "next:  Paris" in environment.python(TRACE_THE_TOY)
-    environment.python(CHECK_IMPORTS.format(present=["nnterp"], absent=SIBLINGS))
-
-
-@pytest.mark.parametrize("order", ORDERS, ids=" then ".join)
-def test_siblings_are_added_one_at_a_time_in_any_order(wheels, environment, order):
-    environment.install(wheels["nnterp-core"])
-    present = ["nnterp"]
-    for name in order:
-        environment.install(wheels[name])
-        present += MODULES[name]
-        absent = {module: distribution for module, distribution in SIBLINGS.items() if module not in present}
-        environment.python(CHECK_IMPORTS.format(present=present, absent=absent))
+    for name in ("nnterp-interventions", "nnterp-prompts"):
+        add(environment, wheels, present, name)
+    before = environment.installed()
+    environment.install(wheels["nnterp"])
+    assert environment.installed() - before == {f"nnterp=={metadata(wheels['nnterp'])['Version']}"}
+    assert before < environment.installed()
+    assert "Paris" in environment.nnterp("demo")
+    add(environment, wheels, present, "nnterp-display")
     assert set(SIBLINGS) < set(present)
 
 
-def test_the_umbrella_brings_everything_but_display(wheels, environment):
-    environment.install(*(wheel for name, wheel in wheels.items() if name != "nnterp-display"))
-    absent = {module: name for module, name in SIBLINGS.items() if name == "nnterp-display"}
-    environment.python(
-        CHECK_IMPORTS.format(present=[module for module in SIBLINGS if module not in absent], absent=absent)
-    )
-    assert "Paris" in environment.nnterp("demo")
+def test_siblings_are_added_in_another_order(wheels, environment):
+    present = []
+    for name in ("nnterp-core", "nnterp-display", "nnterp-prompts", "nnterp-interventions"):
+        add(environment, wheels, present, name)
+    assert set(SIBLINGS) < set(present)

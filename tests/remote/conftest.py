@@ -1,14 +1,19 @@
 """A model that is only here in name, and a worker that has its weights and not this library."""
 
 import functools
+import inspect
 from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from nnsight.intervention import serialization
 
 from nnterp import StandardizedTransformer
 from nnterp.testing import RemoteWorker, tiny_checkpoint
 
 TYPES = ("gpt2", "llama", "jamba")
+PARSERS = ("_lambda_source", "_referenced_names", "_function_referenced_names")
 
 
 @dataclass
@@ -19,6 +24,18 @@ class Pair:
     there: StandardizedTransformer
     worker: RemoteWorker
     folder: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sources_are_read_once():
+    """nnsight reads and parses the source of every function of a request anew, which is most of a request's cost."""
+    read = {name: functools.cache(getattr(inspect, name)) for name in ("getsource", "getsourcelines")}
+    parse = {name: functools.cache(getattr(serialization, name)) for name in PARSERS}
+    with (
+        mock.patch.object(serialization, "inspect", SimpleNamespace(**{**vars(inspect), **read})),
+        mock.patch.multiple(serialization, **parse),
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,14 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types
 
+from ...looped_modeling import LOOPED
 from .values_reference import LENGTH, arguments, attentions, hooked, ids, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NO_RESIDUAL_STREAM = {"hrm_text", "xlm"}  # models whose layers nnterp refuses to name
+NO_RESIDUAL_STREAM = {"xlm"}  # models whose layers nnterp refuses to name
 NO_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm", "longcat_flash"}
-TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM | NO_ATTENTION]
+TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM | LOOPED | NO_ATTENTION]
 
 # What no place serves, with the reason in words of the model's own code.
 UNSERVED = {

@@ -6,12 +6,13 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.testing import model_types
 
+from ...looped_modeling import LOOPED
 from .values_reference import arguments, ids, wrapped
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-NO_RESIDUAL_STREAM = {"hrm_text", "xlm", "reformer"}  # refused at load, with the reason
-TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM]
+NO_RESIDUAL_STREAM = {"xlm", "reformer"}  # refused at load, with the reason
+TYPES = [t for t in model_types() if t not in NO_RESIDUAL_STREAM | LOOPED]
 
 
 def served(model, name, layer):

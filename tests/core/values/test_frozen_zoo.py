@@ -7,9 +7,11 @@ from nnterp.frozen import FROZEN, _holding
 from nnterp.frozen._proof import prove
 from nnterp.testing import model_types, tiny_model
 
+from ...looped_modeling import LOOPED
+
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-NO_ANATOMY = {"hrm_text", "xlm"}
+NO_ANATOMY = {"xlm", *LOOPED}
 MIXERS = {  # state space, linear attention, convolution or recurrent mixers: norms alone
     *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2"),
     *("minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),

@@ -8,16 +8,17 @@ from nnterp.errors import Unavailable
 from nnterp.testing import NOT_CAUSAL, model_types
 from nnterp.values import reads, when
 
+from ...looped_modeling import LOOPED
 from .plain_attention import PlainAttention
 from .values_reference import arguments, hooked, ids, wrapped
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-REFUSED = {"hrm_text", "xlm", "reformer"}  # nnterp does not load them
+REFUSED = {"xlm", "reformer"}  # nnterp does not load them
 NO_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 TWO_A_LAYER = {"longcat_flash"}  # tested on its own
 EINSUMS = {"xlnet", "prophetnet"}  # contracted by einsum, with terms of relative positions: see test_attention
-TYPES = [t for t in model_types() if t not in REFUSED | NO_ATTENTION | TWO_A_LAYER | EINSUMS]
+TYPES = [t for t in model_types() if t not in REFUSED | LOOPED | NO_ATTENTION | TWO_A_LAYER | EINSUMS]
 
 # What attention averages is changed before W_O, and z is what W_O is given.
 CHANGED = {

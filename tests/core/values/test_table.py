@@ -17,11 +17,8 @@ SERVED = [
     n
     for n, row in VALUES.items()
     if row.stack == "layers"
-    and n
-    not in (
-        *("router_logits", "router_choices", "other_contributions", "shared_expert_neurons", "mixer_states"),
-        "features",
-    )
+    and row.finder not in ("router", "experts", "state", "linear", "features")
+    and n not in ("other_contributions", "shared_expert_neurons")
 ]
 
 

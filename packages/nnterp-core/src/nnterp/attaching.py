@@ -49,10 +49,9 @@ def attach(
         InsideTraceError: Called inside a trace of this model.
 
     Example:
-        >>> attach(model, dictionary, at="layers_output[2]")
-        (2, 0)
-        >>> with model.trace("The capital of France is"):
-        ...     features = model.features[2].save()
+        print(attach(model, nnterp.toy_dictionary("residual_4"), at="layers_output[2]"))  # → (2, 0)
+        with torch.no_grad(), model.trace("The capital of France is"):
+            features = model.features[2].save()  # [batch, seq, features]
     """
     model.require_no_trace("attach()")
     if not isinstance(dictionary, Dictionary):
@@ -105,8 +104,8 @@ def detach(model: NamedTransformer, at: int | tuple[int, int] | str | None = Non
         InsideTraceError: Called inside a trace of this model.
 
     Example:
-        >>> index = attach(model, dictionary, at="layers_output[2]")
-        >>> detach(model, index)
+        attach(model, nnterp.toy_dictionary("residual_4"))
+        detach(model)
     """
     model.require_no_trace("detach()")
     _forget(model)

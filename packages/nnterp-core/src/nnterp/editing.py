@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
+from nnterp.deprecation import deprecated
 from nnterp.errors import InsideTraceError, Unavailable
 from nnterp.standing import conditional, standing
+from nnterp.table import SENT_WHERE_NAMED
 from nnterp.traced import Condition, TracedTransformer, skip_layers, steering_of
 from nnterp.turn import Turn
 
 EDITS = frozenset(["steer", "skip_layer", "skip_layers", "each_step"])  # methods of `Edits`, as blocks name them
 # Whether the remote request that is being made takes the edits along: yes, unless its block was seen to name none.
 mentions_edits: ContextVar[bool] = ContextVar("mentions_edits", default=True)
+# Which values of few models it takes along: all, unless its block was seen to name none.
+mentions_values: ContextVar[frozenset[str]] = ContextVar("mentions_values", default=SENT_WHERE_NAMED)
 
 
 class EditedTransformer(TracedTransformer):
@@ -118,6 +122,8 @@ class EditedTransformer(TracedTransformer):
             IndexError: There is no such layer, row or position.
             ValueError, TypeError: An argument selects nothing or is of no use.
         """
+        if positions is not None:
+            deprecated("`steer(positions=)`", "`token_positions=`", removed_in="3.0")
         how = (positions, token_positions, batch_index, steps, mode, keep_norm, origin)
         TracedTransformer.steer(self, layers, steering_vector, factor, *how)
 
@@ -154,6 +160,7 @@ class EditedTransformer(TracedTransformer):
                 a `SteeringVector` of another model.
 
         Example:
+            vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
             with model.steering(vector, layers=[3, 4], factor=2):
                 lens = logit_lens(model, prompts)
         """

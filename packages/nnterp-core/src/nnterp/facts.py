@@ -12,8 +12,11 @@ from typing import Any, Literal
 from torch import nn
 
 from nnterp.anatomy import Anatomy, AttnProbFunction, cross_layers
+from nnterp.decoders import DecoderReadout
 from nnterp.discovery import (
+    ContextFact,
     Findings,
+    Linear,
     Probe,
     ResidualStructure,
     States,
@@ -21,7 +24,9 @@ from nnterp.discovery import (
     declared_chain,
     declared_lenders,
     declared_sharing,
+    find_context,
     find_inside,
+    find_linear,
     find_states,
     silent_weights,
     sounding,
@@ -40,7 +45,8 @@ class Facts:
 
     Certifying a model makes its facts, and the model is given them in one assignment. Until then, code that needs only
     names works, and code that needs proven numbers raises `Unproven`. Nothing in it changes but caches (`places`,
-    `inside`, `states`).
+    `inside`, `states`, `linear`,
+    `context`).
 
     Attributes:
         anatomy: Which module plays which part, as corrected by the order in which modules run.
@@ -55,12 +61,14 @@ class Facts:
         why_unproven: What errors say about facts that are not proven: why, and what to do.
         only_with_image: Indices of the layers that run only when there is an image (Mllama's cross-attention).
         vision: What a run with an image proved; None before there was one.
-        repeated: Modules that run more than once in a forward pass.
+        repeated: Modules that run more than once in a forward pass → how often.
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
         residual: How each layer combines its parts; empty before it is proven.
         between: For each layer the operation whose result is `layers_mid`, or None.
         look_inside: Finds where the inside of layers is served; run once, when it is first needed.
         look_for_states: Finds where the states of mixers are served; run once, when it is first needed.
+        look_for_linear: Finds the queries, keys, values and gates of linear attention; run once.
+        look_for_context: Finds what the model does around its layers; run once, when it is first needed.
         encoder: In an encoder-decoder model, what is known of its encoder's layers.
         cross: The same of the cross-attention in its decoder's layers, as if it were their only part.
         places: Where values were found, by (name, layer), so that each is looked up once.
@@ -77,12 +85,14 @@ class Facts:
     why_unproven: str = "nothing has proven it for this model: call model.validate()"
     only_with_image: tuple[int, ...] = ()
     vision: Vision | None = None
-    repeated: frozenset[str] = frozenset()
+    repeated: dict[str, int] = field(default_factory=dict)
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()
     between: tuple[Inside | None, ...] = ()
     look_inside: Callable[[], Findings] | None = field(default=None, repr=False)
     look_for_states: Callable[[], States] | None = field(default=None, repr=False)
+    look_for_linear: Callable[[], Linear] | None = field(default=None, repr=False)
+    look_for_context: Callable[[], tuple[ContextFact, ...]] | None = field(default=None, repr=False)
     encoder: Facts | None = None
     cross: Facts | None = None
     places: dict[tuple[str, int | tuple[int, int] | None], Place] = field(default_factory=dict, init=False, repr=False)
@@ -120,6 +130,28 @@ class Facts:
             raise Unproven(self.unproven("Where a mixer's state is served"))
         return self.look_for_states()
 
+    @cached_property
+    def linear(self) -> Linear:
+        """Where the inside of linear attention is served.
+
+        Raises:
+            Unproven: Nothing has run the model yet.
+        """
+        if self.look_for_linear is None:
+            raise Unproven(self.unproven("Where the inside of linear attention is served"))
+        return self.look_for_linear()
+
+    @cached_property
+    def context(self) -> tuple[ContextFact, ...]:
+        """What the model does around its layers.
+
+        Raises:
+            Unproven: Nothing has run the model yet.
+        """
+        if self.look_for_context is None:
+            raise Unproven(self.unproven("What the model does around its layers"))
+        return self.look_for_context()
+
     def searching(self, module: nn.Module, interleaver: Any) -> Facts:
         """These facts, the inside of layers and the states to be found in a module whose weights are here.
 
@@ -136,6 +168,14 @@ class Facts:
             with Apart(interleaver), sounding(module, silent_weights(module)):
                 return find_states(Probe(module, self.anatomy, self.repeated))
 
+        def linear() -> Linear:
+            with Apart(interleaver), sounding(module, silent_weights(module)):
+                return find_linear(Probe(module, self.anatomy, self.repeated))
+
+        def context() -> tuple[ContextFact, ...]:
+            with Apart(interleaver):
+                return find_context(Probe(module, self.anatomy, self.repeated), self.residual, self.readout)
+
         look, look_for_states = functools.cache(inside), functools.cache(states)
         encoder, cross = self.encoder, self.cross
         if encoder is not None:
@@ -143,7 +183,13 @@ class Facts:
         if cross is not None:
             cross = dataclasses.replace(cross, look_inside=lambda: look().cross or Findings(), proof=self.proof)
         return dataclasses.replace(
-            self, look_inside=look, look_for_states=look_for_states, encoder=encoder, cross=cross
+            self,
+            look_inside=look,
+            look_for_states=look_for_states,
+            look_for_linear=functools.cache(linear),
+            look_for_context=functools.cache(context),
+            encoder=encoder,
+            cross=cross,
         )
 
     def of_stack(self, stack: str) -> Facts:
@@ -177,10 +223,8 @@ def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFuncti
     paths = tuple(layer.path for layer in anatomy.blocks)
     layout = StreamLayout(3, 0, anatomy.sizes.hidden_size or 0)
     chain = declared_chain(module.config)
-    readout = Readout(
-        *(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout),
-        encoded=anatomy.encoder is not None,
-    )
+    kind = Readout if anatomy.encoder is None else DecoderReadout
+    readout = kind(anatomy.model_class, anatomy.ln_final, anatomy.lm_head, paths, chain, layout)
     lenders = declared_lenders(module, anatomy.num_layers)
     encoder = None if anatomy.encoder is None else Facts(anatomy.encoder, [], readout)
     across = cross_layers(anatomy)

@@ -62,6 +62,14 @@ def accepts_argument(module: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def without_full_mask(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a run is given, without a mask that hides nothing if the module's forward takes no mask."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or not bool(mask.all()) or accepts_argument(module, "attention_mask"):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name != "attention_mask"}
+
+
 def cache_argument(module: nn.Module) -> str | None:
     """What a model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before; or None."""
     parameters = inspect.signature(module.forward).parameters

@@ -36,9 +36,9 @@ class ImageTransformer(NamedTransformer):
             InsideTraceError: Called inside a trace of this model.
 
         Example:
-            >>> inputs = processor(text="<image> What is this?", images=picture, return_tensors="pt")
-            >>> model.validate_images(inputs).ok
-            True
+            tiny = testing.tiny_model("llava", images=True)
+            llava = StandardizedTransformer(tiny, tokenizer=testing.tiny_tokenizer())
+            print(llava.validate_images(testing.tiny_image_inputs(tiny)).ok)  # → True
         """
         self.require_no_trace("validate_images()")
         self.prepare()

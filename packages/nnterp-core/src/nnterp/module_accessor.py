@@ -26,6 +26,12 @@ class ModuleAccessor:
 
     Raises:
         AnatomyError: A part was not found.
+
+    Example:
+        from transformers import AutoModelForCausalLM
+
+        names = ModuleAccessor(AutoModelForCausalLM.from_pretrained(nnterp.toy_checkpoint()))
+        print(type(names.get_mlp(3)).__name__)  # → LlamaMLP
     """
 
     def __init__(

@@ -12,20 +12,23 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnterp.anatomy import Anatomy, RenameConfig, find_anatomy
+from nnterp.decoders import check_encoder_mask
 from nnterp.devices import input_device
 from nnterp.discovery import ResidualStructure
-from nnterp.editing import EditedTransformer, mentions_edits
+from nnterp.editing import EditedTransformer, mentions_edits, mentions_values
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
-from nnterp.huggingface import accepts_argument, is_huggingface, require_no_dropout
-from nnterp.identity import checkpoint_digest
+from nnterp.huggingface import is_huggingface, require_no_dropout, without_full_mask
+from nnterp.identity import Checkpoint, checkpoint_of
 from nnterp.inputs import Row, both_inputs, tokenized
 from nnterp.loading import left_in_place, reported
-from nnterp.sent import SentByName
+from nnterp.sent import SENT, SENT_OF_NNSIGHT, SentByName
+from nnterp.table import LABELS, SENT_WHERE_NAMED
 from nnterp.traced import (
     Attached,
     Edits,
+    LayerAccessor,
     Lender,
     NoEdits,
     Place,
@@ -38,19 +41,8 @@ from nnterp.traced import (
     travel_by_value,
 )
 from nnterp.turn import Turn
-from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run
+from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run, runs_of
 
-# Attributes that a remote request carries: nnsight's own, and nnterp's. Bound names (`layers`, ...) are sent too.
-SENT_OF_NNSIGHT = (
-    *("task", "pipeline", "tokenizer", "processor", "image_processor", "feature_extractor", "peft", "repo_id"),
-    *("revision", "dispatched", "_module", "path", "interleaver", "_edits", "_rename", "_aliases", "_envoys"),
-    *("_children", "_child_map", "args", "kwargs", "generator"),
-)
-SENT = (
-    *"num_layers num_vision_layers num_encoder_layers hidden_size num_heads num_kv_heads head_dim".split(),
-    *"intermediate_size vocab_size model_class layer_paths readout lenders positions_from_mask".split(),
-    *("standing", "attached"),
-)
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
 
@@ -73,7 +65,7 @@ class NamedTransformer(EditedTransformer):
     def __init__(self, model: str | nn.Module, rename_config: RenameConfig | None = None, **kwargs: Any) -> None:
         self.rename_config = rename_config
         self._turn = Turn()  # of the thread that runs the model
-        self.standing, self.edits, self.loaded_files = (), Edits(), ""  # digest of the loaded checkpoint
+        self.standing, self.edits, self.loaded_files = (), Edits(), Checkpoint()
         self.attachments: dict[tuple[int, int], Attachment] = {}  # dictionaries, see `nnterp.attach`
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
@@ -92,22 +84,20 @@ class NamedTransformer(EditedTransformer):
         return input_device(self._module) if self.dispatched else TransformersModel.device.fget(self)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
-        if is_huggingface(self._module):
-            if self.num_encoder_layers and getattr(fn, "__name__", fn) in ("_call", "__call__"):
-                invokes = [both_inputs(self, *invoke) for invoke in invokes]
-            return TracedTransformer._batch(self, invokes, fn)
-        args, kwargs = TracedTransformer._batch(self, [tokenized(self.tokenizer, *invoke) for invoke in invokes], fn)
-        mask = kwargs.get("attention_mask")  # full: padding was refused
-        if mask is not None and bool(mask.all()) and not accepts_argument(self._module, "attention_mask"):
-            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
-        return args, kwargs
+        if not is_huggingface(self._module):
+            invokes = [tokenized(self.tokenizer, *invoke) for invoke in invokes]
+        elif self.num_encoder_layers and getattr(fn, "__name__", fn) in ("_call", "__call__"):
+            invokes = [both_inputs(self, *invoke) for invoke in invokes]
+        args, kwargs = TracedTransformer._batch(self, invokes, fn)
+        check_encoder_mask(self, kwargs)
+        return args, kwargs if is_huggingface(self._module) else without_full_mask(self._module, kwargs)
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}
-        files = checkpoint_digest(name, options)
+        files = checkpoint_of(name, options)
         with self._turn, reported(self._load_reports):
             module = TransformersModel._load(self, *args, **kwargs)
-        self.loaded_files = files if files == checkpoint_digest(name, options) else ""
+        self.loaded_files = files if files.unchanged() else Checkpoint()
         self._load_reports[:] = [report for report in self._load_reports if report[0] is module]
         return module
 
@@ -118,7 +108,7 @@ class NamedTransformer(EditedTransformer):
 
     def adopt(self, facts: Facts) -> None:
         """Take over what was learnt of this model, and bind the names of its anatomy."""
-        self.facts = facts
+        self.facts, self.runs = facts, runs_of(facts)
         bind_names(self, facts.anatomy.names(), facts.readout.layer_paths)
 
     def supposing(self, facts: Facts) -> NamedTransformer:
@@ -127,7 +117,7 @@ class NamedTransformer(EditedTransformer):
         The two share the HuggingFace module, nnsight's tree and the names that are bound to it.
         """
         trial = object.__new__(NamedTransformer)
-        trial.__dict__.update(self.__dict__, facts=facts)
+        trial.__dict__.update(self.__dict__, facts=facts, runs=runs_of(facts))
         return trial
 
     # -- what is known, by the names that the traced half uses ------------------------------------------------------
@@ -184,7 +174,7 @@ class NamedTransformer(EditedTransformer):
 
     @property
     def num_layers(self) -> int:  # type: ignore[override]
-        """Number of layers of the residual stream."""
+        """Number of layers of the residual stream; in a looped model, each counts as often as it runs."""
         return self.facts.anatomy.num_layers
 
     @property
@@ -267,8 +257,6 @@ class NamedTransformer(EditedTransformer):
 
     def require_images(self, row: Row) -> None:
         """Does nothing here; `StandardizedTransformer` proves runs with an image."""
-
-    # -- where everything is ----------------------------------------------------------------------------------------
 
     @property
     def attached(self) -> Attached | None:  # type: ignore[override]
@@ -377,6 +365,7 @@ class NamedTransformer(EditedTransformer):
                 "Set model.tokenizer.padding_side = 'left'."
             )
         mentions_edits.set(True)
+        mentions_values.set(SENT_WHERE_NAMED)
         travel_by_value()
 
     def __copy__(self) -> NamedTransformer:
@@ -396,5 +385,7 @@ class NamedTransformer(EditedTransformer):
             state = {"tokenizer": SentByName(self.tokenizer._persistent_id, type(self).__name__), **state}
         state["sharing"] = None if self.sharing == Sharing() else self.sharing
         state["edits"] = self.edits if mentions_edits.get() else NoEdits()
-        state["directory"] = directory_of(self, self.module_path)
+        named = mentions_values.get()
+        state.update({name: LayerAccessor(self, LABELS[name]) for name in named})
+        state["directory"] = directory_of(self, self.module_path, SENT_WHERE_NAMED - named)
         return arriving, (), state

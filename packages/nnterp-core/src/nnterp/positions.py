@@ -58,6 +58,9 @@ def plain_positions(given: Any, name: str = "positions") -> Plain:
     Raises:
         TypeError: It is something else: a boolean, a float.
         ValueError: It is empty, or a text.
+
+    Example:
+        print(positions.plain_positions([0, -1]))  # → (0, -1)
     """
     if isinstance(given, (TextSelector, ImageSelector)):
         return given
@@ -86,6 +89,9 @@ def per_prompt(positions: Plain, prompts: int) -> list[Plain]:
 
     Raises:
         ValueError: There is not one entry for each prompt.
+
+    Example:
+        print(positions.per_prompt(-1, 2))  # → [-1, -1]
     """
     if not isinstance(positions, tuple) or not any(isinstance(p, (tuple, slice)) for p in positions):
         return [positions] * prompts
@@ -97,7 +103,11 @@ def per_prompt(positions: Plain, prompts: int) -> list[Plain]:
 
 
 def is_one_position(positions: Plain) -> bool:
-    """Whether positions are one index, or a selector of one token, so that a result has no axis for them."""
+    """Whether positions are one index, or a selector of one token, so that a result has no axis for them.
+
+    Example:
+        print(positions.is_one_position(-1), positions.is_one_position((0, 1)))  # → True False
+    """
     return isinstance(positions, int) or (isinstance(positions, TextSelector) and positions.which == "last_of")
 
 
@@ -116,6 +126,11 @@ def resolve(model: Reader, row: Row, positions: Any, label: str = "prompt") -> t
         TypeError: It is no position: a boolean, a float.
         ValueError: A text was given; the text of a selector is not in the prompt, or the prompt has no text; or a slice
             selects nothing of it.
+
+    Example:
+        from nnterp.inputs import encode
+
+        print(positions.resolve(model, encode(model, "The capital of France is")[0], -1))  # → (4,)
     """
     return _resolved(model, row, plain_positions(positions), label)
 
@@ -146,7 +161,13 @@ def _resolved(model: Reader, row: Row, positions: Plain, label: str) -> tuple[in
 
 
 def describe(model: Reader, row: Row) -> str:
-    """A row's tokens with their positions, for errors."""
+    """A row's tokens with their positions, for errors.
+
+    Example:
+        from nnterp.inputs import encode
+
+        print(positions.describe(model, encode(model, "The capital")[0]))
+    """
     names = model.tokenizer.convert_ids_to_tokens(list(row.ids))
     shown = [f"{i}:{name!r}" for i, name in enumerate(names)]
     if len(shown) > 40:

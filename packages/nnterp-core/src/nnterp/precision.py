@@ -153,11 +153,21 @@ def _dtype(module: nn.Module) -> str:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
+_BY_CHOICE = "it stands in the order of router_choices, which may differ; mlps_output is compared"
+_NOT_COMPARED = {
+    "mixer_states": "it belongs to a run with a cache",
+    "features": "it is attached",
+    "expert_weights": _BY_CHOICE,
+    "expert_outputs": _BY_CHOICE,
+    "expert_contributions": "it holds every expert for every token; mlps_output is compared",
+}
+
+
 def _shared(value: str, mine: Support, its: Support, left_out: dict[str, str]) -> list[int]:
     """The layers at which both models have a value. If only one of them has it, the reason is put into `left_out`."""
-    if value in ("mixer_states", "features"):
+    if value in _NOT_COMPARED:
         if mine[value]:
-            left_out[value] = "it belongs to a run with a cache" if value == "mixer_states" else "it is attached"
+            left_out[value] = _NOT_COMPARED[value]
         return []
     if VALUES[value].stack == "vision":
         if mine[value]:
@@ -192,7 +202,7 @@ def _read(model: NamedTransformer, rows: list[Row], value: str, layers: list[int
     collected = collect(model, [as_given(model, row) for row in rows], value, layers=chosen, progress=False)
     pattern = value in VALUES and VALUES[value].is_pattern
     read = []
-    if value in VALUES and VALUES[value].label.of_encoder:
+    if value in VALUES and VALUES[value].of_encoder:
         rows = [row.encoder for row in rows if row.encoder is not None]
     for layer in layers:
         whole = collected[value] if chosen is None else collected[value, layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -13,13 +13,57 @@ from nnterp.datasets import ActivationDataset, refuse_for_disk, write_dataset
 from nnterp.errors import Unavailable
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
-from nnterp.table import LABELS, VALUES, Value
-from nnterp.traced import accessor
-from nnterp.values import Support, canonical, explain, support
+from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES, Value
+from nnterp.traced import LayerAccessor, accessor
+from nnterp.values import Support, canonical, explain, explain_context, support
 
 
 class ReadTransformer(NamedTransformer):
     """The methods of a model that read it."""
+
+    if TYPE_CHECKING:
+        mixer_queries: LayerAccessor
+        mixer_keys: LayerAccessor
+        mixer_values: LayerAccessor
+        mixer_decays: LayerAccessor
+        mixer_betas: LayerAccessor
+        mixer_steps: LayerAccessor
+        mixer_states: LayerAccessor
+        router_logits: LayerAccessor
+        router_choices: LayerAccessor
+        expert_weights: LayerAccessor
+        expert_outputs: LayerAccessor
+        expert_contributions: LayerAccessor
+        cross_attentions_input: LayerAccessor
+        cross_attention_queries: LayerAccessor
+        cross_attention_keys: LayerAccessor
+        cross_attention_values: LayerAccessor
+        cross_attention_scores: LayerAccessor
+        cross_attention_probabilities: LayerAccessor
+        cross_attention_head_outputs: LayerAccessor
+        cross_attention_head_contributions: LayerAccessor
+        cross_attentions_output: LayerAccessor
+        encoder_layers_input: LayerAccessor
+        encoder_attentions_input: LayerAccessor
+        encoder_attention_queries: LayerAccessor
+        encoder_attention_keys: LayerAccessor
+        encoder_attention_values: LayerAccessor
+        encoder_attention_scores: LayerAccessor
+        encoder_attention_probabilities: LayerAccessor
+        encoder_attention_head_outputs: LayerAccessor
+        encoder_attention_head_contributions: LayerAccessor
+        encoder_attentions_output: LayerAccessor
+        encoder_attention_contributions: LayerAccessor
+        encoder_layers_mid: LayerAccessor
+        encoder_mlps_input: LayerAccessor
+        encoder_router_logits: LayerAccessor
+        encoder_router_choices: LayerAccessor
+        encoder_mlp_neurons: LayerAccessor
+        encoder_shared_expert_neurons: LayerAccessor
+        encoder_mlps_output: LayerAccessor
+        encoder_mlp_contributions: LayerAccessor
+        encoder_other_contributions: LayerAccessor
+        encoder_layers_output: LayerAccessor
 
     # -- the table of values ----------------------------------------------------------------------------------------
 
@@ -39,8 +83,12 @@ class ReadTransformer(NamedTransformer):
         self.require_no_trace("support()")
         return support(self)
 
-    def explain(self, name: str, layer: int | tuple[int, int] | None = None) -> None:
+    def explain(self, name: str | None = None, layer: int | tuple[int, int] | None = None) -> None:
         """Print where a value is read in this model: native path, source lines, layout and rank.
+
+        Without a name, print what the model does around its layers, as measured on a short probe: factors on
+        embeddings, on what layers add and on logits, per-layer embeddings, heads for later tokens.
+        `model.support().context` has the same as data.
 
         Args:
             name: A value of the table, or TransformerLens' name for it (`blocks.3.attn.hook_z`).
@@ -49,7 +97,12 @@ class ReadTransformer(NamedTransformer):
         Raises:
             ValueError: There is no such value.
             Unavailable: This model, or this layer of it, does not have it.
+            InsideTraceError: Called without a name inside a trace of this model.
         """
+        if name is None:
+            self.require_no_trace("explain()")
+            print(explain_context(self))
+            return
         value, named = canonical(name)
         print(explain(self, value, layer if layer is not None else named))
 
@@ -173,10 +226,10 @@ class ReadTransformer(NamedTransformer):
             An error in a later batch, and an interrupt, carry what is finished as `error.partial`.
 
         Example:
-            >>> collected = model.collect(prompts, "layers_output", positions=-1)
-            >>> collected["layers_output"]  # [layers, prompts, hidden]
-            >>> dataset = model.collect(prompts, "layers_output", to="activations")
-            >>> dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
+            collected = model.collect(prompts, "layers_output", positions=-1)
+            collected["layers_output"]  # [layers, prompts, hidden]
+            dataset = model.collect(prompts, "layers_output", to="activations")
+            dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
         """
         if to is not None and self.num_encoder_layers:
             raise Unavailable(
@@ -259,5 +312,5 @@ class ReadTransformer(NamedTransformer):
 
 
 for _label in LABELS.values():
-    if _label.stack in ("encoder", "cross"):  # the others are on the half that travels
+    if _label.stack in ("encoder", "cross") or _label.name in SENT_WHERE_NAMED:  # others are on the half that travels
         setattr(ReadTransformer, _label.name, accessor(_label))

@@ -63,7 +63,10 @@ def image(number: int | None = None) -> ImageSelector:
         TypeError: The number is no integer.
 
     Example:
-        >>> model.collect(processor(text=text, images=picture, return_tensors="pt"), "layers_output", positions=image())
+        tiny = testing.tiny_model("llava", images=True)
+        llava = StandardizedTransformer(tiny, tokenizer=testing.tiny_tokenizer())
+        inputs = testing.tiny_image_inputs(tiny)  # as a processor gives them
+        states = llava.collect(inputs, "layers_output", positions=positions.image())
     """
     return ImageSelector(None if number is None else integer(number, "image(number)"))
 
@@ -74,12 +77,22 @@ def at(text: str, occurrence: int = 0) -> TextSelector:
     Raises:
         TypeError: The text is no text, or the occurrence no integer.
         ValueError: The text is empty.
+
+    Example:
+        acts = model.collect("The Eiffel Tower is in Paris", "layers_output[3]", positions=positions.at("Eiffel Tower"))
+        print(list(acts["layers_output[3]"].shape))  # → [1, 2, 128]
     """
     return _selector(text, "at", occurrence)
 
 
 def last_of(text: str, occurrence: int = 0) -> TextSelector:
-    """The last token that overlaps `text` in the prompt; arguments and errors as of `at`."""
+    """The last token that overlaps `text` in the prompt; arguments and errors as of `at`.
+
+    Example:
+        where = positions.last_of("Eiffel Tower")
+        acts = model.collect("The Eiffel Tower is in Paris", "layers_output[3]", positions=where)
+        print(list(acts["layers_output[3]"].shape))  # → [1, 128]
+    """
     return _selector(text, "last_of", occurrence)
 
 

@@ -33,6 +33,7 @@ from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, travel_by_value
 from nnterp.traced_block import BlockTracer, RequestTracer, know_cell
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
+from nnterp.values import unrolled
 
 
 class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
@@ -70,6 +71,13 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     Raises:
         AnatomyError: A part was not found, or `rename_config` names one that is not there.
         CertificateError: The parts found do not behave as their names say.
+
+    Example:
+        model = StandardizedTransformer(nnterp.toy_checkpoint())  # or a hub id, a folder, a loaded module
+        with torch.no_grad(), model.trace("The capital of France is"):
+            stream = model.layers_output[4].save()  # [batch, seq, hidden]
+            probabilities = model.next_token_probs.save()  # [batch, vocab]
+        print(model.tokenizer.decode(probabilities[0].argmax()))  # → Paris
     """
 
     def __init__(
@@ -194,8 +202,10 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
             MemoryError: A copy in float32 does not fit.
 
         Example:
-            >>> drift = model.validate(against="float32").drift
-            >>> drift.worst("layers_output"), drift.agreement
+            half = StandardizedTransformer(nnterp.toy_checkpoint(), dtype=torch.bfloat16)
+            half.dispatch()
+            drift = half.validate(against="float32").drift
+            drift.worst("layers_output"), drift.agreement
         """
         self.require_no_trace("validate()")
         if against is None and prompts is not None:
@@ -263,6 +273,30 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     def _facts_by_twin(self) -> Facts | None:
         twin = self.twin
         return facts_by_twin(self.facts, twin, self._module.config) if isinstance(twin, Twin) else None
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """How often each layer module runs in a forward pass: once, unless the model is looped."""
+        return self.anatomy.passes
+
+    def unrolled(self, layer: int, number: int | None = None) -> Any:
+        """Return the index of a run of a layer among all runs of layers, for `layers=` and `[...]`; see docs/looped.md.
+
+        Args:
+            layer: Number of the layer module; a negative one counts from the last.
+            number: The pass; a negative one counts from the last. All if None.
+
+        Returns:
+            The index of that run, or a list with those of all passes.
+
+        Raises:
+            IndexError: There is no such layer, or it does not run as often.
+            TypeError: One of the two is no integer.
+
+        Example:
+            >>> model.steer(layers=model.unrolled(3), steering_vector=vector)  # at every pass of layer 3
+        """
+        return unrolled(self.facts, layer, number)
 
     # -- running -----------------------------------------------------------------------------------------------------
 

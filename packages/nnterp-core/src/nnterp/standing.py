@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from nnterp.errors import Unavailable
 from nnterp.record import replace
 from nnterp.tensors import stream_out
-from nnterp.traced import Chosen, Condition, Place, Site, Steering, change, is_apart
+from nnterp.traced import Chosen, Condition, InRun, Place, Site, Steering, change, is_apart
 
 
 class Steerable(Protocol):
@@ -105,7 +105,13 @@ def _hook(model: Steerable, steering: Steering, layer: int) -> Callable[[nn.Modu
                 f"The HuggingFace module was called directly under a steering with {', '.join(limited)}=, which needs "
                 "to know which tokens run. Run it through model.trace or model.generate, or steer without."
             )
-        if not isinstance(model.place("layers_output", layer), Site):
+        place = model.place("layers_output", layer)
+        if isinstance(place, InRun):
+            raise Unavailable(
+                f"The HuggingFace module was called directly under a steering, and {model.model_class} runs its layers "
+                "several times. Run it through model.trace or model.generate."
+            )
+        if not isinstance(place, Site):
             raise Unavailable(
                 f"The HuggingFace module was called directly under a steering, and {model.model_class} keeps the "
                 f"stream leaving layer {layer} in a layout of its own. Run it through model.trace or model.generate."

@@ -25,6 +25,9 @@ def visible(text: str) -> str:
 
     Returns:
         The text to show, `⟨empty⟩` for an empty one. For HTML it has to be escaped still.
+
+    Example:
+        print(display.visible(" a\\n"))  # → ·a↵
     """
     if not text:
         return "⟨empty⟩"
@@ -79,6 +82,10 @@ class TokenNames:
 
     Args:
         tokenizer: A transformers tokenizer of any kind, or None to show ids.
+
+    Example:
+        names = display.TokenNames(model.tokenizer)
+        print(names.many(model.tokenizer("The capital").input_ids))
     """
 
     def __init__(self, tokenizer: Any = None) -> None:

@@ -10,5 +10,9 @@ def toy_checkpoint() -> str:
 
     A small Llama trained on synthetic English: capitals, languages and landmarks, copying, indirect objects, and two
     tones of weather and food. Its card, `README.md` in the folder, says what it knows and how it was measured.
+
+    Example:
+        model = StandardizedTransformer(nnterp.toy_checkpoint())
+        print(model.num_layers)  # → 8
     """
     return str(Path(__file__).parent / "_toy")

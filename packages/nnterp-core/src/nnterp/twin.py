@@ -9,6 +9,7 @@ whether padding is exact) holds for the model, whose code is the same.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import torch
 
 from nnterp.anatomy import Anatomy, Layer
 from nnterp.certificate import Certificate, Contribution, ResidualStructure, certify
+from nnterp.discovery import Findings
 from nnterp.eager import is_eager, make_eager
 from nnterp.errors import Unavailable
 from nnterp.facts import Facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.record import replace
 from nnterp.tiny import make_loud, narrow_config, tiny_tokenizer
+from nnterp.traced import Experts, Place, Routed
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,10 @@ def facts_by_twin(facts: Facts, twin: Twin, config: Any) -> Facts:
         declared_probabilities=facts.declared_probabilities,
         proof="twin",
         residual=tuple(_of_the_code(structure, config) for structure in proven.residual),
-        look_inside=lambda: proven.inside,
+        look_inside=functools.cache(lambda: _inside_of_the_code(proven.inside, config)),
         look_for_states=lambda: proven.states,
+        look_for_linear=lambda: proven.linear,
+        look_for_context=None,  # it is about this model's numbers
     )
 
 
@@ -71,11 +76,13 @@ def facts_without_twin(facts: Facts, reason: str) -> Facts:
     """The facts of a model without weights whose twin cannot be built: what is told by numbers is refused."""
 
     def refuse() -> Any:
-        raise Unavailable(facts.unproven("Where the inside of layers and the states of mixers are served"))
+        raise Unavailable(facts.unproven("Where the inside of layers and of mixers is served"))
 
     facts = dataclasses.replace(facts, padding="inexact", why_unproven=reason)
     readout = replace(facts.readout, way="none", reason=reason)
-    return dataclasses.replace(facts, readout=readout, look_inside=refuse, look_for_states=refuse)
+    return dataclasses.replace(
+        facts, readout=readout, look_inside=refuse, look_for_states=refuse, look_for_linear=refuse
+    )
 
 
 def _built(model: NamedTransformer) -> Twin | str:
@@ -134,6 +141,21 @@ def _named(block: Layer) -> Layer:
             if (part := getattr(block, role)) is not None
         },
     )
+
+
+def _inside_of_the_code(inside: Findings, config: Any) -> Findings:
+    """Findings without the values of experts that are multiplied by a factor which is not in the config."""
+    numbers = {1.0, *_numbers(config.to_dict())}
+
+    def known(place: Place | str) -> Place | str:
+        factor = place.factor if isinstance(place, Experts | Routed) else 1.0
+        return place if any(math.isclose(factor, n, rel_tol=1e-4) for n in numbers) else _NO_FACTOR
+
+    experts = [{name: known(place) for name, place in of_layer.items()} for of_layer in inside.experts]
+    return dataclasses.replace(inside, experts=experts)
+
+
+_NO_FACTOR = "what its experts return is multiplied by a factor that the config does not hold: call model.dispatch()"
 
 
 def _of_the_code(structure: ResidualStructure, config: Any) -> ResidualStructure:

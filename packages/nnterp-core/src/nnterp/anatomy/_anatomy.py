@@ -64,7 +64,7 @@ class Layer:
     """One layer: its module path, the kind of its sequence mixer, and the paths of its parts.
 
     Attributes:
-        index: Position in the residual stream, from 0.
+        index: Position in the residual stream, from 0; in a looped model, counted over all passes.
         path: Native path of the layer's module.
         kind: Kind of `mixer`, one of `KINDS`; "none" for a layer without one.
         mixer: The part that moves information between positions, whatever its kind; None if there is none.
@@ -76,6 +76,9 @@ class Layer:
         attentions: The softmax attentions of a layer that runs several one after the other (LongCat-Flash), in order;
             empty for any other layer.
         cross_attn: In the decoder of an encoder-decoder model, the attention to what the encoder returns.
+        number: Which of the model's layer modules it is, from 0: `index`, unless layers run several times.
+        turn: Which run of its module it is, from 0.
+        turns: How often its module runs in a forward pass.
     """
 
     index: int
@@ -87,6 +90,9 @@ class Layer:
     mixture_of_experts: bool = False
     attentions: tuple[Part, ...] = ()
     cross_attn: Part | None = None
+    number: int = 0
+    turn: int = 0
+    turns: int = 1
 
     @property
     def description(self) -> str:
@@ -114,6 +120,13 @@ class Anatomy:
         between: Paths of modules that add to the stream between one layer and the next (BLT's cross-attention to the
             patches). The certificate finds them.
         encoder: In an encoder-decoder model, the parts of its encoder; the parts named here are then the decoder's.
+        in_turn: Paths of further lists of layers that take turns with `layers` (HRM's high-level module).
+        seams: In a looped model, indices of the layers that read something else than what the layer before them wrote:
+            where a pass begins or ends, its code may normalise, add the prompt again or restart. The certificate finds
+            them.
+
+    Example:
+        print(model.anatomy.ln_final, len(model.anatomy.blocks))  # → model.norm 8
     """
 
     model_class: str
@@ -128,6 +141,8 @@ class Anatomy:
     other_stacks: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     encoder: Anatomy | None = None
+    in_turn: tuple[str, ...] = ()
+    seams: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Anatomy:
         return self  # nothing in it can change
@@ -140,8 +155,34 @@ class Anatomy:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers of the residual stream."""
+        """Number of layers of the residual stream; in a looped model, each counts as often as it runs."""
         return len(self.blocks)
+
+    @property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """In a looped model, for each of its layer modules the indices of its runs, in order; else empty.
+
+        `layers_output[layer, pass]` is `layers_output[anatomy.runs[layer][pass]]`.
+        """
+        if all(layer.turns == 1 for layer in self.blocks):
+            return ()
+        found: dict[int, list[int]] = {}
+        for layer in self.blocks:
+            found.setdefault(layer.number, []).append(layer.index)
+        return tuple(tuple(found[number]) for number in sorted(found))
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """How often each layer module runs in a forward pass; of a model that is not looped, once each."""
+        return tuple(map(len, self.runs)) or (1,) * self.num_layers
+
+    def rolled(self) -> Anatomy:
+        """The anatomy with each layer module once, as it is before a run has shown how often each runs."""
+        if not self.runs:
+            return self
+        once = sorted((layer for layer in self.blocks if layer.turn == 0), key=lambda layer: layer.number)
+        blocks = tuple(replace(layer, index=layer.number, turns=1) for layer in once)
+        return replace(self, blocks=blocks, seams=())
 
     def indices(self, role: str) -> tuple[int, ...]:
         """Indices of the layers that have `role`: "self_attn", "mixer" or "mlp"."""
@@ -173,9 +214,11 @@ class Anatomy:
         """Pairs of (standard path, native path): the model's own parts first, then those of each layer."""
         for role in _ROLES:
             native = getattr(self, role)
-            if native is not None:
+            if native is not None and not (role == "layers" and self.in_turn):
                 yield role, native
         for layer in self.blocks:
+            if layer.turn:
+                continue
             yield f"layers.{layer.index}", layer.path
             for role, part in _named_parts(layer):
                 if part.path is not None:
@@ -184,9 +227,12 @@ class Anatomy:
     def rows(self) -> list[tuple[str, str]]:
         """The table that is printed: (standard name, native path) of each part, one entry for layers that are alike."""
         rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
+        at = 1 + _ROLES.index("layers")
+        rows[at:at] = [("", f"{path}  (in turn with these)") for path in self.in_turn]
         for indices, layer in _alike(self.blocks):
             rows.append((f"layers[{ranges(indices, at_most=4)}]", f"{generic_path(layer.path)}  ({layer.description})"))
             rows += [(f"  .{role}", generic_path(str(part))) for role, part in _named_parts(layer)]
+        rows += self._loop_rows()
         if self.between:
             adding = ", ".join(dict.fromkeys(map(generic_path, self.between)))
             rows.append(("between layers", f"{adding}  (added to the stream)"))
@@ -195,6 +241,14 @@ class Anatomy:
         if self.other_stacks:
             rows.append(("other stacks", f"{', '.join(self.other_stacks)}  (before these layers, by native names)"))
         return rows
+
+    def _loop_rows(self) -> Iterator[tuple[str, str]]:
+        """What is printed of loops: the order in which layers run, and where a pass reads something else."""
+        if self.runs:
+            order = ", ".join(f"{a} to {b}" if a != b else str(a) for a, b in _stretches(self.blocks))
+            yield "passes", f"{len(self.runs)} layer modules run {self.num_layers} times, in the order {order}"
+        if self.seams:
+            yield "seams", f"layers {ranges(self.seams)} read something else than what the layer before them wrote"
 
     @property
     def heading(self) -> str:
@@ -236,6 +290,17 @@ def _named_parts(layer: Layer) -> Iterator[tuple[str, Part]]:
 def _parts_of(layer: Layer) -> tuple[tuple[str, Part | None], ...]:
     own = (("self_attn", layer.self_attn), ("mixer", layer.mixer), ("mlp", layer.mlp))
     return own if layer.cross_attn is None else (own[0], ("cross_attn", layer.cross_attn), *own[1:])
+
+
+def _stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
+    """(first, last) numbers of the modules of consecutive layers that run one after the other."""
+    found: list[tuple[int, int]] = []
+    for layer in layers:
+        if found and layer.number == found[-1][1] + 1:
+            found[-1] = found[-1][0], layer.number
+        else:
+            found.append((layer.number, layer.number))
+    return found
 
 
 def _alike(layers: tuple[Layer, ...]) -> Iterator[tuple[tuple[int, ...], Layer]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,14 @@ from transformers import PreTrainedConfig
 from nnterp.anatomy._anatomy import Anatomy, Layer
 from nnterp.anatomy._layer_parts import absent_in_layers, find_layers, missing_in_layers
 from nnterp.anatomy._messages import describe_missing, listed
-from nnterp.anatomy._model_parts import find_embedding, find_encoder_stack, find_head, find_norm, find_stack
+from nnterp.anatomy._model_parts import (
+    find_embedding,
+    find_encoder_stack,
+    find_head,
+    find_norm,
+    find_stack,
+    stacks_in_turn,
+)
 from nnterp.anatomy._modules import ancestors
 from nnterp.anatomy._rename import RenameConfig
 from nnterp.anatomy._sizes import Sizes, head_width, inner_width, read_sizes
@@ -36,9 +44,10 @@ def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) ->
     """
     rename = rename_config or RenameConfig()
     stack, other_stacks = find_stack(model, rename)
-    layers = find_layers(model, rename, stack)
+    in_turn = stacks_in_turn(model) if rename.layers_name is None else ()
+    layers = _numbered(layer for path in in_turn or (stack,) for layer in find_layers(model, rename, path))
     head = find_head(model, rename, stack)
-    norm = find_norm(model, rename, stack, head)
+    norm = find_norm(model, rename, (in_turn or (stack,))[-1], head)
     embedding = find_embedding(model)
 
     absent = absent_in_layers(model, rename, stack)
@@ -62,8 +71,14 @@ def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) ->
         sizes=_sizes(model, rename, layers, head, _config_of_layers(model, stack, other_stacks)),
         absent=MappingProxyType(absent),
         other_stacks=other_stacks,
+        in_turn=in_turn[1:],
     )
     return dataclasses.replace(anatomy, encoder=_encoder_of(model, anatomy)) if is_encoder_decoder(model) else anatomy
+
+
+def _numbered(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Layers, of several lists, with their place among all."""
+    return tuple(dataclasses.replace(layer, index=i, number=i) for i, layer in enumerate(layers))
 
 
 def _encoder_of(model: nn.Module, decoder: Anatomy) -> Anatomy | None:

@@ -103,6 +103,7 @@ def _find_layer(index: int, path: str, module: nn.Module, rename: RenameConfig, 
         cross_attn=_absolute(_cross_attention(module, self_attn, rename), path),
         mixture_of_experts=mlp is not None and is_moe(_module_of(module, mlp)),
         attentions=() if rename.ignore_attn else _attentions(module, path),
+        number=index,
     )
 
 

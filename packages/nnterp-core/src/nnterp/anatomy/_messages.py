@@ -79,8 +79,8 @@ def several_stacks(model: nn.Module, stacks: Sequence[str]) -> str:
     """The model has several lists of layers, and none of them is the one that makes the logits."""
     return (
         f"{type(model).__name__} has {len(stacks)} stacks of layers ({', '.join(stacks)}), so there is no "
-        "one residual stream from embedding to logits. A stack whose layers run once in a forward pass can "
-        f"be named, as in RenameConfig(layers_name={stacks[0]!r}); one whose layers run repeatedly cannot."
+        "one residual stream from embedding to logits. One of them can be named, as in "
+        f"RenameConfig(layers_name={stacks[0]!r})."
     )
 
 

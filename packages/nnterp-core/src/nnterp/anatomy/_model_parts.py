@@ -38,8 +38,19 @@ def find_stack(model: nn.Module, rename: RenameConfig) -> tuple[str, tuple[str, 
     if not stacks:
         raise AnatomyError(_messages.no_layers(model))
     if len(stacks) > 1 and len({_last_name(path) for path in stacks}) == 1:
-        return _decoder_among(model, stacks)
+        return (stacks[0], ()) if stacks_in_turn(model) else _decoder_among(model, stacks)
     return max(stacks, key=lambda path: sum(p.numel() for p in model.get_submodule(path).parameters())), ()
+
+
+def stacks_in_turn(model: nn.Module) -> tuple[str, ...]:
+    """The lists of layers of a model that runs several of them in turn, cycle after cycle (HRM); else empty.
+
+    Such a model says how many cycles there are, and its stacks are modules of one class.
+    """
+    stacks = _likely_stacks(model)
+    owners = {type(model.get_submodule(path.rpartition(".")[0])) for path in stacks}
+    cycles = any(name.lower().endswith("_cycles") for name in vars(model.config))
+    return tuple(stacks) if cycles and len(stacks) > 1 and len(owners) == 1 else ()
 
 
 def _likely_stacks(model: nn.Module) -> list[str]:

@@ -72,5 +72,6 @@ def recorded_classes(model: nn.Module, key: str) -> tuple[type, ...]:
         if isinstance(records, dict) and key in records:
             entries = records[key]
             targets = [getattr(e, "target_class", e) for e in (entries if isinstance(entries, list) else [entries])]
-            classes += [target for target in targets if isinstance(target, type)]
+            each = [one for target in targets for one in (target if isinstance(target, tuple) else (target,))]
+            classes += [target for target in each if isinstance(target, type)]
     return tuple(classes)

@@ -53,6 +53,10 @@ class RenameConfig:
         attn_head_config_key: Config field with the number of heads, or the number itself.
         hidden_size_config_key: Config field with the width of the residual stream, or the number itself.
         vocab_size_config_key: Config field with the vocabulary size, or the number itself.
+
+    Example:
+        names = RenameConfig(attn_name="self_attn", mlp_name="mlp", layers_name="layers", ln_final_name="norm")
+        same = StandardizedTransformer(nnterp.toy_checkpoint(), rename_config=names)
     """
 
     attn_name: Names = None
@@ -94,6 +98,9 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
 
     Returns:
         Native (relative) path → standard name.
+
+    Example:
+        print(nnterp.get_rename_dict()["transformer"])
     """
     if rename_config is not None and not isinstance(rename_config, RenameConfig):
         raise TypeError(f"rename_config is a RenameConfig, not {rename_config!r:.80}.")

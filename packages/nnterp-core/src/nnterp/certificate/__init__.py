@@ -8,6 +8,7 @@ from nnterp.certificate._idle_trace import IDLE
 from nnterp.certificate._images import IMAGE_ENTERS, certify_images
 from nnterp.certificate._padding import PADDING
 from nnterp.certificate._parts import PARTS
+from nnterp.certificate._passes import PASSES
 from nnterp.certificate._probabilities import AttentionProbabilitiesAccessor
 from nnterp.certificate._readout import READOUT
 from nnterp.certificate._roles import ROLES
@@ -26,6 +27,7 @@ __all__ = [
     "IMAGE_ENTERS",
     "PADDING",
     "PARTS",
+    "PASSES",
     "READOUT",
     "ROLES",
     "WRITES",

@@ -55,6 +55,10 @@ class Certificate:
         lines: The checks, in the order they were made.
         seconds: How long they took.
         drift: How far its values are from a more precise model's, if that was asked for (`validate(against=...)`).
+
+    Example:
+        certificate = model.validate()
+        print(certificate.ok, certificate.lines[0].name)
     """
 
     model: str

@@ -11,9 +11,11 @@ from nnterp.certificate._encoder import encoder_attention, encoder_padding, enco
 from nnterp.certificate._evidence import Claimed, Evidence, gather, gather_shapes, is_large, skipped
 from nnterp.certificate._filled import filled
 from nnterp.certificate._idle_trace import idle_trace
+from nnterp.certificate._loops import unrolled
 from nnterp.certificate._order import corrected_by_order
 from nnterp.certificate._padding import padding
 from nnterp.certificate._parts import PARTS, parts
+from nnterp.certificate._passes import passes
 from nnterp.certificate._readout import readout
 from nnterp.certificate._roles import roles
 from nnterp.certificate._stream import consecutive, hidden_states
@@ -44,10 +46,12 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def claims_of(facts: Facts) -> tuple[Claim, ...]:
-    """The claims that are tried for a model: some are about encoders, and come before the padding."""
+    """The claims that are tried for a model: some are about encoders or loops, and come before the padding."""
+    at = CLAIMS.index(padding)
+    if facts.anatomy.runs:
+        return (*CLAIMS[:at], passes, *CLAIMS[at:])
     if facts.encoder is None:
         return CLAIMS
-    at = CLAIMS.index(padding)
     return (*CLAIMS[:at], encoder_states, encoder_attention, encoder_padding, *CLAIMS[at + 1 :])
 
 
@@ -60,7 +64,7 @@ def certify(model: NamedTransformer) -> tuple[Certificate, Facts]:
     """
     started = time.perf_counter()
     declared = None if model.rename_config is None else model.rename_config.attn_prob_source
-    facts = unproven_facts(model._module, model.anatomy, declared)
+    facts = unproven_facts(model._module, model.anatomy.rolled(), declared)
     lines, facts = (_with_weights if model.dispatched else _without_weights)(model, facts)
     return stamped(model, facts, lines, started), facts
 
@@ -98,7 +102,7 @@ def _tried(model: NamedTransformer, facts: Facts, silent: list[Silent]) -> tuple
     module = model._module
     with quiet(module), sounding(module, silent):
         evidence = gather(model, is_large(module))
-        facts = dataclasses.replace(corrected_by_order(evidence, facts), proof="weights")
+        facts = dataclasses.replace(corrected_by_order(evidence, unrolled(evidence, facts)), proof="weights")
         lines: list[Line] = []
         for claim in claims_of(facts):
             line, facts = claim(evidence, facts)
@@ -131,7 +135,7 @@ def _without_weights(model: NamedTransformer, facts: Facts) -> tuple[list[Line],
     facts = dataclasses.replace(facts, proof="structure", why_unproven=why)
     try:
         evidence = gather_shapes(model, is_large(model._module))
-        line, learnt = parts(evidence, corrected_by_order(evidence, facts))
+        line, learnt = parts(evidence, corrected_by_order(evidence, unrolled(evidence, facts)))
     except Exception as error:
         reason = f"the model cannot be scanned without weights ({type(error).__name__}: {str(error)[:120]})"
         return [skipped(PARTS, f"{reason}; checked when they are loaded")], facts

@@ -109,10 +109,15 @@ class Evidence:
         ran = {layer.index for layer in self.ran(anatomy)}
         return [layer.index for layer in anatomy.blocks if layer.index not in ran]
 
+    def of(self, layer: Layer) -> Recording:
+        """What was recorded during one layer's own run, if its module runs several times; else everything."""
+        return self.recording.of(layer)
+
     def call_in_layer(self, anatomy: Anatomy, path: str, layer: int) -> Call | None:
         """The call of a module while one layer ran; a module that several layers share runs in each of them."""
-        outer = self.recording.call(anatomy.blocks[layer].path)
-        if outer is None or path == anatomy.blocks[layer].path:
+        block = anatomy.blocks[layer]
+        outer = self.of(block).call(block.path)
+        if outer is None or path == block.path:
             return outer
         return self.recording.within(path, outer)
 

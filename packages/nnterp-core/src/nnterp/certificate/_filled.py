@@ -25,7 +25,7 @@ def filled(evidence: Evidence, facts: Facts) -> Claimed:
     layers = f"{facts.anatomy.layers}."
     beside = [name for name in unexpected if name.startswith(layers)]
     if _DEPTHS & evidence.model.kwargs.keys():  # the user asked for another number of layers than the checkpoint has
-        beside = [name for name in beside if _index(name.removeprefix(layers)) < facts.anatomy.num_layers]
+        beside = [name for name in beside if _index(name.removeprefix(layers)) < len(facts.anatomy.passes)]
     said = [
         f"{len(names)} weights {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for names, what in (

@@ -12,6 +12,7 @@ import torch
 from nnterp.certificate._certificate import Certificate, Line
 from nnterp.certificate._certify import stamped
 from nnterp.certificate._evidence import Claimed, Evidence, gather_images, outcome, shape_of, skipped
+from nnterp.certificate._loops import read_at_seam
 from nnterp.certificate._tower import features, tower
 from nnterp.certificate._writes import written_at_once
 from nnterp.defaults import plain_defaults
@@ -63,18 +64,19 @@ def parts(evidence: Evidence, facts: Facts) -> Claimed:
     width = None
     for layer in facts.anatomy.blocks:
         calls = evidence.recording.calls.get(layer.path, [])
-        if len(calls) != 1 and not (calls and layer.path in facts.repeated):
+        if len(calls) != layer.turns and not (calls and layer.turns == 1 and layer.path in facts.repeated):
             wrong.append(f"{layer.path} ran {len(calls)} times")
             continue
-        out = calls[0].stream_out
+        call = calls[layer.turn]
+        out = call.stream_out
         width = shape_of(out) if width is None else width
         if out is None or shape_of(out) != width:
             wrong.append(f"{layer.path} returns {shape_of(out)} where the first layer returns {width}")
         elif evidence.length not in out.shape[:-1] and evidence.length + facts.readout.layout.extra not in out.shape:
             wrong.append(f"layers carry {shape_of(out)} for a prompt of {evidence.length} tokens")
-        if calls[0].began < previous:
+        if call.began < previous:
             wrong.append(f"{layer.path} ran before the layer that precedes it")
-        previous = calls[0].ended
+        previous = call.ended
     logits = evidence.recording.result.logits
     if logits.shape[1] != evidence.length:
         wrong.append(f"there are logits at {logits.shape[1]} positions of {evidence.length} tokens")
@@ -121,7 +123,9 @@ def stream(evidence: Evidence, facts: Facts) -> Claimed:
     own = {i for i, token in enumerate(evidence.ids[0].tolist()) if token in facts.vision.tokens}
     worst, joined = 0.0, []
     for before, after in itertools.pairwise(facts.anatomy.blocks):
-        made, given = evidence.recording.made(before.path), evidence.recording.given(after.path)
+        made, given = evidence.of(before).made(before.path), evidence.of(after).given(after.path)
+        if after.index in facts.anatomy.seams and read_at_seam(evidence, [*facts.anatomy.blocks], after) is not None:
+            continue
         if made is None or given is None or made.shape != given.shape:
             detail = f"{after.path} is given {shape_of(given)}, {before.path} returns {shape_of(made)}"
             return outcome(IMAGE_STREAM, False, detail=detail, remedy=_REMEDY), facts
@@ -149,7 +153,8 @@ def hidden_states(evidence: Evidence, facts: Facts) -> Claimed:
     own = hidden[1:] if len(hidden) > len(blocks) else hidden
     worst, where = 0.0, ""
     for layer, state in zip(blocks[:-1], own, strict=False):
-        made, given = evidence.recording.made(layer.path), evidence.recording.given(blocks[layer.index + 1].path)
+        after = blocks[layer.index + 1]
+        made, given = evidence.of(layer).made(layer.path), evidence.of(after).given(after.path)
         errors = [relative_error(x, state) for x in (made, given) if x is not None]
         if not min(errors) <= worst:
             worst, where = min(errors), layer.path
@@ -161,7 +166,8 @@ def readout(evidence: Evidence, facts: Facts) -> Claimed:
     """The readout that was proven on text. Learns nothing."""
     if facts.readout.way in ("none", "unproven"):
         return skipped(IMAGE_READOUT, "the text's certificate proves no readout"), facts
-    last = evidence.recording.made(facts.anatomy.blocks[-1].path)
+    end = facts.anatomy.blocks[-1]
+    last = evidence.of(end).made(end.path)
     assert last is not None
     project = facts.readout.by_chain if facts.readout.way == "chain" else facts.readout.by_replay
     try:

@@ -26,8 +26,7 @@ def parts(evidence: Evidence, facts: Facts) -> Claimed:
     first = recording.call(layers[0].path)
     stream = None if first is None else first.stream_out
     wrong = _layer_problems(evidence, anatomy, stream)
-    config = evidence.model.rename_config
-    impossible = [] if config is not None and config.layers_name else _looped(evidence, anatomy)
+    impossible: list[str] = []
     if first is not None and stream is not None:
         layout = StreamLayout.of(stream.shape, batch=1, seq=evidence.length)
         impossible += [*_two_streams(first), *_layout_problems(evidence, anatomy, stream, layout)]
@@ -40,19 +39,12 @@ def parts(evidence: Evidence, facts: Facts) -> Claimed:
     return line, facts if wrong else _learnt(evidence, facts)
 
 
-def _looped(evidence: Evidence, anatomy: Anatomy) -> list[str]:
-    """A looped model runs some of its layers several times, so they have no one input and output."""
-    times = {layer.path: len(evidence.recording.calls.get(layer.path, ())) for layer in anatomy.blocks}
-    looped = [path for path, number in times.items() if number > 1]
-    if not looped:
-        return []
-    which = f"{looped[0]} to {looped[-1]}" if len(looped) > 1 else looped[0]
-    return [f"layers run more than once in a forward pass ({which}: {max(times.values())} times), so they are not read"]
-
-
 def _description(evidence: Evidence, facts: Facts) -> str:
     idle, layout = evidence.idle(facts.anatomy), facts.readout.layout
-    detail = f"{facts.anatomy.num_layers} layers" + (f", of which {idle} run only with an image" if idle else "")
+    anatomy = facts.anatomy
+    detail = f"{anatomy.num_layers} layers" + (f", of which {idle} run only with an image" if idle else "")
+    if anatomy.runs:
+        detail = f"{len(anatomy.runs)} layers, run {anatomy.num_layers} times in all"
     if layout.stored is not None:
         detail += f"; the stream is stored as {layout.stored.name.replace('streams', str(layout.streams))}"
     return detail
@@ -70,7 +62,7 @@ def _learnt(evidence: Evidence, facts: Facts) -> Facts:
         facts,
         anatomy=dataclasses.replace(facts.anatomy, sizes=sizes),
         only_with_image=tuple(evidence.idle(facts.anatomy)),
-        repeated=frozenset(path for path, each in calls.items() if len(each) > 1),
+        repeated={path: len(each) for path, each in calls.items() if len(each) > 1},
         stored_as_stream=frozenset(stored),
         readout=replace(facts.readout, returns=returns_of(evidence, facts.anatomy)),
     )
@@ -82,19 +74,20 @@ def _layer_problems(evidence: Evidence, anatomy: Anatomy, stream: torch.Tensor |
     previous = 0
     for layer in evidence.ran(anatomy):
         calls = evidence.recording.calls.get(layer.path, [])
-        if len(calls) != 1:
+        if len(calls) != layer.turns:
             wrong.append(f"{layer.path} ran {len(calls)} times in one forward pass")
             continue
-        if calls[0].began < previous:
+        call = calls[layer.turn]
+        if call.began < previous:
             wrong.append(f"{layer.path} ran before the layer that precedes it")
-        previous = calls[0].ended
-        out = calls[0].stream_out
+        previous = call.ended
+        out = call.stream_out
         if out is None or stream is None or out.shape != stream.shape:
             wrong.append(f"{layer.path} returns {shape_of(out)} where the first layer returns {shape_of(stream)}")
         for role in ("self_attn", "mixer", "mlp"):
             part = getattr(layer, role)
             if part is not None and not (role == "mixer" and part == layer.self_attn):
-                wrong += _part_problems(evidence, anatomy, calls[0], role, part)
+                wrong += _part_problems(evidence, anatomy, call, role, part)
     return wrong
 
 

@@ -18,7 +18,8 @@ READOUT = "project_on_vocab(last layer) equals the logits"
 
 def readout(evidence: Evidence, facts: Facts) -> Claimed:
     """Learns which way of projecting holds: the chain of norm and head, the model's own code, or none."""
-    last = evidence.recording.made(evidence.ran(facts.anatomy)[-1].path)
+    end = evidence.ran(facts.anatomy)[-1]
+    last = evidence.of(end).made(end.path)
     assert last is not None
     flow = _flow_problem(evidence, facts)
     tried: list[tuple[float, str]] = []

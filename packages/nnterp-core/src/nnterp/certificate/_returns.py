@@ -52,7 +52,7 @@ def _passed_through(recording: Recording, layers: list[Layer], entry: int) -> Ke
     goes with the cache, it is the argument that holds tensors of the same shapes.
     """
     for before, after in itertools.pairwise(layers):
-        source, target = recording.call(before.path), recording.call(after.path)
+        source, target = recording.of(before).call(before.path), recording.of(after).call(after.path)
         if source is None or target is None or not isinstance(source.output, (tuple, list)):
             continue
         made = source.output[entry] if len(source.output) > entry else None

@@ -25,7 +25,7 @@ def roles(evidence: Evidence, facts: Facts) -> Claimed:
     still: list[tuple[type, str]] = []
     for layer in evidence.ran(facts.anatomy):
         call = evidence.recording.call(layer.path)
-        if call is None:
+        if call is None or layer.turn:
             continue
         for part in dict.fromkeys(p for p in (layer.self_attn, layer.mixer) if p is not None):
             found, kind = _mixes(evidence, facts, call, part), type(evidence.module.get_submodule(part.entry))

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from nnterp.certificate._evidence import REMEDY_LAYERS, Claimed, Evidence, Pair, compared, outcome, skipped
+from nnterp.certificate._loops import may_be_seam, read_at_seam
 from nnterp.discovery import Call
 from nnterp.facts import Facts
 from nnterp.tensors import relative_error
-from nnterp.wording import generic_path
+from nnterp.wording import generic_path, ranges
 
 CONSECUTIVE = "each layer reads what the layer before it wrote"
 HIDDEN = "layers_output equals HuggingFace's hidden states"
@@ -22,26 +23,43 @@ HIDDEN = "layers_output equals HuggingFace's hidden states"
 def consecutive(evidence: Evidence, facts: Facts) -> Claimed:
     """A layer is given what the one before it returned, or that plus what one module between the two adds.
 
-    Learns the modules that add to the stream between layers.
+    Where a pass through looped layers begins or ends, it may be given something else that the model made before. Learns
+    the modules that add to the stream between layers, and the layers that read something else.
     """
     recording = evidence.recording
     pairs: list[Pair] = []
     between: list[str] = []
-    for before, after in itertools.pairwise(evidence.ran(facts.anatomy)):
-        given, made = recording.call(after.path), recording.call(before.path)
+    layers, seams = evidence.ran(facts.anatomy), dict[int, str]()
+    for before, after in itertools.pairwise(layers):
+        given, made = evidence.of(after).call(after.path), evidence.of(before).call(before.path)
         if given is None or made is None or given.stream_in is None or made.stream_out is None:
             continue
         stream = made.stream_out
-        if relative_error(stream, given.stream_in) > evidence.tolerance:
+        apart = relative_error(stream, given.stream_in) > evidence.tolerance
+        if apart and may_be_seam(before, after):
+            read = read_at_seam(evidence, layers, after)
+            if read is not None:
+                seams[after.index] = read
+                continue
+        elif apart:
             path = _adding_between(evidence, facts, made, given)
             if path is not None:
                 between.append(path)
                 stream = stream + recording.calls[path][0].stream_out
         pairs.append((f"between {before.path} and {after.path}", given.stream_in, stream))
     detail = f"and what {', '.join(dict.fromkeys(map(generic_path, between)))} adds" if between else ""
+    detail = f"and where a pass begins or ends, {_listed(seams)}" if seams else detail
     line = compared(CONSECUTIVE, pairs, evidence.tolerance, REMEDY_LAYERS, detail)
-    anatomy = dataclasses.replace(facts.anatomy, between=tuple(between))
+    anatomy = dataclasses.replace(facts.anatomy, between=tuple(between), seams=tuple(seams))
     return line, dataclasses.replace(facts, anatomy=anatomy)
+
+
+def _listed(seams: dict[int, str]) -> str:
+    """What is read at each seam, in words."""
+    by_sum: dict[str, list[int]] = {}
+    for index, read in seams.items():
+        by_sum.setdefault(read, []).append(index)
+    return "; ".join(f"multiples of {read} (layers {ranges(indices)})" for read, indices in by_sum.items())
 
 
 def _adding_between(evidence: Evidence, facts: Facts, before: Call, after: Call) -> str | None:
@@ -88,7 +106,7 @@ def hidden_states(evidence: Evidence, facts: Facts) -> Claimed:
     own = _after_layers(evidence, facts, hidden)
     pairs: list[Pair] = []
     for layer, state in zip(layers, own, strict=False):
-        made = evidence.recording.made(layer.path)
+        made = evidence.of(layer).made(layer.path)
         if made is None:
             continue
         made = evidence.main_stream(facts, made) if made.shape[1] != state.shape[1] else made

@@ -22,7 +22,7 @@ def residual_sum(evidence: Evidence, facts: Facts) -> Claimed:
     structures = tuple(
         solve_residual(
             layer,
-            evidence.recording,
+            evidence.of(layer),
             [path for path in evidence.recording.calls if path.startswith(f"{layer.path}.")],
             evidence.tolerance,
             exits,
@@ -57,7 +57,7 @@ def with_own_scales(evidence: Evidence, facts: Facts) -> Facts:
     """
     structures = []
     for layer, structure in zip(facts.anatomy.blocks, facts.residual, strict=True):
-        call = evidence.recording.call(layer.path)
+        call = evidence.of(layer).call(layer.path)
         if call is None or structure.kind == "unknown":
             structures.append(structure)
             continue
@@ -113,7 +113,7 @@ def _named_parts_that_do_not_read_the_stream(
     roles = [role for role, name in names if config is not None and getattr(config, name)]
     wrong = []
     for layer, structure in zip(anatomy.blocks, structures, strict=True) if roles else ():
-        call = evidence.recording.call(layer.path)
+        call = evidence.of(layer).call(layer.path)
         if call is None:
             continue
         sources = _streams_in(evidence, call, structure)

@@ -33,7 +33,7 @@ EFFECT = 1e-6  # smallest relative change of the logits that counts as an effect
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """One value at one layer: the module input or output that a hook writes instead.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Edit:
     Two heads of opposite signs can cancel a shift that is the same at all positions.
     """
 
-    target: _Target
+    target: Target
     rows: tuple[int, ...]
     seed: int
     uneven: bool = False
@@ -66,7 +66,7 @@ class _Edit:
 
 def writes(evidence: Evidence, facts: Facts) -> Claimed:
     """Covers all values that are a module's input or output. Learns nothing."""
-    targets = _targets(evidence, facts)
+    targets = targets_of(evidence, facts)
     chosen = _one_of_each_kind(targets) if evidence.large else _sampled(len(targets))
     row_of = {k: row for row, k in enumerate(chosen)}
     everything = len(row_of)  # the row in which all values are written; in the one after it nothing is
@@ -105,7 +105,7 @@ def _sampled(total: int) -> list[int]:
     return list(range(total)) if total <= ROWS else sorted({round((k + 0.5) * total / ROWS) for k in range(ROWS)})
 
 
-def _one_of_each_kind(targets: list[_Target]) -> list[int]:
+def _one_of_each_kind(targets: list[Target]) -> list[int]:
     """One value of each name; the layers of the names are spread over the depth of the model."""
     kinds: dict[str, list[int]] = {}
     for k, target in enumerate(targets):
@@ -114,7 +114,7 @@ def _one_of_each_kind(targets: list[_Target]) -> list[int]:
     return sorted(ks[round(depth * (len(ks) - 1))] for depth, ks in zip(depths, kinds.values(), strict=True))
 
 
-def _evidence(targets: list[_Target], alone: Collection[int]) -> str:
+def _evidence(targets: list[Target], alone: Collection[int]) -> str:
     """How many values were written alone, and which were not, or which were, whichever are fewer."""
     together = [target for k, target in enumerate(targets) if k not in alone]
     if not together:
@@ -126,7 +126,7 @@ def _evidence(targets: list[_Target], alone: Collection[int]) -> str:
     return f"{len(targets)} values: {len(together)} written only together, {len(alone)} also alone: {shown}"
 
 
-def _listed(targets: list[_Target]) -> str:
+def _listed(targets: list[Target]) -> str:
     """Names of values with their layers, in the order in which the names first appear."""
     layers: dict[str, list[int]] = {}
     for target in targets:
@@ -140,7 +140,7 @@ def written_at_once(evidence: Evidence, facts: Facts) -> tuple[int, float]:
     Returns:
         How many values were written, and how far the two runs' logits are apart.
     """
-    edits = [_Edit(target, (0,), k) for k, target in enumerate(_targets(evidence, facts))]
+    edits = [_Edit(target, (0,), k) for k, target in enumerate(targets_of(evidence, facts))]
     hooked = _by_hooks(evidence, evidence.ids, edits, facts.readout.layout.extra)
     given = {**evidence.inputs(evidence.ids), **uncached(evidence.module)}
     written = _by_accessors(evidence.model.supposing(facts), given, 1, edits)
@@ -150,9 +150,9 @@ def written_at_once(evidence: Evidence, facts: Facts) -> tuple[int, float]:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def _targets(evidence: Evidence, facts: Facts) -> list[_Target]:
+def targets_of(evidence: Evidence, facts: Facts) -> list[Target]:
     """Everything that is a module's input or output, in the order in which the model computes it."""
-    found: list[tuple[int, float, _Target]] = []
+    found: list[tuple[int, float, Target]] = []
     for value in (value for value in VALUES.values() if value.stack != "vision"):
         try:
             own = facts.of_stack(value.stack)
@@ -165,13 +165,13 @@ def _targets(evidence: Evidence, facts: Facts) -> list[_Target]:
             except Unavailable:
                 continue
             calls = evidence.recording.calls.get(target.site.path)
-            if calls and not (layer is None and len(calls) > 1):
+            if calls and (layer is not None or len(calls) == 1 or own.anatomy.runs):
                 call = calls[target.call]
                 found.append((call.began if target.site.side == "input" else call.ended, value.rank, target))
     return [target for _, _, target in sorted(found, key=lambda entry: entry[:2])]
 
 
-def _target(evidence: Evidence, facts: Facts, value: Value, layer: int | None) -> _Target:
+def _target(evidence: Evidence, facts: Facts, value: Value, layer: int | None) -> Target:
     """The module input or output at which a hook does what writing the value does.
 
     What leaves a part inside its module (`Part.closing`) is added to the stream at once and given to the closing norm.
@@ -186,11 +186,12 @@ def _target(evidence: Evidence, facts: Facts, value: Value, layer: int | None) -
         site = site_of(value, facts.anatomy, layer)
     call = None if layer is None else evidence.call_in_layer(facts.anatomy, site.path, layer)
     calls = evidence.recording.calls.get(site.path, [])
-    turn = 0 if call is None else next(i for i, c in enumerate(calls) if c.began == call.began)
-    return _Target(value, layer, site, turn, given)
+    last = len(calls) - 1 if layer is None and value.rank else 0  # a final norm may also run between passes
+    turn = last if call is None else next(i for i, c in enumerate(calls) if c.began == call.began)
+    return Target(value, layer, site, turn, given)
 
 
-def _enters_zeros(evidence: Evidence, facts: Facts, target: _Target) -> bool:
+def _enters_zeros(evidence: Evidence, facts: Facts, target: Target) -> bool:
     """Whether a target is what a part is given that returns zeros whatever it is given."""
     if target.layer is None or target.site.side != "input" or target.value.role in (None, "layer"):
         return False

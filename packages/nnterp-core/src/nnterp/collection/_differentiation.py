@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from nnterp.collection._outputs import Index, label_of
-from nnterp.discovery import require_gradients
+from nnterp.discovery import require_gradients, require_passes_with_gradients
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
 from nnterp.values import Combine, gradient_reads, reads, when
@@ -40,6 +40,7 @@ class GradientReads:
     def __init__(self, model: NamedTransformer, keys: Iterable[ValueKey], slopes: Iterable[ValueKey] | None = None):
         if model.dispatched:
             require_gradients(model._module)
+            require_passes_with_gradients(model._module, model.anatomy)
         once = list(dict.fromkeys(keys))
         self._values: dict[ValueKey, tuple[list[Place], Combine]] = {}
         self._slopes: dict[ValueKey, tuple[list[Place], Combine]] = {}

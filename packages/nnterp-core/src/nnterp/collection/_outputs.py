@@ -38,15 +38,16 @@ def only(given: Sequence[torch.Tensor]) -> torch.Tensor:
 def named(name: str, outputs: bool = True) -> tuple[Value, Index | None]:
     """The value a name stands for, and the layer if the name says one.
 
-    As `canonical`; also "features[3, 1]", one of several dictionaries of a layer, and the model's outputs.
+    As `canonical`; also "features[3, 1]", one of several dictionaries of a layer, "layers_output[3, 1]", one pass of a
+    layer of a looped model, and the model's outputs.
 
     Args:
         name: The name.
         outputs: Whether "logits" and "next_token_probs" are names.
     """
-    numbered = re.fullmatch(r"features\[\s*(-?\d+)\s*,\s*(\d+)\s*\]", name) if isinstance(name, str) else None
+    numbered = re.fullmatch(r"(\w+)\[\s*(-?\d+)\s*,\s*(-?\d+)\s*\]", name) if isinstance(name, str) else None
     if numbered is not None:
-        return get_value("features"), (int(numbered[1]), int(numbered[2]))
+        return get_value(numbered[1]), (int(numbered[2]), int(numbered[3]))
     return (OUTPUTS[name], None) if outputs and name in OUTPUTS else canonical(name)
 
 

@@ -62,9 +62,9 @@ class Plan:
         Raises:
             ValueError: Some values are of the encoder's positions and some of the decoder's.
         """
-        sides = {target.value.label.of_encoder for target in self.targets}
+        sides = {target.value.of_encoder for target in self.targets}
         if len(sides) > 1:
-            heard = sorted({t.value.name for t in self.targets if t.value.label.of_encoder})
+            heard = sorted({t.value.name for t in self.targets if t.value.of_encoder})
             raise ValueError(
                 f"{', '.join(heard)} have the positions of the encoder's input, and the other values those of the "
                 "decoder's: collect them in two calls."
@@ -101,6 +101,8 @@ def make_plan(
         if not value.per_layer:
             continue
         chosen: Sequence[Index]
+        if isinstance(at, tuple) and value.name != "features":
+            at = _of_pass(model, name, at)
         if at is not None:
             first = at[0] if isinstance(at, tuple) else at
             first = read_index(first, stack_depth(model.facts, value), f"The layer of {name}", "layers")
@@ -137,6 +139,16 @@ def make_plan(
     last_use = tuple(tuple(p for p, at in needed.items() if at == i) for i in range(len(order)))
     layers_of = {name: tuple(mine) for name, mine in asked.items()}
     return Plan(tuple(order), targets, tuple(tuple(a) for a in after), last_use, layers_of)
+
+
+def _of_pass(model: NamedTransformer, name: str, at: tuple[int, int]) -> int:
+    runs = model.runs
+    if runs is None:
+        raise ValueError(
+            f"{name} has two indices, and those of collect() are a layer and a dictionary of it, or a layer and a pass "
+            f"of a looped model. {model.model_class} is not looped."
+        )
+    return runs.index(at, name.partition("[")[0])
 
 
 def value_names(values: Any) -> list[str]:

@@ -45,6 +45,10 @@ class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
 
     Attributes:
         collected: As `model.collect` returned it, indices and activations side by side; `save` and `load` keep it.
+
+    Example:
+        attach(model, nnterp.toy_dictionary("residual_4"))
+        indices, activations = collect_features(model, prompts, k=8, positions=-1)[4]  # [prompts, 8] each
     """
 
     collected: Collected = field(repr=False)
@@ -135,8 +139,8 @@ def collect_features(
         An error in a later batch, and an interrupt, carry what is finished as `error.partial`, which `resume` takes.
 
     Example:
-        >>> found = collect_features(model, texts, k=16)
-        >>> indices, activations = found[12]
+        attach(model, nnterp.toy_dictionary("residual_4"))
+        indices, activations = collect_features(model, prompts, k=16, positions=-1)[4]  # [prompts, 16] each
     """
     largest = Largest(count(k, "k"))
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress, "remote": remote}

@@ -30,6 +30,10 @@ class ActivationDataset(torch.utils.data.Dataset):
         layers: Value → its layers, in the order asked for; empty for a value that is not per layer.
         num_layers: Layers of the model.
         complete: Whether all shards are there.
+
+    Example:
+        dataset = model.collect(prompts, "layers_output", positions=-1, to="activations")
+        print(len(dataset), list(dataset["layers_output", 3][0].shape))  # → 2 [128]
     """
 
     def __init__(self, stored: Stored) -> None:
@@ -52,10 +56,9 @@ class ActivationDataset(torch.utils.data.Dataset):
             ValueError: It is not complete, and `partial` is False; or the manifest or a shard is damaged.
 
         Example:
-            ```python
+            model.collect(prompts, "layers_output", positions=-1, to="activations")
             dataset = nnterp.ActivationDataset.open("activations")
-            dataset["layers_output", 3][0]   # [hidden]
-            ```
+            state = dataset["layers_output", 3][0]  # [hidden]
         """
         return cls(Stored.open(folder, partial))
 

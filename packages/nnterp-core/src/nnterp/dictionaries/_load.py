@@ -72,7 +72,8 @@ def load_dictionary(
         TypeError: `dtype` is no torch dtype, or `device` no device.
 
     Example:
-        dictionary = nnterp.load_dictionary("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+        nnterp.save_dictionary(nnterp.toy_dictionary("residual_4"), "folder", model)
+        dictionary = nnterp.load_dictionary("folder")  # or a hub id, with the path in the repository
     """
     check_dtype(dtype)
     target = device_of(device)

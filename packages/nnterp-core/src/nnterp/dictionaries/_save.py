@@ -46,7 +46,7 @@ def save_dictionary(
         OSError: It cannot be written; what was there stays.
 
     Example:
-        nnterp.save_dictionary(dictionary, "my-dictionary", model)
+        nnterp.save_dictionary(nnterp.toy_dictionary("residual_4"), "my-dictionary", model)
     """
     if not isinstance(dictionary, Dictionary):
         raise TypeError(f"save_dictionary() writes a Dictionary, not a {type(dictionary).__name__}.")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnterp.anatomy import Layer
 from nnterp.discovery._probe import Probe
 from nnterp.discovery._quiet import quiet
 from nnterp.discovery._recording import Edits, Labels, Operation, Recording
@@ -52,7 +53,7 @@ class _Search:
         self.probe, self.root = probe, probe.module
         self.found: dict[int, Inside] = {}
         self.wanted: dict[int, _Between] = {
-            layer.index: _Between(layer.path, structure, _with_code(self.root, layer.path))
+            layer.index: _Between(layer, structure, _with_code(self.root, layer.path))
             for layer, structure in zip(probe.anatomy.blocks, structures, strict=False)
             if structure.mid is not None and structure.mid_side == "input"
         }
@@ -72,7 +73,7 @@ class _Search:
         trying: dict[int, tuple[str, Labels]] = {}
         for indices in kinds.values():
             one = self.wanted[indices[0]]
-            options = one.candidates(recording, self.probe.tolerance)
+            options = one.candidates(recording.of(one.of), self.probe.tolerance)
             if options:
                 path, labels = options[0]
                 trying |= {i: (self.wanted[i].layer + path.removeprefix(one.layer), labels) for i in indices}
@@ -84,7 +85,8 @@ class _Search:
         if not left:
             return
         recording = self.record(list(left.values()))
-        options = {i: between.candidates(recording, self.probe.tolerance) for i, between in left.items()}
+        tolerance = self.probe.tolerance
+        options = {i: between.candidates(recording.of(between.of), tolerance) for i, between in left.items()}
         for turn in range(MAX_TRIES):
             trying = {i: mine[turn] for i, mine in options.items() if turn < len(mine) and i not in self.found}
             if not trying:
@@ -96,8 +98,9 @@ class _Search:
         if not trying:
             return
         edits = dict.fromkeys(trying.values(), _moved)
-        recording = self.record([self.wanted[i] for i in trying], edits=edits)
+        whole = self.record([self.wanted[i] for i in trying], edits=edits)
         for index, (path, labels) in trying.items():
+            recording = whole.of(self.wanted[index].of)
             operation = next((o for o in recording.operations_of(path) if o.labels == labels), None)
             proven = self.wanted[index].is_moved(operation, recording, self.probe.tolerance)
             if proven and bracket_one(self.root.get_submodule(path), labels[0], COMPILED):
@@ -138,8 +141,8 @@ def _with_code(root: nn.Module, layer: str) -> list[str]:
 class _Between:
     """The search for the stream between the two parts of one layer."""
 
-    def __init__(self, layer: str, structure: ResidualStructure, paths: list[str]) -> None:
-        self.layer, self.structure, self.paths = layer, structure, paths
+    def __init__(self, layer: Layer, structure: ResidualStructure, paths: list[str]) -> None:
+        self.of, self.layer, self.structure, self.paths = layer, layer.path, structure, paths
         self.before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def kind(self, root: nn.Module) -> tuple:

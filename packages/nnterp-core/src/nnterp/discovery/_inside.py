@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nnterp.anatomy import Layer, cross_layers
+from nnterp.discovery._experts import ExpertsFinder
 from nnterp.discovery._linears import arguments_of, ending, linears
 from nnterp.discovery._neurons import find_neurons, find_shared_neurons
 from nnterp.discovery._probe import Probe
@@ -33,8 +34,10 @@ class Findings:
         neurons: Per layer, where the neurons of its feed-forward are served, or the reason why they are not.
         shared_neurons: The same for the expert that runs on all tokens.
         routers: Per layer, (router logits, chosen experts): places, or reasons.
+        experts: Per layer, name of a value of its experts → its place, or the reason why it has none.
         exits: Path of a module inside a part whose output is also the part's output → the part's own exit.
         ticks: (path, labels, "input" or "output") → when the forward pass first reached it.
+        turns: In a looped model, (path, labels) → when it began and ended each time, if it ran more than once.
         texts: (path, labels) of an instrumented function → its source.
         encoder, cross: The same of an encoder's layers, and of the cross-attention in a decoder's.
     """
@@ -44,8 +47,10 @@ class Findings:
     neurons: list[Place | str] = field(default_factory=list)
     shared_neurons: list[Place | str] = field(default_factory=list)
     routers: list[tuple[Place | str, Place | str]] = field(default_factory=list)
+    experts: list[dict[str, Place | str]] = field(default_factory=list)
     exits: dict[str, str] = field(default_factory=dict)
     ticks: dict[tuple[str, Labels, str], int] = field(default_factory=dict)
+    turns: dict[tuple[str, Labels], tuple[tuple[int, int], ...]] = field(default_factory=dict)
     texts: dict[tuple[str, Labels], SourceText] = field(default_factory=dict)
     encoder: Findings | None = None
     cross: Findings | None = None
@@ -110,13 +115,17 @@ class _Look:
     def of(self, layers: tuple[Layer, ...], one_of_several: dict[tuple[int, int], Layer]) -> Findings:
         """What is found in some layers."""
         found = Findings(ticks=self.whole.ticks(), texts={**self.current.texts, **self.whole.texts})
+        found.turns = self.whole.turns() if self.probe.anatomy.runs else {}
         routers = Routers(self.probe, self.current)
+        experts = ExpertsFinder(self.probe, self.current)
         tolerance = self.probe.tolerance
         for layer in layers:
+            recording = self.current.of(layer)
             found.attention.append(self.attention(layer))
-            found.neurons.append(find_neurons(self.root, layer, self.current, tolerance))
-            found.shared_neurons.append(find_shared_neurons(self.root, layer, self.current, tolerance))
+            found.neurons.append(find_neurons(self.root, layer, recording, tolerance))
+            found.shared_neurons.append(find_shared_neurons(self.root, layer, recording, tolerance))
             found.routers.append(routers.of(layer))
+            found.experts.append(experts.of(layer))
             found.exits.update(self.same_as_exit(layer))
         found.several = {at: self.attention(layer) for at, layer in one_of_several.items()}
         if self.eager is not None:
@@ -139,15 +148,16 @@ class _Look:
         part = layer.self_attn
         if part is None:
             return None
-        result = self.current.made(part.exit)
+        current = self.current.of(layer)
+        result = current.made(part.exit)
         out = None
         if result is not None:
-            candidates = linears(self.root, part, self.current)
-            out = ending(candidates, result, arguments_of(part, self.current), self.probe.tolerance)
+            candidates = linears(self.root, part, current)
+            out = ending(candidates, result, arguments_of(part, current), self.probe.tolerance)
         return find_attention(
             with_code(self.root, part),
-            self.current,
-            self.whole,
+            current,
+            self.whole.of(layer),
             None if out is None else (out.path, out.given),
             self.probe.anatomy.sizes.num_heads,
             self.probe.tolerance,
@@ -155,10 +165,11 @@ class _Look:
 
     def same_as_exit(self, layer: Layer) -> Iterator[tuple[str, str]]:
         """(path, the part's exit) of each module inside a part whose output is also the part's output."""
+        current = self.current.of(layer)
         for part in (layer.self_attn, layer.mixer, layer.mlp):
-            if part is None or (result := self.current.made(part.exit)) is None:
+            if part is None or (result := current.made(part.exit)) is None:
                 continue
-            for path in self.current.calls:
-                made = self.current.made(path) if path.startswith(f"{part.exit}.") else None
+            for path in current.calls:
+                made = current.made(path) if path.startswith(f"{part.exit}.") else None
                 if made is not None and made.shape == result.shape and torch.equal(made, result):
                     yield path, part.exit

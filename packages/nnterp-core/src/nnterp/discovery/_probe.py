@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -105,17 +105,18 @@ class Probe:
         self,
         module: nn.Module,
         anatomy: Anatomy,
-        repeated: frozenset[str] = frozenset(),
+        repeated: Container[str] = (),
         shape: tuple[int, int] = (ROWS, LENGTH),
     ) -> None:
         self.module, self.anatomy, self.repeated = module, anatomy, repeated
         self.tolerance = max(1e-5, 8 * rounding_of(module))
-        ids = probe_ids(module, anatomy.sizes.vocab_size, *shape, seed=3)
-        self.inputs: dict[str, Any] = {**model_inputs(module, ids), **uncached(module)}
+        self.ids = probe_ids(module, anatomy.sizes.vocab_size, *shape, seed=3)
+        self.inputs: dict[str, Any] = {**model_inputs(module, self.ids), **uncached(module)}
 
     def record(self, until: str | None = None, **options: Any) -> Recording:
         """Run the module with `run(until)` and record it; `options` are those of `record`."""
-        return record(self.module, lambda: self.run(until), **options)
+        looped = dict.fromkeys(layer.path for layer in self.anatomy.blocks if layer.turns > 1)
+        return record(self.module, lambda: self.run(until), looped=looped, **options)
 
     def run(self, until: str | None = None) -> None:
         """Run one forward pass that stops after the layer at `until`, by default the last.

@@ -17,6 +17,7 @@ import torch
 from nnsight.intervention.source import STATE, SourceNotAvailable, bind, instrument
 from torch import nn
 
+from nnterp.anatomy import Layer
 from nnterp.discovery import _decorators  # noqa: F401 (it makes nnsight parse each decorator once)
 from nnterp.huggingface import with_logits
 from nnterp.tensors import copied, stream_in, stream_out
@@ -68,7 +69,8 @@ class Operation:
         args, kwargs: Copies of what it was called with.
         output: A copy of what it returned.
         began, ended: When, on the recording's clock.
-        times: How often it ran. The rest describes its first run.
+        times: How often it ran; in a layer that runs several times, in one run of the layer. The rest describes the
+            first.
     """
 
     path: str
@@ -161,6 +163,19 @@ class Recording:
         call = self.call(path)
         return None if call is None else call.stream_out
 
+    def during(self, outer: Call) -> Recording:
+        """What was recorded during one call, that call included."""
+        calls = {path: [c for c in own if outer.began <= c.began <= outer.ended] for path, own in self.calls.items()}
+        operations = [o for o in self.operations if outer.began <= o.began <= outer.ended]
+        return Recording({path: own for path, own in calls.items() if own}, operations, self.texts, self.result)
+
+    def of(self, layer: Layer) -> Recording:
+        """What was recorded while one run of a layer lasted; all, for a layer that runs once."""
+        if layer.turns == 1:
+            return self
+        calls = self.calls.get(layer.path, ())
+        return self.during(calls[layer.turn]) if layer.turn < len(calls) else Recording(texts=self.texts)
+
     def operations_of(self, path: str) -> list[Operation]:
         """The operations of one module's forward and of the instrumented functions that it calls."""
         return [operation for operation in self.operations if operation.path == path]
@@ -171,9 +186,19 @@ class Recording:
         for path, calls in self.calls.items():
             found[path, (), "input"], found[path, (), "output"] = calls[0].began, calls[0].ended
         for operation in self.operations:
-            found[operation.path, operation.labels, "input"] = operation.began
-            found[operation.path, operation.labels, "output"] = operation.ended
+            found.setdefault((operation.path, operation.labels, "input"), operation.began)
+            found.setdefault((operation.path, operation.labels, "output"), operation.ended)
         return found
+
+    def turns(self) -> dict[tuple[str, Labels], tuple[tuple[int, int], ...]]:
+        """(path, labels) → when it began and ended, each time; of what was reached more than once, each time alone."""
+        found: dict[tuple[str, Labels], list[tuple[int, int]]] = {}
+        for path, calls in self.calls.items():
+            found[path, ()] = [(call.began, call.ended) for call in calls]
+        for operation in self.operations:
+            at = (operation.began, operation.ended)
+            found.setdefault((operation.path, operation.labels), []).extend([at] * operation.times)
+        return {key: tuple(times) for key, times in found.items() if len(times) > 1}
 
 
 Edits = Mapping[tuple[str, Labels], Callable[[Any], Any]]
@@ -189,6 +214,7 @@ def record(
     arguments: bool = True,
     edits: Edits | None = None,
     edited_alone: bool = False,
+    looped: Iterable[str] = (),
 ) -> Recording:
     """Run a forward pass and record the calls of some modules and the operations in the forwards of some.
 
@@ -203,9 +229,13 @@ def record(
         arguments: Whether to record the arguments of operations.
         edits: (path, labels) of an operation → a function of its output; what it returns replaces the output.
         edited_alone: Whether to record no operations but those in `edits`.
+        looped: Paths of layers that run several times: operations are recorded in each of their runs.
     """
     recorder = _Recorder(look_into or in_modelling_code, arguments, edits or {}, edited_alone)
+    modules = dict.fromkeys((*modules, *looped))
     with contextlib.ExitStack() as stack:
+        for path in looped:
+            stack.callback(root.get_submodule(path).register_forward_pre_hook(recorder.next_run).remove)
         for path in operations:
             recorder.instrument(root.get_submodule(path), path, stack)
         for path in modules:
@@ -218,12 +248,16 @@ class _Recorder:
     def __init__(self, look_into: Callable[[Any], bool], arguments: bool, edits: Edits, edited_alone: bool) -> None:
         self.look_into, self.arguments, self.edits, self.edited_alone = look_into, arguments, edits, edited_alone
         self.recording = Recording()
-        self.seen: dict[tuple[str, Labels], Operation] = {}
-        self.clock = 0
+        self.seen: dict[tuple[str, Labels, int], Operation] = {}
+        self.clock, self.run_of_layer = 0, 0
 
     def tick(self) -> int:
         self.clock += 1
         return self.clock
+
+    def next_run(self, *_: Any) -> None:
+        """Record operations anew, though they may have run before: a looped layer begins."""
+        self.run_of_layer += 1
 
     def watch(self, module: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
         """Record the calls of a module."""
@@ -287,12 +321,13 @@ class _Recorder:
 
     def keep(self, operation: Operation, output: Any) -> None:
         operation.ended = self.tick()
-        earlier = self.seen.get((operation.path, operation.labels))
+        key = operation.path, operation.labels, self.run_of_layer
+        earlier = self.seen.get(key)
         if earlier is not None:
             earlier.times += 1
             return
         operation.output = copied(output)
-        self.seen[operation.path, operation.labels] = operation
+        self.seen[key] = operation
         self.recording.operations.append(operation)
 
 

@@ -22,7 +22,7 @@ USED = "its router has chosen by them when it returns them"
 
 def router_path(root: nn.Module, layer: Layer) -> str | None:
     """Path of the router's module in one layer; None if transformers records none."""
-    found = _recorded(root, layer)
+    found = recorded_router(root, layer)
     return None if found is None else found[0]
 
 
@@ -42,23 +42,24 @@ class Routers:
         """(logits, chosen experts) of one layer: for each its place, or the reason why it has none."""
         if layer.mlp is None or not layer.mixture_of_experts:
             return NO_EXPERTS, NO_EXPERTS
-        found = _recorded(self.probe.module, layer)
+        found = recorded_router(self.probe.module, layer)
         if found is None:
             return NO_LOGITS, NO_CHOICES
         path, index = found
-        call = self.recording.call(path)
+        recording = self.recording.of(layer)
+        call = recording.call(path)
         output = None if call is None else call.output
         if isinstance(output, torch.Tensor):
             return Site(path, "output"), NO_CHOICES
         if not isinstance(output, (tuple, list)):
             return NO_LOGITS, NO_CHOICES
-        return self.logits(path, index, output), _choices(path, output)
+        return self.logits(recording, path, index, output), _choices(path, output)
 
-    def logits(self, path: str, index: int, output: Sequence[Any]) -> Place | str:
+    def logits(self, recording: Recording, path: str, index: int, output: Sequence[Any]) -> Place | str:
         """Where the logits of a router that returns several things are served; read-only if no write was proven."""
         if index >= len(output) or not isinstance(output[index], torch.Tensor):
             return NO_LOGITS
-        for operation in sorted(self.recording.operations_of(path), key=lambda o: o.ended):
+        for operation in sorted(recording.operations_of(path), key=lambda o: o.ended):
             holds = operation.times == 1 and same(operation.output, output[index], self.probe.tolerance)
             if holds and self.decides(operation, index, output):
                 return Inside(path, operation.labels)
@@ -95,7 +96,7 @@ def _choices(path: str, output: Sequence[Any]) -> Place | str:
     return Item(path, whole[-1]) if whole else NO_CHOICES
 
 
-def _recorded(root: nn.Module, layer: Layer) -> tuple[str, int] | None:
+def recorded_router(root: nn.Module, layer: Layer) -> tuple[str, int] | None:
     """(path, index of the logits in its output) of a layer's router; None if transformers records none."""
     if layer.mlp is None or not layer.mixture_of_experts:
         return None

@@ -50,7 +50,7 @@ def find_states(probe: Probe) -> States:
             return [f"the model does not run with a cache ({type(error).__name__}: {error})"] * len(layers), {}
         found: list[Place | str] = []
         for layer in layers:
-            operations = [o for path in paths[layer.index] for o in recording.operations_of(path)]
+            operations = [o for path in paths[layer.index] for o in recording.of(layer).operations_of(path)]
             place = next(_handed_on(operations), None) or next(_assigned(module, operations, before), None)
             found.append(place if place is not None else _reason(layer, operations))
     return found, recording.texts

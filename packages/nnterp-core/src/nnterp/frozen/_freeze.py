@@ -61,6 +61,10 @@ def require_frozen(model: Freezable, kinds: Any) -> tuple[str, ...]:
         Unavailable: One cannot be held still; says which modules refuse it, and why.
     """
     kinds = frozen_kinds(kinds)
+    if kinds and model.anatomy.runs:
+        raise Unavailable(
+            f"{model.anatomy.model_class}: nothing is held still in a model that runs its layers several times."
+        )
     proof = prove_frozen(model) if kinds else None
     for kind in kinds:
         reason = None if proof is None else proof.reasons.get(kind)

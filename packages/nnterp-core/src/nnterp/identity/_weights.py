@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from nnterp.identity._checkpoint import Checkpoint
+from nnterp.identity._mapped import places_in_files
+
 _WORDS = 1024  # numbers of 8 bytes of each tensor that are hashed themselves
 _BLOCK = 127  # words that are added up; a prime, so that blocks do not end where rows of matrices do
 _BLOCKS = 512  # that are multiplied at once; more do not stay in a processor's cache
+_BLOCKS_ELSEWHERE = 1 << 15  # on other devices, where starting a computation costs more than memory
 
 
 def checksum(module: nn.Module) -> str:
@@ -69,23 +74,39 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat((words.sum().view(1), words[::step], rest.to(torch.int64)))
 
 
-def digest_of_bits(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+def digest_of_weights(named: Iterable[tuple[str, torch.Tensor]], files: Checkpoint) -> str:
     """Return a digest of the names, shapes, dtypes and numbers of tensors, 16 hexadecimal digits.
 
-    It holds a sum of the bits of every 127 words of 8 bytes, as 64-bit integers, each word times an odd factor of its
-    own, so that a number that changes, or numbers that change places, change the digest. The cost is one read.
+    Of a tensor whose memory is known to be still what a file holds, the place in the file and the digest of the files
+    stand for the numbers. Of others it holds a sum of the bits of every 127 words of 8 bytes, as 64-bit integers, each
+    word times an odd factor of its own, so that a number that changes, or numbers that change places, change the
+    digest; the cost is one read.
+
+    Args:
+        named: The tensors.
+        files: What they were loaded from.
     """
-    found = hashlib.sha256()
-    for name, tensor in named:
-        found.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
-        words, rest = _bits(tensor.detach())
-        whole = len(words) - len(words) % _BLOCK
-        factors = torch.arange(1, 2 * _BLOCK, 2, device=words.device)
-        for some in words[:whole].split(_BLOCK * _BLOCKS):
-            found.update((some.view(-1, _BLOCK) * factors).sum(1).cpu().numpy().tobytes())
-        found.update(words[whole:].cpu().numpy().tobytes())
-        found.update(rest.cpu().numpy().tobytes())
+    tensors = list(named)
+    places = places_in_files((tensor for _, tensor in tensors), files)
+    if any(places) and not files.unchanged():
+        places = [""] * len(tensors)
+    found = hashlib.sha256(files.digest.encode() if any(places) else b"")
+    for (name, tensor), place in zip(tensors, places, strict=True):
+        found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {place};".encode())
+        if not place:
+            _add_bits(found, tensor.detach())
     return found.hexdigest()[:16]
+
+
+def _add_bits(found: Any, tensor: torch.Tensor) -> None:
+    words, rest = _bits(tensor)
+    whole, on_cpu = len(words) - len(words) % _BLOCK, words.device.type == "cpu"
+    factors = torch.arange(1, 2 * _BLOCK, 2, device=words.device)
+    some = (own.view(-1, _BLOCK) for own in words[:whole].split(_BLOCK * (_BLOCKS if on_cpu else _BLOCKS_ELSEWHERE)))
+    # a product of integer matrices is the faster of the two, and only a CPU has it
+    sums = [own.mv(factors) if on_cpu else (own * factors).sum(1) for own in some]
+    found.update(torch.cat((*sums, words[whole:])).cpu().numpy().tobytes())
+    found.update(rest.cpu().numpy().tobytes())
 
 
 def _bits(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

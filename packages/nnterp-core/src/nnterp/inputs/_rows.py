@@ -55,7 +55,9 @@ class EncoderDecoderPrompt:
             as they are; "" for the start token alone.
 
     Example:
-        >>> model.collect(EncoderDecoderPrompt("translate English to German: The house", "Das"), "layers_output")
+        t5 = StandardizedTransformer(testing.tiny_encoder_decoder("t5"), tokenizer=testing.tiny_tokenizer())
+        prompt = EncoderDecoderPrompt("translate English to German: The house", decoder=[2, 40])
+        stream = t5.collect(prompt, "layers_output", positions=-1)["layers_output"]  # [layers, prompts, hidden]
     """
 
     encoder: str | Sequence[int] | torch.Tensor

@@ -10,7 +10,8 @@ from typing import Any
 from nnterp import traced
 from nnterp.anatomy import Anatomy, Layer, Part, Sizes
 from nnterp.certificate import AttentionProbabilitiesAccessor, Certificate, Line, certify
-from nnterp.discovery import Attention, Contribution, Findings, ResidualStructure, SourceText, Term
+from nnterp.decoders import DecoderReadout
+from nnterp.discovery import Attention, ContextFact, Contribution, Findings, ResidualStructure, SourceText, Term
 from nnterp.facts import Facts
 from nnterp.named_transformer import NamedTransformer
 from nnterp.proofs._forms import names_of
@@ -22,9 +23,10 @@ from nnterp.traced import bracket_one
 _PLACES = (
     *(traced.Site, traced.Item, traced.Inside, traced.Everywhere, traced.ReadOnly, traced.View, traced.Layout),
     *(traced.Sum, traced.ThroughOut, traced.State, traced.CachedState),
+    *(traced.Routed, traced.Experts, traced.EveryExpert),
 )
 _FACTS = (
-    *(Anatomy, Layer, Part, Sizes, traced.Readout, traced.Chain, traced.StreamLayout, traced.Sharing),
+    *(Anatomy, Layer, Part, Sizes, traced.Readout, DecoderReadout, traced.Chain, traced.StreamLayout, traced.Sharing),
     *(ResidualStructure, Contribution, Term, *_PLACES),
 )
 _LINES = (Certificate, Line)
@@ -34,8 +36,15 @@ SHAPES = What("shapes", "the shapes of its parts, without weights", (*_LINES, *_
 TWIN = What("twin", "a small random model of its code", (*_FACTS, *_FINDINGS))
 INSIDE = What("inside", "where values inside its layers are", _FINDINGS)
 STATES = What("states", "where the states of its mixers are", _FINDINGS)
+LINEAR = What("linear", "where the inside of its linear attention is", _FINDINGS)
+CONTEXT = What("context", "what it does around its layers", (ContextFact,))
 PROBABILITIES = What("probabilities", "its attention probabilities")
-_SEARCHES = ("look_inside", "look_for_states")
+_SEARCHES: dict[str, tuple[What, type]] = {
+    "look_inside": (INSIDE, Findings),
+    "look_for_states": (STATES, tuple),
+    "look_for_linear": (LINEAR, tuple),
+    "look_for_context": (CONTEXT, tuple),
+}
 _NOT_STORED = ("declared_probabilities", "places", *_SEARCHES)
 
 
@@ -75,19 +84,18 @@ def with_kept_searches(model: NamedTransformer, facts: Facts, anew: bool = False
         facts: Its facts.
         anew: Search whatever is on disk.
     """
-    if facts.proof != "weights" or facts.look_inside is None or facts.look_for_states is None:
+    if facts.proof != "weights" or facts.look_inside is None:
         return facts
-    inside, states = facts.look_inside, facts.look_for_states
 
-    def look_inside() -> Findings:
-        return proven(model, INSIDE, inside, restore=functools.partial(_required, Findings), anew=anew)
+    def kept(what: What, kind: type, search: Callable[[], Any]) -> Callable[[], Any]:
+        return functools.cache(
+            lambda: proven(model, what, search, restore=functools.partial(_required, kind), anew=anew)
+        )
 
-    def look_for_states() -> Any:
-        return proven(model, STATES, states, restore=functools.partial(_required, tuple), anew=anew)
-
-    return dataclasses.replace(
-        facts, look_inside=functools.cache(look_inside), look_for_states=functools.cache(look_for_states)
-    )
+    found: dict[str, Any] = {
+        name: kept(*of, search) for name, of in _SEARCHES.items() if (search := getattr(facts, name)) is not None
+    }
+    return dataclasses.replace(facts, **found)
 
 
 def proven_by_twin(model: NamedTransformer, prove: Callable[[], Facts | None]) -> Facts | None:
@@ -100,12 +108,14 @@ def proven_by_twin(model: NamedTransformer, prove: Callable[[], Facts | None]) -
 
     def store(facts: Facts | None) -> Any:
         assert facts is not None
-        return {"facts": _stored(facts), "inside": facts.inside, "states": facts.states}
+        return {"facts": _stored(facts), "inside": facts.inside, "states": facts.states, "linear": facts.linear}
 
     def restore(stored: Any) -> Facts:
         inside, states = _required(Findings, stored["inside"]), _required(tuple, stored["states"])
-        facts = _restored(model, stored["facts"])
-        return dataclasses.replace(facts, look_inside=lambda: inside, look_for_states=lambda: states)
+        linear, facts = _required(tuple, stored["linear"]), _restored(model, stored["facts"])
+        return dataclasses.replace(
+            facts, look_inside=lambda: inside, look_for_states=lambda: states, look_for_linear=lambda: linear
+        )
 
     return proven(
         model, TWIN, prove, store=store, restore=restore, worth=lambda facts: facts is not None, key=key_of_code

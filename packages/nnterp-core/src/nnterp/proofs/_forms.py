@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from nnterp.proofs._types import fits
+from nnterp.proofs._types import Check, check_of
 from nnterp.record import Record
 
 # A value is a JSON value, or a list whose first entry says what it is. Texts longer than this are written once.
 _LONG = 40
+_BARE = (bool, int, str, NoneType)
 _CONTAINERS: dict[str, type] = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
 _MAPPINGS: dict[str, Any] = {"dict": dict, "proxy": MappingProxyType}
 _OWN = {kind: name for name, kind in (_CONTAINERS | _MAPPINGS).items()}
@@ -80,15 +81,15 @@ class Reader:
         Raises:
             ValueError, TypeError, KeyError, IndexError, AttributeError: It is none of those that `Writer` makes.
         """
+        if type(form) in _BARE:
+            return form
         if not isinstance(form, list):
-            if type(form) in (bool, int, str, NoneType):
-                return form
             raise ValueError(f"a bare {type(form).__name__}")
         kind, *rest = form
         if kind in _CONTAINERS:
-            return _CONTAINERS[kind](map(self.value, rest))
+            return _CONTAINERS[kind](self._values(rest))
         if kind in _MAPPINGS:
-            items = [self.value(item) for item in rest]
+            items = self._values(rest)
             return _MAPPINGS[kind](dict(zip(items[::2], items[1::2], strict=True)))
         if kind == "object":
             return self._object(*rest)
@@ -103,6 +104,9 @@ class Reader:
             return self.tensors[first].to(torch.device(*more))
         raise ValueError(f"{kind!r} is no kind of value")
 
+    def _values(self, forms: Iterable[Any]) -> list[Any]:
+        return [form if type(form) in _BARE else self.value(form) for form in forms]
+
     def _text(self, index: Any) -> str:
         if type(index) is not int or not 0 <= index < len(self.texts) or type(self.texts[index]) is not str:
             raise ValueError("a text that is not there")
@@ -110,10 +114,10 @@ class Reader:
 
     def _object(self, name: str, *forms: Any) -> Any:
         own = self.classes[name]
-        fields = names_of(own)
-        values = dict(zip(fields, map(self.value, forms), strict=True))
-        for field, hint in fields.items():
-            if not fits(values[field], hint):
+        checks = _checks_of(own)
+        values = dict(zip(checks, self._values(forms), strict=True))
+        for field, check in checks.items():
+            if not check(values[field]):
                 raise TypeError(f"{name}.{field} is a {type(values[field]).__name__}")
         made: Any = object.__new__(own)
         made.__dict__.update(values)
@@ -131,6 +135,11 @@ def fields_of(value: Any) -> dict[str, Any]:
     if held.keys() != names.keys():
         raise TypeError(f"a {type(value).__name__} with other fields than its own cannot be written")
     return {name: held[name] for name in names}
+
+
+@functools.cache
+def _checks_of(own: Any) -> dict[str, Check]:
+    return {name: check_of(hint) for name, hint in names_of(own).items()}
 
 
 @functools.cache

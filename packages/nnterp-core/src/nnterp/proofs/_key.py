@@ -18,7 +18,7 @@ from torch import nn
 from nnterp.devices import input_device
 from nnterp.eager import attention_configs
 from nnterp.huggingface import dtype_of
-from nnterp.identity import code_digest, digest, digest_of_bits, function_digest
+from nnterp.identity import Checkpoint, code_digest, digest, digest_of_weights, function_digest
 from nnterp.versions import version_of
 
 Key = dict[str, str]  # what it rests on, in words → a version, a name or a digest
@@ -54,7 +54,7 @@ class Keyed(Protocol):
     repo_id: str
     revision: str | None
     keep_proofs: bool
-    loaded_files: str
+    loaded_files: Checkpoint
     dispatched: bool
     rename_config: Any
     tokenizer: Any
@@ -77,8 +77,9 @@ class Keyed(Protocol):
 def key_of(model: Keyed, what: What) -> Key | str:
     """Return what a proof of a model rests on, or why none is kept for it.
 
-    The weights count with their numbers, which are read once. Only the certificate is looked up before anyone can have
-    changed them, right after they were loaded; there, the files that they were loaded from count.
+    The certificate is looked up before anyone can have changed the weights, right after they were loaded: the files
+    that they were loaded from count. Later each weight counts with its numbers, which are read, unless the kernel
+    knows that its memory still is what the file holds.
 
     Args:
         model: The model.
@@ -88,7 +89,7 @@ def key_of(model: Keyed, what: What) -> Key | str:
         return reason
     if what.of_names and model.facts.proof != "weights":
         return "the names of its parts are not proven"
-    if model.dispatched and not what.of_names and not model.loaded_files:
+    if model.dispatched and not what.of_names and not model.loaded_files.digest:
         return "the files of its weights cannot be told"
     module = model._module
     return {
@@ -185,7 +186,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _weights(model: Keyed, what: What) -> str:
     if not model.dispatched:
         return "absent"
-    return digest_of_bits(_tensors(model._module)) if what.of_names else f"loaded from {model.loaded_files}"
+    if not what.of_names:
+        return f"loaded from {model.loaded_files.digest}"
+    return digest_of_weights(_tensors(model._module), model.loaded_files)
 
 
 def _device(model: Keyed) -> str:

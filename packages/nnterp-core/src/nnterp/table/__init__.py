@@ -10,10 +10,22 @@ from nnterp.table._images import IMAGE_ROWS
 from nnterp.table._rows import ROWS
 from nnterp.table._value import Label, Side, Stack, Value
 
-__all__ = ["LABELS", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
+__all__ = ["LABELS", "SENT_WHERE_NAMED", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
 
 VALUES: dict[str, Value] = {value.name: value for value in (*ROWS, *IMAGE_ROWS, *ENCODER_ROWS, *CROSS_ROWS)}
-LABELS: dict[str, Label] = {name: value.label for name, value in VALUES.items()}
+
+
+class _Labels(dict[str, Label]):
+    """The labels of all values. A request carries those of models that send requests: none of encoders."""
+
+    def __reduce__(self) -> tuple:
+        return dict, ({name: label for name, label in self.items() if label.stack not in ("encoder", "cross")},)
+
+
+LABELS: dict[str, Label] = _Labels({name: value.label for name, value in VALUES.items()})
+# Values of few models: a remote request takes them along only if its block names them, so that the others stay small.
+_OF_FEW_MODELS = ("router", "experts", "state", "linear")
+SENT_WHERE_NAMED = frozenset(v.name for v in VALUES.values() if v.finder in _OF_FEW_MODELS and v.stack == "layers")
 
 
 def get_label(name: str) -> Label:

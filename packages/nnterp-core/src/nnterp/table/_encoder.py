@@ -11,7 +11,11 @@ def _of_stack(value: Value, stack: Stack, rank: float) -> Value:
     return replace(value, name=f"{stack}_{value.name}", rank=rank, description=words, aliases=(), stack=stack)
 
 
-_ENCODED = [v for v in ROWS if v.per_layer and v.role in ("layer", "self_attn", "mlp") and v.finder != "features"]
+_ENCODED = [
+    v
+    for v in ROWS
+    if v.per_layer and v.role in ("layer", "self_attn", "mlp") and v.finder not in ("features", "experts")
+]
 _ACROSS = [v for v in ROWS if v.role == "self_attn" and v.name != "attention_contributions"]
 
 ENCODER_ROWS = tuple(_of_stack(value, "encoder", value.rank) for value in _ENCODED)

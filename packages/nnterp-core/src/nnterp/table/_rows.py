@@ -1,6 +1,6 @@
 """The rows of the language model: everything of its residual stream that can be read and written."""
 
-from nnterp.table._value import EAGER, HEADS, KV_HEADS, NEW, PATTERN, STREAM, Value
+from nnterp.table._value import EAGER, HEADS, KV_HEADS, NEW, PATTERN, PROMPT, STREAM, Value
 
 ROWS = (
     Value(
@@ -113,6 +113,60 @@ ROWS = (
         note=f"Their sum over heads and the bias of W_O make `attentions_output`. {NEW}",
     ),
     Value(
+        "mixer_queries",
+        "[batch, seq, ...]",
+        1.71,
+        "Queries of a linear attention: what its state is read with. In a state space model, C.",
+        role="mixer",
+        finder="linear",
+        note=f"As the recurrence is given them, before its own scale and norm. {PROMPT}",
+    ),
+    Value(
+        "mixer_keys",
+        "[batch, seq, ...]",
+        1.72,
+        "Keys of a linear attention: where its state is written. In a state space model, B.",
+        role="mixer",
+        finder="linear",
+        note=f"As the recurrence is given them, before its own norm. {PROMPT}",
+    ),
+    Value(
+        "mixer_values",
+        "[batch, seq, ...]",
+        1.73,
+        "Values of a linear attention: what is written. In a state space model, x.",
+        role="mixer",
+        finder="linear",
+        note=f"`[batch, seq, heads, head_dim]`; in Mamba 1 `[batch, seq, channels]`. {PROMPT}",
+    ),
+    Value(
+        "mixer_decays",
+        "[batch, seq, ...]",
+        1.74,
+        "Logarithm of the factor by which each token makes the state of a gated delta rule decay.",
+        role="mixer",
+        finder="linear",
+        note=f"One for each head, or in Kimi's rule for each channel of its keys. {PROMPT}",
+    ),
+    Value(
+        "mixer_betas",
+        "[batch, seq, heads]",
+        1.75,
+        "How strongly each token is written to the state of a delta rule: 0 not at all, 1 in place of what was there.",
+        role="mixer",
+        finder="linear",
+        note=PROMPT,
+    ),
+    Value(
+        "mixer_steps",
+        "[batch, seq, ...]",
+        1.76,
+        "Step sizes of a state space model: how strongly each token is written, and how fast the state decays.",
+        role="mixer",
+        finder="linear",
+        note=f"As the scan is given them: where it has a bias and a softplus of its own, before these. {PROMPT}",
+    ),
+    Value(
         "mixer_states",
         "[batch, ...]",
         1.8,
@@ -191,6 +245,35 @@ ROWS = (
         "Indices of the experts each token is sent to.",
         role="mlp",
         finder="router",
+    ),
+    Value(
+        "expert_weights",
+        "[batch, seq, chosen]",
+        3.4,
+        "The weight of each expert that a token is sent to, in the order of `router_choices`.",
+        role="mlp",
+        finder="experts",
+        note="As the experts are given them: normalised and scaled as the model does it.",
+    ),
+    Value(
+        "expert_outputs",
+        "[batch, seq, chosen, hidden]",
+        3.41,
+        "What each expert that a token is sent to returns for it, before its weight; in the order of `router_choices`.",
+        role="mlp",
+        finder="experts",
+        note="Times `expert_weights` they add up to what the chosen experts add to `mlps_output`. A new tensor: assign "
+        "it. Reading runs the chosen experts a second time.",
+    ),
+    Value(
+        "expert_contributions",
+        "[batch, seq, experts, hidden]",
+        3.42,
+        "What each expert adds to `mlps_output`: its output times its weight, zero for tokens not sent to it.",
+        role="mlp",
+        finder="experts",
+        note="A new tensor: assign it (in Llama 4 it is the model's own). It holds every expert for every token: take "
+        "`expert_outputs` for long prompts. See [mixtures](mixtures.md).",
     ),
     Value(
         "mlp_neurons",

@@ -23,14 +23,9 @@ class Label(Record):
         stack: As in `Value`.
     """
 
-    def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: Stack = "layers") -> None:
+    def __init__(self, name: str, shape: str, description: str, per_layer: bool, stack: str = "layers") -> None:
         self.name, self.shape, self.description, self.per_layer = name, shape, description, per_layer
         self.stack = stack
-
-    @property
-    def of_encoder(self) -> bool:
-        """Whether its positions are those of the encoder's input."""
-        return self.stack == "encoder" or (self.stack == "cross" and self.shape.startswith("[batch, keys"))
 
     @property
     def axes(self) -> int:
@@ -82,6 +77,11 @@ class Value:
         return self.label.axes
 
     @property
+    def of_encoder(self) -> bool:
+        """Whether its positions are those of the encoder's input."""
+        return self.stack == "encoder" or (self.stack == "cross" and self.shape.startswith("[batch, keys"))
+
+    @property
     def base(self) -> str:
         """In an encoder-decoder model, the same value of a model's own layers: that of `encoder_layers_output` is
         `layers_output`."""
@@ -99,3 +99,4 @@ KV_HEADS = "[batch, keys, kv_heads, head_dim]"
 PATTERN = "[batch, heads, query, key]"
 EAGER = "Needs `enable_attention_probs=True` (eager attention)."
 NEW = "Where it is a sum or a multiple, reading makes a new tensor: assign it, an edit in place may have no effect."
+PROMPT = "In passes over several tokens: the step of a generation computes another operation."

@@ -37,6 +37,10 @@ class Request:
         size: Bytes sent, after nnsight's compression.
         bytecode: Names of the functions that were sent as bytecode, because they have no source. A worker with another
             version of Python cannot run them.
+
+    Example:
+        request = testing.Request(size=27_000, bytecode=())
+        print(request.size)  # → 27000
     """
 
     size: int
@@ -48,11 +52,6 @@ class RemoteWorker:
 
     The traced block is serialised as for a real request. The child cannot import the packages in `blocked`, so whatever
     the block needs of them must be in the request. Only what the block saved comes back.
-
-    >>> with RemoteWorker(folder) as worker, worker.serving():
-    ...     with model.trace("The Eiffel Tower is in", remote=True):
-    ...         last = model.layers_output[-1][:, -1].save()
-    >>> worker.requests[-1].size
 
     Args:
         folder: The checkpoint, with its tokenizer.
@@ -66,6 +65,13 @@ class RemoteWorker:
             with what the worker printed.
         nnsight.intervention.backends.remote.RemoteError: A request failed on the worker. Raised by that request, with
             the worker's traceback.
+
+    Example:
+        distant = StandardizedTransformer(nnterp.toy_checkpoint(), remote=True)
+        with testing.RemoteWorker(nnterp.toy_checkpoint()) as worker, worker.serving():
+            with torch.no_grad(), distant.trace("The Eiffel Tower is in", remote=True):
+                last = distant.layers_output[-1][:, -1].save()
+        print(worker.requests[-1].bytecode)  # → ()
     """
 
     def __init__(self, folder: str | Path, blocked: Sequence[str] = ("nnterp",)) -> None:

@@ -28,6 +28,11 @@ def tiny_image_inputs(model: nn.Module, *, seed: int = 0, ids: tuple[int, ...] =
     Returns:
         Keywords of the model's forward: `input_ids` `[1, seq]` with the image's tokens in the middle, `attention_mask`,
         the pixels, and what else the forward needs to place them. On the CPU, floats in the model's dtype.
+
+    Example:
+        llava = testing.tiny_model("llava", images=True)
+        with torch.no_grad():
+            logits = llava(**testing.tiny_image_inputs(llava)).logits  # [1, seq, vocab]
     """
     row = IMAGE_ROWS.get(_type_of(model), {})
     generator = torch.Generator().manual_seed(seed)

@@ -19,6 +19,8 @@ _TILED_LIST = {"image_size": [32, 32], "patch_size": [8, 8]}
 
 # Fields of configurations, as in `_special_cases.CONFIG_ROWS`.
 IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_id": 4, "audio_token_id": 5, "image_token_offset": 100, "audio_token_offset": 132},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 32, "base_channels": 32, "channel_multiplier": [1, 1, 2]},
     "aria": {"projector_patch_to_query_dict": {16: 5}},
     "cosmos3_edge_text": _sections(4, 4, 4),
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [24, 64], "output_channels": 24},
@@ -49,6 +51,7 @@ IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [0, 1, 2, 3],
         "projector_dropout": 0.0,
     },
+    "hy_v4_vl_text": _sections(2, 2, 2),
     "hunyuan_vl_text": _sections(3, 3, 3, 3),
     "idefics2": {"perceiver_config": {"resampler_n_latents": 5}},
     "internvl_vision": _TILED_LIST,
@@ -84,6 +87,7 @@ IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "unlimited_ocr_sam_vision_model": {"downsample_channels": [24, 64], "output_channels": 24},
     "step3p5": {"sliding_window": 8},
     "vipllava": {"vision_feature_layers": [-2, -1]},
+    "wavtokenizer_encoder": {"codebook_size": 32, "codebook_dim": 64, "decoder_hidden_size": 64},
 }
 
 
@@ -94,6 +98,7 @@ def _mask_of_tiles(made: dict[str, torch.Tensor]) -> torch.Tensor:
 # Prompts with an image, by model type. "form" is a key of `_image_inputs`' forms, "tokens" the number of positions of
 # an image, "without" names arguments to leave out, and "extra" makes more of them; sizes are those of `_Vision`.
 IMAGE_ROWS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"form": "sized", "image_size": 16, "tokens": 16},
     "granite4_vision": {"form": "tiled", "tiles": 3, "shape": [60, 30]},
     "granite_docling": {"extra": {"pixel_attention_mask": _mask_of_tiles}},
     "kimi_k25": {"form": "square patches"},
@@ -103,6 +108,7 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
     "fuyu": {"form": "listed patches", "tokens": 6},
     "gemma4_unified": {"patch_size": 12},
     "inkling2": {"form": "blocks"},
+    "inkling2_loop": {"form": "blocks"},
     "inkling_mm_model": {"form": "frames", "patch_size": 40, "frames": 2},
     "llama4": {"tokens": 4},
     "minicpm_ocr": {"form": "row of patches"},

@@ -208,12 +208,28 @@ class _Part:
 
 def _parts(config_class: type[PreTrainedConfig]) -> dict[str, _Part]:
     """The configurations inside a composite one, by field name."""
+    specs = getattr(config_class, "sub_configs_defaults", None)
+    if specs is None:
+        return _parts_before_specs(config_class)
     found = {}
     for key, part_class in config_class.sub_configs.items():
-        spec = config_class.sub_configs_defaults.get(key)
+        spec = specs.get(key)
         if not issubclass(part_class, PreTrainedConfig):  # AutoConfig
             part_class = CONFIG_MAPPING[spec.model_type]
         found[key] = _Part(part_class, spec is not None and spec.optional)
+    return found
+
+
+def _parts_before_specs(config_class: type[PreTrainedConfig]) -> dict[str, _Part]:
+    """The same where transformers does not say yet which parts are optional: those that a plain one is made without."""
+    plain = _full_size(config_class)
+    found = {}
+    for key, part_class in config_class.sub_configs.items():
+        made = getattr(plain, key, None)
+        if isinstance(made, PreTrainedConfig):
+            found[key] = _Part(type(made), optional=False)
+        elif issubclass(part_class, PreTrainedConfig):  # no AutoConfig, which does not say which class it is
+            found[key] = _Part(part_class, optional=plain is not None)
     return found
 
 

@@ -85,7 +85,13 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"global_head_dim": 32},
     "helium": {"head_dim": 16},  # its output projection is hidden_size by hidden_size
-    "dory": {"depth": 6, "n_input_layers": 2, "n_output_layers": 2},  # two layers run in a loop between the others
+    "dory": {  # the layers between the first two and the last two run in a loop
+        "depth": 6,
+        "n_input_layers": 2,
+        "n_output_layers": 2,
+        "n_recurrent_layers": lambda depth: depth - 4,
+        "n_recurrent_loops": 3,
+    },
     "inkling2_loop_text": {  # each loop begins and ends with a block of layers
         "depth": 6,
         "n_layers_per_attn_res_block": 2,
@@ -135,6 +141,7 @@ LOUD_ROWS: dict[str, dict[str, float]] = {
     "mllama_text_model": {"attn_gate": 12.0, "mlp_gate": 12.0},  # of cross-attention, zero at first
     "inkling_text": {"q_norm.weight": 3.0},  # scale 1 / head size
     "inkling2_text": {"q_norm.weight": 1.5},  # scale 1 / head size
+    "inkling2_loop_text": {"q_norm.weight": 1.5},  # scale 1 / head size
 }
 
 _NEEDS_AN_IMAGE = "its forward takes no text without an image, and the certificate begins with a text"

@@ -61,6 +61,9 @@ def tiny_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
 
     Raises:
         ValueError: `vocab_size` is too small for the bytes and the special tokens.
+
+    Example:
+        print(len(testing.tiny_tokenizer()))  # → 509
     """
     if vocab_size < _SMALLEST_VOCAB:
         raise ValueError(

@@ -27,12 +27,20 @@ def _class_names() -> Mapping[str, str]:
 
 
 def model_types() -> tuple[str, ...]:
-    """The model types `tiny_model` builds: transformers' causal-LM mapping without `unavailable_model_types()`."""
+    """The model types `tiny_model` builds: transformers' causal-LM mapping without `unavailable_model_types()`.
+
+    Example:
+        print("llama" in testing.model_types())  # → True
+    """
     return tuple(t for t in _class_names() if t not in UNAVAILABLE)
 
 
 def unavailable_model_types() -> dict[str, str]:
-    """The model types of transformers' causal-LM mapping that `tiny_model` does not build, each with the reason."""
+    """The model types of transformers' causal-LM mapping that `tiny_model` does not build, each with the reason.
+
+    Example:
+        reasons = testing.unavailable_model_types()  # model type → reason
+    """
     return {t: reason for t, reason in UNAVAILABLE.items() if t in _class_names()}
 
 
@@ -40,6 +48,9 @@ def multimodal_model_types() -> tuple[str, ...]:
     """Model types with images in and text out that `tiny_model` builds besides `model_types()`.
 
     They are the classes of `AutoModelForImageTextToText` and run on text alone.
+
+    Example:
+        print("llava" in testing.multimodal_model_types())  # → True
     """
     return tuple(t for t in image_model_types() if t not in _class_names())
 
@@ -48,6 +59,9 @@ def image_model_types() -> tuple[str, ...]:
     """The model types that `tiny_model(model_type, images=True)` builds, and `tiny_image_inputs` makes prompts for.
 
     They are transformers' image-text-to-text mapping without `model_types_without_images()`.
+
+    Example:
+        print("llava" in testing.image_model_types())  # → True
     """
     return tuple(t for t in _image_class_names() if t not in model_types_without_images())
 
@@ -56,6 +70,9 @@ def model_types_without_images() -> dict[str, str]:
     """The model types of transformers' image-text-to-text mapping that are not built with images, each with the reason.
 
     Those that need packages of the extra `llms` are left out of it where these are installed.
+
+    Example:
+        reasons = testing.model_types_without_images()  # model type → reason
     """
     have = all(find_spec(name) is not None for name in ("timm", "torchvision", "PIL"))
     unbuilt = {t: reason for t, reason in WITHOUT_IMAGES.items() if not (have and reason == NEEDS_TIMM)}
@@ -102,6 +119,10 @@ def tiny_model(
     Raises:
         KeyError: `model_type` is not a causal LM of the installed transformers, or cannot be built; the message
             says why.
+
+    Example:
+        gemma = StandardizedTransformer(testing.tiny_model("gemma2"), tokenizer=testing.tiny_tokenizer())
+        print(gemma.certificate.ok)  # → True
     """
     with_images = images or model_type not in _class_names()
     reasons = model_types_without_images() if with_images else UNAVAILABLE
@@ -122,7 +143,11 @@ def tiny_model(
 
 
 def encoder_decoder_types() -> tuple[str, ...]:
-    """The model types `tiny_encoder_decoder` builds: types with text in both inputs, and Whisper."""
+    """The model types `tiny_encoder_decoder` builds: types with text in both inputs, and Whisper.
+
+    Example:
+        print("t5" in testing.encoder_decoder_types())  # → True
+    """
     return ENCODER_DECODERS
 
 
@@ -136,6 +161,9 @@ def tiny_encoder_decoder(model_type: str, *, seed: int = 0, **config_overrides: 
 
     Raises:
         KeyError: `model_type` is none of these.
+
+    Example:
+        t5 = testing.tiny_encoder_decoder("t5")
     """
     if model_type not in ENCODER_DECODERS:
         raise KeyError(f"{model_type!r} is none of encoder_decoder_types(): {', '.join(ENCODER_DECODERS)}.")
@@ -164,6 +192,10 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **kwargs: Any) -> Path:
     Raises:
         KeyError: as `tiny_model`.
         ValueError: transformers cannot load what it saves for this type (`NOT_RELOADABLE`).
+
+    Example:
+        folder = testing.tiny_checkpoint("gpt2", "tiny-gpt2")
+        tiny = StandardizedTransformer(str(folder))
     """
     if model_type in NOT_RELOADABLE:
         raise ValueError(f"No checkpoint of {model_type!r}: {NOT_RELOADABLE[model_type]}.")

@@ -33,11 +33,13 @@ from nnterp.traced._dictionary import (
 )
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edits import Edits, NoEdits
+from nnterp.traced._experts import EveryExpert, Experts, Routed, one_column
 from nnterp.traced._features import Attached, Features, listed
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
-from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site
+from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site, bare
 from nnterp.traced._readout import Chain, Readout, Way, project_on_vocab
 from nnterp.traced._running import Lender, Place, Running
+from nnterp.traced._runs import InRun, Runs
 from nnterp.traced._sharing import Sharing, fresh_rotations, require_sharing
 from nnterp.traced._skipping import skip_layers
 from nnterp.traced._states import CachedState, State
@@ -66,10 +68,13 @@ __all__ = [
     "Dictionary",
     "Directory",
     "Edits",
+    "EveryExpert",
     "Everywhere",
+    "Experts",
     "Features",
     "Gated",
     "GroupMax",
+    "InRun",
     "Inside",
     "Item",
     "JumpRelu",
@@ -81,7 +86,9 @@ __all__ = [
     "Place",
     "ReadOnly",
     "Readout",
+    "Routed",
     "Running",
+    "Runs",
     "Scaling",
     "Sharing",
     "Site",
@@ -99,6 +106,7 @@ __all__ = [
     "accessor",
     "added",
     "arriving",
+    "bare",
     "bind_names",
     "bracket_one",
     "change",
@@ -107,6 +115,7 @@ __all__ = [
     "is_apart",
     "layer_index",
     "listed",
+    "one_column",
     "over",
     "project_on_vocab",
     "read_value",

@@ -9,7 +9,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import OutsideTraceError, ShapeError
 from nnterp.table import Label
-from nnterp.traced._places import Site
+from nnterp.traced._places import Site, bare
 from nnterp.traced._sums import Sum
 from nnterp.traced._views import reflattened, unflattened
 
@@ -26,8 +26,9 @@ class LayerAccessor:
     `model.layers_output[i]` is the tensor of layer `i` (negative indices count from the last layer), on the device and
     in the dtype the model computes it; assigning replaces it for the rest of the forward pass. In a model whose layers
     hold several attentions one after the other (LongCat-Flash), values of attention are indexed with the layer and the
-    attention's number in it: `model.attention_head_outputs[i, 1]`. Features are indexed with the layer, with the layer
-    and the dictionary's number in it, or with the value that the dictionary reads or writes.
+    attention's number in it: `model.attention_head_outputs[i, 1]`. In a looped model `i` counts all runs of layers, and
+    `model.layers_output[layer, pass]` names one. Features are indexed with the layer, with the layer and the
+    dictionary's number in it, or with the value that the dictionary reads or writes.
 
     Raises (on indexing):
         IndexError: The model has no such layer.
@@ -84,9 +85,7 @@ class ModuleListAccessor:
 
 def depth(model: Running, value: Label | Value) -> int:
     """Number of layers that have a value's kind."""
-    if value.stack == "vision":
-        return model.num_vision_layers
-    return model.num_encoder_layers if value.stack == "encoder" else model.num_layers
+    return getattr(model, f"num_{value.stack}_layers", model.num_layers)
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
@@ -121,7 +120,7 @@ def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int
     except OutOfOrderError as error:
         _explain(error, label)
         raise
-    if isinstance(place, Site) and tensor.requires_grad and torch.is_grad_enabled():
+    if isinstance(bare(place), Site) and tensor.requires_grad and torch.is_grad_enabled():
         tensor.retain_grad()  # so that a plain `score.backward()` fills in its `.grad`
     return tensor if tensor.dim() >= value.axes else unflattened(model, tensor)
 
@@ -132,7 +131,7 @@ def write_value(
     """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
     label, place = _locate(model, value, layer)
     try:
-        if isinstance(place, Sum):  # its first terms are passed when the last is reached: it reads and writes in one go
+        if isinstance(bare(place), Sum):  # its first terms are passed when the last is reached: it does both in one go
             _require_tensor(tensor, label, "")
             place.write(model, tensor, label)
             return
@@ -161,9 +160,12 @@ def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] |
     index: int | tuple[int, int] | str | None = None
     if isinstance(layer, str) and value.name == "features":  # by the value that a dictionary reads or writes
         index, label = layer, f"features[{layer!r}]"
-    elif isinstance(layer, tuple) and len(layer) == 2:  # one of several attentions in a layer, or dictionaries
-        index = layer_index(layer[0], depth(model, value), value.name), layer[1]
+    elif isinstance(layer, tuple) and len(layer) == 2:  # a run of a layer, one of its attentions, or dictionaries
         label = f"{value.name}[{layer[0]}, {layer[1]}]"
+        if model.runs is not None and value.name != "features":
+            index = model.runs.index(layer, value.name)
+        else:
+            index = layer_index(layer[0], depth(model, value), value.name), layer[1]
     elif value.per_layer:
         if not depth(model, value):
             model.place(value.name, 0)  # says why there are none
@@ -183,8 +185,8 @@ def require_running(model: Running, label: str) -> None:
         )
 
 
+# Puts this library's words in front; in place, because nnsight ends its loops by the error's identity.
 def _explain(error: OutOfOrderError, label: str) -> None:
-    """Put this library's words in front; in place, because nnsight ends its loops by the error's identity."""
     error.args = (
         f"{label}: the forward pass is already past it, or never computes it. Read values in forward order (layer by "
         f"layer; input before attention before MLP before output), and none inside a skipped layer. [{error.args[0]}]",

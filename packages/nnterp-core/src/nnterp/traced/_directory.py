@@ -30,7 +30,7 @@ class Directory:
         Raises:
             Unavailable: Nowhere; says why.
         """
-        for found, reason, layers in self.entries.get(name, ()):
+        for found, reason, layers in self.entries[name]:
             if layers is None or layer in layers:
                 if found is None:
                     raise Unavailable(reason)
@@ -51,5 +51,5 @@ class Directory:
 
     def having(self, name: str) -> tuple[int, ...]:
         """The layers that have something."""
-        served = [layers or () for found, _, layers in self.entries.get(name, ()) if found is not None]
+        served = [layers or () for found, _, layers in self.entries[name] if found is not None]
         return tuple(sorted(i for layers in served for i in layers if isinstance(i, int)))

@@ -9,8 +9,8 @@ from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.errors import ShapeError, Unavailable
-from nnterp.record import Record
-from nnterp.traced._places import Site
+from nnterp.record import Record, replace
+from nnterp.traced._places import Site, bare
 from nnterp.traced._steps import step_of
 from nnterp.traced._sums import Sum
 from nnterp.traced._views import reflattened, unflattened
@@ -118,7 +118,7 @@ class Features(Record):
         Raises:
             ShapeError: The dictionary decodes to another width than the value's.
         """
-        if isinstance(self.write_place, Sum):
+        if isinstance(bare(self.write_place), Sum):
             return self.added_to_last(model, self.write_place, change, label)
         target = shown(model, self.write_place, self.write_axes, label)
         moved = self.moved(target, change)
@@ -127,13 +127,15 @@ class Features(Record):
         self.write_place.write(model, stored, label)
         return self.flat(moved, self.write_axes)
 
-    def added_to_last(self, model: Running, place: Sum, change: torch.Tensor, label: str) -> torch.Tensor:
+    def added_to_last(self, model: Running, place: Place, change: torch.Tensor, label: str) -> torch.Tensor:
         """As `added`, to the last term of a sum: the others are passed by then, and need not be read."""
-        path, factor = place.terms[-1]
+        terms = bare(place).terms
+        path, factor = terms[-1]
         change = change / (factor.to(change) if isinstance(factor, torch.Tensor) else factor)
-        last = Site(path, "output")
+        last: Place = Site(path, "output")
+        last = last if bare(place) is place else replace(place, place=last)  # type: ignore[type-var]
         last.write(model, self.moved(last.read(model, label), change), label)
-        if len(place.terms) > 1:
+        if len(terms) > 1:
             return change  # the sum cannot be read again
         return self.flat(shown(model, place, self.write_axes, label), self.write_axes)
 

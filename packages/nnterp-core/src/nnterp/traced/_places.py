@@ -182,6 +182,11 @@ class ReadOnly(Record):
         return f"{self.place} (read only)"
 
 
+def bare(place: Any) -> Any:
+    """What a place in one run of a looped layer wraps; any other place as it is."""
+    return place.place if hasattr(place, "turns") else place
+
+
 def with_argument(
     args: tuple, kwargs: dict[str, Any], key: int | str, tensor: torch.Tensor
 ) -> tuple[tuple, dict[str, Any]]:

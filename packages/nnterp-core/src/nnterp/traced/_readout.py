@@ -62,7 +62,6 @@ class Readout(Record):
         returns: For each layer, where what it returns beside the stream comes from when it is skipped: for each entry
             the argument (index or name) that is passed through, or None; None for a layer that returns one tensor.
             Empty while unproven.
-        encoded: Whether the layers are those of a decoder that reads an encoder.
     """
 
     def __init__(
@@ -76,11 +75,9 @@ class Readout(Record):
         way: Way = "unproven",
         reason: str = "",
         returns: tuple[tuple[int | str | None, ...] | None, ...] = (),
-        encoded: bool = False,
     ) -> None:
         self.model_class, self.ln_final, self.lm_head, self.layer_paths = model_class, ln_final, lm_head, layer_paths
         self.chain, self.layout, self.way, self.reason, self.returns = chain, layout, way, reason, returns
-        self.encoded = encoded
 
     def __str__(self) -> str:
         chain = str(self.chain) if self.ln_final is not None else str(self.chain).removeprefix("ln_final → ")
@@ -132,25 +129,18 @@ class Readout(Record):
         embedding = module.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.zeros((rows, seq), dtype=torch.long, device=embedding.device)
         with _LayersReplaced(module, self, layout.native(hidden)):
-            logits = module(**replayed_inputs(module, self, ids), use_cache=False).logits
+            logits = module(input_ids=ids, use_cache=False).logits
         return logits.reshape(*shape[:-1], logits.shape[-1]) if layout.plain else logits
-
-
-def replayed_inputs(module: nn.Module, readout: Readout, ids: torch.Tensor) -> dict[str, Any]:
-    """What the model is given while its layers are replaced; a decoder's layers then read nothing of an encoder."""
-    if not readout.encoded:
-        return {"input_ids": ids}
-    nothing = torch.zeros((*ids.shape[:1], 1, readout.layout.width), device=ids.device)
-    return {"decoder_input_ids": ids, "encoder_outputs": (nothing,)}
 
 
 class _LayersReplaced:
     """While the block is open, every layer returns a hidden state instead of running."""
 
     def __init__(self, module: nn.Module, readout: Readout, hidden: torch.Tensor) -> None:
-        self.blocks = [module.get_submodule(path) for path in readout.layer_paths]
+        self.blocks = [module.get_submodule(path) for path in dict.fromkeys(readout.layer_paths)]
         self.kept = [block.__dict__.get("forward") for block in self.blocks]
-        self.returns = readout.returns or (None,) * len(self.blocks)
+        rests = readout.returns or (None,) * len(readout.layer_paths)
+        self.returns = list(dict(zip(readout.layer_paths, rests, strict=True)).values())
         self.hidden = hidden
 
     def __enter__(self) -> None:

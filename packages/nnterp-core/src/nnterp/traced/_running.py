@@ -16,10 +16,10 @@ class Running(Protocol):
     """What a place, a readout or an edit needs of the model in whose forward pass it acts."""
 
     num_layers: int
-    num_encoder_layers: int
     num_vision_layers: int
     model_class: str
     layer_paths: tuple[str, ...]
+    runs: Any
     interleaver: Any
     lenders: list[Lender]
     readout: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,9 +59,11 @@ def pass_by(model: Running, first: int, last: int, stream: torch.Tensor, rest: R
     if not rest:
         model.layers_output[last] = stream
         return
-    args, kwargs = model.envoy(model.layer_paths[first]).inputs
-    native = _native(model, first, stream)
-    model.envoy(model.layer_paths[last]).output = skipped_output(native, rest, args, kwargs)
+    with in_own_run(model, first):
+        args, kwargs = model.envoy(model.layer_paths[first]).inputs
+        native = _native(model, first, stream)
+    with in_own_run(model, last):
+        model.envoy(model.layer_paths[last]).output = skipped_output(native, rest, args, kwargs)
 
 
 def skip(model: Running, first: int, last: int, stream: torch.Tensor, returns: tuple[Rest, ...]) -> None:
@@ -71,12 +74,19 @@ def skip(model: Running, first: int, last: int, stream: torch.Tensor, returns: t
             f"{model.model_class} stores its stream as [seq, batch, hidden], so layers cannot be skipped in "
             "several invokes of one trace: put the prompts into one invoke, or into traces of their own."
         )
-    stream = _native(model, first, stream)
+    with in_own_run(model, first):
+        stream = _native(model, first, stream)
     for layer in range(first, last + 1):
         envoy = model.envoy(model.layer_paths[layer])
         rest = returns[layer]
-        args, kwargs = envoy.inputs if rest is not None else ((), {})
-        envoy.skip(skipped_output(stream, rest, args, kwargs))
+        with in_own_run(model, layer):
+            args, kwargs = envoy.inputs if rest is not None else ((), {})
+            envoy.skip(skipped_output(stream, rest, args, kwargs))
+
+
+def in_own_run(model: Running, layer: int) -> Any:
+    """While the block is open, a layer's module is asked for what it does in that layer's own run."""
+    return contextlib.nullcontext() if model.runs is None else model.runs.waiting(model, layer)
 
 
 def _native(model: Running, first: int, stream: torch.Tensor) -> torch.Tensor:

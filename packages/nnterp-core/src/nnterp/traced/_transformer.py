@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from nnsight.intervention.envoy import Envoy
 from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.errors import ShapeError, Unavailable
-from nnterp.table import LABELS, Label
+from nnterp.table import LABELS, SENT_WHERE_NAMED, Label
 from nnterp.traced._accessors import LayerAccessor, ModuleListAccessor, read_value, require_running, write_value
 from nnterp.traced._binding import envoy_at
 from nnterp.traced._bracketing import bracket_one
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from nnterp.traced._edits import NoEdits
     from nnterp.traced._features import Attached
     from nnterp.traced._running import Lender, Place
+    from nnterp.traced._runs import Runs
     from nnterp.traced._sharing import Sharing
 
 
@@ -40,7 +40,6 @@ class TracedTransformer(TransformersModel):
 
     # Comments, because a docstring travels.
     num_layers: int  # layers of the residual stream
-    num_encoder_layers: int  # of the encoder of an encoder-decoder model, else 0
     num_vision_layers: int  # layers of the vision tower
     hidden_size: int | None  # sizes are None where the config does not state them
     num_heads: int | None
@@ -50,6 +49,7 @@ class TracedTransformer(TransformersModel):
     vocab_size: int | None
     model_class: str  # name of the HuggingFace class
     layer_paths: tuple[str, ...]  # native path of each layer's module
+    runs: Runs | None  # of a looped model: which index each run of a layer has
     readout: Readout  # how hidden states become logits
     lenders: list[Lender]  # layers that later ones borrow keys and values from
     directory: Directory  # where every value is served
@@ -81,10 +81,7 @@ class TracedTransformer(TransformersModel):
         mixers_input: LayerAccessor
         mixers_output: LayerAccessor
         mixer_contributions: LayerAccessor
-        mixer_states: LayerAccessor
         layers_mid: LayerAccessor
-        router_logits: LayerAccessor
-        router_choices: LayerAccessor
         mlp_neurons: LayerAccessor
         shared_expert_neurons: LayerAccessor
         mlp_contributions: LayerAccessor
@@ -101,11 +98,10 @@ class TracedTransformer(TransformersModel):
     def _batch(self, invokes: list, fn: Any) -> tuple:
         args, kwargs = TransformersModel._batch(self, invokes, fn)
         self.prepare_run()
-        own = "decoder_" if kwargs.get("decoder_input_ids") is not None else ""
-        mask = kwargs.get(f"{own}attention_mask")
+        own = "decoder_" if "decoder_input_ids" in kwargs else ""
+        mask, ids, embeds = (kwargs.get(own + name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         padded = isinstance(mask, torch.Tensor) and not is_fake(mask) and not bool(mask.all())
-        names = (f"{own}input_ids", f"{own}inputs_embeds")
-        ids = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+        ids = embeds if ids is None else ids
         width = None if ids is None else ids.shape[1]
         self.interleaver.stepping = getattr(fn, "__name__", fn) not in ("_call", "__call__")
         settings = kwargs | self.interleaver.batcher.extra_kwargs
@@ -116,9 +112,6 @@ class TracedTransformer(TransformersModel):
         if self.sharing is not None:
             counted = self.positions_from_mask and "position_ids" in kwargs
             self.sharing.begin(self, mask if padded else None, settings, counted)
-        heard = kwargs.get("attention_mask") if own else None
-        if self.sharing is not None and isinstance(heard, torch.Tensor) and not is_fake(heard):
-            self.sharing.begin(self, None if bool(heard.all()) else heard, {}, False)
         if padded and not self.positions_from_mask:
             kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         return args, kwargs
@@ -288,7 +281,6 @@ class TracedTransformer(TransformersModel):
         if positions is not None:
             if token_positions is not None:
                 raise ValueError("Cannot specify both `positions` (deprecated) and `token_positions`; give the latter.")
-            warnings.warn("`positions` is deprecated, use `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
         places = (token_positions, batch_index, steps)
         self.edits.steer(self, layers, steering_vector, factor, *places, mode, keep_norm, origin)
@@ -348,5 +340,6 @@ def accessor(label: Label) -> property:
 
 
 for _label in LABELS.values():
-    if _label.stack in ("layers", "vision"):  # requests are refused for models with the others
+    # Requests are refused for models with other stacks, and bring their own accessors of values of few models.
+    if _label.stack in ("layers", "vision") and _label.name not in SENT_WHERE_NAMED:
         setattr(TracedTransformer, _label.name, accessor(_label))

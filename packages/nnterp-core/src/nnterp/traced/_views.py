@@ -43,16 +43,7 @@ class View(Record):
 
     def every_row(self, model: Running, act: Callable[[], Any]) -> Any:
         """Act on the rows of all invokes. nnsight slices the first axis per invoke, and here it is not the batch."""
-        if not self.layout.name.startswith("[seq, batch"):
-            return act()
-        from nnsight.intervention.interleaver import Mediator
-
-        worker = Mediator.current("a value")
-        mine, worker.batch_group = worker.batch_group, None
-        try:
-            return act()
-        finally:
-            worker.batch_group = mine
+        return in_every_row(act) if self.layout.name.startswith("[seq, batch") else act()
 
     def group(self, model: Running) -> tuple[int, int] | None:
         """(first row, number of rows) of this invoke; None where nnsight serves only these rows by itself."""
@@ -65,6 +56,18 @@ class View(Record):
 
     def __str__(self) -> str:
         return f"{self.place} (stored as {self.layout.name})"
+
+
+def in_every_row(act: Callable[[], Any]) -> Any:
+    """Act on the rows of all invokes, and not on those of this one alone."""
+    from nnsight.intervention.interleaver import Mediator
+
+    worker = Mediator.current("a value")
+    mine, worker.batch_group = worker.batch_group, None
+    try:
+        return act()
+    finally:
+        worker.batch_group = mine
 
 
 def over(place: Place, layout: Layout) -> Place:

@@ -12,7 +12,8 @@ from typing import Any
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import nn
 
-from nnterp.editing import EDITS, mentions_edits
+from nnterp.editing import EDITS, mentions_edits, mentions_values
+from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES
 from nnterp.traced import StepTracer
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 
@@ -20,23 +21,25 @@ NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy
 
 
 class RequestTracer(StepTracer):
-    """Sends the model's edits along if the block, or a function that it names, mentions one of them."""
+    """Sends along the model's edits, and values of few models, that the block or a function that it names mentions."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         model: Any = self.envoy
         scope = {**self.info.frame.f_globals, **self.info.frame.f_locals}  # type: ignore[union-attr]
         refuse_lost_edits(model, self.node, scope)
         try:
-            edits = bool(model.standing) or not EDITS.isdisjoint(mentioned(self.node, scope))
-        except Exception:  # an object that cannot be looked into: then the edits are sent
-            edits = True
+            names, texts = mentioned(self.node, scope)
+            edits, values = bool(model.standing) or not EDITS.isdisjoint(names), SENT_WHERE_NAMED & (names | texts)
+        except Exception:  # an object that cannot be looked into: then all are sent
+            edits, values = True, SENT_WHERE_NAMED
         mentions_edits.set(edits)
+        mentions_values.set(values)
         sent = StepTracer if edits else InterleavingTracer
         return object.__new__, (sent,), self.__getstate__()  # type: ignore[attr-defined]
 
 
-def mentioned(node: ast.AST, scope: Mapping[str, Any]) -> set[str]:
-    """Every name and attribute in a block, and in the functions and classes that it names, and in theirs.
+def mentioned(node: ast.AST, scope: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Every name and attribute, and every text, in a block, in the functions and classes that it names, and in theirs.
 
     Args:
         node: The `with` statement.
@@ -45,22 +48,26 @@ def mentioned(node: ast.AST, scope: Mapping[str, Any]) -> set[str]:
     names = {
         n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)
     }
-    seen: set[int] = set()
+    texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    seen = {id(VALUES), id(LABELS), id(SENT_WHERE_NAMED)}  # they name all values, whatever the block does
     waiting = [scope[name] for name in names if name in scope]
     while waiting:
         found = waiting.pop()
         if id(found) in seen:
             continue
         seen.add(id(found))
+        if isinstance(found, str):
+            texts.add(found)
         waiting += _held(found)
         for function in _functions(found):
             code = [*_codes(function.__code__)]
             own = {name for one in code for name in (*one.co_names, *one.co_freevars)}
             names |= own
+            texts |= {const for one in code for const in one.co_consts if isinstance(const, str)}
             waiting += [function.__globals__[name] for name in own if name in function.__globals__]
             waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
             waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return names
+    return names, texts
 
 
 def _held(found: Any) -> list[Any]:

@@ -1,14 +1,15 @@
 """Where every value of the table is served in one model, in which order, and what it is called elsewhere."""
 
 from nnterp.table import VALUES, Label, Value, get_label, get_value
-from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, layer_index, read_value, write_value
+from nnterp.traced import LayerAccessor, ModuleListAccessor, Site, Sum, bare, layer_index, read_value, write_value
 from nnterp.values._aliases import canonical
 from nnterp.values._attached import Attachment, attached_of, features_of, spelled
 from nnterp.values._directory import directory_of
-from nnterp.values._explain import Support, explain, source_of, support
+from nnterp.values._explain import Support, explain, explain_context, source_of, support
 from nnterp.values._images import layers_that_run
 from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
 from nnterp.values._read_order import Combine, gradient_reads, reads, when
+from nnterp.values._runs import runs_of, unrolled
 from nnterp.values._stacks import stack_depth
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "Support",
     "Value",
     "attached_of",
+    "bare",
     "canonical",
     "directory_of",
     "explain",
+    "explain_context",
     "features_of",
     "find_place",
     "get_label",
@@ -38,11 +41,13 @@ __all__ = [
     "leaves_inside",
     "read_value",
     "reads",
+    "runs_of",
     "site_of",
     "source_of",
     "spelled",
     "stack_depth",
     "support",
+    "unrolled",
     "when",
     "write_value",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,15 @@ Index = int | tuple[int, int]
 Entry = tuple[Any, str, tuple[Any, ...] | None]
 
 
-def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Directory:
+def directory_of(
+    model: Known, module_path: Callable[[str, int], str], without: Collection[str] = frozenset()
+) -> Directory:
     """The directory that travels with a model.
 
     Args:
         model: The model.
         module_path: (role, layer) → native path of the module that plays the role; raises `Unavailable` for none.
+        without: Values that are left out.
     """
     anatomy = model.facts.anatomy
     paths = model.facts.readout.layer_paths
@@ -34,7 +37,7 @@ def directory_of(model: Known, module_path: Callable[[str, int], str]) -> Direct
         if name == "features":  # dictionaries travel beside the directory
             entries[name] = [(None, NO_DICTIONARY, None)]
             continue
-        if value.stack in ("encoder", "cross"):  # requests are refused for models that have these
+        if name in without or value.stack in ("encoder", "cross"):  # requests are refused for models that have these
             continue
         if value.stack == "vision" and value.per_layer:
             vision = range(0 if model.facts.vision is None else len(model.facts.vision.layers))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nnterp.discovery import ContextFact
 from nnterp.errors import Unavailable
 from nnterp.indices import integer, read_index
 from nnterp.rendering import GOOD, SOFT, FittedTable, html_table
@@ -15,12 +17,16 @@ from nnterp.table import VALUES, Value, get_value
 from nnterp.traced import (
     CachedState,
     Declared,
+    EveryExpert,
     Everywhere,
+    Experts,
     Features,
+    InRun,
     Inside,
     Item,
     Place,
     ReadOnly,
+    Routed,
     Site,
     State,
     Sum,
@@ -44,11 +50,13 @@ class Support:
     Attributes:
         layers: Value → the layers that have it; `()` for none, `(-1,)` for a value that is not per layer.
         reasons: Value → for a layer (or -1) that does not have it, why.
+        context: What the model does around its layers: factors on embeddings, residuals and logits, further tables.
     """
 
     model_class: str
     layers: dict[str, tuple[int, ...]]
     reasons: dict[str, dict[int, str]]
+    context: tuple[ContextFact, ...] = ()
 
     def __getitem__(self, value: str) -> tuple[int, ...]:
         """The layers that have a value."""
@@ -95,13 +103,18 @@ class Support:
     def __str__(self) -> str:
         rows = self.rows()
         width, second = max(len(r[0]) for r in rows), max(len(r[1]) for r in rows)
-        return "\n".join([f"{self._caption}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)])
+        lines = [f"{self._caption}:", *(f"  {a:<{width}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows)]
+        return "\n".join([*lines, *_listed(self.context)])
 
     def _repr_html_(self) -> str:
-        return html_table(self._caption, _HEADER, self.rows(), colours=self._colours)
+        table = html_table(self._caption, _HEADER, self.rows(), colours=self._colours)
+        return table + "".join(f"<p>{html.escape(str(fact))}</p>" for fact in self.context)
 
     def __rich__(self) -> RenderableType:
-        return FittedTable(self._caption, _HEADER, self.rows(), colours=self._colours)
+        from rich.console import Group
+
+        table = FittedTable(self._caption, _HEADER, self.rows(), colours=self._colours)
+        return Group(table, *_listed(self.context)) if self.context else table
 
 
 def support(model: Known) -> Support:
@@ -118,7 +131,33 @@ def support(model: Known) -> Support:
             except Unavailable as error:
                 why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
         layers[name], reasons[name] = tuple(have), why
-    return Support(model.facts.anatomy.model_class, layers, reasons)
+    return Support(model.facts.anatomy.model_class, layers, reasons, context_of(model))
+
+
+def context_of(model: Known) -> tuple[ContextFact, ...]:
+    """What the model does around its layers; nothing for a model that nothing has run, as on fake tensors."""
+    return () if model.facts.look_for_context is None else model.facts.context
+
+
+def explain_context(model: Known) -> str:
+    """See `StandardizedTransformer.explain`, of the model as a whole.
+
+    Raises:
+        Unproven: Nothing has run the model yet.
+    """
+    lines = _listed(model.facts.context)
+    name = model.facts.anatomy.model_class
+    return "\n".join([f"{name}, around its layers:", *lines[1:]]) if lines else f"{name}: {_NOTHING}"
+
+
+_NOTHING = (
+    "what enters the first layer is a row of the embedding table, and layers and head add and return what they make as "
+    "it is."
+)
+
+
+def _listed(context: Sequence[ContextFact]) -> list[str]:
+    return ["Around the layers:", *(f"  {fact}" for fact in context)] if context else []
 
 
 def _layers(model: Known, value: Value) -> range:
@@ -152,7 +191,7 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
 
 def source_of(model: Known, place: Place) -> str:
     """The source lines at which a place is: the operation's own, or where its module is called from."""
-    if isinstance(place, (View, ReadOnly, State)):
+    if isinstance(place, (View, ReadOnly, State, InRun)):
         return source_of(model, place.place)
     if isinstance(place, ThroughOut):
         return source_of(model, place.heads)
@@ -162,7 +201,7 @@ def source_of(model: Known, place: Place) -> str:
         return source_of(model, place.places[0])
     if isinstance(place, Sum):
         return "\n".join(_module_line(model, path) for path, _ in place.terms)
-    if isinstance(place, (Site, Item)):
+    if isinstance(place, Site | Item | Routed | Experts | EveryExpert):
         return _module_line(model, place.path)
     if isinstance(place, Declared):
         return str(place.source)
@@ -185,7 +224,7 @@ def _module_line(model: Known, path: str) -> str:
 def _operation_lines(model: Known, place: Inside, around: int = 3) -> str:
     """A window of the function in which the operation stands, its line marked."""
     key = (place.path, place.labels[:-1])
-    found = model.facts.inside.texts.get(key) or model.facts.states[1].get(key)
+    found = model.facts.inside.texts.get(key) or model.facts.states[1].get(key) or model.facts.linear[1].get(key)
     if found is None:
         return f"  {place}"
     at = found.lines[place.labels[-1]] - 1

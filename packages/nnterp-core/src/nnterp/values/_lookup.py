@@ -32,6 +32,7 @@ from nnterp.traced import (
     View,
 )
 from nnterp.values._images import Missing, of_images, require_images_proven
+from nnterp.values._runs import in_its_run, runs_of
 from nnterp.values._stacks import stack_depth
 from nnterp.wording import ranges
 
@@ -54,7 +55,8 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
         facts: What is known of the model.
         module: Its HuggingFace module.
         name: The value.
-        layer: The layer; for one of several attentions in a layer, the layer and its number in it.
+        layer: The layer; for one of several attentions in a layer, the layer and its number in it; for one run of a
+            layer of a looped model, the layer and the pass.
 
     Raises:
         ValueError: There is no such value.
@@ -64,6 +66,8 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
     """
     if layer is not None and type(layer) is not int:
         layer = _plain(layer, name)
+    if isinstance(layer, tuple) and (runs := runs_of(facts)) is not None and get_value(name).stack == "layers":
+        layer = runs.index(layer, name)
     place = facts.places.get((name, layer))
     if place is None:
         every, value = facts, get_value(name)
@@ -81,6 +85,7 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
         else:
             place = FINDERS[value.finder](facts, module, value, layer or 0)
         place = _without_soft_prompt(facts, value, _as_shown(facts, place))
+        place = in_its_run(facts, value, place, layer[0] if isinstance(layer, tuple) else layer)
         every.places[name, layer] = place
     return place
 
@@ -273,6 +278,17 @@ def _router(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     which = ("router_logits", "router_choices").index(value.name)
     every = [found[which] for found in facts.inside.routers]
     place = every[layer]
+    if value.name == "router_choices" and isinstance(place, str):
+        return _experts(facts, module, value, layer)
+    if isinstance(place, str):
+        raise _missing(facts, layer, value.name, place, _served(every))
+    return place
+
+
+def _experts(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """The experts that a layer's tokens are sent to, their weights and what they return."""
+    every = [found[value.name] for found in facts.inside.experts]
+    place = every[layer]
     if isinstance(place, str):
         raise _missing(facts, layer, value.name, place, _served(every))
     return place
@@ -282,6 +298,16 @@ def _state(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     """The state that a mixer keeps for the next token."""
     facts.anatomy.part("mixer", layer)
     every, _ = facts.states
+    place = every[layer]
+    if isinstance(place, str):
+        raise _missing(facts, layer, value.name, place, _served(every))
+    return place
+
+
+def _linear(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
+    """What the recurrence of linear attention is given."""
+    facts.anatomy.part("mixer", layer)
+    every = [found[value.name] for found in facts.linear[0]]
     place = every[layer]
     if isinstance(place, str):
         raise _missing(facts, layer, value.name, place, _served(every))
@@ -360,9 +386,11 @@ FINDERS: dict[str, Finder] = {
     "attention": _attention,
     "head_contributions": _head_contributions,
     "state": _state,
+    "linear": _linear,
     "contribution": _contribution,
     "mid": _mid,
     "router": _router,
+    "experts": _experts,
     "neurons": _neurons,
     "features": _features,
     "vision": lambda facts, module, value, layer: of_images(facts, value, layer),

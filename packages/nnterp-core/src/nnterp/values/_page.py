@@ -29,6 +29,8 @@ with model.trace("The Eiffel Tower is in"):
   `model.collect` counts each prompt's own tokens instead.
 * **Several attentions in a layer.** A layer of LongCat-Flash holds two attentions, one after the other. There, index a
   value of attention in a trace with the layer and the attention's number: `model.attention_head_outputs[3, 1]`.
+* **Looped models.** Where layers run several times, index a value with the layer and the pass:
+  `model.layers_output[3, 1]`. One index counts all runs. See [looped models](looped.md).
 
 Which values does my model have? `model.support()` lists the layers that have each value, and the reason for the others.
 Where is one read? `model.explain(name, layer=3)` prints the native module or operation, its source lines and its

@@ -11,12 +11,16 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.traced import (
     Declared,
+    EveryExpert,
     Everywhere,
+    Experts,
     Features,
+    InRun,
     Inside,
     Item,
     Place,
     ReadOnly,
+    Routed,
     Running,
     Site,
     Sum,
@@ -44,6 +48,9 @@ def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
     if isinstance(place, View):
         inner, combine = reads(model, place.place)
         return inner, lambda given: place.layout.show(combine(given))
+    if isinstance(place, InRun):
+        inner, combine = reads(model, place.place)
+        return [InRun(part, place.turn, place.turns) for part in inner], combine
     if isinstance(place, Everywhere):
         return reads(model, place.places[0])
     if isinstance(place, ReadOnly):
@@ -67,12 +74,16 @@ def when(model: Known, place: Place) -> float:
         KeyError: The probe never reached it.
     """
     ticks = model.facts.inside.ticks
+    if isinstance(place, InRun):
+        return _in_run(model, place)
     if isinstance(place, Site) and place.path == model.facts.anatomy.ln_final:
         return math.inf  # after the last layer, with which the probe ends
     if isinstance(place, Site):
         key = place.path, (), place.side
         return ticks[key] if key in ticks else _with_image(model, place)
-    if isinstance(place, Item):
+    if isinstance(place, Routed | Experts):
+        return ticks[place.path, (), "input"]
+    if isinstance(place, Item | EveryExpert):
         return ticks[place.path, (), "output"]
     if isinstance(place, Inside):
         # The probe does not time the operations of every module. One that it does not is `layers_mid` in a module that
@@ -83,6 +94,21 @@ def when(model: Known, place: Place) -> float:
         part = model.facts.anatomy.part("self_attn", place.layer)
         return ticks[part.entry, (), "output"] - 0.5
     raise TypeError(f"{type(place).__name__} is made of other places; ask for those.")
+
+
+def _in_run(model: Known, place: InRun) -> float:
+    """When a pass reaches one run of a looped layer's modules.
+
+    Raises:
+        KeyError: The probe never reached it.
+    """
+    inner, runs = place.place, model.facts.inside.turns
+    if isinstance(inner, Site) and inner.path == model.facts.anatomy.ln_final and place.turn == place.turns - 1:
+        return math.inf
+    key = (inner.path, inner.labels if isinstance(inner, Inside) else ())  # type: ignore[attr-defined]
+    if key not in runs:  # `layers_mid` in a module that ends with it
+        return runs[key[0], ()][place.turn][1] - 0.5
+    return runs[key][place.turn][getattr(inner, "side", "output") == "output"]
 
 
 def _with_image(model: Known, place: Site) -> float:
@@ -113,6 +139,9 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
     Raises:
         Unavailable: The value is passed on in two places, of which only one is served.
     """
+    if isinstance(place, InRun):
+        inner, combine = gradient_reads(model, place.place, label)
+        return [InRun(part, place.turn, place.turns) for part in inner], combine
     if isinstance(place, View):
         inner, combine = gradient_reads(model, place.place, label)
         return inner, lambda given: place.layout.show(combine(given))
@@ -132,6 +161,11 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
         return [
             Site(path, "output")
         ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
+    if isinstance(place, Routed | Experts | EveryExpert):
+        raise Unavailable(
+            f"There is no gradient with respect to {label}: reading it makes a new tensor, on which the model's output "
+            "does not depend. Take the gradient with respect to mlps_output, and multiply it with expert_contributions."
+        )
     if isinstance(place, ReadOnly):
         raise Unavailable(
             f"There is no gradient with respect to {label} in {model.facts.anatomy.model_class}: {place.reason}."

@@ -13,7 +13,7 @@ from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
-from nnterp.identity import checkpoint_digest, config_digest
+from nnterp.identity import checkpoint_of, config_digest
 from nnterp.inputs import encode
 from nnterp.traced import bind_names
 from nnterp.vllm._errors import raise_first
@@ -113,7 +113,7 @@ class TracedVLLM(InTrace):
             "config": config_digest(config.hf_config),
             "engine": {name: repr(value) for name, value in self.dispatch_options.items() if name not in _ROUNDING},
             "edits": [getattr(edit, "identity", f"unknown {edit.id}") for edit in self._installed_edits],
-            "weights": checkpoint_digest(self.repo, self.dispatch_options) or f"unknown {id(self)}",
+            "weights": checkpoint_of(self.repo, self.dispatch_options).digest or f"unknown {id(self)}",
         }
 
     # -- what it refuses, and what it has -----------------------------------------------------------------------------

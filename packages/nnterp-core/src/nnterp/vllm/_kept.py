@@ -12,7 +12,7 @@ import torch
 
 from nnterp.certificate import Certificate, Line
 from nnterp.files import read_tensors, write_tensors
-from nnterp.identity import checkpoint_digest, code_digest, digest
+from nnterp.identity import checkpoint_of, code_digest, digest
 from nnterp.proofs import folder
 from nnterp.versions import version_of
 
@@ -35,7 +35,7 @@ def key_of(model: TracedVLLM) -> str:
 
     "" if the files cannot be told; then no proof is kept.
     """
-    files = checkpoint_digest(model.repo, model.dispatch_options)
+    files = checkpoint_of(model.repo, model.dispatch_options).digest
     if not files:
         return ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

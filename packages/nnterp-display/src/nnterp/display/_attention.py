@@ -53,6 +53,11 @@ def plot_attention(
         ValueError: `pattern` does not hold probabilities, labels do not fit their axis, or the wall has more than
             600,000 cells.
         IndexError: There is no such prompt.
+
+    Example:
+        acts = model.collect(prompts[0], "attention_probabilities")
+        pattern = acts["attention_probabilities", 3][0]  # [heads, query, key]
+        figure = display.plot_attention(pattern, model.tokenizer(prompts[0]).input_ids, model.tokenizer)
     """
     read = read_pattern("plot_attention", pattern, tokens, tokenizer, layers, heads, prompt, weighted)
     probs, names = read.values, read.tokens

@@ -30,6 +30,9 @@ def plot_certificate(certificate: Certificate, *, title: str | None = None, show
 
     Returns:
         The figure.
+
+    Example:
+        figure = display.plot_certificate(model.certificate)
     """
     rows = certificate.rows()
     verdict, *_ = str(certificate).split("\n", 1)

@@ -35,6 +35,11 @@ def plot_circuit(circuit: Any, *, edges: int = 100, title: str | None = None, sh
     Raises:
         TypeError: It is neither.
         ValueError: A name is no node's, or there are no edges.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, "The capital of France is", "The capital of Italy is", metric, audit=0)
+        figure = display.plot_circuit(circuit.top(20))
     """
     every, own_title, score = circuit_edges(circuit)
     some = every[: count(edges, "edges")]
@@ -127,6 +132,9 @@ def plot_faithfulness(
 
     Raises:
         ValueError: There is not one size for each entry.
+
+    Example:
+        figure = display.plot_faithfulness([0.2, 0.9, 1.0], sizes=[0.01, 0.1, 1])
     """
     if is_numbers(curve):
         if sizes is None:

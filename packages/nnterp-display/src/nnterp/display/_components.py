@@ -57,6 +57,9 @@ def plot_components(
     Raises:
         ValueError: There is not one name for each score, or the result has several prompts and none was chosen.
         IndexError: There is no such prompt.
+
+    Example:
+        figure = display.plot_components(ablate(model, prompts[0], components(model, "mlps_output"), "zero"))
     """
     if is_numbers(scores):
         refuse_choice("plot_components", choose, prompt)

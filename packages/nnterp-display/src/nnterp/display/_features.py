@@ -43,6 +43,11 @@ def plot_features(
     Raises:
         TypeError: `report` is no result.
         ValueError: It does not hold the feature, or the feature is not active on any text.
+
+    Example:
+        texts = ["The capital of Japan is Tokyo.", "Kyoto is a city in Japan."]
+        report = feature_report(model, nnterp.toy_dictionary("transcoder_0"), texts, features=[206])
+        figure = display.plot_features(report, 206)
     """
     read = contexts_of(report, feature, None if top is None else count(top, "top"))
     texts, starts, lines, hover, values = [], [], [], [], []

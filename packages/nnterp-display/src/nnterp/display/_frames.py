@@ -24,6 +24,10 @@ def prompts_to_df(prompts: Iterable[Any], tokenizer: Any = None) -> pd.DataFrame
 
     Returns:
         Rows `prompt`, `<target>_string`, and with a tokenizer `<target>_tokens`.
+
+    Example:
+        asked = [Prompt.from_strings("The capital of France is", {"right": "Paris"}, model)]
+        frame = display.prompts_to_df(asked, model.tokenizer)
     """
     columns: dict[int, dict[str, Any]] = {}
     for i, prompt in enumerate(prompts):
@@ -51,6 +55,9 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
     Raises:
         ValueError: `next_token_probs` does not hold probabilities, or `k` is not between 1 and the size of the
             vocabulary.
+
+    Example:
+        frame = display.top_tokens_to_df(logit_lens(model, prompts), model.tokenizer, k=3)
     """
     probs = as_array(next_token_probs, "next_token_probs ([prompts, layers, vocab])", 1, 2, 3)
     probs = probs.reshape((1,) * (3 - probs.ndim) + probs.shape)
@@ -74,12 +81,21 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
 
 
 def certificate_to_df(certificate: Certificate) -> pd.DataFrame:
-    """The lines of a certificate, a row for each, with columns claim, status, error, tolerance, detail."""
+    """The lines of a certificate, a row for each, with columns claim, status, error, tolerance, detail.
+
+    Example:
+        frame = display.certificate_to_df(model.certificate)
+        print("failed" in set(frame.status))  # → False
+    """
     rows = [(line.name, line.status, line.error, line.tolerance, line.detail) for line in certificate.lines]
     frame = pd.DataFrame(rows, columns=["claim", "status", "error", "tolerance", "detail"])
     return frame.astype({"error": float, "tolerance": float})
 
 
 def anatomy_to_df(anatomy: Anatomy) -> pd.DataFrame:
-    """The modules of a model, a row for each, with columns name (nnterp's) and native (the path in the model)."""
+    """The modules of a model, a row for each, with columns name (nnterp's) and native (the path in the model).
+
+    Example:
+        print(display.anatomy_to_df(model.anatomy).columns.tolist())  # → ['name', 'native']
+    """
     return pd.DataFrame(list(anatomy.names()), columns=["name", "native"])

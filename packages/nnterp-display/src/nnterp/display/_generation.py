@@ -56,7 +56,7 @@ def plot_generation(
         >>> from nnterp import display
         >>> figure = display.plot_generation(torch.eye(3) * 9, [0, 1, 1], top_k=2)
         >>> figure.data[0].hovertext[0][2]
-        'step 2: ⟨id 1⟩<br>probability 0.0001, rank 2<br>entropy 0.0025 nats'
+        'step 2: ⟨id 1⟩<br>probability 1.2e-04, rank 2<br>entropy 0.0025 nats'
     """
     check_scale(scale)
     read = predicted(logits, tokens, count(top_k, "top_k"), "logits ([steps, vocab])")

@@ -53,6 +53,11 @@ def plot_attribution_graph(
         TypeError: It is no attribution graph.
         KeyError: `labels` names a node that the graph does not have.
         ValueError: The graph has no edges.
+
+    Example:
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        figure = display.plot_attribution_graph(graph.prune(0.6, 0.9))
     """
     parts = graph_parts(graph)
     names = dict(labels or {})

@@ -74,6 +74,9 @@ def plot_lens(
         ValueError: `lens` does not hold probabilities, labels do not fit their axis, a result lacks what `color`,
             `target` or `top_k` needs, or there is no such `color` or `scale`.
         IndexError: There is no such prompt or position.
+
+    Example:
+        figure = display.plot_lens(logit_lens_table(model, prompts[0]))
     """
     if color not in get_args(Colour):
         raise ValueError(f"color must be 'probability', 'rank', 'entropy' or 'kl', not {color!r}.")

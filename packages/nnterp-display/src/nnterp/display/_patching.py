@@ -60,6 +60,11 @@ def plot_patching(
             or the mean over prompts was chosen, and the result's positions are not the same thing in each prompt (they
             are if they were found by selectors, or are the last token, or if the prompts have one template).
         IndexError: There is no such prompt.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        result = activation_patching(model, "The capital of France is", "The capital of Italy is", metric)
+        figure = display.plot_patching(result.normalized())
     """
     prompts = None
     if not is_numbers(scores):

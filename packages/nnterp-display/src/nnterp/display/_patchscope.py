@@ -57,6 +57,9 @@ def plot_patchscope(
     Raises:
         ValueError: `readings` does not hold probabilities, labels do not fit their axis, or a result holds fewer tokens
             than `top_k`.
+
+    Example:
+        figure = display.plot_patchscope(patchscope_table(model, "The capital of France", repeat_prompt()))
     """
     if not is_numbers(readings):
         read = readings_of(readings, tokenizer)

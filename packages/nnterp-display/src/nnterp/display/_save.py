@@ -20,7 +20,15 @@ PAGES = ("html", "htm")
 
 
 class ImageWriterMissing(RuntimeError):
-    """Raised for an image if kaleido, or the browser that it drives, is not installed or does not start."""
+    """Raised for an image if kaleido, or the browser that it drives, is not installed or does not start.
+
+    Example:
+        figure = display.plot_certificate(model.certificate)
+        try:
+            display.save(figure, "certificate.png")
+        except display.ImageWriterMissing:
+            display.save(figure, "certificate.html")
+    """
 
 
 def save(
@@ -57,6 +65,10 @@ def save(
         ValueError: The path's suffix is none of these, a `View` is to become an image, or there is no such `plotlyjs`.
         ImageWriterMissing: There is no image writer; the message says how to install one. `.html` needs none.
         OSError: The directory or the file cannot be written.
+
+    Example:
+        figure = display.plot_certificate(model.certificate)
+        print(display.save(figure, "certificate.html").name)  # → certificate.html
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")

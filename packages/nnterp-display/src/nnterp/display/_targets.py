@@ -59,6 +59,10 @@ def plot_targets(
     Raises:
         ValueError: There is no layer axis, the categories have different numbers of layers, there is no such `scale` or
             `value`, a result has no ranks, or what is given as ranks or on a scale of probabilities is none.
+
+    Example:
+        asked = [Prompt.from_strings("The capital of France is", {"right": "Paris", "wrong": "Rome"}, model)]
+        figure = display.plot_targets(run_prompts(model, asked, get_probs_func=logit_lens))
     """
     check_scale(scale)
     if value not in ("probability", "rank"):

@@ -14,6 +14,9 @@ def escape(text: str) -> str:
     """The text with everything escaped that plotly would interpret: HTML tags, entities, and LaTeX between dollars.
 
     Right-to-left text is put between isolating characters, so that it does not move the text beside it.
+
+    Example:
+        print(display.escape("<b>"))  # → &lt;b&gt;
     """
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
     if any(unicodedata.bidirectional(char) in {"R", "AL"} for char in text):

@@ -112,6 +112,9 @@ def with_theme(figure: go.Figure, theme: Theme) -> go.Figure:
 
     Raises:
         ValueError: `theme` is neither.
+
+    Example:
+        dark = display.with_theme(display.plot_certificate(model.certificate), "dark")
     """
     if theme not in TEMPLATES:
         raise ValueError(f"theme must be 'light' or 'dark', not {theme!r}.")

@@ -51,6 +51,9 @@ def plot_tokens(
     Raises:
         ValueError: There is not one value for each token.
         IndexError: There is no such prompt.
+
+    Example:
+        figure = display.plot_tokens([" a", " b"], [0.1, 0.9], name="probability")
     """
     if values is None:
         read = token_values(tokens, prompt)

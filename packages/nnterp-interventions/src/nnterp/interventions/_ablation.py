@@ -34,7 +34,12 @@ PROMPTS = 8  # prompts whose activations are held at a time
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AblationResult(Result):
-    """The metric of each ablated run, `scores` `[prompts, components]`, and of the unedited runs, `baseline`."""
+    """The metric of each ablated run, `scores` `[prompts, components]`, and of the unedited runs, `baseline`.
+
+    Example:
+        result = ablate(model, prompts, components(model, "mlps_output"), "zero")
+        worst = result.top(1)[0]  # labels and score: the MLP without which the prediction changes most
+    """
 
     figure: ClassVar[str] = "ablation"
 
@@ -86,6 +91,10 @@ def ablate(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done` is False.
+
+    Example:
+        heads = components(model, "attention_head_outputs", layers=[4], heads="all")
+        scores = ablate(model, prompts, heads, "zero")["scores"]  # [prompts, components], KL in nats
     """
     model.require_no_trace("ablate()")
     check_batch_size(batch_size)

@@ -28,12 +28,16 @@ class Component:
     Attributes:
         value: Name of a value, such as "attention_head_outputs" or "mlps_output".
         layer: Its layer; negative counts from the last. Of "features" also (layer, number), as `nnterp.attach` returns.
-        heads: A head (or neuron) or several, or a slice of them; all if None.
+        heads: A head (or neuron, or expert of "expert_contributions") or several, or a slice of them; all if None.
         positions: Over each prompt's own tokens: indices, selectors or a list of these; all if None.
 
     Raises:
         TypeError: The layer, heads or positions are something else: a float, a boolean, a text.
         ValueError: Heads or positions are empty.
+
+    Example:
+        head = Component("attention_head_outputs", 4, heads=1, positions=-1)
+        changed = ablate(model, prompts, head, "zero")["scores"]  # [prompts, 1]
     """
 
     value: str
@@ -54,11 +58,12 @@ class Component:
         object.__setattr__(self, "positions", plain_positions(self.positions, "Component(positions)"))
 
     def __str__(self) -> str:
+        unit = "expert" if self.value.startswith("expert_") else "head"
         if isinstance(self.heads, slice):
-            heads = f" heads {shown_slice(self.heads)}"
+            heads = f" {unit}s {shown_slice(self.heads)}"
         else:
             listed = (self.heads,) if isinstance(self.heads, int) else self.heads or ()
-            heads = f" head{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
+            heads = f" {unit}{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}" if listed else ""
         at = "" if self.positions is None else f" at {self.positions}"
         return f"{label_of(self.value, self.layer)}{heads}{at}"
 
@@ -85,6 +90,9 @@ def components(
         ValueError: The value is not per layer, or has no axis that was asked for.
         IndexError: There is no such layer or head.
         Unavailable: The model, or a layer that was asked for, does not have the value.
+
+    Example:
+        print(len(components(model, "attention_head_outputs", heads="all")))  # → 32
     """
     chosen = places_with(model, [value], layers)
     heads = integers(heads, "heads") if heads is not None and not isinstance(heads, str) else heads
@@ -108,7 +116,7 @@ def check(model: StandardizedTransformer, component: Any) -> Component:
     value = get_value(component.value)
     if not value.per_layer:
         raise ValueError(f"{value.name} is not a value of layers; take one that is, such as layers_output.")
-    if value.label.of_encoder:
+    if value.of_encoder:
         raise Unavailable(
             f"{value.name} has the positions of the encoder's input, and components those of the decoder's: patch it "
             "with activation_patching, or write it in a trace."

@@ -51,7 +51,7 @@ class Grid:
         self.units = units_of(model, names, heads, self.layers)
         self.by_head = heads is not None
         _check_patterns(pairs, names)
-        heard = {get_value(name).label.of_encoder for name in names}
+        heard = {get_value(name).of_encoder for name in names}
         if len(heard) > 1:
             raise ValueError(
                 f"{', '.join(names)} have positions of both the encoder's and the decoder's input: patch them apart."

@@ -29,6 +29,19 @@ def layers_of(model: StandardizedTransformer, layers: Any, name: str = "layers",
     return model.layers_of_texts(read, images)
 
 
+def require_once(model: StandardizedTransformer, what: str) -> None:
+    """Raise for a looped model, whose layers run several times.
+
+    Raises:
+        Unavailable: The model is looped; `what` is not served for it.
+    """
+    if model.anatomy.runs:
+        raise Unavailable(
+            f"{what} is not served for {model.model_class}: it runs its layers several times, and between two passes "
+            "its own code stands in the stream."
+        )
+
+
 def places_with(model: StandardizedTransformer, names: list[str], layers: Any, images: bool = False) -> list[At]:
     """As `layers_with`; of features, the dictionaries asked for: a layer, or (layer, number) where a layer has several.
 

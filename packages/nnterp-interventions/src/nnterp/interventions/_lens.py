@@ -51,6 +51,9 @@ class LensResult(Result):
     were asked for, `positions`; then `top` or `targets`. The labels of `targets` are indices in each prompt's own list
     of targets, whose token ids are in `target_ids`. `input_ids` `[prompts, positions]` are the prompts' own tokens at
     these positions.
+
+    Example:
+        print(logit_lens(model, prompts, targets=" Paris", ranks=True)["target_ranks"][0, -1].tolist())  # → [0]
     """
 
     figure: ClassVar[str] = "lens"
@@ -123,6 +126,9 @@ def logit_lens(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done`, `[prompts]`, is False.
+
+    Example:
+        print(model.tokenizer.decode(logit_lens(model, prompts)[0, -1].argmax()))  # → Paris
     """
     model.require_no_trace("logit_lens()")
     encoded = encode(model, prompts, images=True)
@@ -206,6 +212,9 @@ def logit_lens_table(
         `top_probs` and `top_ids` `[prompts, layers, positions, top]`; `entropy`, `last_ranks` and `kl` `[prompts,
         layers, positions]`; `input_ids` `[prompts, positions]`; with targets also `target_probs` and `target_ranks`
         `[prompts, layers, positions, targets]`.
+
+    Example:
+        frame = logit_lens_table(model, prompts, top_k=3).to_dataframe()  # one row per layer, position and rank
     """
     result = logit_lens(
         model,

@@ -44,6 +44,13 @@ class Metric:
         bind: A function that prepares the metric. It takes the model, the number of prompts and the logits of their
             reference runs, `[prompts, vocab]`; it returns a function that takes logits `[n, vocab]` of one prompt and
             the prompt's index, and returns `[n]`.
+
+    Example:
+        def bind(model, prompts, reference):
+            return lambda logits, prompt: logits.log_softmax(-1).max(-1).values
+
+
+        scores = ablate(model, prompts, Component("mlps_output", 3), "zero", Metric("confidence", bind))
     """
 
     name: str
@@ -59,6 +66,11 @@ def logit_difference(correct: Any, wrong: Any) -> Metric:
     Args:
         correct, wrong: A token id or a text that is one token, or a list with one entry (or list of entries) for each
             prompt.
+
+    Example:
+        metric = logit_difference([" Paris", " Tokyo"], [" Rome", " Rome"])  # an entry for each prompt
+        both = ["The capital of France is", "The capital of Japan is"]
+        scores = ablate(model, both, Component("mlps_output", 3), "zero", metric)["scores"]  # [prompts, 1]
     """
 
     def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:
@@ -77,6 +89,10 @@ def target_probability(target: Any) -> Metric:
 
     Args:
         target: A token id or a text that is one token, or a list with one entry (or list of entries) for each prompt.
+
+    Example:
+        metric = target_probability(" Paris")
+        scores = ablate(model, "The capital of France is", Component("mlps_output", 3), "zero", metric)["scores"]
     """
 
     def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:
@@ -92,6 +108,10 @@ def probability_difference(greater: Any, smaller: Any) -> Metric:
     Args:
         greater, smaller: A token id or a text that is one token, or a list with one entry (or list of entries) for each
             prompt.
+
+    Example:
+        metric = probability_difference([[" Paris", " Rome"]], [[" Tokyo", " Oslo"]])
+        scores = ablate(model, "The capital of France is", Component("mlps_output", 3), "zero", metric)["scores"]
     """
 
     def bind(model: StandardizedTransformer, prompts: int, _: torch.Tensor) -> Score:
@@ -108,7 +128,11 @@ def probability_difference(greater: Any, smaller: Any) -> Metric:
 
 
 def kl_divergence() -> Metric:
-    """KL(reference ‖ run) of the next-token distributions, in nats; the reference is the clean, unedited run."""
+    """KL(reference ‖ run) of the next-token distributions, in nats; the reference is the clean, unedited run.
+
+    Example:
+        scores = ablate(model, prompts, Component("mlps_output", 3), "zero", kl_divergence())["scores"]  # [prompts, 1]
+    """
 
     def bind(_: StandardizedTransformer, __: int, reference: torch.Tensor) -> Score:
         logs = reference.log_softmax(-1)

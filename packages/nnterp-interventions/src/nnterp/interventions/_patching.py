@@ -32,7 +32,13 @@ PAIRS = 8  # pairs of prompts whose activations are held at a time
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchingResult(Result):
-    """The metric of each patched run, `scores`, and of the unpatched `clean` and `corrupted` runs, `[prompts]`."""
+    """The metric of each patched run, `scores`, and of the unpatched `clean` and `corrupted` runs, `[prompts]`.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        result = activation_patching(model, "The capital of France is", "The capital of Italy is", metric)
+        shares = result.normalized()["scores"]  # [prompts, layers, positions]: 0 the corrupted run, 1 the clean one
+    """
 
     figure: ClassVar[str] = "patching"
 
@@ -104,6 +110,12 @@ def activation_patching(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done` is False.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        result = activation_patching(model, clean, corrupted, metric)
+        print(result.tokens[0][int(result["scores"][0, 0].argmax())])  # → France
     """
     model.require_no_trace("activation_patching()")
     check_batch_size(batch_size)

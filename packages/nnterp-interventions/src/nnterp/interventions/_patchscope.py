@@ -37,7 +37,12 @@ Targets = TargetPromptBatch | Sequence[TargetPrompt] | TargetPrompt | None
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchscopeResult(Result):
-    """The most probable tokens after each target prompt: `top_probs` and `top_ids` `[prompts, layers, top]`."""
+    """The most probable tokens after each target prompt: `top_probs` and `top_ids` `[prompts, layers, top]`.
+
+    Example:
+        read = patchscope_table(model, "The capital of France", repeat_prompt(), top_k=1)
+        print(read.vocabulary[read["top_ids"][0, 0, 0].item()])  # → France
+    """
 
     figure: ClassVar[str] = "patchscope"
 
@@ -97,6 +102,10 @@ def patchscope_lens(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done` is False.
+
+    Example:
+        probabilities = patchscope_lens(model, "The capital of France", repeat_prompt())  # [sources, layers, vocab]
+        print(model.tokenizer.decode(probabilities[0, 0].argmax()))  # → France
     """
     layers = _one_of(layers, layer_to_patch)
     reduction = Reduction(probs=True)
@@ -128,6 +137,9 @@ def patchscope_table(
 
     Returns:
         `top_probs` and `top_ids`, `[prompts, layers, top]`, on the CPU.
+
+    Example:
+        read = patchscope_table(model, "The capital of France", repeat_prompt(), top_k=1)
     """
     top_k = count(top_k, "top_k", 1, model.vocab_size)
     run = _Patchscope(model, "patchscope_table", source_prompts, target_patch_prompts, layers, None, remote, lens)
@@ -180,6 +192,11 @@ def patch_object_attn_lens(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done` is False.
+
+    Example:
+        source, target = "Once I lived in France", "The capital of Spain is"
+        probabilities = patch_object_attn_lens(model, source, target, attn_idx_patch=-2, num_patches=3)
+        print(list(probabilities.shape) == [1, model.num_layers, model.vocab_size])  # → True
     """
     model.require_no_trace("patch_object_attn_lens()")
     num_patches = count(num_patches, "num_patches")

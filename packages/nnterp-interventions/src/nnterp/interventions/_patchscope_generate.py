@@ -76,6 +76,10 @@ def patchscope_generate(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: -1 where its
         `done` is False.
+
+    Example:
+        ids = patchscope_generate(model, "Once I lived in France", repeat_prompt(), max_length=3, layers=0)[0]
+        print(model.tokenizer.decode(ids[0]))
     """
     model.require_no_trace("patchscope_generate()")
     if not isinstance(target_patch_prompt, TargetPrompt):

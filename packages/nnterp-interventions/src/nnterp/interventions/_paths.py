@@ -29,6 +29,7 @@ from nnterp.interventions._engine import (
     rows_of,
     sweep,
 )
+from nnterp.interventions._layers import require_once
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
@@ -45,7 +46,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathResult(Result):
-    """The metric of each patched path, `scores` `[prompts, senders]`, and of the `clean` and `corrupted` runs."""
+    """The metric of each patched path, `scores` `[prompts, senders]`, and of the `clean` and `corrupted` runs.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        result = path_patching(model, clean, corrupted, Component("attention_head_outputs", 4, 1), "logits", metric)
+        moved = result["scores"] - result["corrupted"]  # [prompts, senders]
+    """
 
     figure: ClassVar[str] = "paths"
 
@@ -100,6 +108,12 @@ def path_patching(
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
         `done` is False.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        senders = components(model, "attention_head_outputs", layers=[4], heads="all")
+        scores = path_patching(model, clean, corrupted, senders, "logits", metric)["scores"]  # [prompts, senders]
     """
     model.require_no_trace("path_patching()")
     check_batch_size(batch_size)
@@ -167,6 +181,7 @@ def _senders_and_receivers(
         ValueError: There are none, or a receiver comes before a sender.
         Unavailable: The model does not have one, or adds to the stream outside of its layers.
     """
+    require_once(model, "path patching")
     if model.anatomy.between:
         raise Unavailable(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "

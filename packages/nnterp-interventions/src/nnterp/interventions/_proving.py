@@ -36,7 +36,7 @@ def proven_shortcuts(model: StandardizedTransformer, remote: Any = False) -> Sho
 
     None for remote runs, and none under edits of nnsight or a steering: a skipped layer would be edited once more.
     """
-    if remote or model.standing or model._edits or model.num_encoder_layers:
+    if remote or model.standing or model._edits or model.num_encoder_layers or model.runs:
         return Shortcuts()
     model.dispatch()
     module = model._module

@@ -40,6 +40,11 @@ class Result:
         about: Model, versions, function and arguments.
         token_bytes: The bytes, in hexadecimal, of each token id in `vocabulary` that is not exactly its text there:
             part of a character (decoded as `�`), or a word whose space decoding drops.
+
+    Example:
+        table = logit_lens_table(model, prompts)
+        table.save("lens")  # lens.safetensors
+        print(Result.load("lens").labels == table.labels)  # → True
     """
 
     figure: ClassVar[str] = ""

@@ -63,11 +63,15 @@ def run_shards(
         InsideTraceError: Called inside a trace of the model.
 
     Example:
-        >>> def work(some):
-        ...     own = [pairs[i] for i in some]
-        ...     metric = logit_difference([p.right for p in own], [p.wrong for p in own])
-        ...     return activation_patching(model, [p.clean for p in own], [p.corrupted for p in own], metric)
-        >>> scores = run_shards(model, work, len(pairs), "patching")
+        task = tasks.capitals(model, n=4)
+
+
+        def work(some):
+            metric = logit_difference([task.correct[i] for i in some], [task.wrong[i] for i in some])
+            return activation_patching(model, [task.clean[i] for i in some], [task.corrupted[i] for i in some], metric)
+
+
+        scores = run_shards(model, work, len(task), "patching")["scores"]  # [prompts, layers, positions]
     """
     model.require_no_trace("run_shards()")
     total, size = count(prompts, "prompts"), count(prompts_per_shard, "prompts_per_shard")
@@ -145,8 +149,16 @@ def merge_shards(folder: str | Path) -> Result:
             `work` computes something over all its prompts together, such as an average, which cannot be merged.
 
     Example:
-        >>> scores = merge_shards("patching")
-        >>> scores["scores"].shape[0]  # the number of prompts
+        task = tasks.capitals(model, n=4)
+
+
+        def work(some):
+            metric = logit_difference([task.correct[i] for i in some], [task.wrong[i] for i in some])
+            return activation_patching(model, [task.clean[i] for i in some], [task.corrupted[i] for i in some], metric)
+
+
+        run_shards(model, work, len(task), "patching")
+        print(merge_shards("patching")["scores"].shape[0])  # → 4
     """
     folder = path_of(folder, "folder")
     paths = sorted(folder.glob("shard-*.safetensors"))

@@ -74,16 +74,17 @@ def _run(
     ids, flags = filled(prompts), forward_flags(model)
     count, width = ids.shape
     place, at = torch.arange(count), torch.tensor([len(prompt) - 1 for prompt in prompts])
-    inputs = given(prompts, ids)
+    inputs, heard = given(prompts, ids), prompts[0].encoder
+    values = {name: get_value(name) for name in {step.key[0] for step in steps if step.term is None}}
+    widths = {name: len(heard) if heard is not None and value.of_encoder else width for name, value in values.items()}
     with model.trace(inputs, remote=remote, **flags) as tracer:
         kept, passing = [], Passing(model)
         for step in steps:
             if step.term is not None:
                 passing.hold(step)
                 continue
-            label = get_label(step.key[0])
-            own = width if prompts[0].encoder is None or not label.of_encoder else len(prompts[0].encoder)
-            kept.append(rows_of(passing.read(step.key), count, own, label).clone())
+            name = step.key[0]
+            kept.append(rows_of(passing.read(step.key), count, widths[name], get_label(name)).clone())
         nnsight.save(kept)
         if readout:
             whole = passing.read(("layers_output", model.num_layers - 1))

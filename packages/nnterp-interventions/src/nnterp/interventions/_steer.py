@@ -27,6 +27,11 @@ def steer(
 
     `model.steer` as a function; see `nnterp.StandardizedTransformer.steer` for the arguments and errors. A
     `SteeringVector` of another model raises ValueError.
+
+    Example:
+        with torch.no_grad(), model.trace("The weather today is"):
+            steer(model, layers=[2, 3], steering_vector=torch.ones(model.hidden_size), factor=0.5)
+            logits = model.logits.save()  # [batch, seq, vocab]
     """
     if isinstance(steering_vector, SteeringVector):
         steering_vector.check(model)

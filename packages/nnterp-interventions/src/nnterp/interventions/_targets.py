@@ -20,6 +20,10 @@ class TargetPrompt:
     Attributes:
         prompt: The text.
         index_to_patch: Over the prompt's own tokens; negative counts from its last token.
+
+    Example:
+        target = TargetPrompt("The capital of Spain is", index_to_patch=-2)
+        probabilities = patchscope_lens(model, "Once I lived in France", target)  # [sources, layers, vocab]
     """
 
     prompt: str
@@ -38,6 +42,10 @@ class TargetPromptBatch:
     Attributes:
         prompts: The texts.
         index_to_patch: The position to patch in each, `[prompts]`.
+
+    Example:
+        batch = TargetPromptBatch.from_target_prompts([TargetPrompt("The capital of Spain is", -2), repeat_prompt()])
+        print(batch.index_to_patch.tolist())  # → [-2, -1]
     """
 
     prompts: list[str]
@@ -128,6 +136,9 @@ def repeat_prompt(
         sep: Text between pairs.
         placeholder: The token to patch.
         index_to_patch: The position to patch; by default the last token.
+
+    Example:
+        print(repr(repeat_prompt(["king", "hello"]).prompt))  # → 'king king\\nhello hello\\n?'
     """
     words = WORDS if words is None else listed(words, "words", "a list of texts")
     for name, texts in (("words", words), ("rel", [rel]), ("sep", [sep]), ("placeholder", [placeholder])):
@@ -158,6 +169,11 @@ def it_repeat_prompt(
 
     Raises:
         ValueError: The tokenizer has no chat template.
+
+    Example:
+        model.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\\n{% endfor %}"
+        print(it_repeat_prompt(model.tokenizer).index_to_patch)  # → -1
+        model.tokenizer.chat_template = None
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("This tokenizer has no chat template; use repeat_prompt, which needs none.")

@@ -51,6 +51,11 @@ def prompts_from_table(
         ValueError: The table is empty, or a column that the template or a target needs is missing or empty in a row.
         TokenizationError: A target has no token to track.
         CollisionError: `distinct=True`, and two categories of a prompt share a token.
+
+    Example:
+        table = [{"country": "France", "capital": "Paris"}, {"country": "Italy", "capital": "Rome"}]
+        asked = prompts_from_table("The capital of {country} is", table, {"right": "{capital}"}, model)
+        print(asked[1].prompt)  # → The capital of Italy is
     """
     tokenizer = tokenizer_of(tokenizer_or_model)
     rows = read_table(table)
@@ -95,6 +100,12 @@ def pairs_from_table(
         ValueError: The table is empty; a column is missing or empty; the two prompts or the two answers of a row are
             the same; no other row differs in the corrupted columns; or `same_length=True` and the lengths differ.
         TokenizationError: A target has no token to track.
+
+    Example:
+        table = [{"country": "France", "capital": "Paris"}, {"country": "Italy", "capital": "Rome"}]
+        other = ["country", "capital"]  # taken from the next row
+        pairs = pairs_from_table("The capital of {country} is", table, "{capital}", model, corrupted=other)
+        print(len(pairs), pairs[0].clean.prompt)  # → 2 The capital of France is
     """
     tokenizer = tokenizer_of(tokenizer_or_model)
     rows = read_table(table)

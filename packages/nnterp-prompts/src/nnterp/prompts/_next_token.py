@@ -42,6 +42,10 @@ def next_token_probs(
             no tokens, or one outside the vocabulary.
         TypeError: A target is not a list of integers.
         InsideTraceError: Called inside a trace of the model.
+
+    Example:
+        probabilities = next_token_probs(model, prompts)  # [prompts, vocab]
+        print(model.tokenizer.decode(probabilities[0].argmax()))  # → Paris
     """
     with plain_defaults():
         model.require_no_trace("next_token_probs()")
@@ -100,5 +104,8 @@ def next_token_probs_unsqueeze(
 
     Returns:
         `[prompts, 1, vocab]`, float32 on the CPU.
+
+    Example:
+        probabilities = next_token_probs_unsqueeze(model, prompts)  # [prompts, 1, vocab]
     """
     return next_token_probs(nn_model, prompt, remote).unsqueeze(1)

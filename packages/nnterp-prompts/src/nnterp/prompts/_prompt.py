@@ -36,6 +36,10 @@ class Prompt:
     Raises:
         TypeError: `target_tokens` is not a dict of lists of integers.
         ValueError: A token id is negative.
+
+    Example:
+        prompt = Prompt.from_strings("The capital of France is", {"right": "Paris", "wrong": ["Rome", "Oslo"]}, model)
+        print(run_prompts(model, [prompt])["right"].item() > 0.9)  # → True
     """
 
     prompt: Text
@@ -191,6 +195,12 @@ class PromptPair:
 
     Both track the same two categories: "clean" holds the answer to the clean prompt, "corrupted" the answer to the
     corrupted one.
+
+    Example:
+        table = [{"country": "France", "capital": "Paris"}, {"country": "Italy", "capital": "Rome"}]
+        other = ["country", "capital"]  # taken from the next row
+        pair = pairs_from_table("The capital of {country} is", table, "{capital}", model, corrupted=other)[0]
+        print(pair.corrupted.prompt)  # → The capital of Italy is
     """
 
     clean: Prompt

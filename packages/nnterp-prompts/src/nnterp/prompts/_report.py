@@ -42,6 +42,10 @@ class TokenizationReport:
         prompts: One `PromptReport` for each prompt.
         unequal: Indices of the pairs whose two prompts have different numbers of tokens; None if the report is about
             prompts and not pairs.
+
+    Example:
+        asked = [Prompt.from_strings("The capital of France is", {"right": "Paris"}, model)]
+        frame = tokenization_report(asked, model).to_dataframe()
     """
 
     prompts: tuple[PromptReport, ...]
@@ -110,6 +114,10 @@ def tokenization_report(
     Raises:
         ValueError: There are no prompts.
         TypeError: There are prompts beside pairs, or something else.
+
+    Example:
+        asked = [Prompt.from_strings("The capital of France is", {"right": "Paris"}, model)]
+        print(tokenization_report(asked, model))
     """
     tokenizer = tokenizer_of(tokenizer_or_model)
     given: list[Prompt | PromptPair] = list(prompts)

@@ -41,6 +41,11 @@ class PromptResults(dict[str, torch.Tensor]):
             several rows are here.
         settings: How the run was made: the scoring, the length normalisation, the function, the model.
         fingerprints: A digest of what each prompt asks.
+
+    Example:
+        asked = [Prompt.from_strings("The capital of France is", {"right": "Paris", "wrong": "Rome"}, model)]
+        results = run_prompts(model, asked)
+        print(results.accuracy("right"), list(results["right"].shape))  # → 1.0 [1]
     """
 
     def __init__(
@@ -320,6 +325,13 @@ class IncompleteRunError(RuntimeError):
     Attributes:
         partial: The `PromptResults` so far, NaN for prompts that are not done. `run_prompts(..., resume=partial)` goes
             on from there.
+
+    Example:
+        asked = [Prompt.from_strings(text, {"right": "Paris"}, model) for text in prompts]
+        try:
+            results = run_prompts(model, asked)
+        except IncompleteRunError as error:  # what was computed is kept
+            results = run_prompts(model, asked, batch_size=4, resume=error.partial)
     """
 
     def __init__(self, message: str, partial: PromptResults) -> None:

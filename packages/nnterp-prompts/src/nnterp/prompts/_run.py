@@ -101,6 +101,11 @@ def run_prompts(
         IncompleteRunError: A batch failed, or the checkpoint could not be written at the end. Its `__cause__` is the
             error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
+
+    Example:
+        asked = [Prompt.from_strings("The capital of France is", {"right": "Paris", "wrong": "Rome"}, model)]
+        print(run_prompts(model, asked)["right"].item() > 0.9)  # → True
+        over_layers = run_prompts(model, asked, get_probs_func=logit_lens)["right"]  # [prompts, layers]
     """
     with plain_defaults():
         _check_call(model, batch_size, get_probs_func, func_kwargs, scoring, normalize_length)

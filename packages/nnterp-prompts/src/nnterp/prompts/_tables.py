@@ -22,6 +22,12 @@ def read_table(table: Table) -> list[dict[str, Any]]:
     Raises:
         ValueError: The table is empty, a row has more or fewer columns than the header, or the file is of another kind.
         TypeError: It is not a table, or a row is not a dict.
+
+    Example:
+        from pathlib import Path
+
+        Path("capitals.csv").write_text("country,capital\\nFrance,Paris\\n", encoding="utf-8")
+        print(read_table("capitals.csv"))  # → [{'country': 'France', 'capital': 'Paris'}]
     """
     if isinstance(table, (str, Path)):
         rows = _from_file(Path(table))

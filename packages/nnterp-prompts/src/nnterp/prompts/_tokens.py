@@ -51,6 +51,9 @@ def get_first_tokens(
     Raises:
         TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
         TypeError: A word is not a text.
+
+    Example:
+        print([model.tokenizer.decode(i) for i in get_first_tokens("Paris", model)])  # → ['Paris', ' Paris']
     """
     words = listed(words, "words")
     found = first_tokens(words, tokenizer_of(tokenizer_or_model), bare_only=use_hacky_implementation)
@@ -152,6 +155,9 @@ def shared_first_tokens(words: Iterable[str], tokenizer_or_model: Any) -> dict[i
 
     Raises:
         TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
+
+    Example:
+        print(list(shared_first_tokens(["Paris", "Rome"], model)))  # → []
     """
     return _sharing(first_tokens(words, tokenizer_of(tokenizer_or_model)))
 

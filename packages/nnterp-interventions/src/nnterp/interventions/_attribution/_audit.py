@@ -20,6 +20,11 @@ class Audit:
         cells: One entry for each that was computed: the labels of its axes, "estimate", "exact", and "chosen": "top"
             for those with the largest estimates, "random" for a random sample of the others. Top ones first.
         seed: Of the random sample.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        found = attribution_patching(model, "The capital of France is", "The capital of Italy is", metric, audit=8)
+        found.audit.rank_correlation, found.audit.sign_errors, found.audit.worst(2)
     """
 
     cells: tuple[Mapping[str, Any], ...]

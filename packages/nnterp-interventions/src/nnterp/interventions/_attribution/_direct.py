@@ -68,8 +68,8 @@ def direct_logit_attribution(
     Costs one forward pass, and the readout at one position. Memory is that of one batch.
 
     Example:
-        >>> found = direct_logit_attribution(model, "The Eiffel Tower is in", (" Paris", " Rome"), by="head")
-        >>> found.top(5)
+        found = direct_logit_attribution(model, "The Eiffel Tower is in", (" Paris", " Rome"), by="head")
+        strongest = found.top(5)
 
     Args:
         model: The model; its weights are here.

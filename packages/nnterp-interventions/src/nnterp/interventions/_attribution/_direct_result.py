@@ -31,6 +31,10 @@ class DirectAttribution(Result):
     - `logits` `[prompts]`: the model's own logit (difference), before a softcap.
     - `residue` `[prompts]`: `logits` less the sum of all scores and biases: rounding.
     - `target_ids`, and for differences `wrong_ids`, `[prompts, targets]`, padded with -1.
+
+    Example:
+        direct = direct_logit_attribution(model, prompts[0], (" Paris", " Rome"), by="head")
+        heads = direct.grid()  # [prompts, layers, heads]
     """
 
     figure: ClassVar[str] = "direct_attribution"

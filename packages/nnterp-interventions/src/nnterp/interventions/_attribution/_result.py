@@ -16,6 +16,11 @@ class AttributionResult(Result):
     """Estimated effects of patching, `scores`, and the metric of the unpatched `clean` and `corrupted` runs.
 
     A score estimates how much patching changes the metric: that of the patched run minus that of the run patched into.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        found = attribution_patching(model, "The capital of France is", "The capital of Italy is", metric, audit=4)
+        shares = found.normalized()["scores"]  # [prompts, layers, positions]
     """
 
     figure: ClassVar[str] = "patching"

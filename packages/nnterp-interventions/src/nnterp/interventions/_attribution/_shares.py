@@ -17,7 +17,7 @@ import torch
 from nnterp.errors import Unavailable
 from nnterp.interventions._attribution._held import HeldNorm, leaf
 from nnterp.interventions._attribution._terms import Factor, Read, accumulated, apart, times, tolerance
-from nnterp.traced import Apart, Place, Site, ThroughOut, View
+from nnterp.traced import Apart, Place, Site, ThroughOut, View, bare
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -232,5 +232,5 @@ def _down(model: StandardizedTransformer, layer: int) -> Project:
 
 def _place(model: StandardizedTransformer, name: str, layer: int) -> Place:
     """Where a value is, without the layout that it is shown in."""
-    place = model.place(name, layer)
+    place = bare(model.place(name, layer))
     return place.place if isinstance(place, View) else place

@@ -10,6 +10,7 @@ import torch
 
 from nnterp.discovery import ResidualStructure, rounding_of
 from nnterp.errors import Unavailable
+from nnterp.interventions._layers import require_once
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -78,6 +79,7 @@ def terms_of(model: StandardizedTransformer, what: str = "direct_logit_attributi
     layout = model.readout.layout
     if layout.batch != 0 or layout.width not in (None, model.hidden_size):
         raise Unavailable(f"{what} needs one residual stream, and {model.model_class} keeps several side by side.")
+    require_once(model, what)
     layers = [layer for layer in range(model.num_layers) if layer not in model.facts.only_with_image]
     if model.anatomy.between:
         raise Unavailable(

@@ -34,6 +34,12 @@ class Edge:
         sender: The node that writes.
         receiver: What reads.
         score: The estimated effect of the edge, in the metric's unit.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, "The capital of France is", "The capital of Italy is", metric, audit=0)
+        strongest = circuit.edges[0]
+        print(strongest.sender, "→", strongest.receiver, strongest.score)
     """
 
     sender: Node
@@ -59,6 +65,11 @@ class Circuit:
         by_pair: The scores of each pair, float32 `[pairs, edges]`; None if they were not asked for.
         dropped: Edges that were chosen and left out because they are on no path from the embeddings to the logits.
         about: Model, versions, function and arguments, and the audit.
+
+    Example:
+        metric = logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, "The capital of France is", "The capital of Italy is", metric, audit=0)
+        print(len(circuit.top(20).scores) <= 20)  # → True
     """
 
     figure: ClassVar[str] = "circuit"

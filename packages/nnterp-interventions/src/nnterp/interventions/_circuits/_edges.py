@@ -113,9 +113,9 @@ def edge_attribution(
         An error in the middle, KeyboardInterrupt included, carries the circuit of the pairs so far as `error.partial`.
 
     Example:
-        circuit = edge_attribution(model, "The capital of France is", "The capital of Italy is",
-                                   logit_difference(" Paris", " Rome"))
-        circuit.top(100).plot()
+        metric = logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, "The capital of France is", "The capital of Italy is", metric, audit=4)
+        figure = circuit.top(100).plot()
     """
     model.require_no_trace(_WHAT)
     refuse_remote(remote, _WHAT)

@@ -46,6 +46,13 @@ class Faithfulness(Result):
     `by_prompt` `[prompts, sizes]` and `random_by_prompt` `[controls, prompts, sizes]` are those of single pairs,
     `clean` and `corrupted` `[prompts]` of the unedited runs, and `edges` `[sizes]` says how many edges were kept: those
     on a path from the embeddings to the logits. Sizes are fractions of the model's edges.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, clean, corrupted, metric, audit=0)
+        found = faithfulness(model, circuit, clean, corrupted, metric, sizes=[0.1, 1], controls=1)
+        print(round(float(found.normalized[-1]), 3))  # → 1.0
     """
 
     figure: ClassVar[str] = "faithfulness"
@@ -147,8 +154,10 @@ def faithfulness(
         prompts whose `done` is False.
 
     Example:
-        found = faithfulness(model, circuit, clean, corrupted, logit_difference(" Paris", " Rome"))
-        found.plot()
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        circuit = edge_attribution(model, clean, corrupted, metric, audit=0)
+        figure = faithfulness(model, circuit, clean, corrupted, metric, sizes=[0.1, 1], controls=1).plot()
     """
     model.require_no_trace(_WHAT)
     refuse_remote(remote, _WHAT)

@@ -16,6 +16,7 @@ import torch
 
 from nnterp.errors import Unavailable
 from nnterp.interventions._attribution import shares_of, terms_of
+from nnterp.interventions._layers import require_once
 from nnterp.interventions._units import units_of
 from nnterp.traced import ReadOnly
 
@@ -186,6 +187,7 @@ def blocks_of(model: StandardizedTransformer, what: str) -> tuple[Block, ...]:
             layer borrows keys and values, or the inside of its attention is not served; says why.
     """
     name = model.model_class
+    require_once(model, what)
     if model.anatomy.between:
         raise Unavailable(
             f"{what} is not served for {name}: {model.anatomy.between[0]} adds to the stream between its layers."

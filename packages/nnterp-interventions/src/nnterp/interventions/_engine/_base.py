@@ -12,7 +12,7 @@ import torch
 from nnterp.inputs import Row, forward_flags, given
 from nnterp.interventions._engine._cache import KeysAndValues, continued_from, new_cache, stored
 from nnterp.interventions._running import filled
-from nnterp.values import get_label, get_value, read_value
+from nnterp.values import get_value, read_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -42,7 +42,7 @@ class Base:
     def seq(self, name: str, own: int) -> int:
         """How many positions a value has: as many as the encoder reads, or `own`, the positions that run."""
         heard = self.prompts[0].encoder if self.prompts else None
-        return own if heard is None or not get_label(name).of_encoder else len(heard)
+        return own if heard is None or not get_value(name).of_encoder else len(heard)
 
 
 def base_of(prompts: Sequence[Row], streams: Sequence[Sequence[torch.Tensor]]) -> Base:

@@ -16,7 +16,7 @@ At: TypeAlias = int | tuple[int, int]  # a layer, or a layer and the number of o
 Key: TypeAlias = tuple[str, At | None]
 
 POSITION_AXES = ("seq", "query", "keys")
-UNIT_AXES = ("heads", "kv_heads", "neurons", "features")
+UNIT_AXES = ("heads", "kv_heads", "neurons", "experts", "features")
 
 
 class Edit(Record):

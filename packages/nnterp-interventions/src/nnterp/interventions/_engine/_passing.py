@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnterp.interventions._engine._edits import Edit, Key, apply_edits, label_of, layer_of
-from nnterp.record import Record
-from nnterp.values import Site, Sum, get_label, get_value, read_value, reads, when, write_value
+from nnterp.record import Record, replace
+from nnterp.values import Site, Sum, bare, get_label, get_value, read_value, reads, when, write_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -88,13 +88,14 @@ class Passing:
         place = self.model.place(name, layer)
         current = self.read(key)
         new = apply_edits(current, edits, size, offset)
-        if not isinstance(place, Sum):
+        if not isinstance(inner := bare(place), Sum):
             kept = new.movedim(2, 0) if self.streams_first(name) else new
             write_value(self.model, get_label(name), kept, layer)
             return new
         # The terms but the last are computed and used already, so the last term takes the whole change.
-        path, factor = place.terms[-1]
-        site, label = Site(path, "output"), label_of(name, layer)
+        path, factor = inner.terms[-1]
+        last_term, label = Site(path, "output"), label_of(name, layer)
+        site = last_term if inner is place else replace(place, place=last_term)  # type: ignore[type-var]
         last = site.read(self.model, label)
         change = (new - current).to(last)
         change = change / factor.to(last) if isinstance(factor, torch.Tensor) else change / factor

@@ -37,6 +37,10 @@ class DictionaryFit(Result):
 
     `tensors["density"]` and `tensors["mean_activation"]` are `[features]`: the share of positions at which a feature is
     active, and its mean where it is (NaN if it never is). `tensors["losses"]` is `[runs]`, nats per token.
+
+    Example:
+        fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), ["The capital of France is Paris."])
+        print(fit.explained_variance > 0.9)  # → True
     """
 
     @property
@@ -130,7 +134,8 @@ def dictionary_fit(
             than 0.1 nats per token and by more than the mean does; or it was trained on texts that begin differently.
 
     Example:
-        fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), texts)
+        fit = dictionary_fit(model, nnterp.toy_dictionary("residual_4"), prompts)
+        print(fit.explained_variance > 0.9)  # → True
     """
     model.require_no_trace("dictionary_fit()")
     model.dispatch()

@@ -35,6 +35,11 @@ class FeatureReport(Result):
     `mean_activation` `[features]`, the share of positions at which it is active, and its mean where it is; `promoted`,
     `promoted_ids`, `suppressed`, `suppressed_ids` `[features, tokens]`, the logits that its decoder's direction adds
     when it is read out directly, if it has the width of the stream.
+
+    Example:
+        texts = ["The capital of Japan is Tokyo.", "Kyoto is a city in Japan."]
+        report = feature_report(model, nnterp.toy_dictionary("transcoder_0"), texts, features=[206])
+        strongest = report.contexts(206)  # the texts that activate feature 206 most
     """
 
     figure: ClassVar[str] = "features"
@@ -147,7 +152,9 @@ def feature_report(
         DictionaryMismatch: The dictionary was trained on texts that begin differently.
 
     Example:
-        feature_report(model, nnterp.toy_dictionary("residual_4"), texts, features=[3, 141]).table()
+        texts = ["The capital of Japan is Tokyo.", "Kyoto is a city in Japan."]
+        report = feature_report(model, nnterp.toy_dictionary("transcoder_0"), texts, features=[206])
+        print(report.table())
     """
     model.require_no_trace("feature_report()")
     model.dispatch()

@@ -20,7 +20,16 @@ _AT_ONCE = 2**25  # features of positions that are held at once
 
 
 class DictionaryMismatch(UserWarning):
-    """A dictionary does not seem to belong to the activations or to the texts that it is given."""
+    """A dictionary does not seem to belong to the activations or to the texts that it is given.
+
+    Example:
+        import warnings
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DictionaryMismatch)
+            dictionary_fit(model, nnterp.toy_dictionary("residual_4"), prompts, at="layers_output[1]")
+        print(caught[0].category is DictionaryMismatch)  # → True
+    """
 
 
 class Places:

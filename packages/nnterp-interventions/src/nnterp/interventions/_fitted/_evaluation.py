@@ -28,7 +28,12 @@ NUMBERS = 1 << 23  # logits that are held at a time
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LensEvaluation(Result):
-    """`kl` and `logit_lens_kl`, `[prompts, layers]`: nats from the model's own prediction, means over positions."""
+    """`kl` and `logit_lens_kl`, `[prompts, layers]`: nats from the model's own prediction, means over positions.
+
+    Example:
+        lens = fit_tuned_lens(model, ["The capital of France is Paris.", "The capital of Japan is Tokyo."], epochs=1)
+        print(evaluate_lens(model, lens, ["The capital of Spain is Madrid."]).summary())
+    """
 
     @property
     def worse(self) -> tuple[int, ...]:
@@ -86,6 +91,11 @@ def evaluate_lens(
 
     Warns:
         UserWarning: The lens was fitted on some of the texts.
+
+    Example:
+        lens = fit_tuned_lens(model, ["The capital of France is Paris.", "The capital of Japan is Tokyo."], epochs=1)
+        evaluation = evaluate_lens(model, lens, ["The capital of Spain is Madrid."])
+        evaluation["kl"], evaluation["logit_lens_kl"]  # [prompts, layers] each
     """
     model.require_no_trace("evaluate_lens()")
     if not hasattr(lens, "maps_for"):

@@ -101,8 +101,8 @@ def fit_jacobian_lens(
         An error in the middle, KeyboardInterrupt included, carries the lens of the texts so far as `error.partial`.
 
     Example:
-        lens = fit_jacobian_lens(model, texts)
-        probs = logit_lens(model, "The capital of France is", lens=lens)
+        lens = fit_jacobian_lens(model, ["The capital of France is Paris."], skip_first=0, held_out=0)
+        probabilities = logit_lens(model, "The capital of France is", lens=lens)  # [prompts, layers, vocab]
     """
     model.require_no_trace("fit_jacobian_lens()")
     width = require_one_stream(model, "A Jacobian lens")

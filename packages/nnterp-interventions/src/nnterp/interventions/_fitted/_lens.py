@@ -55,6 +55,11 @@ class Lens:
         ValueError: Maps are missing, not finite, no dense floating point tensors, or of different widths; a layer is
             not before `maps_to`; or `kind` is another.
         TypeError: A layer is no integer.
+
+    Example:
+        lens = fit_tuned_lens(model, ["The capital of France is Paris.", "The capital of Japan is Tokyo."], epochs=1)
+        lens.save("lens.safetensors")
+        read = logit_lens(model, prompts, lens=Lens.load("lens.safetensors"))  # [prompts, layers, vocab]
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import nnsight
 import torch
 
+from nnterp.discovery import require_passes_with_gradients
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.inputs import Batch, forward_flags
 from nnterp.interventions._spots import states_at
@@ -66,6 +67,7 @@ class Graph:
 
 def graph_of(model: StandardizedTransformer, inputs: dict[str, Any], layers: Sequence[int], last: int) -> Graph:
     """Run a batch up to layer `last`, with the graph from the streams leaving `layers`."""
+    require_passes_with_gradients(model._module, model.anatomy)
     sources = [gradient_reads(model, model.place("layers_output", i), f"layers_output[{i}]") for i in layers]
     order: list[Place] = sorted({p for places, _ in sources for p in places}, key=lambda p: when(model, p))
     names, flags = [str(place) for place in order], forward_flags(model)

@@ -92,8 +92,8 @@ def fit_tuned_lens(
         An error after the first epoch, KeyboardInterrupt included, carries the best lens so far as `error.partial`.
 
     Example:
-        lens = fit_tuned_lens(model, texts)
-        print(evaluate_lens(model, lens, other_texts).summary())
+        lens = fit_tuned_lens(model, ["The capital of France is Paris.", "The capital of Japan is Tokyo."], epochs=2)
+        print(evaluate_lens(model, lens, ["The capital of Spain is Madrid."]).summary())
     """
     model.require_no_trace("fit_tuned_lens()")
     width = require_one_stream(model, "A tuned lens")

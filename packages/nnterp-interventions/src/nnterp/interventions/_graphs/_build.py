@@ -67,8 +67,9 @@ def attribution_graph(
     are `max_features` times all active features.
 
     Example:
-        >>> graph = attribution_graph(model, {0: first, 1: second}, "The capital of France is")
-        >>> graph.prune().plot()
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        figure = graph.prune().plot()
 
     Args:
         model: The model; its weights are here.

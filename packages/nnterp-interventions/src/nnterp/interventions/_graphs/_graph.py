@@ -51,6 +51,11 @@ class AttributionGraph:
         active: How many features were active; those that are no nodes are in `left_out`.
         sum_error: The largest relative error of that sum, over all targets.
         about: Model, versions, function and arguments, and what it cost.
+
+    Example:
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        small = graph.prune(0.6, 0.9)
     """
 
     figure: ClassVar[str] = "attribution_graph"

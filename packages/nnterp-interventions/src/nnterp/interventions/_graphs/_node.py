@@ -21,6 +21,11 @@ class GraphNode:
         activation: A feature's activation; None of others.
         probability: A logit's probability; None of others, and of logits that are differences.
         label: A token's text, or what a logit is of.
+
+    Example:
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        print(graph.nodes[-1].kind)  # → logit
     """
 
     kind: Kind

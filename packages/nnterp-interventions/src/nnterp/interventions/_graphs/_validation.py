@@ -46,6 +46,11 @@ class GraphValidation:
         about: Model, versions, function and arguments.
 
         All are float32 on the CPU; NaN where a node is steered itself or is no feature of a later layer.
+
+    Example:
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        validate_graph(model, transcoders, graph).correlation("model")  # of predicted with measured changes
     """
 
     steered: tuple[tuple[GraphNode, ...], ...]
@@ -144,8 +149,9 @@ def validate_graph(
     Costs two forward passes, and two for each intervention.
 
     Example:
-        >>> found = validate_graph(model, transcoders, graph, ["L2 F17 @4", ["L1 F3 @4", "L1 F8 @4"]])
-        >>> found.correlation("model", "logit")
+        transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+        graph = attribution_graph(model, transcoders, "The capital of Japan is", max_features=50)
+        frame = validate_graph(model, transcoders, graph, ["L0 F206 @3"]).to_dataframe()
 
     Args:
         model: The model that the graph was made of.

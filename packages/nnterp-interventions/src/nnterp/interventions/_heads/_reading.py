@@ -8,7 +8,7 @@ import torch
 
 from nnterp.errors import Unavailable
 from nnterp.record import Record
-from nnterp.traced import Apart, ThroughOut
+from nnterp.traced import Apart, ThroughOut, bare
 from nnterp.values import Site, Sum
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def carried(model: StandardizedTransformer, layer: int) -> Carried:
     Raises:
         Unavailable: It is not known, or it is more than a norm and a factor.
     """
-    place, block = model.place(ADDED, layer), model.anatomy.blocks[layer]
+    place, block = bare(model.place(ADDED, layer)), model.anatomy.blocks[layer]
     if isinstance(place, Site) and place.side == "output":
         place = Sum(((place.path, 1.0),))
     if not isinstance(place, Sum) or len(place.terms) != 1:
@@ -65,7 +65,7 @@ def through_out(model: StandardizedTransformer, layer: int) -> None:
     Raises:
         Unavailable: It cannot.
     """
-    if not isinstance(model.place("attention_head_contributions", layer), ThroughOut):
+    if not isinstance(bare(model.place("attention_head_contributions", layer)), ThroughOut):
         raise Unavailable(f"Layer {layer} of {model.anatomy.model_class}: single heads cannot be put through W_O.")
 
 
@@ -102,7 +102,7 @@ def difference(made: torch.Tensor, real: torch.Tensor, own: torch.Tensor) -> tor
 
 def norms_through(model: Any, layer: int, values: torch.Tensor, hidden: int) -> torch.Tensor:
     """The norm of each value through W_O, float32: `[batch, key, heads, head_dim]` to `[batch, key, heads]`."""
-    place = model.place("attention_head_contributions", layer)
+    place = bare(model.place("attention_head_contributions", layer))
     batch, keys, heads, _ = values.shape
     # W_O that is no plain linear layer is given one head at a time, with zeros for the others.
     most = max(1, LARGEST // (batch * heads * max(heads * values.shape[-1], hidden)))
@@ -112,7 +112,7 @@ def norms_through(model: Any, layer: int, values: torch.Tensor, hidden: int) -> 
 
 def added_by(model: Any, layer: int, values: torch.Tensor, how: Carried) -> torch.Tensor:
     """What each head adds to the stream of values alone: `[spots, heads, head_dim]` to `[spots, heads, hidden]`."""
-    place = model.place("attention_head_contributions", layer)
+    place = bare(model.place("attention_head_contributions", layer))
     return how.through(model, place.through(model, values[:, None])[:, 0])
 
 

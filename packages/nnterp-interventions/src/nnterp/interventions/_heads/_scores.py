@@ -49,6 +49,10 @@ class HeadScores(Result):
 
     What the control is, says `about["control"]`; layers that have no attention patterns are in
     `about["without_patterns"]`.
+
+    Example:
+        scores = head_scores(model, "previous_token", n=2)
+        print(scores.top(1)[0]["layers"], scores.top(1)[0]["heads"])  # → 1 1
     """
 
     figure: ClassVar[str] = "heads"
@@ -148,8 +152,7 @@ def head_scores(
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`.
 
     Example:
-        >>> model = StandardizedTransformer(nnterp.toy_checkpoint(), enable_attention_probs=True)
-        >>> head_scores(model, "induction").heads()
+        heads = head_scores(model, "induction", n=2).heads()
     """
     model.require_no_trace("head_scores()")
     check_batch_size(batch_size)

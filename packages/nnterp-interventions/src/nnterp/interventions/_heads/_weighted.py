@@ -41,6 +41,10 @@ class WeightedAttention(Result):
 
     `pattern` holds the attention probabilities, in the same shape, and `value_norms` `[prompts, layers, heads, key]`
     what they are weighted by. NaN past the end of a shorter prompt.
+
+    Example:
+        result = value_weighted_attention(model, prompts[0], layers=[4])
+        weighted = result["weighted"]  # [prompts, layers, heads, query, key]
     """
 
     figure: ClassVar[str] = "attention"
@@ -86,8 +90,8 @@ def value_weighted_attention(
         `done` `[prompts]` is False.
 
     Example:
-        >>> model = StandardizedTransformer(nnterp.toy_checkpoint(), enable_attention_probs=True)
-        >>> value_weighted_attention(model, "The capital of France is", layers=4)["weighted"].shape
+        weighted = value_weighted_attention(model, "The capital of France is", layers=4)["weighted"]
+        print(list(weighted.shape))  # → [1, 1, 4, 5, 5]
     """
     model.require_no_trace("value_weighted_attention()")
     check_batch_size(batch_size)

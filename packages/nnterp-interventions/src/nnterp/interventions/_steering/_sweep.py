@@ -32,6 +32,12 @@ class SteeringSweep(Result):
     without steering. Beside them the measures of damage that were asked for, each `[layers, factors]`, and what they
     are without steering as `plain_perplexity`, `plain_repetition`, `plain_length`. A sweep that was cut short has NaN
     where it did not get to.
+
+    Example:
+        vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
+        metric = logit_difference(" lovely", " awful")
+        sweep = steering_sweep(model, vector, ["I feel"], metric, layers=4, factors=[1, 2])
+        sweep.best(max_damage=10)  # layer, factor, effect and damage
     """
 
     figure: ClassVar[str] = "steering"
@@ -142,6 +148,12 @@ def steering_sweep(
 
         An error in a later setting, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where
         its `done`, `[layers, factors]`, is False.
+
+    Example:
+        vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
+        metric = logit_difference(" lovely", " awful")
+        sweep = steering_sweep(model, vector, ["I feel"], metric, layers=4, factors=[1, 2])
+        sweep["effect"], sweep["kl"]  # [layers, factors] each
     """
     model.require_no_trace("steering_sweep()")
     model.prepare(remote)

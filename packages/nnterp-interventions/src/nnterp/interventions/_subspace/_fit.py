@@ -83,6 +83,12 @@ def fit_subspace(
         InsideTraceError: Called inside a trace of the same model.
 
         An error in a later step, or an interrupt, carries the subspace so far as `error.partial`.
+
+    Example:
+        clean = ["The capital of France is", "The capital of Spain is", "The capital of Japan is"]
+        corrupted = ["The capital of Italy is", "The capital of Poland is", "The capital of Norway is"]
+        metric = logit_difference([" Paris", " Madrid", " Tokyo"], [" Rome", " Warsaw", " Oslo"])
+        found = fit_subspace(model, clean, corrupted, metric, "layers_output", 4, dimensions=2, steps=3, held_out=0.4)
     """
     model.require_no_trace("fit_subspace()")
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():

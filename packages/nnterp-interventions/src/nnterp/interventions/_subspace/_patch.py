@@ -80,6 +80,12 @@ def patch_subspace(
         IndexError: There is no such layer, head or position.
         Unavailable: The layer does not have the value.
         InsideTraceError: Called inside a trace of the same model.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        whole = torch.eye(model.hidden_size)  # [hidden, dimensions]
+        print(patch_subspace(model, clean, corrupted, metric, "layers_output", 4, whole).recovered() > 0.5)  # → True
     """
     model.require_no_trace("patch_subspace()")
     check_batch_size(batch_size)

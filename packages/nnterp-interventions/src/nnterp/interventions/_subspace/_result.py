@@ -16,6 +16,13 @@ class SubspaceResult(Result):
     Its tensors, float32 on the CPU: `scores` `[prompts]`, with the subspace patched; `control` `[prompts, controls]`,
     with random subspaces of the same size; `whole` `[prompts]`, with all of the value; `clean` and `corrupted`
     `[prompts]`, unpatched; `basis` `[width, dimensions]`, orthonormal; and `losses` `[steps]` if it was fitted.
+
+    Example:
+        clean, corrupted = "The capital of France is", "The capital of Italy is"
+        metric = logit_difference(" Paris", " Rome")
+        basis = torch.eye(model.hidden_size)[:, :8]  # [hidden, dimensions]
+        result = patch_subspace(model, clean, corrupted, metric, "layers_output", 4, basis)
+        result.recovered(), result.recovered("control")  # parts of the clean minus the corrupted metric
     """
 
     @property

@@ -68,6 +68,10 @@ def steering_vectors(
             give no direction.
         ModuleNotFoundError: `method="probe"`, and scikit-learn is not installed.
         InsideTraceError: Called inside a trace of this model.
+
+    Example:
+        vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
+        print(list(vector.directions[4].shape))  # → [128]
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")

@@ -39,9 +39,10 @@ def feature_vector(model: StandardizedTransformer, layer: int | tuple[int, int] 
             weights are not loaded: call `model.dispatch()`.
 
     Example:
-        >>> vector = feature_vector(model, 12, 2034)
-        >>> with model.steering(vector, factor=8):
-        ...     texts = model.generate(prompt, max_new_tokens=20)
+        layer, _ = attach(model, nnterp.toy_dictionary("residual_4"))
+        vector = feature_vector(model, layer, 3)
+        with torch.no_grad(), model.steering(vector, factor=8):
+            ids = model.generate("The weather is", max_new_tokens=3)
     """
     features = model.place("features", layer)
     dictionary, writes = features.dictionary, features.writes  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnterp.discovery import require_passes_with_gradients
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded, token_ids
 from nnterp.interventions._running import bar, weights_at_rest
 from nnterp.interventions._vectors._belonging import identity_of
@@ -61,6 +62,10 @@ def optimize_vector(
         InsideTraceError: Called inside a trace of this model.
 
         An error in a later step, or an interrupt, carries the vector so far as `error.partial`.
+
+    Example:
+        vector = optimize_vector(model, "The capital of Japan is", " Paris", layer=2, steps=5, norm=12)
+        print(len(vector.details["losses"]))  # → 6
     """
     model.require_no_trace("optimize_vector()")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -78,6 +83,7 @@ def optimize_vector(
         found = {chosen: value.detach().cpu()}
         return SteeringVector(found, **identity_of(model), method="optimized", prompts=hash_of(rows), details=details)
 
+    require_passes_with_gradients(model._module, model.anatomy)
     with torch.inference_mode(False), torch.enable_grad(), weights_at_rest(model._module), left_padded(model.tokenizer):
         parts = list(batches(model, rows, batch_size))
         value = _start(model, chosen, seed, limit)

@@ -33,6 +33,11 @@ class ProbeResult(Result):
     `fold_accuracy` `[layers, folds]`; the null controls `shuffled` and `random`, `[layers, repeats]`; `majority`, the
     share of the larger class; and, fitted on all texts, `unit_directions` `[layers, hidden]` and `thresholds`
     `[layers]`: a text is called positive if its state along the direction is above the threshold.
+
+    Example:
+        texts = ["I am happy.", "I love it.", "I am sad.", "I hate it."]
+        probed = probe(model, texts, [1, 1, 0, 0], [4], folds=2, repeats=2)
+        directions = probed.vector()  # a SteeringVector
     """
 
     @property
@@ -114,6 +119,10 @@ def probe(
         ModuleNotFoundError: scikit-learn is not installed: `pip install 'nnterp-interventions[probe]'`.
         ValueError: Labels are not of two classes, or a class has fewer texts than there are folds.
         InsideTraceError: Called inside a trace of this model.
+
+    Example:
+        texts = ["I am happy.", "I love it.", "I am sad.", "I hate it."]
+        accuracy = probe(model, texts, [1, 1, 0, 0], [4], folds=2, repeats=2)["accuracy"]  # [layers]
     """
     require_sklearn("sklearn.linear_model")
     unknown = [name for name in controls if name not in CONTROLS]

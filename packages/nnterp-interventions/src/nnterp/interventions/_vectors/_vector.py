@@ -48,6 +48,11 @@ class SteeringVector:
 
     Raises:
         TypeError, ValueError, IndexError: Directions are missing, not finite, or not `[hidden]` of one width.
+
+    Example:
+        vector = steering_vectors(model, ["I am happy. I feel"], ["I am sad. I feel"])
+        vector.save("tone")
+        assert SteeringVector.load("tone") == vector
     """
 
     directions: Mapping[int, torch.Tensor]

@@ -54,6 +54,10 @@ def capitals(tokenizer: Any, n: int = 24, seed: int = 0) -> Task:
     Raises:
         TokenizationError: No two countries have equally many tokens and capitals that begin with different ones.
         ValueError: `n` is not positive.
+
+    Example:
+        task = tasks.capitals(model, n=4)
+        print(len(task), task.clean[0] != task.corrupted[0])  # → 4 True
     """
     tokenizer = tokenizer_of(tokenizer)
     known: dict[str, tuple[int, int]] = {}  # country → its number of tokens, its capital's first token

@@ -41,6 +41,10 @@ def greater_than(tokenizer: Any, n: int = 32, seed: int = 0) -> Task:
         TokenizationError: The tokenizer does not write a year so that it continues the century: it merges three digits
             or more.
         ValueError: `n` is not positive.
+
+    Example:
+        task = tasks.greater_than(tiny_tokenizer(), n=4)
+        metric = probability_difference(task.correct, task.wrong)
     """
     tokenizer = tokenizer_of(tokenizer)
     following = {century: _following(tokenizer, century) for century in CENTURIES}

@@ -53,6 +53,10 @@ def ioi(
     Raises:
         TokenizationError: Fewer than three names are one token of this tokenizer.
         ValueError: `corrupted` is none of the two, or `n` is not positive.
+
+    Example:
+        task = tasks.ioi(model, n=4)
+        metric = logit_difference(task.correct, task.wrong)
     """
     tokenizer = tokenizer_of(tokenizer)
     if corrupted not in ("abc", "swap"):

@@ -23,6 +23,11 @@ class Task:
         corrupted: For each, a prompt that differs in what the behaviour depends on.
         correct: For each pair, ids of the next tokens that are right after the clean prompt.
         wrong: For each pair, ids of the next tokens that are wrong there.
+
+    Example:
+        task = tasks.capitals(model, n=4)
+        results = run_prompts(model, task.prompts())
+        print(results.accuracy("correct"))  # → 1.0
     """
 
     name: str

@@ -1,0 +1,178 @@
+"""Lenses, patching, steering and runs over prompts in a looped model, equal to plain hooks on single passes."""
+
+import pytest
+import torch
+
+from nnterp import StandardizedTransformer
+from nnterp.errors import Unavailable
+from nnterp.interventions import (
+    Component,
+    ablate,
+    activation_patching,
+    attribution_patching,
+    direct_logit_attribution,
+    edge_attribution,
+    logit_lens,
+    path_patching,
+    steer,
+)
+from nnterp.prompts import Prompt, run_prompts
+from nnterp.testing import tiny_tokenizer
+
+from ..looped_modeling import looped_module
+from ..plain_hooks import at_call, seen
+
+CLEAN, CORRUPTED = [5, 9, 12, 40, 77], [33, 8, 21, 90, 14]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StandardizedTransformer(looped_module(), tokenizer=tiny_tokenizer())
+
+
+def metric(logits):
+    return logits[:, 7] - logits[:, 9]
+
+
+def plainly(model, ids, path=None, number=0, edit=None, given=False):
+    """The metric of a run of the plain module, one call of one module edited."""
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        if edit is None:
+            return metric(model._module(ids).logits[:, -1].float())[0]
+        with at_call(model._module, path, number, edit, given):
+            return metric(model._module(ids).logits[:, -1].float())[0]
+
+
+def plain_calls(model, ids):
+    with torch.no_grad():
+        return seen(model._module, lambda: model._module(torch.tensor([ids]))).calls
+
+
+def runs(model):
+    return [(layer, turn) for layer, times in enumerate(model.passes) for turn in range(times)]
+
+
+def test_the_lens_reads_all_runs_in_order(model):
+    lens = logit_lens(model, [CLEAN, CORRUPTED])
+    assert lens.shape[1] == model.num_layers == 8
+    some = logit_lens(model, [CLEAN], layers=model.unrolled(2))
+    for i, ids in enumerate((CLEAN, CORRUPTED)):
+        calls = plain_calls(model, ids)
+        for layer, turn in runs(model):
+            left = calls[f"model.layers.{layer}"][turn][1][:, -1]
+            module = model._module
+            with torch.no_grad():
+                expected = module.lm_head(module.model.norm(left)).softmax(-1)[0]
+            torch.testing.assert_close(lens[i, model.unrolled(layer, turn)].float(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(some[0], lens[0, model.unrolled(2)])
+
+
+PATCHED = {  # value → (module in the layer, whether it is what the module is given)
+    "layers_output": ("", False),
+    "attentions_output": ("self_attn", False),
+    "mlp_neurons": ("mlp.down_proj", True),
+    "layers_input": ("", True),
+    "mlp_contributions": ("mlp", False),
+}
+
+
+@pytest.mark.parametrize("value", PATCHED)
+def test_patching_one_pass_is_that_of_a_hook(model, value):
+    inner, given = PATCHED[value]
+    result = activation_patching(model, clean=CLEAN, corrupted=CORRUPTED, metric=metric, values=value)
+    scores = result["scores"].squeeze()
+    assert list(scores.shape) == [model.num_layers, len(CLEAN)]
+    calls = plain_calls(model, CLEAN)
+    for layer, turn in runs(model):
+        path = f"model.layers.{layer}{'.' if inner else ''}{inner}"
+        kept = calls[path][turn][0 if given else 1]
+        for position in (1, 4):
+
+            def put(x, kept=kept, position=position):
+                x = x.clone()
+                x[:, position] = kept[:, position]
+                return x
+
+            expected = plainly(model, CORRUPTED, path, turn, put, given)
+            found = scores[model.unrolled(layer, turn), position]
+            assert found.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+
+
+def test_ablating_one_pass_is_that_of_a_hook(model):
+    found = ablate(model, [CLEAN], what=Component("mlps_output", model.unrolled(1, 1)), how="zero", metric=metric)[
+        "scores"
+    ].flatten()[0]
+    expected = plainly(model, CLEAN, "model.layers.1.mlp", 1, lambda x: x * 0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+    assert abs(expected - plainly(model, CLEAN)) > 1e-3
+
+
+@pytest.mark.parametrize("turn", [None, 0, 2])
+def test_steering_one_pass_or_all_is_that_of_hooks(model, turn):
+    vector = torch.randn(model.hidden_size, generator=torch.Generator().manual_seed(1)) * 2
+    with torch.no_grad(), model.trace(torch.tensor([CLEAN])):
+        steer(model, model.unrolled(2, turn), vector)
+        found = metric(model.logits[:, -1]).save()
+    module, calls = model._module, []
+
+    def add(_, args, output):
+        calls.append(1)
+        return output + vector if turn in (None, len(calls) - 1) else output
+
+    handle = module.model.layers[2].register_forward_hook(add)
+    expected = plainly(model, CLEAN)
+    handle.remove()
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    with model.steering(vector, model.unrolled(2, turn)):
+        states = model.collect([CLEAN], "logits", positions=-1)["logits"]
+    torch.testing.assert_close(metric(states.reshape(1, -1))[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_probabilities_over_prompts(model):
+    prompts = [Prompt(CLEAN, {"a": [7], "b": [9]}), Prompt(CORRUPTED[:3], {"a": [7], "b": [9]})]
+    results = run_prompts(model, prompts, get_probs_func=logit_lens, batch_size=2, tqdm=None)
+    for i, ids in enumerate((CLEAN, CORRUPTED[:3])):
+        calls = plain_calls(model, ids)
+        for layer, turn in runs(model):
+            left = calls[f"model.layers.{layer}"][turn][1][:, -1]
+            with torch.no_grad():
+                probs = model._module.lm_head(model._module.model.norm(left)).softmax(-1)[0]
+            for name, token in (("a", 7), ("b", 9)):
+                got = results[name][i, model.unrolled(layer, turn)]
+                assert got.item() == pytest.approx(probs[token].item(), rel=1e-3, abs=1e-6)
+
+
+def test_attribution_patching_is_the_derivative_at_every_pass(model):
+    found = attribution_patching(model, clean=CLEAN, corrupted=CORRUPTED, metric=metric, values="layers_output")
+    clean = plain_calls(model, CLEAN)
+    kept = []
+
+    def keep(_, args, output):
+        output.retain_grad()
+        kept.append(output)
+
+    handles = [layer.register_forward_hook(keep) for layer in model._module.model.layers]
+    metric(model._module(torch.tensor([CORRUPTED])).logits[:, -1]).sum().backward()
+    for handle in handles:
+        handle.remove()
+    model._module.zero_grad()
+    order = sorted(runs(model), key=lambda run: model.unrolled(*run))
+    scores = found["scores"].squeeze()
+    for (layer, turn), stream in zip(order, kept, strict=True):
+        change = clean[f"model.layers.{layer}"][turn][1] - stream.detach()
+        expected = (stream.grad * change).sum(-1)[0]
+        torch.testing.assert_close(scores[model.unrolled(layer, turn)].float(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: direct_logit_attribution(m, [CLEAN], [7]),
+        lambda m: path_patching(m, CLEAN, CORRUPTED, Component("mlps_output", 0), "logits", metric),
+        lambda m: edge_attribution(m, CLEAN, CORRUPTED, metric),
+    ],
+)
+def test_what_adds_parts_up_over_layers_is_refused(model, call):
+    with pytest.raises(Unavailable, match="runs its layers several times"):
+        call(model)
