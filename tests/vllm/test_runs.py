@@ -8,6 +8,7 @@ import torch
 import nnterp
 from nnterp.errors import ShapeError, Unavailable, UnprovenWarning
 from nnterp.prompts import Prompt
+from nnterp.traced import Activation
 from nnterp.vllm import StandardizedVLLM, logit_lens, run_prompts
 from nnterp.vllm._kept import recall
 
@@ -195,7 +196,8 @@ def test_methods_that_need_the_weights_or_a_padded_batch_say_what_to_use(model):
         with pytest.raises(Unavailable, match="not there on vLLM"):
             getattr(model, name)()
     width = model.hidden_size
-    dictionary = nnterp.Dictionary(torch.eye(width), torch.zeros(width), torch.eye(width), torch.zeros(width))
+    nothing = torch.zeros(width)
+    dictionary = nnterp.Dictionary(torch.eye(width), nothing, torch.eye(width), nothing, Activation())
     with pytest.raises(Unavailable, match="Dictionaries are attached to StandardizedTransformer"):
         nnterp.attach(model, dictionary, at="layers_output[1]")
 
