@@ -33,17 +33,10 @@ from nnterp.values._lookup import Known
 Combine = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
-# Split a place into the tensors to read and a function that combines them.
-#
 # A sum's terms are computed at different times, so a block that reads values in any order reads them one by one.
-#
-# Args:
-#     model: The model.
-#     place: Where a value is served.
-#
-# Returns:
-#     Places whose tensors are the model's own, and the function from these tensors to the value.
+# Returns places whose tensors are the model's own, and the function from these tensors to the value.
 def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
+    """Split a place into the tensors to read and a function that combines them."""
     if isinstance(place, View):
         inner, combine = reads(model, place.place)
         return inner, lambda given: place.layout.show(combine(given))
