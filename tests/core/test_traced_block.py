@@ -38,6 +38,9 @@ def model(built):
     return built("gpt2")
 
 
+INSIDE = {f"mixer_{name}" for name in ("queries", "keys", "values", "decays", "betas", "steps")}
+
+
 def block(tmp_path, lines: list[str]):
     """A function whose trace holds these lines and returns what they bind to `found`."""
     path = tmp_path / f"block_{abs(hash(tuple(lines)))}.py"
@@ -57,6 +60,8 @@ def test_reads_in_any_order_equal_each_read_alone(built, tmp_path, model_type, s
     support = model.support()
     have = [(name, layer) for name, layers in support.layers.items() for layer in layers]
     chosen = rng.sample(have, 8)
+    # A state is read from before its mixer to after it, so that what is inside the mixer needs another trace.
+    chosen = [(name, layer) for name, layer in chosen if name not in INSIDE or ("mixer_states", layer) not in chosen]
     expected = []
     with torch.no_grad():
         for name, layer in chosen:

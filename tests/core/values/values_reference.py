@@ -8,7 +8,6 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.testing import tiny_model, tiny_tokenizer
-from tests.models import tiny
 
 LENGTH = 12
 
@@ -19,11 +18,8 @@ def ids(rows=2, length=LENGTH, seed=5):
 
 @cache
 def wrapped(model_type, eager=True, check=False):
-    """A tiny model; one that is not eager is the proven one that all tests share."""
-    if not eager:
-        return tiny(model_type)
     return StandardizedTransformer(
-        tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=True, check_renaming=check
+        tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=eager, check_renaming=check
     )
 
 

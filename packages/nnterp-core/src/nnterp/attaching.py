@@ -56,6 +56,7 @@ def attach(
     model.require_no_trace("attach()")
     if not isinstance(dictionary, Dictionary):
         raise TypeError(f"attach() takes an nnterp.Dictionary, not a {type(dictionary).__name__}.")
+    there = model.attachments
     at = dictionary.reads if at is None else at
     if at is None:
         raise ValueError(
@@ -77,16 +78,16 @@ def attach(
     _require_width(model, reads_value, dictionary.width, f"encodes activations of width {dictionary.width}")
     width = dictionary.decoder.shape[1]
     _require_width(model, writes_value, width, f"decodes to activations of width {width}")
-    for (layer, number), other in model.attachments.items():
+    for (layer, number), other in there.items():
         if other.dictionary is dictionary and (other.reads, other.writes) == (reads, writes_at):
             raise ValueError(
                 f"This dictionary is attached to {spelled(reads)} already, as model.features[{layer}, {number}]."
             )
     layer = reads[1]
-    taken = {number for other, number in model.attachments if other == layer}
+    taken = {number for other, number in there if other == layer}
     index = layer, next(number for number in range(len(taken) + 1) if number not in taken)
     _forget(model)
-    model.attachments[index] = Attachment(dictionary, reads, writes_at)
+    there[index] = Attachment(dictionary, reads, writes_at)
     return index
 
 

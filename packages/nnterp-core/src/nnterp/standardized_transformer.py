@@ -294,7 +294,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
             TypeError: One of the two is no integer.
 
         Example:
-            >>> model.steer(layers=model.unrolled(3), steering_vector=vector)  # at every pass of layer 3
+            print(model.unrolled(3))  # more than one number in a looped model → [3]
         """
         return unrolled(self.facts, layer, number)
 
