@@ -8,6 +8,8 @@ import torch
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.testing import model_types
 
+from ..test_certificate_zoo import REFUSED
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # One type for each way of building a mixture, and those with a factor after the experts, with experts that return what
@@ -115,7 +117,7 @@ def test_odd_mixtures(tiny, model_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in (*KINDS, *ODD)])
+@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in (*KINDS, *ODD, *REFUSED)])
 def test_every_mixture_of_the_zoo(tiny, model_type):
     model = tiny(model_type)
     layers = [b.index for b in model.anatomy.blocks if b.mixture_of_experts]
