@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -37,6 +37,9 @@ from nnterp.traced import Apart, Inside, Lender, Place, Readout, Sharing, Stream
 
 Proof = Literal["none", "structure", "twin", "weights"]
 Padding = Literal["unproven", "exact", "inexact"]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,7 @@ class Facts:
         Raises:
             Unproven: Nothing has run the model yet.
         """
-        if self.look_inside is None:
-            raise Unproven(self.unproven("Where the inside of layers is served"))
-        return self.look_inside()
+        return self._found(self.look_inside, "Where the inside of layers is served")
 
     @cached_property
     def states(self) -> States:
@@ -126,9 +127,7 @@ class Facts:
         Raises:
             Unproven: Nothing has run the model yet.
         """
-        if self.look_for_states is None:
-            raise Unproven(self.unproven("Where a mixer's state is served"))
-        return self.look_for_states()
+        return self._found(self.look_for_states, "Where a mixer's state is served")
 
     @cached_property
     def linear(self) -> Linear:
@@ -137,9 +136,7 @@ class Facts:
         Raises:
             Unproven: Nothing has run the model yet.
         """
-        if self.look_for_linear is None:
-            raise Unproven(self.unproven("Where the inside of linear attention is served"))
-        return self.look_for_linear()
+        return self._found(self.look_for_linear, "Where the inside of linear attention is served")
 
     @cached_property
     def context(self) -> tuple[ContextFact, ...]:
@@ -148,9 +145,12 @@ class Facts:
         Raises:
             Unproven: Nothing has run the model yet.
         """
-        if self.look_for_context is None:
-            raise Unproven(self.unproven("What the model does around its layers"))
-        return self.look_for_context()
+        return self._found(self.look_for_context, "What the model does around its layers")
+
+    def _found(self, search: Callable[[], T] | None, what: str) -> T:
+        if search is None:
+            raise Unproven(self.unproven(what))
+        return search()
 
     def searching(self, module: nn.Module, interleaver: Any) -> Facts:
         """These facts, the inside of layers and the states to be found in a module whose weights are here.
