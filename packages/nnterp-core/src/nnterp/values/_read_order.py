@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -18,10 +18,8 @@ from nnterp.traced import (
     InRun,
     Inside,
     Item,
-    Place,
     ReadOnly,
     Routed,
-    Running,
     Site,
     Sum,
     ThroughOut,
@@ -29,6 +27,9 @@ from nnterp.traced import (
     added,
 )
 from nnterp.values._lookup import Known
+
+if TYPE_CHECKING:  # what a function names travels with it in a remote request
+    from nnterp.traced import Place, Running
 
 Combine = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
@@ -49,13 +50,12 @@ def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
         return reads(model, place.place)
     if isinstance(place, ThroughOut):
         inner, combine = reads(model, place.heads)
-        return inner, lambda given: place.through(cast(Running, model), combine(given))
-    if isinstance(place, Features):
-        inner, combine = reads(model, place.read_place)
-        return inner, lambda given: place.encode(place.flat(combine(given), place.axes))
+        return inner, lambda given: place.through(cast("Running", model), combine(given))
     if isinstance(place, Sum):
-        sites: list[Place] = [Site(path, "output") for path, _ in place.terms]
-        return sites, place.total
+        return [Site(path, "output") for path, _ in place.terms], place.total
+    if (read_place := getattr(place, "read_place", None)) is not None:  # a request without `Features` does without them
+        inner, combine = reads(model, read_place)
+        return inner, lambda given: place.encode(place.flat(combine(given), place.axes))  # type: ignore[attr-defined]
     return [place], lambda given: given[0]
 
 
