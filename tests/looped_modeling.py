@@ -1,6 +1,7 @@
 """A looped model: Llama's layers, of which some run several times, with the prompt added again before each pass."""
 
 import copy
+import inspect
 
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
@@ -13,6 +14,7 @@ from nnterp.testing import tiny_model
 
 # Types of transformers that run layers several times, tested in core/test_looped.py.
 LOOPED = frozenset({"dory", "hrm_text", "inkling2_loop", "inkling2_loop_text"})
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"  # before 5.24
 PRELUDE, CORE, PASSES = 1, 2, 3  # layers before the loop, in it, and how often they run; one more layer comes after it
 
 
@@ -38,13 +40,15 @@ class LoopedModel(LlamaModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
         **kwargs,
     ):
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if past_key_values is not None or not use_cache else DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        cache = cache if cache is not None or not use_cache else DynamicCache(config=self.config)
         if cache is not None:
             while len(cache.layers) < PRELUDE + CORE * PASSES + 1:
                 cache.layers.append(copy.deepcopy(cache.layers[-1]))
@@ -55,8 +59,8 @@ class LoopedModel(LlamaModel):
             config=self.config,
             inputs_embeds=embedded,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         rotations = self.rotary_emb(embedded, position_ids)
 
@@ -66,8 +70,8 @@ class LoopedModel(LlamaModel):
                 x,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=own,
                 position_embeddings=rotations,
+                **{CACHE: own},
                 **kwargs,
             )
 
@@ -81,7 +85,7 @@ class LoopedModel(LlamaModel):
                 x = run(layer, x, turn * CORE)
         for layer in self.layers[PRELUDE + CORE :]:
             x = run(layer, x, (PASSES - 1) * CORE)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class LoopedForCausalLM(LlamaForCausalLM):

@@ -54,7 +54,7 @@ class Setting:
     tests: str = "core of the suite"
 
 
-MINORS = [f"5.{minor}" for minor in range(17, 23)]
+MINORS = [f"5.{minor}" for minor in range(17, 24)]
 SETTINGS = (
     Setting("lowest", "3.11", resolution="lowest-direct"),
     *(

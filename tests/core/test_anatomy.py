@@ -227,6 +227,14 @@ def test_rename_dict_serves_plain_nnsight(model_type):
     assert model.layers[0].self_attn.path == f"model.{anatomy.blocks[0].self_attn.path}"
 
 
+def test_a_model_that_huggingface_cannot_run_says_so():
+    module = tiny_model("gpt2")
+    module.transformer.h[1].mlp.forward = lambda x: x.no_such_thing
+    said = r"forward pass fails on \d+ tokens of text:\nAttributeError: .*no_such_thing"
+    with pytest.raises(RenamingError, match=said):
+        StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+
+
 def test_wrong_names_fail_the_certificate_and_check_renaming_skips_it():
     wrong = RenameConfig(attn_name="mlp", mlp_name="self_attn")
     with pytest.raises(CertificateError, match="position"):

@@ -29,6 +29,7 @@ NO_TOWER = {  # no list of layers with attention
     "lfm3_vl": "mixers without a name of attention",
 }
 NO_PROJECTOR = {
+    "apertus1p5": "an image becomes tokens",
     "deepseek_ocr2": "features of two views are put together",
     "emu3": "an image becomes tokens",
     "exaone4_5": "merged windows are put back in order",

@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 NO_ANATOMY = {"xlm", *LOOPED}
 MIXERS = {  # state space, linear attention, convolution or recurrent mixers: norms alone
-    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2"),
-    *("minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-    *("qwen3_next", "rwkv", "xlstm", "zamba", "zamba2"),
+    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lara_mini", "lfm2", "lfm2_moe", "lfm3"),
+    *("mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+    *("qwen3_5_text", "qwen3_next", "rwkv", "xlstm", "zamba", "zamba2"),
 }
 SERVED = {
     **dict.fromkeys(MIXERS, ("norms",)),

@@ -28,6 +28,7 @@ from nnterp.discovery import (
     static_experts,
     vision_stacks,
 )
+from nnterp.errors import RenamingError
 from nnterp.facts import Facts
 from nnterp.huggingface import uncached, with_logits
 from nnterp.inputs import Row
@@ -163,8 +164,27 @@ def gather(model: NamedTransformer, large: bool) -> Evidence:
     try:
         recording = record(model._module, lambda: model._module(**inputs, output_hidden_states=True), modules=modules)
     except Exception:
-        recording = record(model._module, lambda: model._module(**inputs), modules=modules)
+        recording = _plainly(model, inputs, modules, ids.shape[1])
     return _evidence(model, ids, recording, large)
+
+
+def _plainly(model: NamedTransformer, inputs: Mapping[str, Any], modules: list[str], length: int) -> Recording:
+    """Record one forward pass with nothing asked of the model but its logits.
+
+    Raises:
+        RenamingError: HuggingFace's own code fails on it.
+    """
+    try:
+        return record(model._module, lambda: model._module(**inputs), modules=modules)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RenamingError(
+            f"{model.model_class} cannot be proven, because its own forward pass fails on {length} tokens of text:\n"
+            f"{type(error).__name__}: {error}\n"
+            "The model as HuggingFace built it was run, without nnterp: another version of transformers may run it.\n"
+            "check_renaming=False loads it all the same; then nothing about its names is proven."
+        ) from error
 
 
 def gather_images(model: NamedTransformer, row: Row, beside: Mapping[str, Any] | None = None) -> Evidence:

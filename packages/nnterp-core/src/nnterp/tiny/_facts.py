@@ -1,4 +1,4 @@
-"""Which model types lack a property that callers of transformers 5.23 expect, such as exact left padding, and why.
+"""Which model types lack a property that callers of transformers 5.24 expect, such as exact left padding, and why.
 
 Measured on the models of `tiny_model` with the default (sdpa) attention implementation. Unless a reason mentions sizes,
 it holds for real checkpoints too.
@@ -38,6 +38,7 @@ LEFT_PADDING_INEXACT: dict[str, str] = {
     "dots3_note_text": _INDEXER,
     "glm_moe_dsa": _INDEXER,
     "hy_v4": _INDEXER,
+    "hy_v4_vl": _INDEXER,
     "llama4": "the attention temperature follows the index in the padded row, not position_ids",
     "llama4_text": "the attention temperature follows the index in the padded row, not position_ids",
     "marian": _NO_POSITION_IDS,
@@ -69,6 +70,7 @@ POSITION_IDS_NEEDED: frozenset[str] = frozenset(
         "big_bird",
         "biogpt",
         "ctrl",
+        "dory",
         "electra",
         "ernie",
         "git",
@@ -119,6 +121,7 @@ CACHE_INEXACT: dict[str, str] = {
     "glm5_next": _STEPWISE_INDEXER,
     "glm_moe_dsa": _STEPWISE_INDEXER,
     "hy_v4": _STEPWISE_INDEXER,
+    "hy_v4_vl": _STEPWISE_INDEXER,
     "mistral_large4": _STEPWISE_INDEXER,
     "moshi": "its cache keeps the sliding window, which its forward over a whole row does not apply",
     "paligemma": _SDPA_MASK,

@@ -87,7 +87,7 @@ IMAGE_CONFIG_ROWS: dict[str, dict[str, Any]] = {
     "unlimited_ocr_sam_vision_model": {"downsample_channels": [24, 64], "output_channels": 24},
     "step3p5": {"sliding_window": 8},
     "vipllava": {"vision_feature_layers": [-2, -1]},
-    "wavtokenizer_encoder": {"codebook_size": 32, "codebook_dim": 64, "decoder_hidden_size": 64},
+    "wavtokenizer_encoder": {"codebook_size": 32, "codebook_dim": 64, "decoder_hidden_size": 64, "num_filters": 4},
 }
 
 

@@ -72,7 +72,7 @@ RULES: dict[str, Any] = {
     **_fields(1, "topk_group n_shared_experts num_shared_experts moe_num_shared_experts"),
     "router_hidden_size": 44,
     # vocabulary and positions
-    **_fields(VOCAB_SIZE, "vocab_size vocab_size_per_layer_input decoder_vocab_size"),
+    **_fields(VOCAB_SIZE, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
     **_fields(POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions"),
     **_fields(POSITIONS, "model_max_length max_source_positions"),
     # windows that bite on a prompt of a dozen tokens

@@ -134,6 +134,7 @@ CONFIG_ROWS: dict[str, dict[str, Any]] = {
 
 # Factors on parameters, by the end of their name, where attention is not scaled by the square root of the head size.
 LOUD_ROWS: dict[str, dict[str, float]] = {
+    "dory": {"sqk": 0.25},  # a factor on queries, squared, that is initialised to a fiftieth
     "gemma3n_text": {"q_norm.weight": 0.5},  # scale 1
     "gemma4_text": {"q_norm.weight": 0.4},  # scale 1
     "gemma4_unified_text": {"q_norm.weight": 0.4},  # scale 1
@@ -180,6 +181,15 @@ WITHOUT_IMAGES: dict[str, str] = {
     "t5gemma2": _ENCODER,
     "udop": _ENCODER,
     "vision-encoder-decoder": _ENCODER,
+}
+
+# Types with images whose forward fails on every prompt in one release of transformers: the release, and the reason.
+FAIL_IN: dict[str, tuple[str, str]] = {
+    "llama4": (
+        "5.24.0",
+        "in transformers 5.24.0 its forward fails on every prompt: it reads image_outputs of what its language model "
+        "returns, which has none",
+    ),
 }
 
 # Members of the causal-LM mapping that no configuration makes a working text model.

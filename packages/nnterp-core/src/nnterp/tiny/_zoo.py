@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
 from ._shrink import tiny_config
-from ._special_cases import ENCODER_DECODERS, NEEDS_TIMM, UNAVAILABLE, WITHOUT_IMAGES
+from ._special_cases import ENCODER_DECODERS, FAIL_IN, NEEDS_TIMM, UNAVAILABLE, WITHOUT_IMAGES
 from ._tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -69,13 +70,15 @@ def image_model_types() -> tuple[str, ...]:
 def model_types_without_images() -> dict[str, str]:
     """The model types of transformers' image-text-to-text mapping that are not built with images, each with the reason.
 
-    Those that need packages of the extra `llms` are left out of it where these are installed.
+    Those that need packages of the extra `llms` are left out of it where these are installed. Types whose code fails in
+    one release of transformers are in it where that release is installed.
 
     Example:
         reasons = testing.model_types_without_images()  # model type → reason
     """
     have = all(find_spec(name) is not None for name in ("timm", "torchvision", "PIL"))
     unbuilt = {t: reason for t, reason in WITHOUT_IMAGES.items() if not (have and reason == NEEDS_TIMM)}
+    unbuilt |= {t: reason for t, (release, reason) in FAIL_IN.items() if release == version("transformers")}
     return {t: unbuilt[t] for t in _image_class_names() if t in unbuilt}
 
 
