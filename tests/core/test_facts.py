@@ -1,6 +1,7 @@
 """What is known of a model is one immutable object; nothing else is ever written on the model."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import pickle
@@ -16,11 +17,14 @@ from nnterp.certificate import CLAIMS, certify
 from nnterp.errors import PaddingError, Unavailable, Unproven, UnprovenWarning
 from nnterp.facts import Facts
 from nnterp.interventions import activation_patching, logit_lens
+from nnterp.named_transformer import NamedTransformer
 from nnterp.reading import ReadTransformer
 from nnterp.sent import SENT, SENT_OF_NNSIGHT
 from nnterp.table import SENT_WHERE_NAMED, VALUES
-from nnterp.testing import RemoteWorker, tiny_checkpoint, tiny_model, tiny_tokenizer
+from nnterp.testing import RemoteWorker, tiny_checkpoint, tiny_encoder_decoder, tiny_model, tiny_tokenizer
 from nnterp.traced import TracedTransformer
+
+from ..looped_modeling import looped_module
 
 PROMPTS = ["The capital of France is", "A cat"]
 
@@ -223,6 +227,83 @@ def test_a_wrong_name_is_served_as_it_was_given_until_it_is_proven():
     )
     assert model.anatomy.blocks[0].self_attn.path.endswith("mlp")
     assert not model.validate().ok
+
+
+EDGES = [value for value in VALUES.values() if value.stack == "layers" and value.side is not None]
+ODD = {  # what names alone would get wrong
+    "hrm_text": "model.L_module.layers.0 runs 6 times in a forward pass",
+    "xlnet": r"its layers return \[11, 2, 64\] for an input of \[2, 11\]",
+    "cpmant": r"its layers return \[2, 16, 64\]",  # a soft prompt in front
+    "prophetnet": r"its layers return \[2, 33, 64\]",  # three streams in a row
+    "gemma3n_text": r"its layers return \[4, 2, 11, 64\]",  # stacked streams
+    "deepseek_v4": r"its layers return \[2, 11, 4, 64\]",
+}
+
+
+@pytest.mark.parametrize("model_type", [*ODD, "llama", "gpt2", "bert", "jamba", "t5"])
+def test_without_a_proof_a_value_is_what_it_is_with_one_or_refused(model_type):
+    """Names alone assume that layers run once, and on which axes the stream has batch and sequence."""
+    module = tiny_encoder_decoder(model_type) if model_type == "t5" else tiny_model(model_type)
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer(), check_renaming=False)
+    layers = range(model.num_layers)
+    asked = [(value.name, layer) for value in EDGES for layer in (layers if value.per_layer else [None])]
+    alone = {}
+    for at in asked:
+        if model_type in ODD:
+            with pytest.raises(Unproven, match=ODD[model_type]):
+                model.place(*at)
+        else:
+            with contextlib.suppress(Unavailable):
+                alone[at] = str(model.place(*at))
+    assert bool(alone) == (model_type not in ODD)
+    assert model.validate().ok
+    assert alone == {at: str(model.place(*at)) for at in alone}
+    assert str(model.place("layers_output", 0))
+
+
+def test_without_a_proof_a_loop_is_refused_in_every_function():
+    for model in (
+        NamedTransformer(looped_module(), tokenizer=tiny_tokenizer(), task="text-generation"),
+        StandardizedTransformer(looped_module(), tokenizer=tiny_tokenizer(), check_renaming=False),
+    ):
+        with pytest.raises(Unproven, match="runs 3 times"), torch.no_grad(), model.trace([[5, 9, 12]]):
+            model.layers_output[1].save()
+    vector = torch.ones(model.hidden_size)
+    uses = [
+        lambda: model.collect([[5, 9, 12]], "layers_output"),
+        lambda: model.collect([[5, 9, 12]], "attention_queries[2]"),
+        lambda: model.gradients([[5, 9, 12]], lambda logits: logits[:, -1, 3], "layers_output"),
+        lambda: logit_lens(model, [[5, 9, 12]]),
+        lambda: generated(model, lambda: model.steer(layers=1, steering_vector=vector)),
+        lambda: generated(model, lambda: model.skip_layers(1, 1, layer_returns_tuple=False)),
+        lambda: generated(model, lambda: model.ln_final_output.save()),  # it runs before each pass too
+    ]
+    for use in uses:
+        with pytest.raises(Unproven, match=r"runs \d times in a forward pass.*model\.validate\(\)"):
+            use()
+    with model.steering(vector, layers=[1]), pytest.raises(Unproven, match="runs 3 times"), torch.no_grad():
+        model._module(torch.tensor([[5, 9, 12]]))
+    assert not model.support()["layers_output"]
+
+
+def generated(model, use):
+    with torch.no_grad(), model.trace([[5, 9, 12]]):
+        use()
+
+
+def test_without_a_proof_a_model_that_cannot_be_run_is_served_with_a_warning():
+    module = tiny_model("llama")
+    forward = module.forward
+
+    def needs_more(*args, image=None, **kwargs):
+        if image is None:
+            raise ValueError("an image is needed")
+        return forward(*args, **kwargs)
+
+    module.forward = needs_more
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer(), check_renaming=False)
+    with pytest.warns(UnprovenWarning, match="ran once.*ValueError: an image is needed"):
+        model.place("layers_output", 1)
 
 
 def test_validate_proves_what_was_not(unproven):

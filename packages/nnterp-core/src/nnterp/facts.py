@@ -14,6 +14,7 @@ from torch import nn
 from nnterp.anatomy import Anatomy, AttnProbFunction, cross_layers
 from nnterp.decoders import DecoderReadout
 from nnterp.discovery import (
+    Assumed,
     ContextFact,
     Findings,
     Linear,
@@ -24,6 +25,7 @@ from nnterp.discovery import (
     declared_chain,
     declared_lenders,
     declared_sharing,
+    find_assumed,
     find_context,
     find_inside,
     find_linear,
@@ -48,8 +50,7 @@ class Facts:
 
     Certifying a model makes its facts, and the model is given them in one assignment. Until then, code that needs only
     names works, and code that needs proven numbers raises `Unproven`. Nothing in it changes but caches (`places`,
-    `inside`, `states`, `linear`,
-    `context`).
+    `inside`, `states`, `linear`, `context`, `assumed`).
 
     Attributes:
         anatomy: Which module plays which part, as corrected by the order in which modules run.
@@ -72,6 +73,7 @@ class Facts:
         look_for_states: Finds where the states of mixers are served; run once, when it is first needed.
         look_for_linear: Finds the queries, keys, values and gates of linear attention; run once.
         look_for_context: Finds what the model does around its layers; run once, when it is first needed.
+        look_at_a_run: Where nothing is proven, finds out whether what names alone assume holds in a run; run once.
         encoder: In an encoder-decoder model, what is known of its encoder's layers.
         cross: The same of the cross-attention in its decoder's layers, as if it were their only part.
         places: Where values were found, by (name, layer), so that each is looked up once.
@@ -96,6 +98,7 @@ class Facts:
     look_for_states: Callable[[], States] | None = field(default=None, repr=False)
     look_for_linear: Callable[[], Linear] | None = field(default=None, repr=False)
     look_for_context: Callable[[], tuple[ContextFact, ...]] | None = field(default=None, repr=False)
+    look_at_a_run: Callable[[], Assumed] | None = field(default=None, repr=False)
     encoder: Facts | None = None
     cross: Facts | None = None
     places: dict[tuple[str, int | tuple[int, int] | None], Place] = field(default_factory=dict, init=False, repr=False)
@@ -147,6 +150,11 @@ class Facts:
         """
         return self._found(self.look_for_context, "What the model does around its layers")
 
+    @cached_property
+    def assumed(self) -> Assumed:
+        """What is wrong with what names alone assume; nothing once the model is proven, or while nothing ran."""
+        return Assumed() if self.look_at_a_run is None else self.look_at_a_run()
+
     def _found(self, search: Callable[[], T] | None, what: str) -> T:
         if search is None:
             raise Unproven(self.unproven(what))
@@ -176,6 +184,10 @@ class Facts:
             with Apart(interleaver):
                 return find_context(Probe(module, self.anatomy, self.repeated), self.residual, self.readout)
 
+        def assumed() -> Assumed:
+            with Apart(interleaver), sounding(module, silent_weights(module)):
+                return find_assumed(Probe(module, self.anatomy))
+
         look, look_for_states = functools.cache(inside), functools.cache(states)
         encoder, cross = self.encoder, self.cross
         if encoder is not None:
@@ -188,6 +200,7 @@ class Facts:
             look_for_states=look_for_states,
             look_for_linear=functools.cache(linear),
             look_for_context=functools.cache(context),
+            look_at_a_run=functools.cache(assumed) if self.proof == "none" else None,
             encoder=encoder,
             cross=cross,
         )

@@ -72,7 +72,8 @@ class NamedTransformer(EditedTransformer):
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
         TransformersModel.__init__(self, model, **kwargs)
         declared = None if rename_config is None else rename_config.attn_prob_source
-        self.adopt(unproven_facts(self._module, find_anatomy(self._module, rename_config), declared))
+        facts = unproven_facts(self._module, find_anatomy(self._module, rename_config), declared)
+        self.adopt(facts.searching(self._module, self.interleaver) if self.dispatched else facts)
 
     def _wrap(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         with left_in_place(module):

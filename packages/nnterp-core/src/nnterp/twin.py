@@ -19,7 +19,7 @@ import torch
 
 from nnterp.anatomy import Anatomy, Layer
 from nnterp.certificate import Certificate, Contribution, ResidualStructure, certify
-from nnterp.discovery import Findings
+from nnterp.discovery import Assumed, Findings
 from nnterp.eager import is_eager, make_eager
 from nnterp.errors import Unavailable
 from nnterp.facts import Facts
@@ -78,10 +78,16 @@ def facts_without_twin(facts: Facts, reason: str) -> Facts:
     def refuse() -> Any:
         raise Unavailable(facts.unproven("Where the inside of layers and of mixers is served"))
 
+    assumed = None if facts.readout.returns else Assumed(unknown=reason)  # a scan without weights learns the returns
     facts = dataclasses.replace(facts, padding="inexact", why_unproven=reason)
     readout = replace(facts.readout, way="none", reason=reason)
     return dataclasses.replace(
-        facts, readout=readout, look_inside=refuse, look_for_states=refuse, look_for_linear=refuse
+        facts,
+        readout=readout,
+        look_inside=refuse,
+        look_for_states=refuse,
+        look_for_linear=refuse,
+        look_at_a_run=None if assumed is None else lambda: assumed,
     )
 
 

@@ -1,5 +1,6 @@
 """Run the plain HuggingFace module to find where values inside its layers are, and how a layer adds its parts."""
 
+from nnterp.discovery._assumed import Assumed, find_assumed
 from nnterp.discovery._between import PROBE as BETWEEN_PROBE
 from nnterp.discovery._between import find_between
 from nnterp.discovery._context import ContextFact, find_context
@@ -21,6 +22,7 @@ from nnterp.discovery.attention import Attention
 
 __all__ = [
     "BETWEEN_PROBE",
+    "Assumed",
     "Attention",
     "Call",
     "ContextFact",
@@ -39,6 +41,7 @@ __all__ = [
     "declared_chain",
     "declared_lenders",
     "declared_sharing",
+    "find_assumed",
     "find_between",
     "find_context",
     "find_inside",

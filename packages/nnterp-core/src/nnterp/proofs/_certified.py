@@ -45,7 +45,7 @@ _SEARCHES: dict[str, tuple[What, type]] = {
     "look_for_linear": (LINEAR, tuple),
     "look_for_context": (CONTEXT, tuple),
 }
-_NOT_STORED = ("declared_probabilities", "places", *_SEARCHES)
+_NOT_STORED = ("declared_probabilities", "places", "look_at_a_run", *_SEARCHES)
 
 
 def certified(model: NamedTransformer, anew: bool = False) -> tuple[Certificate, Facts]:

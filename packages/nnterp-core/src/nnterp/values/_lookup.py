@@ -31,6 +31,7 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
+from nnterp.values._assumed import require_assumed
 from nnterp.values._images import Missing, of_images, require_images_proven
 from nnterp.values._runs import in_its_run, runs_of
 from nnterp.values._stacks import stack_depth
@@ -73,6 +74,7 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
         every, value = facts, get_value(name)
         if value.stack == "vision":
             require_images_proven(facts, module, value)
+        require_assumed(facts, value)
         if layer is not None and value.per_layer:
             first = layer[0] if isinstance(layer, tuple) else layer
             index = read_index(first, stack_depth(facts, value), f"The layer of {name}", "layers")
