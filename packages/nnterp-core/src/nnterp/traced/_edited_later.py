@@ -30,7 +30,10 @@ class EditedLater(Site):
             seen = envoy.output if self.side == "output" else envoy.inputs
             worker.transform = WriteBack(lambda: self.handed_on(seen, label), seen, *key)
         seen = worker.transform.view
-        return stream_returned(seen, label) if self.side == "output" else stream_given(*seen, label)
+        if self.side == "output":
+            return stream_returned(seen, label)
+        args, kwargs = seen
+        return stream_given(args, kwargs, label)
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
         """Replace the stream by a copy of the tensor, made when the block goes on."""
