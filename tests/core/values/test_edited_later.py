@@ -14,7 +14,7 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import CertificateError, Unavailable
 from nnterp.table import VALUES
 from nnterp.testing import model_types, multimodal_model_types, tiny_model, tiny_tokenizer
-from nnterp.traced import EditedLater
+from nnterp.traced import EditedLater, SumEditedLater
 from nnterp.values import reads, when
 
 from .values_reference import ids
@@ -219,6 +219,37 @@ def test_no_value_changes_after_it_was_read(model_type, tiny):
     handed = [place for place in places if isinstance(place, EditedLater)]
     expected = {"mlps_output": model.num_layers, "token_embeddings": 1, None: 0}
     assert len(handed) == expected[EDITING.get(model_type)]
+
+
+def test_multiples_of_what_is_edited_later():
+    """Granite adds a multiple of what its feed-forward returns. Here, what it returned is doubled after that."""
+    module, kept = tiny_model("granite"), []
+    layer = module.model.layers[LAYER]
+    layer.mlp.register_forward_hook(lambda _, args, out: kept.append(out))
+
+    def double(*_):
+        kept.pop().mul_(2)
+
+    layer.register_forward_hook(double)
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+    assert isinstance(model.place("mlp_contributions", LAYER), SumEditedLater)
+    factor = module.config.residual_multiplier
+    with torch.no_grad():
+        logits = module(input_ids=ids()).logits
+    with torch.no_grad(), model.trace(ids()):
+        added = model.mlp_contributions[LAYER].save()
+        traced = model.logits.save()
+    with torch.no_grad(), model.trace(ids()):
+        value = model.mlps_output[LAYER].save()
+        then = nnsight.save(value.clone())
+        left = model.layers_output[LAYER].save()
+    assert torch.equal(traced, logits)
+    assert torch.equal(value, then)
+    torch.testing.assert_close(added, factor * value)
+    with torch.no_grad(), model.trace(ids()):
+        model.mlp_contributions[LAYER] = 3 * added
+        moved = model.layers_output[LAYER].save()
+    torch.testing.assert_close(moved - left, 2 * added, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_tells_a_copy_is_not_proven():
