@@ -85,11 +85,10 @@ def came(adapter, examined):
 
 
 def test_ours_agrees_and_a_planted_error_is_caught(examined):
-    """Our values are the reference's, beside those that the page calls wrong; those of another layer are not."""
+    """Our values are the reference's; those of another layer are not."""
     found = came(nnterp_2, examined)
     compared = {cell: one for cell, one in found.items() if one.kind != NONE}
-    known = {c for one in causes.BESIDE for c in one.cells if examined[1].model.config.model_type in one.types}
-    assert {cell for cell, one in compared.items() if one.kind != AGREES} == known
+    assert {cell for cell, one in compared.items() if one.kind != AGREES} == set()
     assert {"stream", "readout", "padded", "write", "attention", "mlp"} <= set(compared)
 
     def refuses(model, ids, layer):

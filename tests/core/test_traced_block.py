@@ -127,7 +127,7 @@ def test_a_model_that_is_an_attribute(model):
 
 
 def test_one_block_for_models_of_other_orders(built, tmp_path):
-    # Falcon goes on to change what its feed-forward returned, in place.
+    # Falcon's own code edits in place what its feed-forward returned.
     lines = ["a = model.mlps_output[1].clone()", "b = model.attentions_output[1].clone()"]
     run = block(tmp_path, [*lines, "found = nnsight.save([a, b])"])
     alone = block(tmp_path, [lines[0], "found = nnsight.save([a])"])

@@ -165,10 +165,33 @@ def test_attribution_patching_is_the_derivative_at_every_pass(model):
         torch.testing.assert_close(scores[model.unrolled(layer, turn)].float(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_direct_logit_attribution_of_the_last_pass(model):
+    """Each part times the final norm's scale times the token's row of the head, by hooks on the plain module."""
+    found = direct_logit_attribution(model, [CLEAN], [(7, 9)])
+    calls, module = plain_calls(model, CLEAN), model._module
+    stream = calls["model.layers.3"][0][1][:, -1]
+    scale = torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + module.config.rms_norm_eps)
+    along = (module.lm_head.weight[7] - module.lm_head.weight[9]) * module.model.norm.weight * scale[0]
+    entering = calls["model.layers.1"][2][0][:, -1]
+    expected = {"entering L5": entering}
+    for layer, turn in ((1, 2), (2, 2), (3, 0)):
+        index = model.unrolled(layer, turn)
+        for name, label in (("self_attn", "attention"), ("mlp", "mlp")):
+            expected[f"L{index} {label}"] = calls[f"model.layers.{layer}.{name}"][turn][1][:, -1]
+    torch.testing.assert_close(sum(expected.values()), stream, rtol=1e-4, atol=1e-4)
+    assert found.labels["parts"] == (*expected, "bias")
+    scores = torch.stack([(along * part[0]).sum() for part in expected.values()])
+    torch.testing.assert_close(found["scores"][0, :-1], scores.detach(), rtol=1e-4, atol=1e-4)
+    heads = direct_logit_attribution(model, [CLEAN], [(7, 9)], by="head")
+    own = [i for i, label in enumerate(heads.labels["parts"]) if label.startswith("L6.H")]
+    place = found.labels["parts"].index("L6 attention")
+    torch.testing.assert_close(heads["scores"][0, own].sum(), found["scores"][0, place], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "call",
     [
-        lambda m: direct_logit_attribution(m, [CLEAN], [7]),
+        lambda m: direct_logit_attribution(m, [CLEAN], [7], by="position"),
         lambda m: path_patching(m, CLEAN, CORRUPTED, Component("mlps_output", 0), "logits", metric),
         lambda m: edge_attribution(m, CLEAN, CORRUPTED, metric),
     ],

@@ -44,11 +44,11 @@ def pairs(tmp_path_factory):
     made: dict[str, Pair] = {}
 
     @functools.cache
-    def pair(model_type: str) -> Pair:
+    def pair(model_type: str, eager: bool = True) -> Pair:
         folder = str(tiny_checkpoint(model_type, tmp_path_factory.mktemp(model_type)))
         worker = RemoteWorker(folder)
-        here = StandardizedTransformer(folder, enable_attention_probs=True)
-        there = StandardizedTransformer(folder, remote=True, enable_attention_probs=True)
+        here = StandardizedTransformer(folder, enable_attention_probs=eager)
+        there = StandardizedTransformer(folder, remote=True, enable_attention_probs=eager)
         made[model_type] = Pair(here, there, worker, folder)
         return made[model_type]
 

@@ -181,3 +181,47 @@ def test_what_travels_as_bytecode_is_noticed(pairs):
     with one.worker.serving(), torch.no_grad(), model.trace(PROMPT, remote=True):
         doubled(model.layers_output[1]).save()
     assert any("doubled" in name for name in one.worker.requests[-1].bytecode)
+
+
+def test_what_the_model_edits_in_place_later(pairs):
+    """Falcon adds to what its feed-forward returned: the value that was read stays, an edit of it acts, and a gradient
+    is that of a plain hook that copies."""
+    pair, kept = pairs("falcon", eager=False), {}
+
+    def copy(_, args, out):
+        kept["value"] = out.requires_grad_(True)
+        return out.clone()
+
+    module = pair.here
+    with torch.no_grad(), module.trace(PROMPT):
+        ids = module.input_ids.save()
+    handle = module._module.get_submodule(module.place("mlps_output", 1).path).register_forward_hook(copy)
+    score = module._module(input_ids=ids).logits[0, -1, 5]
+    handle.remove()
+    (expected,) = torch.autograd.grad(score, kept["value"])
+    found = []
+    with pair.worker.serving():
+        for model, remote in ((pair.here, False), (pair.there, True)):
+            with model.trace(PROMPT, remote=remote):
+                state = model.mlps_output[1]
+                state.requires_grad_(True)
+                value = state.save()
+                score = model.logits[0, -1, 5]
+                with score.backward():
+                    gradient = state.grad.save()
+            with torch.no_grad(), model.trace(PROMPT, remote=remote):
+                model.mlps_output[1][:, 2] = 0
+                edited = model.mlps_output[1].save()
+                logits = model.logits.save()
+            close(value.detach(), kept["value"].detach())
+            close(gradient, expected)
+            assert not edited[:, 2].any()
+            found.append(logits.detach())
+            with torch.no_grad(), model.trace(PROMPT, remote=remote):
+                written = torch.zeros_like(value).save()
+                model.mlps_output[1] = written
+            assert not written.any()
+    close(*found)
+    request = pair.worker.requests[-1]
+    assert request.size < 30_000
+    assert request.bytecode == ()

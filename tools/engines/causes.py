@@ -107,21 +107,9 @@ CAUSES: tuple[Cause, ...] = (
 )
 
 
-BESIDE: tuple[Cause, ...] = (
-    Cause(
-        "nnterp_2",
-        ("mlp",),
-        ("falcon",),
-        "the model adds the attention's output to the feed-forward's in place, after it was read in a trace.",
-        "what is saved with `.clone().save()`, and what `model.collect` returns, is the reference's, bit for bit.",
-    ),
-)
-"""Errors that are known of model types that the stored result may not hold."""
-
-
 def cause_of(engine: str, cell: str, model_type: str) -> Cause | None:
     """The cause of one number that differs, if it was looked into."""
-    for cause in (*CAUSES, *BESIDE):
+    for cause in CAUSES:
         if cause.engine == engine and cell in cause.cells and model_type in cause.types:
             return cause
     return None

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from causes import BESIDE, Cause, cause_of
+from causes import Cause, cause_of
 from cells import CELLS, LONG, SHORT, TOLERANCE
 from comparing import ABSENT, AGREES, LETTERS, NONE, REFUSED, WRONG, Outcome
 from environments import BY_ADAPTER, ENGINES
@@ -143,12 +143,8 @@ def _plain(text: str) -> str:
 def _silent(results: Results, engine: str) -> list[str]:
     """The silent errors of an engine, by cause."""
     wrong, lines = results.wrong(engine), []
-    for cause in (c for c in BESIDE if c.engine == engine and not set(c.types) <= set(results.outcomes[engine])):
-        types = ", ".join(f"`{t}`" for t in cause.types)
-        what = f"**{', '.join(cause.cells)}** of {types}: {cause.why} Seen: {cause.seen}"
-        lines.append(f"* Not among the models above, but known: {what}")
     if not wrong:
-        return ["None.", "", *lines] if lines else ["None."]
+        return ["None."]
     rows: dict[Cause | None, dict[str, dict[str, str]]] = {}
     for cell, by_type in wrong.items():
         for model_type, detail in by_type.items():

@@ -67,6 +67,7 @@ class Facts:
         vision: What a run with an image proved; None before there was one.
         repeated: Modules that run more than once in a forward pass → how often.
         stored_as_stream: (path, side) of the modules whose input or output is stored in the stream's own layout.
+        edited_later: (path, side) of the modules whose input or output the model's own code edits in place later.
         residual: How each layer combines its parts; empty before it is proven.
         between: For each layer the operation whose result is `layers_mid`, or None.
         look_inside: Finds where the inside of layers is served; run once, when it is first needed.
@@ -92,6 +93,7 @@ class Facts:
     vision: Vision | None = None
     repeated: dict[str, int] = field(default_factory=dict)
     stored_as_stream: frozenset[tuple[str, Side]] = frozenset()
+    edited_later: frozenset[tuple[str, Side]] = frozenset()
     residual: tuple[ResidualStructure, ...] = ()
     between: tuple[Inside | None, ...] = ()
     look_inside: Callable[[], Findings] | None = field(default=None, repr=False)

@@ -64,6 +64,7 @@ def _learnt(evidence: Evidence, facts: Facts) -> Facts:
         only_with_image=tuple(evidence.idle(facts.anatomy)),
         repeated={path: len(each) for path, each in calls.items() if len(each) > 1},
         stored_as_stream=frozenset(stored),
+        edited_later=frozenset(evidence.recording.edited),
         readout=replace(facts.readout, returns=returns_of(evidence, facts.anatomy)),
     )
 

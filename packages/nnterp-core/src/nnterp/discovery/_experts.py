@@ -119,8 +119,10 @@ class ExpertsFinder:
             return _Proof(NO_SUM, NO_SUM)
         no_outputs = None if same(plain * weights[..., None], weighted, tolerance) else NOT_LINEAR
         added = self.added(path)
-        found = None if added is None else fit(added.reshape(whole.shape), [whole], per_channel=False)
-        if found is None or found.error > tolerance or not found.whole:
+        if added is None or added.numel() != whole.numel():  # of another width: a projection follows (Muse Spark)
+            return _Proof(no_outputs, NOT_ADDED, columns=columns)
+        found = fit(added.reshape(whole.shape), [whole], per_channel=False)
+        if found.error > tolerance or not found.whole:
             return _Proof(no_outputs, NOT_ADDED, columns=columns)
         (factor,) = found.scales
         assert isinstance(factor, float)

@@ -20,6 +20,7 @@ from torch import nn
 from nnterp.anatomy import Layer
 from nnterp.discovery import _decorators  # noqa: F401 (it makes nnsight parse each decorator once)
 from nnterp.huggingface import with_logits
+from nnterp.table import Side
 from nnterp.tensors import copied, stream_in, stream_out
 
 Labels = tuple[str, ...]  # an operation in a module's forward: the functions that call it, outermost first, then itself
@@ -134,12 +135,14 @@ class Recording:
         operations: The operations of the instrumented forwards, in the order in which they ended.
         texts: (module path, labels of a function; `()` for the forward itself) → its source.
         result: What the model returned.
+        edited: (module path, "input" or "output") of the streams that were edited in place after they passed there.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
     texts: dict[tuple[str, Labels], SourceText] = field(default_factory=dict)
     result: Any = None
+    edited: set[tuple[str, Side]] = field(default_factory=set)
 
     def call(self, path: str) -> Call | None:
         """The first call of a module, or None if it never ran."""
@@ -241,6 +244,7 @@ def record(
         for path in modules:
             recorder.watch(root.get_submodule(path), path, stack)
         recorder.recording.result = with_logits(run())
+    recorder.recording.edited = recorder.edited()
     return recorder.recording
 
 
@@ -250,6 +254,16 @@ class _Recorder:
         self.recording = Recording()
         self.seen: dict[tuple[str, Labels, int], Operation] = {}
         self.clock, self.run_of_layer = 0, 0
+        self.passed: list[tuple[str, Side, torch.Tensor, int]] = []  # streams, and how often each was edited by then
+
+    def passes(self, path: str, side: Side, stream: torch.Tensor | None) -> None:
+        """Remember the stream that passes an edge of a module; torch does not count edits of inference tensors."""
+        if stream is not None and not stream.is_inference():
+            self.passed.append((path, side, stream, stream._version))
+
+    def edited(self) -> set[tuple[str, Side]]:
+        """The edges whose stream was edited in place since it passed."""
+        return {(path, side) for path, side, stream, version in self.passed if stream._version != version}
 
     def tick(self) -> int:
         self.clock += 1
@@ -267,10 +281,12 @@ class _Recorder:
             call = Call(copied(args), {k: copied(v) for k, v in kwargs.items()}, began=self.tick())
             self.recording.calls.setdefault(path, []).append(call)
             running.append(call)
+            self.passes(path, "input", stream_in(args, kwargs))
 
         def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             call = running.pop()
             call.ended, call.output = self.tick(), copied(output)
+            self.passes(path, "output", stream_out(output))
 
         stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)

@@ -32,6 +32,7 @@ from nnterp.traced._dictionary import (
     UnitVariance,
 )
 from nnterp.traced._directory import LAYER, Directory
+from nnterp.traced._edited_later import EditedLater, SumEditedLater
 from nnterp.traced._edits import Edits, NoEdits
 from nnterp.traced._experts import EveryExpert, Experts, Routed, one_column
 from nnterp.traced._features import Attached, Features, listed
@@ -67,6 +68,7 @@ __all__ = [
     "Declared",
     "Dictionary",
     "Directory",
+    "EditedLater",
     "Edits",
     "EveryExpert",
     "Everywhere",
@@ -97,6 +99,7 @@ __all__ = [
     "StepTracer",
     "StreamLayout",
     "Sum",
+    "SumEditedLater",
     "ThroughOut",
     "TopK",
     "TracedTransformer",

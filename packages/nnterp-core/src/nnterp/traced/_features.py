@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.errors import ShapeError, Unavailable
 from nnterp.record import Record, replace
-from nnterp.traced._places import Site, bare
+from nnterp.traced._places import bare
 from nnterp.traced._steps import step_of
 from nnterp.traced._sums import Sum
 from nnterp.traced._views import reflattened, unflattened
@@ -132,7 +132,7 @@ class Features(Record):
         terms = bare(place).terms
         path, factor = terms[-1]
         change = change / (factor.to(change) if isinstance(factor, torch.Tensor) else factor)
-        last: Place = Site(path, "output")
+        last: Place = bare(place).kind(path, "output")
         last = last if bare(place) is place else replace(place, place=last)  # type: ignore[type-var]
         last.write(model, self.moved(last.read(model, label), change), label)
         if len(terms) > 1:

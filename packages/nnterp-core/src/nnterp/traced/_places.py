@@ -1,6 +1,7 @@
 """Where a value is served in one model: a module's input or output, or an operation inside a module's forward.
 
 A place reads and writes in the running forward pass. It reads the model's own tensor: an edit in place edits the run.
+`EditedLater` is for tensors that the model's own code edits, too.
 """
 
 from __future__ import annotations

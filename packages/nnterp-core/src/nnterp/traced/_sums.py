@@ -23,6 +23,8 @@ class Sum(Record):
         constant: Added to the sum: one number per channel, or None.
     """
 
+    kind: type[Site] = Site  # what its terms are read with
+
     def __init__(
         self, terms: tuple[tuple[str, float | torch.Tensor], ...], constant: torch.Tensor | None = None
     ) -> None:
@@ -36,7 +38,7 @@ class Sum(Record):
 
     def read(self, model: Running, label: str) -> torch.Tensor:
         """The sum; the module's own tensor where it is one module's output as it is."""
-        return self.total([Site(path, "output").read(model, label) for path, _ in self.terms])
+        return self.total([self.kind(path, "output").read(model, label) for path, _ in self.terms])
 
     def total(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sum of what the terms' modules returned."""
@@ -46,8 +48,8 @@ class Sum(Record):
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
         """Make the last term what the others leave; they are passed by then, so they are read on the way."""
         *others, (path, factor) = self.terms
-        rest = [scaled(Site(p, "output").read(model, label), f) for p, f in others]
-        last = Site(path, "output")
+        rest = [scaled(self.kind(p, "output").read(model, label), f) for p, f in others]
+        last = self.kind(path, "output")
         current = last.read(model, label)
         if tensor.numel() != current.numel():
             raise ShapeError(

@@ -96,7 +96,7 @@ def _sorted(tracer: Any, model: Any, node: Any, frame: FrameType) -> CodeType | 
 
 
 def _kept(read: Read) -> ast.expr:
-    """The expression that reads a value and copies it: some models go on to change the tensor in place (Falcon)."""
+    """The expression that reads a value and copies it, so that no later part of the run changes it."""
     node = copy.deepcopy(read.node)
     return node if read.name in FIRST else ast.Call(ast.Attribute(node, "clone", ast.Load()), [], [])
 

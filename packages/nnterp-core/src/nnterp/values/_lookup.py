@@ -31,6 +31,7 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
+from nnterp.values._as_read import as_it_was_read
 from nnterp.values._assumed import require_assumed
 from nnterp.values._images import Missing, of_images, require_images_proven
 from nnterp.values._runs import in_its_run, runs_of
@@ -88,6 +89,7 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
             place = FINDERS[value.finder](facts, module, value, layer or 0)
         place = _without_soft_prompt(facts, value, _as_shown(facts, place))
         place = in_its_run(facts, value, place, layer[0] if isinstance(layer, tuple) else layer)
+        place = as_it_was_read(every, place)
         every.places[name, layer] = place
     return place
 

@@ -21,8 +21,9 @@ with model.trace("The Eiffel Tower is in"):
   [only reads](from-1x.md#reading-in-any-order).
 * **Writing.** What you write must have the shape of the value it replaces.
 * **Editing in place.** What you read is the model's own tensor, so an edit in place changes the run. The exceptions are
-  values whose note says that they are a new tensor: assign these. The model's own code may also edit a tensor in place
-  later, so `.clone()` what you want to keep as it is.
+  values whose note says that they are a new tensor: assign these. Where the model's own code edits a tensor in place
+  later (Falcon adds what attention returns to `mlps_output`, CTRL, BLT and GIT change `token_embeddings`), it goes on
+  with a copy, so what you read stays as it was; nnsight's own `.output` of the module does change.
 * **Shapes.** The batch is the first axis and the sequence the second, whatever the model's own layout. Patterns are
   `[batch, heads, query, key]`.
 * **Padding.** In a trace, prompts are padded on the tokenizer's side, and indices along the sequence count padding.

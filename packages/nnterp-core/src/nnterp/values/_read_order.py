@@ -52,7 +52,7 @@ def reads(model: Known, place: Place) -> tuple[list[Place], Combine]:
         inner, combine = reads(model, place.heads)
         return inner, lambda given: place.through(cast("Running", model), combine(given))
     if isinstance(place, Sum):
-        return [Site(path, "output") for path, _ in place.terms], place.total
+        return [place.kind(path, "output") for path, _ in place.terms], place.total
     if (read_place := getattr(place, "read_place", None)) is not None:  # a request without `Features` does without them
         inner, combine = reads(model, read_place)
         return inner, lambda given: place.encode(place.flat(combine(given), place.axes))  # type: ignore[attr-defined]
@@ -151,7 +151,7 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
     if isinstance(place, Sum):
         path, factor = place.terms[-1]
         return [
-            Site(path, "output")
+            place.kind(path, "output")
         ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
     if isinstance(place, Routed | Experts | EveryExpert):
         raise Unavailable(

@@ -65,6 +65,9 @@ def direct_logit_attribution(
     attributed, because a cap is not linear; `about["softcap"]` says so. Post-norms (Gemma 2 and 3, OLMo 2) are held
     still in the same way where heads or neurons are told apart.
 
+    In a looped model the layers of the last pass are the parts, by their index among all runs. What enters that pass is
+    one part, "entering L8": the model's own code stands before it, and is not linear in every model.
+
     Costs one forward pass, and the readout at one position. Memory is that of one batch.
 
     Example:

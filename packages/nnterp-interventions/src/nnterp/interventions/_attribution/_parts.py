@@ -22,6 +22,7 @@ from nnterp.interventions._attribution._terms import (
     times,
     tolerance,
 )
+from nnterp.interventions._layers import require_once
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -69,6 +70,8 @@ class Plan:
 
     def __init__(self, model: StandardizedTransformer, by: By) -> None:
         self.model, self.by = model, by
+        if by in ("feature", "position", "token"):
+            require_once(model, f'{WHAT} by="{by}"')
         self.terms = terms_of(model, WHAT)
         self.by_source = by in ("position", "token")
         self.ways: dict[Term, Shares] = {}

@@ -10,12 +10,11 @@ import torch
 
 from nnterp.discovery import ResidualStructure, rounding_of
 from nnterp.errors import Unavailable
-from nnterp.interventions._layers import require_once
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-Role: TypeAlias = Literal["embeddings", "attention", "mixer", "mlp", "other"]
+Role: TypeAlias = Literal["embeddings", "entering", "attention", "mixer", "mlp", "other"]
 Factor: TypeAlias = float | torch.Tensor  # one number, or one per channel
 Read: TypeAlias = tuple[str, int]  # a value's name and its layer
 
@@ -27,9 +26,10 @@ class Term:
     """One addend of the stream after the last layer.
 
     Attributes:
-        role: "embeddings" (the stream entering the first layer: token embeddings, positions and their norm),
-            "attention", "mixer" (any other sequence mixer), "mlp", or "other" (further modules of a layer).
-        layer: The layer that adds it; the first one for "embeddings".
+        role: "embeddings" (the stream entering the first layer: token embeddings, positions and their norm), "entering"
+            (in a looped model, the stream that the last pass begins with), "attention", "mixer" (any other sequence
+            mixer), "mlp", or "other" (further modules of a layer).
+        layer: The layer that adds it; the first one of the sum for "embeddings" and "entering".
         read: The value that holds it, `[batch, seq, hidden]`.
         less: A value to subtract from it; None for nearly every term. Of two mixers of a layer, what the first adds is
             read as what both add less what the attention adds.
@@ -44,7 +44,9 @@ class Term:
 
     @property
     def label(self) -> str:
-        """What results call it: "embeddings", "L3 attention", "L3 mixer", "L3 mlp", "L3 other"."""
+        """What results call it: "embeddings", "entering L8", "L3 attention", "L3 mixer", "L3 mlp", "L3 other"."""
+        if self.role == "entering":
+            return f"entering L{self.layer}"
         return "embeddings" if self.role == "embeddings" else f"L{self.layer} {self.role}"
 
     @property
@@ -67,6 +69,9 @@ class Term:
 def terms_of(model: StandardizedTransformer, what: str = "direct_logit_attribution()") -> list[Term]:
     """The terms of the stream after the last layer, in forward order; the layers that run on texts count.
 
+    In a looped model the sum reaches back to the last place where the model's own code stands in the stream, because
+    what stands there need not be linear. What enters the layer after it is one term.
+
     Args:
         model: The model; it is certified.
         what: The function that needs them, for errors.
@@ -79,8 +84,8 @@ def terms_of(model: StandardizedTransformer, what: str = "direct_logit_attributi
     layout = model.readout.layout
     if layout.batch != 0 or layout.width not in (None, model.hidden_size):
         raise Unavailable(f"{what} needs one residual stream, and {model.model_class} keeps several side by side.")
-    require_once(model, what)
-    layers = [layer for layer in range(model.num_layers) if layer not in model.facts.only_with_image]
+    begin = max(model.anatomy.seams, default=0)
+    layers = [layer for layer in range(begin, model.num_layers) if layer not in model.facts.only_with_image]
     if model.anatomy.between:
         raise Unavailable(
             f"{what} is not served for {model.model_class}: {', '.join(model.anatomy.between[:3])} add to the stream "
@@ -92,7 +97,7 @@ def terms_of(model: StandardizedTransformer, what: str = "direct_logit_attributi
         structure = _structure_of(model, layer, what)
         terms += reversed(_added_by(model, layer, structure, factor))
         factor = product(factor, structure.stream_scale)
-    terms.append(Term("embeddings", layers[0], ("layers_input", layers[0]), factor=factor))
+    terms.append(Term("entering" if begin else "embeddings", layers[0], ("layers_input", layers[0]), factor=factor))
     return terms[::-1]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nnterp.interventions._engine._edits import Edit, Key, apply_edits, label_of, layer_of
 from nnterp.record import Record, replace
-from nnterp.values import Site, Sum, bare, get_label, get_value, read_value, reads, when, write_value
+from nnterp.values import Sum, bare, get_label, get_value, read_value, reads, when, write_value
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -94,7 +94,7 @@ class Passing:
             return new
         # The terms but the last are computed and used already, so the last term takes the whole change.
         path, factor = inner.terms[-1]
-        last_term, label = Site(path, "output"), label_of(name, layer)
+        last_term, label = inner.kind(path, "output"), label_of(name, layer)
         site = last_term if inner is place else replace(place, place=last_term)  # type: ignore[type-var]
         last = site.read(self.model, label)
         change = (new - current).to(last)
