@@ -64,3 +64,19 @@ def test_what_is_no_list_of_ids_is_refused(tokens, model_type):
         model.project_on_vocab(torch.zeros(2, 64), tokens)
     with pytest.raises(ShapeError):
         model.project_on_vocab(torch.zeros(2, 63), [1])
+
+
+def test_a_final_norm_that_also_runs_on_embeddings_is_read_where_it_runs_last(tiny):
+    model, ids = tiny("nanochat"), torch.tensor([[5, 9, 12, 40]])
+    assert model.facts.repeated == {"model.norm": 2}
+    with torch.no_grad():
+        expected = model._module(ids, output_hidden_states=True)
+    with torch.no_grad(), model.trace(ids):
+        last = model.layers_output[-1].save()
+        read = model.ln_final_output.clone().save()
+        model.ln_final_output = read * 2
+        written = model.logits.save()
+    assert torch.equal(read, expected.hidden_states[-1])
+    assert torch.equal(model.project_on_vocab(last), expected.logits)
+    softcap = model._module.config.final_logit_softcapping
+    assert torch.allclose(written, softcap * torch.tanh(model._module.lm_head(read * 2) / softcap), atol=1e-4)

@@ -1,11 +1,13 @@
 """XLNet keeps its stream as `[seq, batch, hidden]`: every accessor shows and takes it batch first."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from nnterp import StandardizedTransformer
-from nnterp.errors import Unavailable
+from nnterp.errors import Unavailable, Unproven
 from nnterp.testing import tiny_model, tiny_tokenizer
 
 from .values_reference import ids, wrapped
@@ -185,8 +187,11 @@ def test_gradients_equal_autograd_on_the_plain_model(xlnet):
 
 def test_what_leaves_attention_waits_for_its_proof():
     model = StandardizedTransformer(tiny_model("xlnet"), tokenizer=tiny_tokenizer(), check_renaming=False)
-    with pytest.raises(Unavailable, match=r"leaves its module .* model\.validate"), model.trace(ids(1, 5)):
+    with pytest.raises(Unproven, match=r"return \[11, 2, 64\] .* model\.validate"), model.trace(ids(1, 5)):
         model.attentions_output[0]
+    unseen = model.supposing(dataclasses.replace(model.facts, look_at_a_run=None))  # as while the weights are absent
+    with pytest.raises(Unproven, match=r"leaves its module .* model\.validate"):
+        unseen.place("attentions_output", 0)
     assert model.validate().ok
     with torch.no_grad(), model.trace(ids(1, 5)):
         left = model.attentions_output[0].save()

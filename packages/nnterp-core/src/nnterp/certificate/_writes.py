@@ -165,7 +165,7 @@ def targets_of(evidence: Evidence, facts: Facts) -> list[Target]:
             except Unavailable:
                 continue
             calls = evidence.recording.calls.get(target.site.path)
-            if calls and (layer is not None or len(calls) == 1 or own.anatomy.runs):
+            if calls:
                 call = calls[target.call]
                 found.append((call.began if target.site.side == "input" else call.ended, value.rank, target))
     return [target for _, _, target in sorted(found, key=lambda entry: entry[:2])]

@@ -44,16 +44,16 @@ def unrolled(facts: Facts, layer: int, number: int | None = None) -> int | list[
 def in_its_run(facts: Facts, value: Value, place: Place, layer: int | None) -> Place:
     """A place as it is served in one layer of a looped model; in other models, the place itself.
 
-    Values that are not per layer are those of the last run: a final norm may also run between passes.
+    Values that are not per layer are those of the last run: a final norm may also run between passes, or on embeddings.
 
     Raises:
         Missing: What makes the value does not run once in each run of the layer.
     """
+    if not value.per_layer:
+        turns = max((_times(facts, at) for at in locations(facts, place)), default=1)
+        return place if turns == 1 else InRun(place, turns - 1 if value.rank else 0, turns)
     if not facts.anatomy.runs:
         return place
-    if not value.per_layer:
-        turns = max(_times(facts, at) for at in locations(facts, place))
-        return place if turns == 1 else InRun(place, turns - 1 if value.rank else 0, turns)
     block = facts.anatomy.blocks[layer or 0]
     for at in locations(facts, place):
         times = _times(facts, at)
@@ -76,7 +76,7 @@ def _times(facts: Facts, at: Location) -> int:
 
 
 def _turns(facts: Facts) -> dict[Location, tuple[tuple[int, int], ...]]:
-    return {} if facts.look_inside is None else facts.inside.turns
+    return {} if facts.look_inside is None or not facts.anatomy.runs else facts.inside.turns
 
 
 def locations(facts: Facts, place: Place) -> Iterator[Location]:
