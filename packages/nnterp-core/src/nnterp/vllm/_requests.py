@@ -29,8 +29,13 @@ class CleanLLM(LLM):
         """As vLLM's `LLM.generate`."""
         try:
             return LLM.generate(self, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             drop_unfinished(self)
+            if isinstance(error, Exception) and "pickle" in str(error):
+                raise TypeError(
+                    f"A block saved what cannot be sent from the engine ({error}). Save tensors, numbers, texts, and "
+                    "lists and dicts of these; of a value of each layer, one layer: model.layers_output[3].save()."
+                ) from error
             raise
 
 
