@@ -20,7 +20,7 @@ from nnterp.inputs import Row, encode
 from nnterp.traced import bind_names
 from nnterp.vllm._errors import raise_first
 from nnterp.vllm._in_trace import InTrace
-from nnterp.vllm._requests import CleanEngine, CleanLLM
+from nnterp.vllm._requests import CheckedTracer, CleanEngine, CleanLLM, deaf_processes
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
 from vllm import SamplingParams
@@ -95,7 +95,8 @@ class TracedVLLM(InTrace):
             return VLLM._load_meta(self, repo_id, **kwargs)
 
     def _load_sync(self, repo_id: str, **kwargs: Any) -> Any:
-        llm = VLLM._load_sync(self, repo_id, **kwargs)
+        with deaf_processes():
+            llm = VLLM._load_sync(self, repo_id, **kwargs)
         llm.__class__, llm.llm_engine.__class__ = CleanLLM, CleanEngine
         return llm
 
@@ -193,14 +194,14 @@ class TracedVLLM(InTrace):
 
         Raises:
             InsideTraceError: Called inside a trace.
-            ValueError: Several prompts were given: use an invoke for each.
+            ValueError: Several prompts were given: use an invoke for each. Or something follows the trace in a `with`.
             Unavailable: `remote=` was given.
         """
         self.require_no_trace("trace()")
         if kwargs.get("remote"):
             raise Unavailable(f"remote={kwargs['remote']!r}: the engine runs on this machine. Leave it out.")
         kwargs = self._sampling_kwargs(kwargs)
-        return VLLM.trace(self, *inputs, **{"max_tokens": 1, "temperature": 0.0, **kwargs})
+        return VLLM.trace(self, *inputs, **{"tracer_cls": CheckedTracer, "max_tokens": 1, "temperature": 0.0, **kwargs})
 
     def edit(self, **kwargs: Any) -> Any:
         """nnsight's `edit`: a block that runs in every request. Refused inside a trace."""

@@ -6,11 +6,29 @@ import contextlib
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from types import CodeType
 from typing import Any
+from unittest import mock
 
 from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
+from nnsight.modeling.vllm.tracer import VLLMTracer
 
+from nnterp.traced_block import refuse_followed
 from vllm import LLM, SamplingParams
+
+
+class CheckedTracer(VLLMTracer):
+    """nnsight's tracer, which refuses a `with` in which something follows the trace."""
+
+    def execute(self, code: CodeType) -> None:
+        """Run the block; see `VLLMTracer.execute`.
+
+        Raises:
+            ValueError: Something follows the trace in its `with`.
+        """
+        refuse_followed(self.node)
+        VLLMTracer.execute(self, code)
 
 
 class CleanEngine(NNsightLLMEngine):
@@ -92,3 +110,23 @@ def held_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         before(*came[0])
+
+
+@contextlib.contextmanager
+def deaf_processes() -> Iterator[None]:
+    """A block in which processes start that never get Ctrl-C, and nor do theirs.
+
+    A terminal sends it to all processes. vLLM's would end at once, and the engine with them; this process takes the
+    requests out of the engine instead.
+    """
+    start = BaseProcess.start
+
+    def deaf(self: BaseProcess) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that start inherit it
+        try:
+            start(self)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    with mock.patch.object(BaseProcess, "start", deaf):
+        yield
