@@ -68,7 +68,7 @@ def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: 
         frame: Where it stands.
 
     Raises:
-        ValueError: It edits features where it reads them, which changes nothing; or something follows the trace in its
+        ValueError: It edits features where it reads them, which changes nothing; or a steering follows the trace in its
             `with`.
     """
     # Looked at once. nnsight keeps the node for as long as the program runs, so that its id stays its own.

@@ -12,6 +12,7 @@ from nnsight.modeling.vllm import VLLM
 from torch import nn
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
+from vllm.v1.engine.core_client import SyncMPClient
 
 from nnterp.arguments import count
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
@@ -20,7 +21,7 @@ from nnterp.inputs import Row, encode
 from nnterp.traced import bind_names
 from nnterp.vllm._errors import raise_first
 from nnterp.vllm._in_trace import InTrace
-from nnterp.vllm._requests import CheckedTracer, CleanEngine, CleanLLM, deaf_processes
+from nnterp.vllm._requests import CheckedTracer, CleanEngine, CleanLLM, WatchingClient, deaf_processes
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
 from vllm import SamplingParams
@@ -98,6 +99,8 @@ class TracedVLLM(InTrace):
         with deaf_processes():
             llm = VLLM._load_sync(self, repo_id, **kwargs)
         llm.__class__, llm.llm_engine.__class__ = CleanLLM, CleanEngine
+        if type(llm.llm_engine.engine_core) is SyncMPClient:  # not where the engine runs in this process
+            llm.llm_engine.engine_core.__class__ = WatchingClient
         return llm
 
     def ready(self) -> None:
@@ -194,7 +197,7 @@ class TracedVLLM(InTrace):
 
         Raises:
             InsideTraceError: Called inside a trace.
-            ValueError: Several prompts were given: use an invoke for each. Or something follows the trace in a `with`.
+            ValueError: Several prompts were given: use an invoke for each. Or a steering follows the trace in a `with`.
             Unavailable: `remote=` was given.
         """
         self.require_no_trace("trace()")

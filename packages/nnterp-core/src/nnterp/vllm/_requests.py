@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import uuid
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import CodeType
 from typing import Any
@@ -13,19 +16,22 @@ from unittest import mock
 
 from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
 from nnsight.modeling.vllm.tracer import VLLMTracer
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from nnterp.traced_block import refuse_followed
 from vllm import LLM, SamplingParams
 
 
 class CheckedTracer(VLLMTracer):
-    """nnsight's tracer, which refuses a `with` in which something follows the trace."""
+    """nnsight's tracer, which refuses a `with` in which a steering follows the trace."""
 
     def execute(self, code: CodeType) -> None:
         """Run the block; see `VLLMTracer.execute`.
 
         Raises:
-            ValueError: Something follows the trace in its `with`.
+            ValueError: A steering, or another trace, follows the trace in its `with`.
         """
         refuse_followed(self.node)
         VLLMTracer.execute(self, code)
@@ -38,6 +44,26 @@ class CleanEngine(NNsightLLMEngine):
         """One forward pass of the requests that are scheduled; returns their outputs."""
         with held_interrupts():
             return NNsightLLMEngine.step(self)
+
+
+class WatchingClient(SyncMPClient):
+    """vLLM's side of an engine in another process, in which a call does not wait for an engine that has died."""
+
+    def call_utility(self, method: str, *args: Any) -> Any:
+        """As vLLM's.
+
+        Raises:
+            EngineDeadError: The engine has died.
+        """
+        future: Future[Any] = Future()
+        number = uuid.uuid1().int >> 64
+        self.utility_results[number] = future
+        self._send_input(EngineCoreRequestType.UTILITY, (0, number, method, args))
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(timeout=1)
+            if not self.output_queue_thread.is_alive() and not future.done():
+                raise EngineDeadError
 
 
 class CleanLLM(LLM):
@@ -120,6 +146,7 @@ def deaf_processes() -> Iterator[None]:
     requests out of the engine instead.
     """
     start = BaseProcess.start
+    resource_tracker.ensure_running()  # when it starts, it unblocks the signal again
 
     def deaf(self: BaseProcess) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that start inherit it
