@@ -3,15 +3,18 @@
     .venv-vllm/bin/python benchmarks/core/vllm.py                # SmolLM2-135M's shape, random weights, one thread
     .venv-vllm/bin/python benchmarks/core/vllm.py --layers 6     # fewer of its layers
     .venv-vllm/bin/python benchmarks/core/vllm.py --model FOLDER # another checkpoint
+    .venv-vllm/bin/python benchmarks/core/vllm.py --model FOLDER --name SmolLM2-135M --page docs/vllm.md
 
 CPU time of one thread, the median of the rounds; on a GPU, wall time. All that is compared is measured in turns in
-every round. The eager model runs in a process of its own, and waits while vLLM runs.
+every round, and a ratio is that of one round. The eager model runs in a process of its own, and waits while vLLM runs.
+With --page, the table replaces what stands on the page between `<!-- figures NAME -->` and `<!-- end of figures -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# In place of this folder, in which this file would be taken for vLLM.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "NNTERP_CACHE": "off",
@@ -30,6 +35,12 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 COLLECTED, LENGTH, STEERED, START, NEW, BATCH = 512, 16, 64, 16, 32, 16
+AIMS = {"steer": 1.15}  # of plain vLLM's time
+BESIDE = {"collect": "plain one pass", "steer": "plain generation"}
+WORDS = {
+    "collect": f"last token of all layers, {COLLECTED} prompts × {LENGTH} tokens",
+    "steer": f"steered at every step, {STEERED} prompts × {START} tokens, {NEW} new ones",
+}
 
 
 def ids(prompts: int, length: int) -> list[list[int]]:
@@ -124,11 +135,65 @@ def served(folder: str) -> dict[str, Callable[..., object]]:
     return runs
 
 
+def table(took: dict[str, list[float]]) -> list[str]:
+    """Tokens per second, and ratios of the times of the same round, as a Markdown table."""
+    tokens = {"collect": COLLECTED * LENGTH, "steer": STEERED * (START + NEW)}
+    rows = [
+        "| | tokens/s | time beside plain vLLM | aim | how much faster than the eager model |",
+        "|---|---|---|---|---|",
+    ]
+
+    def beside(one: str, other: str) -> str:
+        ratios = [a / b for a, b in zip(took[one], took[other], strict=True)]
+        return f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} – {max(ratios):.2f})"
+
+    for what, plain in BESIDE.items():
+        speed = {
+            name: f"{tokens[what] / statistics.median(took[name]):,.0f}" for name in (what, plain, f"eager {what}")
+        }
+        mine, theirs = (beside(f"eager {what}", one) for one in (what, plain))
+        rows += [
+            f"| **{WORDS[what]}** | | | | |",
+            f"| nnterp in vLLM | {speed[what]} | {beside(what, plain)} | {AIMS.get(what, '')} | {mine} |",
+            f"| plain vLLM, nothing read or steered | {speed[plain]} | | | {theirs} |",
+            f"| nnterp, the eager model | {speed[f'eager {what}']} | | | |",
+        ]
+    return rows
+
+
+def machine(rounds: int) -> str:
+    """What the figures were measured with."""
+    import torch
+    from measuring import device_name
+
+    from nnterp.vllm._kept import versions
+
+    on = device_name(torch.device("cuda")) if torch.cuda.is_available() else device_name(torch.device("cpu"))
+    how = "time of the clock" if torch.cuda.is_available() else "CPU time of one thread"
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{on}, {how}, median and spread of {rounds} rounds; {made}"
+
+
+def write(page: Path, name: str, lines: list[str]) -> None:
+    """Replace a table of the page."""
+    text = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- figures {name} -->\n", "<!-- end of figures -->"
+    place = re.compile(re.escape(begin) + ".*?" + re.escape(end), flags=re.DOTALL)
+    if len(place.findall(text)) != 1:
+        raise SystemExit(
+            f"{page} does not have one place for figures of {name}: write {begin.strip()} and {end} there."
+        )
+    new = begin + "\n" + "\n".join(lines) + "\n\n" + end
+    page.write_text(place.sub(lambda _: new, text), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", help="a checkpoint, in place of random weights")
+    parser.add_argument("--name", help="what the figures are called")
+    parser.add_argument("--page", type=Path, help="the page whose table of this name is replaced")
     parser.add_argument("--eager", help="used by the program itself")
     given = parser.parse_args()
     if given.eager:
@@ -155,16 +220,11 @@ def main() -> None:
                     took.setdefault(f"eager {name}", []).append(float(answer(child)[1]))
             print(f"round {turn + 1}:", {name: round(seconds[-1], 2) for name, seconds in took.items()}, flush=True)
         child.kill()
-    middle = {name: statistics.median(seconds) for name, seconds in took.items()}
-    tokens = {"collect": COLLECTED * LENGTH, "steer": STEERED * (START + NEW)}
-    print("| | tokens/s | beside plain vLLM | beside the eager model |\n|---|---|---|---|")
-    for what, beside in (("collect", "plain one pass"), ("steer", "plain generation")):
-        mine, plain, slow = middle[what], middle[beside], middle[f"eager {what}"]
-        print(
-            f"| {what}, vLLM | {tokens[what] / mine:.0f} | {mine / plain:.2f} × its time | {slow / mine:.2f} × faster |"
-        )
-        print(f"| {beside}, plain vLLM | {tokens[what] / plain:.0f} | 1 | {slow / plain:.2f} × faster |")
-        print(f"| {what}, eager | {tokens[what] / slow:.0f} | | 1 |")
+    name = given.name or (f"{given.layers} layers of SmolLM2-135M's shape" if given.model is None else given.model)
+    lines = [f"{name}: {machine(given.rounds)}.", "", *table(took)]
+    print("\n".join(lines))
+    if given.page:
+        write(given.page, name, lines)
 
 
 if __name__ == "__main__":

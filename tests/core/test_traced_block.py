@@ -201,3 +201,19 @@ def test_traces_use_it_where_they_run_here(model):
     assert isinstance(model.trace(IDS), BlockTracer)
     assert not isinstance(model.trace(IDS, remote="local"), BlockTracer)
     assert isinstance(model.trace(IDS, tracer_cls=InterleavingTracer), InterleavingTracer)
+
+
+def test_what_follows_a_trace_in_its_with_is_refused(model):
+    """It would be over before the model runs: the numbers would be those of the plain model."""
+    vector = torch.ones(model.hidden_size)
+    with pytest.raises(ValueError, match=r"with model\.steering\(vector, 1\), model\.trace\(IDS\):"):  # noqa: SIM117
+        with model.trace(IDS), model.steering(vector, 1):
+            model.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"), model.trace() as tracer:  # noqa: SIM117
+        with tracer.invoke(IDS), model.steering(vector, 1):
+            model.logits.save()
+    with model.trace(IDS):
+        plain = model.logits.save()
+    with model.steering(vector, 1), model.trace(IDS):
+        steered = model.logits.save()
+    assert not torch.allclose(plain, steered)

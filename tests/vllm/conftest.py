@@ -2,7 +2,9 @@
 
 import json
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 
@@ -28,8 +30,16 @@ def model(folder):
     """The checkpoint in vLLM."""
     from nnterp.vllm import StandardizedVLLM
 
-    options = json.loads(os.environ.get("NNTERP_VLLM_OPTIONS", "{}"))
-    return StandardizedVLLM(folder, dtype="float32", max_model_len=128, max_num_seqs=32, **options)
+    options = {"dtype": "float32", **json.loads(os.environ.get("NNTERP_VLLM_OPTIONS", "{}"))}
+    return StandardizedVLLM(folder, max_model_len=128, max_num_seqs=32, **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_huggingface(request):
+    """`run.py` runs what `validate()` compares with, which saves the seconds that importing torch takes."""
+    given = getattr(request.config, "huggingface", None)
+    with mock.patch("nnterp.vllm._validate._reference", given) if given else nullcontext():
+        yield
 
 
 @pytest.fixture

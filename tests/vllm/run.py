@@ -1,11 +1,13 @@
 """Run the tests of this folder on tiny random checkpoints and the toy, and the snippets of the page, two at a time.
 
-HuggingFace's numbers come from processes that were forked before vLLM was imported, which happens once.
+HuggingFace's numbers come from processes that were forked before vLLM was imported, which happens once; those of
+`validate()` too, except on the page, which starts a process of its own as users do.
 
     python tests/vllm/run.py                    # all
     python tests/vllm/run.py gpt2 page          # some
 """
 
+import fcntl
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from pathlib import Path
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
+    "NNTERP_CACHE": "off",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -30,8 +33,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }  # vLLM knows heads of 32
-OPTIONS = {"gpt2": {"block_size": 32, "num_gpu_blocks_override": 10}}  # too little memory for several generations
-ONLY = {  # the one costs to read everything, the other is large
+OPTIONS = {
+    "gpt2": {"block_size": 32, "num_gpu_blocks_override": 10},  # too little memory for several generations
+    "toy in bfloat16": {"dtype": "bfloat16"},
+}
+ONLY = {  # the first is proven in its own dtype, the second costs to read everything, the last is large
+    "toy in bfloat16": "certificate_proves",
     "helium": "huggingface or of_all_positions or lens or greedy or certificate",
     "smollm2": "is_that_of_huggingface or of_all_positions or lens or greedy",
 }
@@ -87,9 +94,14 @@ def together(jobs, kept):
         while left and len(running) < 2:
             name = left.pop(0)
             running[forked(jobs[name], f"{kept}/log of {len(jobs) - len(left)}")] = name, len(jobs) - len(left)
-        child, status = os.wait()
+        child, status, used = os.wait4(-1, 0)
         name, number = running.pop(child)
-        print(f"--- {name}", Path(f"{kept}/log of {number}").read_text(errors="replace"), sep="\n", flush=True)
+        print(
+            f"--- {name}: {used.ru_utime + used.ru_stime:.0f} s of CPU",
+            Path(f"{kept}/log of {number}").read_text(errors="replace"),
+            sep="\n",
+            flush=True,
+        )
         if status:
             failed.append(name)
     return failed
@@ -116,7 +128,28 @@ def eager(folder, out):
     model.collect([list(ids) for ids in reference.PROMPTS], values, to=out)
 
 
-def tested(name, folder, kept):
+class HuggingFace:
+    """Runs what `validate()` compares with in processes forked from one that has imported torch; one at a time."""
+
+    def __init__(self, kept):
+        from tests.processes import Launcher
+
+        self.launcher, self.lock = Launcher(), f"{kept}/one at a time"
+
+    def pytest_configure(self, config):
+        config.huggingface = self
+
+    def __call__(self, job):
+        from nnterp.vllm._validate import _REFERENCE
+
+        with open(self.lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            printed, said, code = self.launcher.run(_REFERENCE, json.dumps(job))
+        assert code == 0, said
+        return json.loads(printed.rpartition("tokens:")[2])
+
+
+def tested(name, folder, kept, huggingface):
     """Run the tests on one checkpoint."""
     import pytest
 
@@ -127,13 +160,12 @@ def tested(name, folder, kept):
             "NNTERP_VLLM_REFERENCE": f"{kept}/{name}.pt",
             "NNTERP_VLLM_EAGER": f"{kept}/eager",
             "NNTERP_VLLM_OPTIONS": json.dumps(OPTIONS.get(name, {})),
-            "NNTERP_CACHE": "off",
         }
     )
     here = Path(__file__).parent
     chosen = ["-k", ONLY[name]] if name in ONLY else []
     left_out = [part for name in ("cacheprovider", "xdist", "anyio") for part in ("-p", f"no:{name}")]
-    return pytest.main(["-q", *chosen, *left_out, f"--confcutdir={here}", str(here)])
+    return pytest.main(["-q", *chosen, *left_out, f"--confcutdir={here}", str(here)], plugins=[huggingface])
 
 
 def main(names):
@@ -147,16 +179,17 @@ def main(names):
     failed = []
     with tempfile.TemporaryDirectory() as kept:
         folders = {}
-        for name in names or ["toy", *CHECKPOINTS, *(["smollm2"] if REAL.is_dir() else [])]:
+        for name in names or ["toy", "toy in bfloat16", *CHECKPOINTS, *(["smollm2"] if REAL.is_dir() else [])]:
             if name == "smollm2":
                 folders[name] = REAL
             elif name in CHECKPOINTS:
                 folders[name] = tiny_checkpoint(name, Path(kept) / name, num_layers=4, **CHECKPOINTS[name])
-            elif name == "toy":
+            elif name in ("toy", "toy in bfloat16"):
                 folders[name] = nnterp.toy_checkpoint()
         made = {
             f"{name} in HuggingFace": partial(reference.main, folder, f"{kept}/{name}.pt")
             for name, folder in folders.items()
+            if name != "toy in bfloat16"
         }
         if "toy" in folders:
             made["the dataset of the eager model"] = partial(eager, folders["toy"], f"{kept}/eager")
@@ -164,10 +197,13 @@ def main(names):
         from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  # noqa: F401
         import nnsight.modeling.vllm.vllm  # noqa: F401
 
-        tests = {name: partial(tested, name, folder, kept) for name, folder in folders.items()}
+        huggingface = HuggingFace(kept) if folders else None
+        tests = {name: partial(tested, name, folder, kept, huggingface) for name, folder in folders.items()}
         if not names or "page" in names:
             tests["docs/vllm.md"] = partial(page, kept)
         failed += together(tests, kept)
+        if huggingface is not None:
+            huggingface.launcher.close()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

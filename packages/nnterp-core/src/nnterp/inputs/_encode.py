@@ -80,12 +80,14 @@ def read_each(model: Reader, prompts: Sequence[Any], first: int = 0) -> list[Row
     rows = [read(model, prompt, vocabulary, f"Prompt {i}") for i, prompt in enumerate(prompts, first)]
     if not rows:
         raise ValueError("No prompts were given: pass a text, or a list with at least one.")
-    tokens = _stand_for_pixels(model)
+    tokens, fits = _stand_for_pixels(model), getattr(model, "require_fits", None)
     for i, row in enumerate(rows, first):
         if not row.ids:
             raise ValueError(f"Prompt {i} ({row.text!r}) has no tokens, and a model needs at least one.")
         if limit is not None and len(row) > limit:
             raise ValueError(f"Prompt {i} has {len(row)} tokens; {model.model_class} was built for at most {limit}.")
+        if fits is not None:
+            fits(row, f"Prompt {i}")
         if row.images is None and not tokens.isdisjoint(row.ids):
             raise ValueError(
                 f"Prompt {i} holds the token of an image ({sorted(tokens.intersection(row.ids))[0]}) and no image: "

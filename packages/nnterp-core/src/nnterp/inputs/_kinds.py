@@ -153,7 +153,7 @@ def vocabulary_of(model: Reader) -> int | None:
     try:
         return model._module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        return None
+        return getattr(model, "vocabulary", None)
 
 
 def _warn_of_padding(model: Reader, rows: list[torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from nnsight.tracing.util import filter_traceback
 
 from nnterp.traced import StepTracer
 from nnterp.traced_block._advice import lines_in_order
+from nnterp.traced_block._followed import refuse_followed
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 from nnterp.traced_block._order import in_table_order, sorted_reads
 from nnterp.traced_block._reads import FIRST, Read, names_of_model, read_at, reads_of
@@ -67,11 +68,13 @@ def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: 
         frame: Where it stands.
 
     Raises:
-        ValueError: It edits features where it reads them, which changes nothing.
+        ValueError: It edits features where it reads them, which changes nothing; or a steering follows the trace in its
+            `with`.
     """
     # Looked at once. nnsight keeps the node for as long as the program runs, so that its id stays its own.
     known: dict[int, CodeType | None] = model.__dict__.setdefault("_sorted_blocks", {})
     if id(node) not in known:
+        refuse_followed(node)
         refuse_lost_edits(model, node, _scope(frame))
         known[id(node)] = _sorted(tracer, model, node, frame)
     return known[id(node)] or code

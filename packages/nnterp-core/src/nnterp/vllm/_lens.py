@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnterp.inputs import Row, encode
+from nnterp.inputs import Row, encode, token_ids
 from nnterp.vllm._errors import raise_first
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def logit_lens(model: TracedVLLM, prompts: Any, targets: Sequence[Groups] | None
 
     Raises:
         InsideTraceError: Called inside a trace.
-        ValueError: There is not one entry of `targets` for each prompt, or their lengths differ.
+        ValueError: There is not one entry of `targets` for each prompt, their lengths differ, or the model does not
+            have one of the ids.
 
     Example:
         >>> lens = logit_lens(model, ["The capital of France is"])  # [1, layers, vocab]
@@ -82,7 +83,7 @@ def _probabilities(
 ) -> torch.Tensor:
     model.require_no_trace(what)
     rows = encode(model, prompts)  # type: ignore[arg-type]
-    groups, spans = (None, []) if targets is None else _grouped(rows, targets)
+    groups, spans = (None, []) if targets is None else _grouped(rows, targets, model.vocabulary)
     with model.edit() as (_, edit):
         lens = read_lens(model, groups, over_layers)
         lens.save()  # type: ignore[attr-defined]  # every object has it in a trace
@@ -94,7 +95,9 @@ def _probabilities(
     return torch.stack([one[:, span] for one, span in zip(found, spans, strict=True)] if spans else found)
 
 
-def _grouped(rows: Sequence[Row], targets: Sequence[Groups]) -> tuple[dict[tuple[int, ...], list], list[slice]]:
+def _grouped(
+    rows: Sequence[Row], targets: Sequence[Groups], vocabulary: int | None
+) -> tuple[dict[tuple[int, ...], list], list[slice]]:
     """The token ids of a prompt → all groups asked of it; and for each prompt, which of these groups are its own."""
     if len(targets) != len(rows) or len({len(own) for own in targets}) != 1:
         raise ValueError(
@@ -102,10 +105,10 @@ def _grouped(rows: Sequence[Row], targets: Sequence[Groups]) -> tuple[dict[tuple
         )
     groups: dict[tuple[int, ...], list] = {}
     spans = []
-    for row, own in zip(rows, targets, strict=True):
+    for i, (row, own) in enumerate(zip(rows, targets, strict=True)):
         mine = groups.setdefault(row.ids, [])
         spans.append(slice(len(mine), len(mine) + len(own)))
-        mine.extend([list(group) for group in own])
+        mine.extend([list(token_ids(group, vocabulary, f"Targets of prompt {i}: a list")) for group in own])
     return groups, spans
 
 

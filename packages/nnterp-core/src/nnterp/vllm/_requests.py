@@ -5,12 +5,36 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import uuid
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from types import CodeType
 from typing import Any
+from unittest import mock
 
 from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
+from nnsight.modeling.vllm.tracer import VLLMTracer
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from nnterp.traced_block import refuse_followed
 from vllm import LLM, SamplingParams
+
+
+class CheckedTracer(VLLMTracer):
+    """nnsight's tracer, which refuses a `with` in which a steering follows the trace."""
+
+    def execute(self, code: CodeType) -> None:
+        """Run the block; see `VLLMTracer.execute`.
+
+        Raises:
+            ValueError: A steering, or another trace, follows the trace in its `with`.
+        """
+        refuse_followed(self.node)
+        VLLMTracer.execute(self, code)
 
 
 class CleanEngine(NNsightLLMEngine):
@@ -22,6 +46,26 @@ class CleanEngine(NNsightLLMEngine):
             return NNsightLLMEngine.step(self)
 
 
+class WatchingClient(SyncMPClient):
+    """vLLM's side of an engine in another process, in which a call does not wait for an engine that has died."""
+
+    def call_utility(self, method: str, *args: Any) -> Any:
+        """As vLLM's.
+
+        Raises:
+            EngineDeadError: The engine has died.
+        """
+        future: Future[Any] = Future()
+        number = uuid.uuid1().int >> 64
+        self.utility_results[number] = future
+        self._send_input(EngineCoreRequestType.UTILITY, (0, number, method, args))
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(timeout=1)
+            if not self.output_queue_thread.is_alive() and not future.done():
+                raise EngineDeadError
+
+
 class CleanLLM(LLM):
     """vLLM's entrypoint, whose `generate` takes its requests out of the engine if it is cut short."""
 
@@ -29,8 +73,13 @@ class CleanLLM(LLM):
         """As vLLM's `LLM.generate`."""
         try:
             return LLM.generate(self, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             drop_unfinished(self)
+            if isinstance(error, Exception) and "pickle" in str(error):
+                raise TypeError(
+                    f"A block saved what cannot be sent from the engine ({error}). Save tensors, numbers, texts, and "
+                    "lists and dicts of these; of a value of each layer, one layer: model.layers_output[3].save()."
+                ) from error
             raise
 
 
@@ -87,3 +136,24 @@ def held_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         before(*came[0])
+
+
+@contextlib.contextmanager
+def deaf_processes() -> Iterator[None]:
+    """A block in which processes start that never get Ctrl-C, and nor do theirs.
+
+    A terminal sends it to all processes. vLLM's would end at once, and the engine with them; this process takes the
+    requests out of the engine instead.
+    """
+    start = BaseProcess.start
+    resource_tracker.ensure_running()  # when it starts, it unblocks the signal again
+
+    def deaf(self: BaseProcess) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that start inherit it
+        try:
+            start(self)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    with mock.patch.object(BaseProcess, "start", deaf):
+        yield
