@@ -1,4 +1,4 @@
-"""Every error has a section in docs/errors.md whose code raises it, with that message; a traceback names the section."""
+"""Every error has a section in docs/errors.md whose code raises it, and a traceback that names the section."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_error_has_a_section_and_every_section_an_error():
 
 @pytest.fixture(scope="module")
 def begin(tmp_path_factory):
-    """What the code of each section has: what the page defines at its beginning. Sections need nothing of each other."""
+    """What the page defines at its beginning; sections need nothing of each other."""
     model = nnterp.StandardizedTransformer(nnterp.toy_checkpoint())
     given = {"model": model, "prompts": PROMPTS, "nnterp": nnterp, "torch": torch, "__name__": "errors_page"}
     run(BLOCK.search(PREAMBLE)[2], given, tmp_path_factory.mktemp("errors"))
