@@ -19,7 +19,7 @@ def test_a_result_is_drawn_with_its_controls(toy):
     result = probe(toy, texts, [1, 1, 1, 0, 0, 0], [1, 4], folds=3, repeats=3)
     figure = display.plot_probe(result)
     lines = traces(figure)
-    assert list(lines) == ["probe", "shuffled labels", "random directions"]
+    assert list(lines) == ["probe", "shuffled labels", "random directions", "larger class"]
     np.testing.assert_allclose(lines["probe"].y, result["accuracy"].numpy(), rtol=1e-6)
     for name, words in (("shuffled", "shuffled labels"), ("random", "random directions")):
         np.testing.assert_allclose(lines[words].y, result[name].mean(1).numpy(), rtol=1e-6)
@@ -27,14 +27,13 @@ def test_a_result_is_drawn_with_its_controls(toy):
         edges = [*result[name].max(1).values.tolist(), *result[name].min(1).values.tolist()[::-1]]
         np.testing.assert_allclose(band.y, edges, rtol=1e-6)
     assert list(figure.layout.xaxis.ticktext) == ["1", "4"]
-    assert figure.layout.shapes[0].y0 == pytest.approx(0.5)
+    assert list(lines["larger class"].y) == [0.5, 0.5]
 
 
 def test_plain_numbers_are_drawn():
     figure = display.plot_probe([0.5, 0.9], {"<b>null</b>": torch.tensor([[0.4, 0.6], [0.5, 0.5]])}, layers=[3, 7])
     assert list(traces(figure)) == ["probe", "&lt;b&gt;null&lt;/b&gt;"]
     assert traces(figure)["probe"].hovertext[1] == "probe<br>layer 7: 0.9000"
-    assert len(figure.layout.shapes) == 0
 
 
 @pytest.mark.parametrize(

@@ -72,19 +72,14 @@ def plot_probe(
         figure.add_trace(_line(name, one.mean(1), one, rows, i, "repeats"))
     common = read.majority if majority is None else majority
     if common is not None:
-        figure.add_hline(
-            y=common,
-            line={"dash": "dot", "width": 1},
-            annotation_text="larger class",
-            annotation_position="bottom right",
-        )
+        figure.add_trace(_constant("larger class", common, len(rows)))
     step = max(1, -(-len(rows) // 24))
     ticks = list(range(0, len(rows), step))
     figure.update_xaxes(title_text="layer", tickvals=ticks, ticktext=[escape(rows[i]) for i in ticks], zeroline=False)
     lowest = [0.0 if not np.isfinite(v).any() else float(np.nanmin(v)) for v in (read.accuracy, *null.values())]
     figure.update_yaxes(title_text="held-out accuracy", range=[min(0.4, *lowest) - 0.03, 1.03], zeroline=False)
     figure.update_layout(
-        width=760,
+        width=660,
         height=460,
         showlegend=True,
         margin={"l": 72, "r": 190, "t": 64, "b": 64},
@@ -107,6 +102,17 @@ def _band(values: np.ndarray, colour: str, name: str) -> go.Scatter:
         legendgroup=escape(name),
         showlegend=False,
         hoverinfo="skip",
+    )
+
+
+def _constant(name: str, value: float, layers: int) -> go.Scatter:
+    return go.Scatter(
+        x=list(range(layers)),
+        y=[value] * layers,
+        name=name,
+        mode="lines",
+        line={"color": "#8a919c", "width": 1.5, "dash": "dot"},  # seen on white and on black
+        hovertemplate=f"{name} {number(value)}<extra></extra>",
     )
 
 
