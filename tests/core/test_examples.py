@@ -1,8 +1,9 @@
 """Every public name has an example, and every example runs and prints what it promises.
 
 Examples stand in docstrings, under `Example:`. What travels to a remote worker is sent with its docstring, so its
-example stands in docs/errors.md or docs/api instead, and tests/core/test_readme.py runs it. Examples may use `model`
-(the toy, with attention probabilities), `prompts`, `torch`, `nnterp` and the public names of all packages.
+example stands in docs/errors.md or docs/api instead, which tests/core/test_errors.py and test_readme.py run. Examples
+may use `model` (the toy, with attention probabilities), `prompts`, `torch`, `nnterp` and the public names of all
+packages.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def example(found: Any) -> str | None:
 
 
 def on_a_page(name: str) -> bool:
-    """Whether code of a page of the reference shows a name."""
-    pages = [page.read_text(encoding="utf-8") for page in (DOCS / "errors.md", *DOCS.glob("api/*.md"))]
+    """Whether code of a page of the reference shows a name, or an error has a section, whose code raises it."""
+    if f"\n## {name}\n\n```python\n" in (DOCS / "errors.md").read_text(encoding="utf-8"):
+        return True
+    pages = [page.read_text(encoding="utf-8") for page in DOCS.glob("api/*.md")]
     blocks = [block for page in pages for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)]
     return any(re.search(rf"\b{name}\b", block) for block in blocks)
 

@@ -14,8 +14,9 @@ import nnterp
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-# Run elsewhere: tests/remote/test_page.py, tests/interventions/test_pages.py, tests/vllm/run.py.
-ELSEWHERE = ("remote.md", "interventions.md", "attribution.md", "vllm.md")
+# Run elsewhere: tests/core/test_errors.py, tests/remote/test_page.py, tests/interventions/test_pages.py,
+# tests/vllm/run.py.
+ELSEWHERE = ("errors.md", "remote.md", "interventions.md", "attribution.md", "vllm.md")
 LONG = ("gallery.md", "lenses.md")
 PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]  # pages go on with a model and prompts
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)

@@ -100,6 +100,9 @@ def every_figure():
         "components": display.plot_components(torch.linspace(-1, 1, n), texts, score="<s>score</s>"),
         "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=words[:3]),
         "generated": display.plot_patchscope([words[:8], words[8:16]]),
+        "probe": display.plot_probe(
+            torch.linspace(0.5, 0.98, 30), {word: torch.rand(30, 5) * 0.2 + 0.4 for word in words[:2]}, majority=0.55
+        ),
         "topk": display.plot_topk_tokens(lens.transpose(0, 1)[:4], tokenizer, show=False),
     }
 

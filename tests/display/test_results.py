@@ -42,8 +42,17 @@ def lens(model):
 
 
 def test_every_figure_is_registered():
-    expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths"}
-    expected |= {"patchscope", "certificate", "steering", "heads", "direct_attribution", "circuit", "faithfulness"}
+    expected = {"lens", "targets", "attention", "tokens", "patching", "ablation", "paths", "probe"}
+    expected |= {
+        "patchscope",
+        "certificate",
+        "steering",
+        "heads",
+        "probe",
+        "direct_attribution",
+        "circuit",
+        "faithfulness",
+    }
     assert set(plugins.names(plugins.FIGURES)) >= expected
     for name in expected:
         assert callable(plugins.load(plugins.FIGURES, name))

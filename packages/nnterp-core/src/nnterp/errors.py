@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 
-class RenamingError(Exception):
+class NnterpError(Exception):
+    """Base of every error that nnterp raises by a name of its own; its note names the page about it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(f"What to do: nnterp explain {type(self).__name__}")
+
+
+class RenamingError(NnterpError):
     """Base of every error about finding, naming or proving a model's parts (the 1.x name)."""
 
 
@@ -12,7 +20,13 @@ class AnatomyError(RenamingError):
 
 
 class Unavailable(RenamingError):
-    """The model, or this layer of it, does not have what was asked for; the message says why and where it exists."""
+    """The model, or this layer of it, does not have what was asked for; the message says why and where it exists.
+
+    Attributes:
+        reason: Why, without naming the layer; "" where the message alone says it.
+    """
+
+    reason = ""
 
 
 class Unproven(Unavailable):
@@ -43,29 +57,29 @@ class ChangedModelWarning(UserWarning):
     """The model was changed after it was proven, and was proven again as it is now."""
 
 
-class AnotherThreadError(RuntimeError):
+class AnotherThreadError(NnterpError, RuntimeError):
     """A model was to run in one thread while another thread runs it."""
 
 
-class OutsideTraceError(ValueError):
+class OutsideTraceError(NnterpError, ValueError):
     """A value of the forward pass was read or written while no forward pass was running."""
 
 
-class InsideTraceError(RuntimeError):
+class InsideTraceError(NnterpError, RuntimeError):
     """A function that runs the model itself was called inside a trace of the same model."""
 
 
-class RemoteModelError(RuntimeError):
+class RemoteModelError(NnterpError, RuntimeError):
     """Something was asked for that runs here, of a model whose weights are on a remote service."""
 
 
-class TrainingModeError(RuntimeError):
+class TrainingModeError(NnterpError, RuntimeError):
     """A function was to run a model that is in training mode with dropout, whose numbers are random."""
 
 
-class ShapeError(ValueError):
+class ShapeError(NnterpError, ValueError):
     """A tensor written into the model does not have the shape of what it replaces."""
 
 
-class PaddingError(ValueError):
+class PaddingError(NnterpError, ValueError):
     """Inputs of different lengths were given to a model that is not exact under padding."""

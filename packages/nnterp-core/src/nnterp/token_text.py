@@ -18,7 +18,8 @@ def visible(text: str) -> str:
 
     A space is shown as `·`, a newline as `↵`, a tab as `⇥`; other white space, control and
     format characters (zero-width, right-to-left overrides) and the marks just named, where the text itself holds them,
-    as their code point `⟨U+00A0⟩`; a combining mark with nothing to combine with stands on `◌`.
+    as their code point `⟨U+00A0⟩`; a combining mark with nothing to combine with stands on `◌`. A byte that is no part
+    of a UTF-8 character, which Python's "surrogateescape" keeps as a lone surrogate, is shown as that byte: `⟨E2⟩`.
 
     Args:
         text: Any text, lone surrogates included.
@@ -35,6 +36,8 @@ def visible(text: str) -> str:
     for i, char in enumerate(text):
         if char in _MARKS:
             pieces.append(_MARKS[char])
+        elif "\udc80" <= char <= "\udcff":
+            pieces.append(f"⟨{ord(char) - 0xDC00:02X}⟩")
         elif char in _RESERVED or unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}:
             pieces.append(f"⟨U+{ord(char):04X}⟩")
         elif unicodedata.combining(char) and (i == 0 or text[i - 1].isspace()):
@@ -46,14 +49,7 @@ def visible(text: str) -> str:
 
 def visible_bytes(raw: bytes) -> str:
     """Bytes as `visible` text, each byte that is no part of a UTF-8 character as `⟨E2⟩`."""
-    if not raw:
-        return visible("")
-    pieces: list[str] = []
-    for char in re.findall(
-        r"[\udc80-\udcff]|[^\udc80-\udcff]+", raw.decode("utf-8", errors="surrogateescape"), re.DOTALL
-    ):
-        pieces.append(f"⟨{ord(char) - 0xDC00:02X}⟩" if "\udc80" <= char[0] <= "\udcff" else visible(char))
-    return "".join(pieces)
+    return visible(raw.decode("utf-8", errors="surrogateescape"))
 
 
 def width(text: str) -> int:

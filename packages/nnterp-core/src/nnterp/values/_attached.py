@@ -10,7 +10,7 @@ from nnterp.record import Record
 from nnterp.table import get_value
 from nnterp.traced import Attached, Dictionary, Features, listed
 from nnterp.values._aliases import canonical
-from nnterp.values._images import Missing
+from nnterp.values._images import missing
 from nnterp.values._lookup import Known
 
 At = tuple[int, int]  # a layer, and the number of a dictionary in it
@@ -69,7 +69,7 @@ def features_of(model: Known, attachments: Mapping[At, Attachment], index: Any) 
     every = Attached({at: _features(model, at, attachments[at]) for at in sorted(mine or attachments)})
     if not mine and isinstance(index, int):
         reason = f"no dictionary is attached to it; attached are {listed(every.features.values())}"
-        raise Missing(f"Layer {index} of {model.facts.anatomy.model_class} has no features: {reason}.", reason)
+        raise missing(f"Layer {index} of {model.facts.anatomy.model_class} has no features: {reason}.", reason)
     return every.place(index)
 
 

@@ -129,7 +129,7 @@ def support(model: Known) -> Support:
                     model.place(name, layer if value.per_layer else None)
                 have.append(layer)
             except Unavailable as error:
-                why[layer] = getattr(error, "reason", str(error).partition(") has ")[2] or str(error))
+                why[layer] = error.reason or str(error).partition(") has ")[2] or str(error)
         layers[name], reasons[name] = tuple(have), why
     return Support(model.facts.anatomy.model_class, layers, reasons, context_of(model))
 

@@ -15,16 +15,11 @@ from nnterp.traced import Place, Site
 from nnterp.wording import ranges
 
 
-class Missing(Unavailable):
-    """A layer that does not have a value.
-
-    Attributes:
-        reason: Why, without naming the layer.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+def missing(message: str, reason: str) -> Unavailable:
+    """The error of a value that is not there; its `reason` says why, without naming the layer."""
+    error = Unavailable(message)
+    error.reason = reason
+    return error
 
 
 def require_images_proven(facts: Facts, module: nn.Module, value: Value) -> None:
@@ -42,7 +37,7 @@ def require_images_proven(facts: Facts, module: nn.Module, value: Value) -> None
         )
     reason = "it takes no images" if vision is None else vision.reasons.get(value.name)
     if reason is not None:
-        raise Missing(f"{owner} has no {value.name}: {reason}.", reason)
+        raise missing(f"{owner} has no {value.name}: {reason}.", reason)
 
 
 def of_images(facts: Facts, value: Value, layer: int | tuple[int, int] | None) -> Place:

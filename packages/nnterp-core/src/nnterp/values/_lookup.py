@@ -31,9 +31,13 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
+<<<<<<< HEAD
 from nnterp.values._as_read import as_it_was_read
 from nnterp.values._assumed import require_assumed
 from nnterp.values._images import Missing, of_images, require_images_proven
+=======
+from nnterp.values._images import missing, of_images, require_images_proven
+>>>>>>> pages
 from nnterp.values._runs import in_its_run, runs_of
 from nnterp.values._stacks import stack_depth
 from nnterp.wording import ranges
@@ -102,11 +106,11 @@ def _plain(layer: Any, name: str) -> int | tuple[int, int]:
     return integer(layer, label)
 
 
-def _missing(facts: Facts, layer: int, name: str, reason: str, have: tuple[int, ...] = ()) -> Missing:
+def _missing(facts: Facts, layer: int, name: str, reason: str, have: tuple[int, ...] = ()) -> Unavailable:
     where = f"layers {ranges(have)} have it" if have else "no layer of this model has it"
     block = facts.anatomy.blocks[layer]
     who = f"Layer {layer} of {facts.anatomy.model_class} ({block.path}: {block.description})"
-    return Missing(f"{who} has no {name}: {reason}; {where}.", reason)
+    return missing(f"{who} has no {name}: {reason}; {where}.", reason)
 
 
 def _served(places: list[Any]) -> tuple[int, ...]:
@@ -380,7 +384,7 @@ def _mid(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
 def _features(facts: Facts, module: nn.Module, value: Value, layer: int) -> Place:
     """The features of a layer to which no dictionary is attached."""
     reason = "no dictionary is attached; attach one: nnterp.attach(model, dictionary, at='layers_output[3]')"
-    raise Missing(f"Layer {layer} of {facts.anatomy.model_class} has no features: {reason}.", reason)
+    raise missing(f"Layer {layer} of {facts.anatomy.model_class} has no features: {reason}.", reason)
 
 
 Finder = Callable[[Facts, nn.Module, Value, int], Place]

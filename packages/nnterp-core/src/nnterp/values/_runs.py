@@ -22,7 +22,7 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
-from nnterp.values._images import Missing
+from nnterp.values._images import missing
 
 Location = tuple[str, tuple[str, ...]]  # a module's path, and the labels of an operation in it
 
@@ -47,7 +47,7 @@ def in_its_run(facts: Facts, value: Value, place: Place, layer: int | None) -> P
     Values that are not per layer are those of the last run: a final norm may also run between passes, or on embeddings.
 
     Raises:
-        Missing: What makes the value does not run once in each run of the layer.
+        Unavailable: What makes the value does not run once in each run of the layer.
     """
     if not value.per_layer:
         turns = max((_times(facts, at) for at in locations(facts, place)), default=1)
@@ -60,7 +60,7 @@ def in_its_run(facts: Facts, value: Value, place: Place, layer: int | None) -> P
         if times != block.turns:
             name = at[0] if not at[1] else f"{at[0]}.source.{'.source.'.join(at[1])}"
             reason = f"{name} runs {times} times in a forward pass, and the layer {block.turns} times"
-            raise Missing(f"Layer {block.index} of {facts.anatomy.model_class} has no {value.name}: {reason}.", reason)
+            raise missing(f"Layer {block.index} of {facts.anatomy.model_class} has no {value.name}: {reason}.", reason)
     return place if block.turns == 1 else InRun(place, block.turn, block.turns)
 
 

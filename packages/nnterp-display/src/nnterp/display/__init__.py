@@ -20,6 +20,7 @@ from nnterp.display._heads import plot_heads
 from nnterp.display._lens import plot_lens
 from nnterp.display._patching import plot_patching
 from nnterp.display._patchscope import plot_patchscope
+from nnterp.display._probe import plot_probe
 from nnterp.display._save import ImageWriterMissing, save
 from nnterp.display._steering import plot_steering
 from nnterp.display._surprise import plot_surprise
@@ -53,6 +54,7 @@ __all__ = [
     "plot_lens",
     "plot_patching",
     "plot_patchscope",
+    "plot_probe",
     "plot_steering",
     "plot_surprise",
     "plot_targets",

@@ -13,13 +13,14 @@ from plotly.offline import get_plotlyjs
 
 from nnterp.display._theme import TEMPLATES, Theme, with_theme
 from nnterp.display._view import PlotlyJs, View
+from nnterp.errors import NnterpError
 from nnterp.files import write_whole
 
 IMAGES = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 PAGES = ("html", "htm")
 
 
-class ImageWriterMissing(RuntimeError):
+class ImageWriterMissing(NnterpError, RuntimeError):
     """Raised for an image if kaleido, or the browser that it drives, is not installed or does not start.
 
     Example:

@@ -130,10 +130,21 @@ def new_figure(title: str | None, **layout: Any) -> go.Figure:
 
 
 def shown(figure: go.Figure, show: bool) -> go.Figure:
-    """Return the figure with its title in lines that fit; show it first if `show`."""
+    """Return the figure with its title in lines that fit; show it first if `show`.
+
+    Raises:
+        ModuleNotFoundError: It is to be shown in a notebook, and nbformat is not installed.
+    """
     _wrap_title(figure)
     if show:
-        figure.show()
+        try:
+            figure.show()
+        except ValueError as error:
+            if "nbformat" not in str(error):
+                raise
+            raise ModuleNotFoundError(
+                "To show a figure in a notebook, plotly needs nbformat: pip install nbformat, and restart the kernel."
+            ) from None
     return figure
 
 

@@ -12,7 +12,7 @@ from nnterp.inputs import all_images
 from nnterp.interventions._engine import At, Cell, Edit, Shortcuts, index_of
 from nnterp.interventions._layers import places_with
 from nnterp.interventions._pairs import Pairs
-from nnterp.interventions._results import prompt_labels, token_texts
+from nnterp.interventions._results import exact_texts, joined, prompt_labels
 from nnterp.interventions._states import States
 from nnterp.interventions._units import units_of
 from nnterp.positions import plain_positions, resolve
@@ -169,7 +169,7 @@ class Grid:
         """The clean prompt's tokens in each column."""
         side = 1 if self.pairs.denoising else 0
         ids = self.seen.clean[pair].ids
-        own = ["".join(token_texts(self.model, [ids[p] for p in column[side]])) for column in self.where[pair]]
+        own = [joined(exact_texts(self.model, [ids[p] for p in column[side]])) for column in self.where[pair]]
         return (*own, *(None,) * (self.width - len(own)))
 
 

@@ -23,9 +23,9 @@ from nnterp.interventions._reduction import Reduction
 from nnterp.interventions._results import (
     Result,
     describe_run,
+    exact_texts,
     prompt_labels,
     token_bytes_of,
-    token_texts,
     vocabulary_of,
 )
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
@@ -393,7 +393,7 @@ def _position_labels(
     """The tokens at each prompt's positions; and labels: the positions, or their numbers if prompts have others."""
     width = max(len(w) for w in where)
     tokens = tuple(
-        tuple(token_texts(model, [prompt.ids[p] for p in own])) + (None,) * (width - len(own))
+        tuple(exact_texts(model, [prompt.ids[p] for p in own])) + (None,) * (width - len(own))
         for prompt, own in zip(prompts, where, strict=True)
     )
     same = all(own == where[0] for own in where)

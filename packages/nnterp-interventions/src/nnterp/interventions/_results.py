@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nnterp.inputs import Row
 
 _KINDS: dict[str, type[Result]] = {}
+_FRAGMENT = re.compile("[\udc80-\udcff]+")  # bytes that are part of a character
 SHOWN, LONGEST_LABEL = 8, 60  # rows and characters of a result's table in a notebook
 _DISTRIBUTIONS = ("nnterp-core", "nnterp-interventions", "nnsight", "transformers", "torch")
 
@@ -40,6 +42,8 @@ class Result:
         about: Model, versions, function and arguments.
         token_bytes: The bytes, in hexadecimal, of each token id in `vocabulary` that is not exactly its text there:
             part of a character (decoded as `�`), or a word whose space decoding drops.
+        token_pieces: As `tokens`, the bytes, in hexadecimal, of those that are part of a character (decoded as `�`),
+            and None for the others; empty if there are none.
 
     Example:
         table = logit_lens_table(model, prompts)
@@ -56,11 +60,17 @@ class Result:
     vocabulary: dict[int, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     token_bytes: dict[int, str] = field(default_factory=dict)
+    token_pieces: tuple[tuple[str | None, ...], ...] = ()
 
     def __init_subclass__(cls) -> None:
         _KINDS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
+        if any(token is not None and _FRAGMENT.search(token) for row in self.tokens for token in row):
+            pieces = tuple(tuple(_piece(token) for token in row) for row in self.tokens)
+            tokens = tuple(tuple(_decoded(token) for token in row) for row in self.tokens)
+            object.__setattr__(self, "token_pieces", pieces)
+            object.__setattr__(self, "tokens", tokens)
         for name, tensor in self.tensors.items():
             expected = [len(self.labels[axis]) for axis in self.axes[name]]
             if list(tensor.shape) != expected:
@@ -74,6 +84,19 @@ class Result:
             return self.tensors[name]
         except KeyError:
             raise KeyError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self.tensors)}.") from None
+
+    @property
+    def exact_tokens(self) -> tuple[tuple[str | None, ...], ...]:
+        """`tokens` with each byte that is part of a character as Python's "surrogateescape" keeps it: "\\udcf0"."""
+        return tuple(
+            tuple(
+                token if piece is None else bytes.fromhex(piece).decode("utf-8", "surrogateescape")
+                for token, piece in zip(row, pieces, strict=True)
+            )
+            for row, pieces in zip(
+                self.tokens, self.token_pieces or [(None,) * len(r) for r in self.tokens], strict=True
+            )
+        )
 
     @property
     def main(self) -> str:
@@ -175,6 +198,7 @@ class Result:
             "vocabulary": self.vocabulary,
             "about": self.about,
             "token_bytes": self.token_bytes,
+            "token_pieces": [list(pieces) for pieces in self.token_pieces],
         }
         write_tensors(path, self.tensors, record, "result")
 
@@ -196,6 +220,7 @@ class Result:
             vocabulary={int(i): text for i, text in content["vocabulary"].items()},
             about=content["about"],
             token_bytes={int(i): piece for i, piece in content.get("token_bytes", {}).items()},
+            token_pieces=tuple(tuple(pieces) for pieces in content.get("token_pieces", ())),
         )
 
     def plot(self, **kwargs: Any) -> Any:
@@ -252,6 +277,29 @@ def prompt_labels(prompts: list[Row], model: StandardizedTransformer) -> tuple[s
 def token_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
     """The text of each token id, decoded on its own."""
     return [model.tokenizer.decode([int(i)]) for i in ids]
+
+
+def exact_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
+    """As `token_texts`; a byte that is part of a character is a lone surrogate, "\\udcf0". For `Result(tokens=)`."""
+    names = TokenNames(model.tokenizer)
+    made = []
+    for token, text in zip(ids, token_texts(model, ids), strict=True):
+        raw = names.raw(token) if "�" in text else None
+        made.append(raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else text)
+    return made
+
+
+def joined(texts: list[str]) -> str:
+    """Texts of neighbouring tokens as one: bytes that are a character together are that character."""
+    return "".join(texts).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+def _piece(token: str | None) -> str | None:
+    return None if token is None or not _FRAGMENT.search(token) else token.encode("utf-8", "surrogateescape").hex()
+
+
+def _decoded(token: str | None) -> str | None:
+    return None if token is None else token.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def vocabulary_of(model: StandardizedTransformer, ids: torch.Tensor) -> dict[int, str]:

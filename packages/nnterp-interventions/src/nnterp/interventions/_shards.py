@@ -194,7 +194,7 @@ def _merged(shards: Sequence[Result]) -> Result:
                 raise ValueError(f"The shards' labels of the axis {axis} differ, so they do not make one result.")
     tensors = {name: _joined(name, shards, labels) for name in first.tensors}
     width = max((len(tokens) for shard in shards for tokens in shard.tokens), default=0)
-    tokens = tuple((*own, *(None,) * (width - len(own))) for shard in shards for own in shard.tokens)
+    tokens = tuple((*own, *(None,) * (width - len(own))) for shard in shards for own in shard.exact_tokens)
     vocabulary = {i: text for shard in shards for i, text in shard.vocabulary.items()}
     pieces = {i: piece for shard in shards for i, piece in shard.token_bytes.items()}
     return type(first)(tensors, first.axes, labels, tokens, vocabulary, _about(shards), pieces)

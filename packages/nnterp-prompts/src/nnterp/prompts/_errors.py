@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from nnterp.errors import NnterpError
 
-class TokenizationError(ValueError):
+
+class TokenizationError(NnterpError, ValueError):
     """A word has no token to track: it is empty, or the tokenizer does not know it.
 
     Example:
@@ -14,7 +16,7 @@ class TokenizationError(ValueError):
     """
 
 
-class CollisionError(ValueError):
+class CollisionError(NnterpError, ValueError):
     """`distinct=True` was passed, and two categories share a token (or an answer).
 
     Example:

@@ -9,6 +9,7 @@ import torch
 
 from nnterp import plugins
 from nnterp.arguments import path_of
+from nnterp.errors import NnterpError
 from nnterp.prompts import _storage
 from nnterp.prompts._frames import scores_frame
 from nnterp.prompts._missing import warn_of_missing
@@ -317,7 +318,7 @@ class PromptResults(dict[str, torch.Tensor]):
         self.done[index] = True
 
 
-class IncompleteRunError(RuntimeError):
+class IncompleteRunError(NnterpError, RuntimeError):
     """A batch failed, or a checkpoint could not be written at the end. What was computed before is kept.
 
     Its `__cause__` is the error of the batch or of the write.

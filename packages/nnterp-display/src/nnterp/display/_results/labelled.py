@@ -17,9 +17,10 @@ from nnterp.token_text import TokenNames, visible, visible_bytes
 class LabelledResult(Protocol):
     """The attributes that figures read from a result; the results of `nnterp.interventions` have them.
 
-    Four more are read if they are there: `tokens` (for each prompt, the text at each label of "positions", None past
-    the prompt's end), `vocabulary` (token id → text), `token_bytes` (token id → its bytes in hexadecimal, where its
-    text is not exact) and `about` (a dict with the model's name and the call).
+    Some more are read if they are there: `tokens` (for each prompt, the text at each label of "positions", None past
+    the prompt's end), `exact_tokens` (the same with bytes that are part of a character as lone surrogates),
+    `vocabulary` (token id → text), `token_bytes` (token id → its bytes in hexadecimal, where its text is not exact) and
+    `about` (a dict with the model's name and the call).
     """
 
     @property
@@ -70,8 +71,11 @@ def describe_tensors(result: LabelledResult) -> str:
 
 
 def token_rows(result: LabelledResult) -> Sequence[Sequence[str | None]]:
-    """For each prompt its texts at the labels of "positions", None past its end; empty if the result has no tokens."""
-    return getattr(result, "tokens", ()) or ()
+    """For each prompt its texts at the labels of "positions", None past its end; empty if the result has no tokens.
+
+    Bytes that are part of a character stand in a text as lone surrogates, which `visible` shows as these bytes.
+    """
+    return getattr(result, "exact_tokens", None) or getattr(result, "tokens", ()) or ()
 
 
 def tokens_at(result: LabelledResult, prompt: int) -> list[str] | None:

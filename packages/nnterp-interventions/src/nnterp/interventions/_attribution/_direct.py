@@ -18,9 +18,9 @@ from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinis
 from nnterp.interventions._results import (
     Result,
     describe_run,
+    exact_texts,
     prompt_labels,
     token_bytes_of,
-    token_texts,
     vocabulary_of,
 )
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
@@ -243,7 +243,7 @@ class _Run:
             labels["layers"] = tuple(range(self.model.num_layers))
             labels["heads"] = tuple(range(self.whole["heads"].shape[2]))
             labels["positions"] = tuple(range(width := max(map(len, self.rows))))
-            texts = [tuple(token_texts(self.model, row.ids)) for row in self.rows]
+            texts = [tuple(exact_texts(self.model, row.ids)) for row in self.rows]
             tokens = tuple((*own, *(None,) * (width - len(own))) for own in texts)
         else:
             labels["parts"] = self.labels
@@ -261,7 +261,7 @@ class _Run:
         """All of it, with the tokens whose logits were attributed."""
         found = self._plain(DirectAttribution)
         assert isinstance(found, DirectAttribution)
-        tensors, axes, labels, tokens = dict(found.tensors), dict(found.axes), dict(found.labels), found.tokens
+        tensors, axes, labels, tokens = dict(found.tensors), dict(found.axes), dict(found.labels), found.exact_tokens
         if self.plan.by == "token":
             tensors["scores"], tensors["source_ids"] = self._by_token(tensors["scores"])
             axes |= dict.fromkeys(("scores", "source_ids"), ("prompts", "tokens"))

@@ -25,7 +25,7 @@ from nnterp.interventions._heads._reading import (
 )
 from nnterp.interventions._layers import layers_with
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
-from nnterp.interventions._results import Result, describe_run, prompt_labels, token_texts
+from nnterp.interventions._results import Result, describe_run, exact_texts, prompt_labels
 from nnterp.interventions._running import BatchSize, check_batch_size, in_batches
 from nnterp.resuming import Call
 
@@ -172,7 +172,7 @@ class _Weighting:
             "query": tuple(range(width)),
             "key": tuple(range(width)),
         }
-        tokens = tuple((*token_texts(self.model, row.ids), *[None] * (width - len(row))) for row in self.rows)
+        tokens = tuple((*exact_texts(self.model, row.ids), *[None] * (width - len(row))) for row in self.rows)
         about = describe_run(self.model, "value_weighted_attention")
         return WeightedAttention(
             dict(whole), axes | {"value_norms": ("prompts", "layers", "heads", "key")}, labels, tokens, about=about

@@ -40,6 +40,8 @@ class ProbeResult(Result):
         directions = probed.vector()  # a SteeringVector
     """
 
+    figure = "probe"
+
     @property
     def directions(self) -> dict[int, torch.Tensor]:
         """Layer → the unit direction of the probe that was fitted on all texts, `[hidden]`, float32."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nnterp.interventions._results import Result, describe_run, vocabulary_of
+from nnterp.interventions._results import Result, describe_run, token_bytes_of, vocabulary_of
 from nnterp.interventions._vectors._belonging import Belonging
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ def promoted(model: StandardizedTransformer, vector: Belonging, k: int) -> Resul
         raise ValueError(f"k={k!r}; give a number of tokens from 1 to {logits.shape[-1]}.")
     (up, up_ids), (down, down_ids) = logits.topk(k), logits.topk(k, largest=False)
     tensors = {"promoted": up, "demoted": down, "promoted_ids": up_ids, "demoted_ids": down_ids}
+    vocabulary = vocabulary_of(model, torch.cat([up_ids, down_ids]))
     return Result(
         tensors,
         dict.fromkeys(tensors, ("layers", "rank")),
         {"layers": vector.layers, "rank": tuple(range(k))},
-        vocabulary=vocabulary_of(model, torch.cat([up_ids, down_ids])),
+        vocabulary=vocabulary,
+        token_bytes=token_bytes_of(model, vocabulary),
         about=describe_run(model, "SteeringVector.logits", k=k, method=vector.method),
     )
