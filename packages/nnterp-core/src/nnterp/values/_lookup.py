@@ -31,13 +31,9 @@ from nnterp.traced import (
     ThroughOut,
     View,
 )
-<<<<<<< HEAD
 from nnterp.values._as_read import as_it_was_read
 from nnterp.values._assumed import require_assumed
-from nnterp.values._images import Missing, of_images, require_images_proven
-=======
 from nnterp.values._images import missing, of_images, require_images_proven
->>>>>>> pages
 from nnterp.values._runs import in_its_run, runs_of
 from nnterp.values._stacks import stack_depth
 from nnterp.wording import ranges
