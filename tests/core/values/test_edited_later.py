@@ -260,11 +260,8 @@ def test_what_a_module_is_given():
         args[0].mul_(2)
 
     module.model.layers[LAYER].mlp.register_forward_hook(double)
-    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer())
-    with pytest.raises(Unavailable, match="in place later"):
-        model.place("mlps_input", LAYER)
-    assert model.support().available("mlps_input", 0)
-    assert not model.support().available("mlps_input", LAYER)
+    with pytest.raises(CertificateError, match=r"edits model\.layers\.1\.mlp\.input in place later"):
+        StandardizedTransformer(module, tokenizer=tiny_tokenizer())
 
 
 def test_a_model_that_tells_a_copy_is_not_proven():
