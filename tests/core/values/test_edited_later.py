@@ -252,6 +252,18 @@ def test_multiples_of_what_is_edited_later():
     torch.testing.assert_close(moved - left, 2 * added, rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_module_is_given():
+    """The input of a feed-forward, doubled by its caller after the feed-forward ran: it is refused."""
+    module = tiny_model("llama")
+
+    def double(_, args, out):
+        args[0].mul_(2)
+
+    module.model.layers[LAYER].mlp.register_forward_hook(double)
+    with pytest.raises(CertificateError, match=r"edits model\.layers\.1\.mlp\.input in place later"):
+        StandardizedTransformer(module, tokenizer=tiny_tokenizer())
+
+
 def test_a_model_that_tells_a_copy_is_not_proven():
     """Its feed-forward keeps what it returned, and its layer reads that after the edit."""
     module = tiny_model("falcon")

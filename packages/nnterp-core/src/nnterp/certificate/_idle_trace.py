@@ -19,7 +19,9 @@ def idle_trace(evidence: Evidence, facts: Facts) -> Claimed:
     inputs = evidence.inputs(evidence.ids)
     ticks = evidence.recording.ticks()
     edited = sorted(facts.edited_later, key=lambda at: ticks[at[0], (), at[1]])
-    handed = [EditedLater(path, side) for path, side in edited]  # the model goes on with copies of these
+    handed = [
+        EditedLater(path, side) for path, side in edited if side == "output"
+    ]  # the model goes on with copies of these
     with model.trace(inputs):
         for place in handed:
             place.read(model, str(place))

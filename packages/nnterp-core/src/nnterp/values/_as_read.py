@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from nnterp.errors import Unavailable
 from nnterp.facts import Facts
 from nnterp.record import replace
 from nnterp.traced import EditedLater, Everywhere, InRun, Place, ReadOnly, Site, Sum, SumEditedLater, ThroughOut, View
 
 
 def as_it_was_read(facts: Facts, place: Place) -> Place:
-    """The place, at which the model goes on with a copy of what is read if it would edit that."""
+    """The place, at which the model goes on with a copy of what is read if it would edit that.
+
+    Raises:
+        Unavailable: It is what a module is given, which the code that calls the module holds too, and edits later.
+    """
     edited = facts.edited_later
     if not edited:
         return place
+    if isinstance(place, Site) and place.side == "input" and (place.path, "input") in edited:
+        raise Unavailable(f"{facts.anatomy.model_class} edits {place} in place later, so what is read would change.")
     if isinstance(place, Site):
         return EditedLater(place.path, place.side) if (place.path, place.side) in edited else place
     if isinstance(place, Sum):
