@@ -57,8 +57,7 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
         facts: What is known of the model.
         module: Its HuggingFace module.
         name: The value.
-        layer: The layer; for one of several attentions in a layer, the layer and its number in it; for one run of a
-            layer of a looped model, the layer and the pass.
+        layer: The layer; or the layer and the number of one of its attentions, or of one pass of a looped model.
 
     Raises:
         ValueError: There is no such value.
