@@ -263,6 +263,20 @@ SECTIONS = [
         """,
     ),
     (
+        "probe",
+        "Where two classes can be told apart",
+        "A linear probe for European countries, on held-out ones, beside shuffled labels and random directions.",
+        """\
+        from nnterp.interventions import probe
+
+        europe = "France Italy Spain Germany Poland Norway Sweden Greece Austria Portugal".split()
+        elsewhere = "Japan China India Egypt Kenya Peru Chile Brazil Canada Mexico".split()
+        texts = [f"{country} is on the continent of" for country in europe + elsewhere]
+        probed = probe(model, texts, [True] * 10 + [False] * 10, folds=4)
+        figure = probed.plot(title="European countries, held out")
+        """,
+    ),
+    (
         "direct-attribution",
         "What each head adds to a logit",
         "Direct logit attribution: the parts add up to the logit difference.",
