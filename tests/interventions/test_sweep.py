@@ -279,3 +279,19 @@ def test_a_value_that_does_not_fit_a_shortcut_is_run_without_it(tiny, monkeypatc
     assert len(failed) == 1
     for (prompt, edits), own in zip(specs, found, strict=True):
         close(own, slow(model, prompt, edits))
+
+
+WARNINGS = """
+import nnterp
+from nnterp.interventions import activation_patching, logit_difference
+
+model = nnterp.StandardizedTransformer(nnterp.toy_checkpoint())
+metric = logit_difference(" Paris", " Tokyo")
+activation_patching(model, "The capital of France is", "The capital of Japan is", metric, progress=False)
+"""
+
+
+def test_no_warning_is_shown_that_a_user_cannot_act_on(processes):
+    _, said, failed = processes.run(WARNINGS)
+    assert not failed, said
+    assert "Warning" not in said

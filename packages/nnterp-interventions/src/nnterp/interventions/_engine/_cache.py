@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,6 +11,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
+
+# transformers 5.24 calls a cache `cache`, and warns of the older name, which is the one that nnsight passes on.
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning, module=r"nnsight\.")
 
 KeysAndValues: TypeAlias = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # [prompts, heads, seq, head_dim] per layer
 
