@@ -116,8 +116,9 @@ def lenses(model: StandardizedTransformer, prompts: int, length: int) -> Iterato
     tokens = ids(prompts, length)
     plain, shape = forward(model, tokens), f"{prompts} prompts × {length} tokens"
     lens = partial(logit_lens, model, tokens, progress=False)
-    hooks = {"plain hooks and the head": _hooked_lens(model, forward(model, tokens, body=True))}
-    yield Line("lenses", f"logit lens of all layers, {shape}", plain, lens, 1, 1.15, hooks)
+    body = forward(model, tokens, body=True)
+    peers = {"plain hooks and the head": _hooked_lens(model, body), "products alone": _products(model, body, prompts)}
+    yield Line("lenses", f"logit lens of all layers, {shape}", plain, lens, 1, 1.15, peers)
     yield Line("lenses", f"the same, targets and top 5, {shape}", plain, partial(lens, targets=5, top_k=5), 1, 1.15)
     many = ids(128, 16, 3).tolist()
     asked = [Prompt(row, {"target": [5], "other": [6]}, {}) for row in many]
@@ -194,10 +195,15 @@ def generation(model: StandardizedTransformer, count: int) -> Iterator[Line]:
         with model.generate(encoding, **settings):
             model.steer(layer, vector)
 
+    def nothing() -> None:
+        with model.generate(encoding, **settings):
+            pass
+
     collect = partial(model.collect, tokens.tolist(), "layers_output", progress=False, **settings)
     peers = {"plain hook": hook}
     yield Line("generation", f"steered at every step, {count} tokens", plain, steering, 1, 1.06, peers)
-    yield Line("generation", f"steered in a trace, {count} tokens", plain, steer, 1, 1.06)
+    peers = {"a trace of nnsight in which nothing is done": nothing}
+    yield Line("generation", f"steered in a trace, {count} tokens", plain, steer, 1, 1.06, peers)
     hooks = {"plain hooks": _hooked(model, plain, lambda out: out[:, -1])}
     yield Line("generation", f"collecting all layers, {count} tokens", plain, collect, 1, 1.10, hooks)
 
@@ -283,6 +289,19 @@ def _hooked_lens(model: StandardizedTransformer, run: Run) -> Run:
         logits.float().softmax(-1).cpu()
 
     return lens
+
+
+def _products(model: StandardizedTransformer, body: Run, prompts: int) -> Run:
+    """What any lens has to multiply: the layers, and the last token of all layers with the head."""
+    head = model._module.get_submodule(model.readout.lm_head)
+    states = torch.randn(prompts * model.num_layers, model.hidden_size, dtype=model._module.dtype, device=model.device)
+
+    @torch.no_grad()
+    def products() -> None:
+        body()
+        head(states)
+
+    return products
 
 
 def _interp_engine(model: StandardizedTransformer, tokens: torch.Tensor) -> dict[str, Run]:
