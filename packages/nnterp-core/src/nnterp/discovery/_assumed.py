@@ -21,18 +21,21 @@ class Assumed:
 
     Attributes:
         wrong: What does not hold of the layers; "" if all does.
+        layout: What is odd about the axes of their stream; "" if it is `[batch, seq, hidden]`.
         repeated: Modules that run more than once → how often.
         unknown: Why that could not be found out; "" if it was.
     """
 
     wrong: str = ""
+    layout: str = ""
     repeated: tuple[tuple[str, int], ...] = ()
     unknown: str = ""
 
-    def wrong_of(self, path: str | None) -> str:
-        """What does not hold of the layers, or of one module beside them."""
+    def wrong_of(self, path: str | None, of_stream: bool) -> str:
+        """What does not hold of the layers, of one module beside them, or of values on the axes of the stream."""
         times = dict(self.repeated).get(path or "")
-        return self.wrong or (f"{path} runs {times} times in a forward pass" if times else "")
+        often = f"{path} runs {times} times in a forward pass" if times else ""
+        return self.wrong or often or (self.layout if of_stream else "")
 
 
 def find_assumed(probe: Probe) -> Assumed:
@@ -63,8 +66,8 @@ def find_assumed(probe: Probe) -> Assumed:
         for handle in handles:
             handle.remove()
     looped = [f"{path} runs {times[path]} times in a forward pass" for path in (*layers, *encoder) if times[path] > 1]
-    wrong = looped[0] if looped else _odd_layout(shapes, tuple(probe.ids.shape))
-    return Assumed(wrong, tuple((path, count) for path, count in times.items() if count > 1))
+    repeated = tuple((path, count) for path, count in times.items() if count > 1)
+    return Assumed(looped[0] if looped else "", _odd_layout(shapes, tuple(probe.ids.shape)), repeated)
 
 
 def _odd_layout(shapes: list[torch.Size], given: tuple[int, ...]) -> str:

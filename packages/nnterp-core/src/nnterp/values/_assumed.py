@@ -13,8 +13,8 @@ def require_assumed(facts: Facts, value: Value) -> None:
     """Raise for a value that names alone would get wrong; see `nnterp.discovery.Assumed`. Nothing once it is proven.
 
     Raises:
-        Unproven: Layers (or, for a value of one module beside them, that module) run several times, or the stream is
-            not stored as `[batch, seq, hidden]`.
+        Unproven: Layers (or, for a value of one module beside them, that module) run several times. Or the value is the
+            input or output of a part, and the stream is not stored as `[batch, seq, hidden]`.
 
     Warns:
         UnprovenWarning: The model could not be run, so that it is unknown.
@@ -29,7 +29,8 @@ def require_assumed(facts: Facts, value: Value) -> None:
             UnprovenWarning,
             stacklevel=2,
         )
-    wrong = assumed.wrong_of(None if value.per_layer or value.role is None else getattr(anatomy, value.role, None))
+    path = None if value.per_layer or value.role is None else getattr(anatomy, value.role, None)
+    wrong = assumed.wrong_of(path, of_stream=value.side is not None)
     if wrong:
         raise Unproven(
             f"{anatomy.model_class}: {value.name} is not served by names alone, because {wrong}. Call "
