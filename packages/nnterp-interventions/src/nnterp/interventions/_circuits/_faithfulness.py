@@ -149,6 +149,7 @@ def faithfulness(
         Unavailable: As for `edge_attribution`.
         RemoteModelError: `remote` was given, or the model's weights are on a remote service.
         InsideTraceError: Called inside a trace of the same model.
+        TypeError: `circuit` is no circuit.
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN for the
         prompts whose `done` is False.

@@ -1,0 +1,115 @@
+"""What a public function returns and raises stands in its docstring, under `Returns:` and `Raises:`.
+
+The names are those of `tests/api.txt`, read from the source, so that nothing is imported and no model is built. The
+first sentence says it instead for a property, for a method that makes another object of its own class (`load`,
+`select`), and in files that travel to a remote worker with their docstrings, where a section costs bytes. Methods
+between double underscores are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import api_snapshot as api
+
+NOTHING = {"None", "NoReturn", "Never", "Iterator[None]"}  # the last is a `with` block without `as`
+TRAVELLING = ("nnterp.traced.", "nnterp.selectors.", "nnterp.errors.", "nnterp.record.", "nnterp.tensors.")
+TRAVELLING += ("nnterp.values._read_order.",)
+
+
+def functions(name: str, found: api.Found) -> Iterator[tuple[str, api.Function]]:
+    """A public function, or the public methods and properties of a class, each with its full name."""
+    if isinstance(found.node, api.Function):
+        yield name, found.node
+    elif isinstance(found.node, ast.ClassDef):
+        owners = [owner for owner in api.ancestors(found) if isinstance(owner.node, ast.ClassDef)]
+        every = [(f"{owner.home}.{node.name}", node) for owner in owners for node in owner.node.body]
+        for i, (full, node) in enumerate(every):
+            if isinstance(node, api.Function) and not node.name.startswith("_"):
+                inherited = any(getattr(base, "name", "") == node.name for _, base in every[i + 1 :])
+                if ast.get_docstring(node) or not inherited:
+                    yield full, node
+
+
+def said() -> dict[str, api.Function]:
+    """Every public function, once; of a property only what reads it, of overloads only what runs."""
+    found = {}
+    for module in api.MODULES:
+        for name in api.public_names(module):
+            where = api.find(module, name)
+            for full, node in functions(where.home, where):
+                if not {"overload", "setter", "deleter"} & api.decorators(node):
+                    found[full] = node
+    return found
+
+
+PUBLIC = said()
+
+
+def is_property(node: api.Function) -> bool:
+    return bool({"property", "cached_property"} & api.decorators(node))
+
+
+def section(node: api.Function, title: str) -> str | None:
+    """What a docstring says under a title; None without it."""
+    shown = re.search(rf"^{title}:\n((?:[ ]+\S.*\n|\n)+)", f"{ast.get_docstring(node) or ''}\n", flags=re.MULTILINE)
+    return shown[1] if shown else None
+
+
+def raised(node: api.Function) -> set[str]:
+    """The errors that a function's own statements raise, functions defined inside it left out."""
+    names: set[str] = set()
+
+    def visit(statement: ast.AST) -> None:
+        if isinstance(statement, ast.Raise) and isinstance(statement.exc, ast.Call | ast.Name | ast.Attribute):
+            error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+            name = ast.unparse(error).rpartition(".")[2]
+            names.update([name] if name[:1].isupper() else [])
+        for child in ast.iter_child_nodes(statement):
+            if not isinstance(child, api.Function | ast.Lambda | ast.ClassDef):
+                visit(child)
+
+    visit(node)
+    return names
+
+
+def makes_its_own(name: str, node: api.Function) -> bool:
+    """Whether a method returns an object of its own class."""
+    return node.returns is not None and ast.unparse(node.returns) in ("Self", name.split(".")[-2])
+
+
+def returns_unsaid(name: str, node: api.Function) -> bool:
+    """Whether a function returns something that its docstring does not have under `Returns:` or `Yields:`."""
+    annotation = ast.unparse(node.returns) if node.returns else "None"
+    if annotation in NOTHING or is_property(node) or makes_its_own(name, node) or name.startswith(TRAVELLING):
+        return False
+    return section(node, "Returns") is None and section(node, "Yields") is None
+
+
+def raises_unsaid(node: api.Function) -> list[str]:
+    """The errors that a function raises and its docstring does not name under `Raises:`."""
+    text = section(node, "Raises") or ""
+    return sorted(name for name in raised(node) if not re.search(rf"\b{name}\b", text))
+
+
+def written(source: str) -> api.Function:
+    """The function in a text."""
+    (node,) = ast.parse(source).body
+    assert isinstance(node, api.Function)
+    return node
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_docstring_says_what_is_returned_and_raised(name):
+    node = PUBLIC[name]
+    assert ast.get_docstring(node), f"{name} has no docstring"
+    assert not returns_unsaid(name, node), f"{name} returns {ast.unparse(node.returns)}: say what under `Returns:`"
+    assert raises_unsaid(node) == [], f"{name} raises them: say when under `Raises:`"
