@@ -73,12 +73,20 @@ class RenameConfig:
     vocab_size_config_key: str | list[str] | int | None = None
 
     def candidates(self, field: str) -> list[str]:
-        """The names given for one field, as a list."""
+        """List the names given for one field.
+
+        Returns:
+            The names, none if nothing was given.
+        """
         value = getattr(self, field)
         return [value] if isinstance(value, str) else list(value or ())
 
     def required(self, field: str) -> list[str]:
-        """The name given for one field, if it has to match: a single name, and not a list of candidates."""
+        """Look up the name given for one field, if it has to match: a single name, and not a list of candidates.
+
+        Returns:
+            A list with that name, or an empty one.
+        """
         value = getattr(self, field)
         return [value] if isinstance(value, str) else []
 
@@ -98,6 +106,9 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
 
     Returns:
         Native (relative) path → standard name.
+
+    Raises:
+        TypeError: `rename_config` is no `RenameConfig`.
 
     Example:
         print(nnterp.get_rename_dict()["transformer"])

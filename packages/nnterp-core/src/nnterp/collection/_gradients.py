@@ -58,7 +58,11 @@ class Gradients:
         return self._pick(self._gradients, key)
 
     def value(self, key: str | tuple[str, Index]) -> torch.Tensor:
-        """The value itself, under the same names."""
+        """Look up the value itself, under the same names.
+
+        Returns:
+            The tensor, of the shape, dtype and device of its gradient.
+        """
         return self._pick(self._values, key)
 
     def __iter__(self) -> Any:
