@@ -283,7 +283,11 @@ class Anatomy:
 
 
 def cross_layers(anatomy: Anatomy) -> tuple[Layer, ...]:
-    """The layers of a decoder with their cross-attention as their only part; empty if they have none."""
+    """Take the cross-attention of a decoder's layers as their only part.
+
+    Returns:
+        The layers with that part alone; empty if they have none.
+    """
     if not any(layer.cross_attn for layer in anatomy.blocks):
         return ()
     return tuple(

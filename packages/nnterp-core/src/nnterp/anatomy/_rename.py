@@ -17,11 +17,14 @@ class AttnProbFunction(ABC):
 
     @abstractmethod
     def get_attention_prob_source(self, attention_module: Any, return_module_source: bool = False) -> Any:
-        """The operation whose output is the probabilities `[batch, heads, query, key]`.
+        """Find the operation whose output is the probabilities `[batch, heads, query, key]`.
 
         Args:
             attention_module: The attention's envoy (`model.layers[i].self_attn`).
             return_module_source: Return the source object that holds the operation instead, for printing.
+
+        Returns:
+            The operation, as nnsight serves it, or its source object.
         """
 
     def __call__(self, attention_module: Any, return_module_source: bool = False) -> Any:

@@ -97,7 +97,17 @@ def gradients(
     remote: Any = False,
     frozen: Any = (),
 ) -> Gradients:
-    """See `StandardizedTransformer.gradients`."""
+    """See `StandardizedTransformer.gradients`.
+
+    Returns:
+        As that method.
+
+    Raises:
+        TypeError: `metric` is no function.
+        RuntimeError: Called under `no_grad` or `inference_mode`.
+        RemoteModelError: `frozen` and `remote` are both given.
+        PaddingError: Prompts of different lengths do not share a batch in this model.
+    """
     model.require_no_trace("gradients()")
     held = frozen_kinds(frozen)
     if held and remote:

@@ -91,7 +91,7 @@ class Audit:
 
     @staticmethod
     def of(about: Mapping[str, Any]) -> Audit | None:
-        """The audit in the record of a result; None if it was not audited."""
+        """Read the audit in the record of a result; returns None if it was not audited."""
         found = about.get(AUDIT)
         return None if found is None else Audit(tuple(found["cells"]), found["seed"])
 
