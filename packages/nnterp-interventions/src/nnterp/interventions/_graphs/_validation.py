@@ -84,7 +84,7 @@ class GraphValidation:
         """Gather predicted and measured changes of all nodes of a kind, over all interventions.
 
         Returns:
-            Predicted and measured changes, `[changes]` each; those that were not predicted (NaN) are left out.
+            Predicted and measured changes, `[changes]` each, float32 on the CPU; those not predicted are left out.
 
         Raises:
             ValueError: `measured` or `of` is none of those named.
