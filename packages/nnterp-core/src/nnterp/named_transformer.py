@@ -225,7 +225,7 @@ class NamedTransformer(EditedTransformer):
 
     @property
     def logits(self) -> torch.Tensor:
-        """`[batch, seq, vocab]` of the running forward pass; may be assigned.
+        """`[batch, seq, vocab]` of the running forward pass, dtype and device of the model's output; may be assigned.
 
         What a module that is not HuggingFace's returns, if that is one tensor.
         """

@@ -76,7 +76,8 @@ class Collected(Mapping[str, torch.Tensor]):
         return tensor
 
     def part(self, label: str) -> torch.Tensor:
-        """Look up one layer of a value, "layers_output[3]", or a value that is not per layer, "logits".
+        """Look up one layer of a value, "layers_output[3]", or a value that is not per layer, "logits"; returns
+        `collected[label]`.
 
         Returns:
             The tensor, as `collected[label]`.

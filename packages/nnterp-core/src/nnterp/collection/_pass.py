@@ -39,7 +39,7 @@ def read_batch(
         remote: Run on the remote service; the tensors are then on the CPU.
 
     Returns:
-        Number of the target → what it is made into, `[rows, (positions,) ...]`.
+        Number of the target → what it is made into, `[rows, (positions,) ...]`, on `device` and in `dtype`.
 
     Raises:
         MemoryError: Attention patterns are read, and those of one layer do not fit into memory.

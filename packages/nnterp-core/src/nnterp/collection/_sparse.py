@@ -55,7 +55,7 @@ class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """True where a prompt has a position, `[prompts, positions]`; `[prompts]` if one position was asked for."""
+        """True where a prompt has a position, bool `[prompts, positions]` on the CPU; `[prompts]` of one position."""
         return self.collected.mask
 
     @property

@@ -118,7 +118,7 @@ class InTrace(VLLM):
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """Probabilities of the next token, `[1, vocab]`: the softmax of `next_token_logits`, without temperature."""
+        """The next token's probabilities, `[1, vocab]`: softmax of `next_token_logits`, no temperature, their dtype."""
         return self.next_token_logits.softmax(-1)
 
     # -- interventions on the running forward pass ------------------------------------------------------------------

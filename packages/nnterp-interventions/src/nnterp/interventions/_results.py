@@ -105,7 +105,7 @@ class Result:
 
     @property
     def values(self) -> torch.Tensor:
-        """The main tensor."""
+        """The main tensor, on the CPU."""
         return self.tensors[self.main]
 
     def __repr__(self) -> str:

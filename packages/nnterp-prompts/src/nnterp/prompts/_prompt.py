@@ -180,7 +180,7 @@ class Prompt:
                 returns their probabilities instead of the vocabulary.
 
         Returns:
-            `{category: [1, layers]}` or `{category: [1]}`, on the CPU.
+            `{category: [1, layers]}` or `{category: [1]}`, on the CPU, in the dtype of what the function returned.
 
         Raises:
             ValueError: The function returned something else than probabilities, or a target is outside the vocabulary.

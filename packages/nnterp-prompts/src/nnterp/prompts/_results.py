@@ -101,7 +101,7 @@ class PromptResults(dict[str, torch.Tensor]):
 
     @property
     def missing(self) -> torch.Tensor:
-        """True for prompts that were run and have no score, because a category is NaN: `[prompts]` or
+        """True for prompts that were run and have no score, because a category is NaN: bool `[prompts]` or
         `[prompts, layers]`, on the CPU."""
         missing = self.log_probs.isnan().any(-1)
         missing[~self.done] = False
@@ -133,7 +133,7 @@ class PromptResults(dict[str, torch.Tensor]):
                 tokens.
 
         Returns:
-            `[prompts]` or `[prompts, layers]`, int64, 0 for prompts that were not run or are `missing`.
+            `[prompts]` or `[prompts, layers]`, int64 on the CPU, 0 for prompts that were not run or are `missing`.
 
         Raises:
             KeyError: There is no such category.

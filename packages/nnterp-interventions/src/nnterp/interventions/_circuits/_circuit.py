@@ -164,7 +164,7 @@ class Circuit:
 
     @cached_property
     def kept(self) -> torch.Tensor:
-        """Which edges of the model are in the circuit, bool `[inputs, writers]`."""
+        """Which edges of the model are in the circuit, bool `[inputs, writers]` on the CPU."""
         kept = torch.zeros(len(self.inputs), len(self.writers), dtype=torch.bool)
         kept[self.receivers, self.senders] = True
         return kept

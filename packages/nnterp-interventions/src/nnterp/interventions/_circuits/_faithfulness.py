@@ -59,7 +59,7 @@ class Faithfulness(Result):
 
     @property
     def normalized(self) -> torch.Tensor:
-        """The metric rescaled so that the corrupted runs have 0 and the clean runs 1, `[sizes]`."""
+        """The metric rescaled so that the corrupted runs have 0 and the clean runs 1, float32 `[sizes]` on the CPU."""
         return self._rescaled(self["metric"])
 
     @property

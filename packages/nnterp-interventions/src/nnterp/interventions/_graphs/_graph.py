@@ -110,7 +110,9 @@ class AttributionGraph:
 
     @cached_property
     def influence(self) -> torch.Tensor:
-        """The influence of each node on the logits, over all paths, `[nodes]` (Ameisen et al. 2025, "Pruning")."""
+        """The influence of each node on the logits, over all paths, `[nodes]`, in the dtype of `edges`, on the CPU
+        (Ameisen et al. 2025, "Pruning").
+        """
         return influence(normalized(self.edges), self.weights)
 
     @property
@@ -210,7 +212,7 @@ class AttributionGraph:
         """Choose the nodes and edges that `prune` keeps.
 
         Returns:
-            Two masks, bool `[nodes]` and `[nodes, nodes]` (target, source).
+            Two masks, bool `[nodes]` and `[nodes, nodes]` (target, source), on the CPU.
         """
         kinds = [node.kind for node in self.nodes]
         free = torch.tensor([kind in ("embedding", "logit") for kind in kinds])
@@ -219,7 +221,7 @@ class AttributionGraph:
 
     @property
     def cumulative(self) -> torch.Tensor:
-        """For each node the share of influence that it and all stronger ones have together, `[nodes]`."""
+        """For each node the share of influence that it and all stronger ones have together, float32 `[nodes]`, CPU."""
         return cumulative(self.influence)
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ class SubspaceResult(Result):
 
     @property
     def basis(self) -> torch.Tensor:
-        """The subspace: orthonormal columns, `[width, dimensions]`."""
+        """The subspace: orthonormal columns, float32 `[width, dimensions]` on the CPU."""
         return self["basis"]
 
     def recovered(self, tensor: str = "scores") -> float:

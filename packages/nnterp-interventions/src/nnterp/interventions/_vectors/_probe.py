@@ -44,7 +44,7 @@ class ProbeResult(Result):
 
     @property
     def directions(self) -> dict[int, torch.Tensor]:
-        """Layer → the unit direction of the probe that was fitted on all texts, `[hidden]`, float32."""
+        """Layer → the unit direction of the probe that was fitted on all texts, `[hidden]`, float32 on the CPU."""
         return dict(zip(self.labels["layers"], self["unit_directions"], strict=True))
 
     def vector(self) -> SteeringVector:
