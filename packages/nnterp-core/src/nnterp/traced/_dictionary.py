@@ -286,7 +286,7 @@ class CrossLayerTranscoder(Record):
         return len(self.encoders)
 
     def encode(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        """Features `[..., features]` of activations `[..., width]` of a layer, in its encoder's dtype, on its device."""
+        """Features `[..., features]` of activations `[..., width]` of a layer, its encoder's dtype and device."""
         return self.encoders[layer].encode(x)
 
     def decode(self, features: list[torch.Tensor], layer: int, x: torch.Tensor | None = None) -> torch.Tensor:
