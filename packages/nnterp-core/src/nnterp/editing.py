@@ -154,6 +154,9 @@ class EditedTransformer(TracedTransformer):
             when: Steer only some rows: those whose prompt fulfils a `nnterp.Condition`, or for whose token ids this
                 function returns True. The rows are chosen in the prompt's pass, and steered in all later ones too.
 
+        Returns:
+            A context manager, without a value for `as`.
+
         Raises:
             InsideTraceError: Called inside a trace of this model.
             IndexError, TypeError, ValueError: As `steer` raises them, when this is called. Also if `steering_vector` is

@@ -63,27 +63,27 @@ class ModuleAccessor:
         return FoundModules(self._model, self.anatomy)
 
     def get_embed_tokens(self) -> nn.Module:
-        """The token embedding."""
+        """Look up the token embedding; returns the model's own module."""
         return self.embed_tokens
 
     def get_layers(self) -> nn.ModuleList:
-        """The list of layers."""
+        """Look up the list of layers; returns the model's own list."""
         return self.layers
 
     def get_attention(self, layer: int) -> nn.Module:
-        """The attention module of one layer."""
+        """Look up the attention of one layer; returns the model's own module."""
         return self._part("self_attn", layer)
 
     def get_mlp(self, layer: int) -> nn.Module:
-        """The feed-forward module of one layer."""
+        """Look up the feed-forward of one layer; returns the model's own module."""
         return self._part("mlp", layer)
 
     def get_unembed_norm(self) -> nn.Module:
-        """The norm after the last layer."""
+        """Look up the norm after the last layer; returns the model's own module."""
         return self.ln_final
 
     def get_unembed(self) -> nn.Module:
-        """The unembedding."""
+        """Look up the unembedding; returns the model's own module."""
         return self.lm_head
 
     def _part(self, role: str, layer: int) -> nn.Module:

@@ -225,7 +225,7 @@ class NamedTransformer(EditedTransformer):
 
     @property
     def logits(self) -> torch.Tensor:
-        """`[batch, seq, vocab]` of the running forward pass; may be assigned.
+        """`[batch, seq, vocab]` of the running forward pass, dtype and device of the model's output; may be assigned.
 
         What a module that is not HuggingFace's returns, if that is one tensor.
         """
@@ -245,7 +245,7 @@ class NamedTransformer(EditedTransformer):
         self.output = tensor
 
     def layers_of_texts(self, asked: Iterable[int] | None = None, images: bool = False) -> list[int]:
-        """The layers that a text runs through, for functions that run texts; indices from 0.
+        """List the layers that a text runs through, for functions that run texts; returns indices from 0.
 
         Args:
             asked: The layers that a user asked for; all if None. A warning names those that run only with an image.
@@ -276,7 +276,7 @@ class NamedTransformer(EditedTransformer):
         return find_place(self.facts, self._module, name, layer)
 
     def module_path(self, role: str, layer: int) -> str:
-        """Native path of the module that plays `role` ("self_attn", "mixer" or "mlp") in a layer.
+        """Find the module that plays `role` ("self_attn", "mixer" or "mlp") in a layer; returns its native path.
 
         Raises:
             Unavailable: The layer has no such part, or it is no module of its own.
@@ -315,7 +315,7 @@ class NamedTransformer(EditedTransformer):
         return TransformersModel.pipe.__get__(self)
 
     def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """nnsight's `interleave`, in one thread at a time.
+        """nnsight's `interleave`, in one thread at a time; returns what that returns.
 
         Raises:
             AnotherThreadError: Another thread is running the model.

@@ -50,85 +50,108 @@ GetModuleOutput = Callable[[Any, int], torch.Tensor]
 
 
 def get_embed_tokens(model: Any) -> Any:
-    """The token embedding."""
+    """Look up the token embedding; returns its module, as nnsight serves it."""
     return model.embed_tokens
 
 
 def get_layers(model: Any) -> Any:
-    """The list of layers."""
+    """Look up the layers; returns the list, as nnsight serves it."""
     return model.layers if hasattr(model, "layers") else model.model.layers
 
 
 def get_num_layers(nn_model: Any) -> int:
-    """How many layers there are."""
+    """Count the layers; returns their number."""
     return len(get_layers(nn_model))
 
 
 def get_layer(nn_model: Any, layer: int) -> Any:
-    """One layer."""
+    """Look up one layer; returns its module, as nnsight serves it."""
     return get_layers(nn_model)[layer]
 
 
 def get_layer_input(nn_model: Any, layer: int) -> torch.Tensor:
-    """The residual stream entering a layer, `[batch, seq, hidden]`; inside a trace."""
+    """Read the residual stream entering a layer; inside a trace.
+
+    Returns:
+        `[batch, seq, hidden]`, in the model's dtype and on the layer's device.
+    """
     if isinstance(nn_model, TracedTransformer):
         return nn_model.layers_input[layer]
     return get_layer(nn_model, layer).input
 
 
 def get_layer_output(nn_model: Any, layer: int) -> torch.Tensor:
-    """The residual stream leaving a layer, `[batch, seq, hidden]`; inside a trace."""
+    """Read the residual stream leaving a layer; inside a trace.
+
+    Returns:
+        `[batch, seq, hidden]`, in the model's dtype and on the layer's device.
+    """
     if isinstance(nn_model, TracedTransformer):
         return nn_model.layers_output[layer]
     return _first(get_layer(nn_model, layer).output)
 
 
 def get_attention(nn_model: Any, layer: int) -> Any:
-    """The attention module of a layer."""
+    """Look up the attention of a layer; returns its module, as nnsight serves it."""
     return (
         nn_model.attentions[layer] if isinstance(nn_model, TracedTransformer) else get_layer(nn_model, layer).self_attn
     )
 
 
 def get_attention_output(nn_model: Any, layer: int) -> torch.Tensor:
-    """What the attention of a layer returns, `[batch, seq, hidden]`; inside a trace."""
+    """Read what the attention of a layer returns; inside a trace.
+
+    Returns:
+        `[batch, seq, hidden]`, in the model's dtype and on the layer's device.
+    """
     if isinstance(nn_model, TracedTransformer):
         return nn_model.attentions_output[layer]
     return _first(get_attention(nn_model, layer).output)
 
 
 def get_mlp(nn_model: Any, layer: int) -> Any:
-    """The feed-forward module of a layer."""
+    """Look up the feed-forward of a layer; returns its module, as nnsight serves it."""
     return nn_model.mlps[layer] if isinstance(nn_model, TracedTransformer) else get_layer(nn_model, layer).mlp
 
 
 def get_mlp_output(nn_model: Any, layer: int) -> torch.Tensor:
-    """What the feed-forward of a layer returns, `[batch, seq, hidden]`; inside a trace."""
+    """Read what the feed-forward of a layer returns; inside a trace.
+
+    Returns:
+        `[batch, seq, hidden]`, in the model's dtype and on the layer's device.
+    """
     if isinstance(nn_model, TracedTransformer):
         return nn_model.mlps_output[layer]
     return _first(get_mlp(nn_model, layer).output)
 
 
 def get_logits(nn_model: Any) -> torch.Tensor:
-    """The logits, `[batch, seq, vocab]`; inside a trace."""
+    """Read the logits; inside a trace.
+
+    Returns:
+        `[batch, seq, vocab]`, in the dtype and on the device in which the model returns them.
+    """
     output = nn_model.output
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def get_unembed_norm(nn_model: Any) -> Any:
-    """The norm after the last layer."""
+    """Look up the norm after the last layer; returns its module, as nnsight serves it."""
     return nn_model.ln_final if hasattr(nn_model, "ln_final") else nn_model.model.norm
 
 
 def get_unembed(nn_model: Any) -> Any:
-    """The unembedding."""
+    """Look up the unembedding; returns its module, as nnsight serves it."""
     return nn_model.lm_head
 
 
 def project_on_vocab(nn_model: Any, h: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states, `[..., hidden]` → `[..., vocab]`.
+    """Compute the logits of hidden states `[..., hidden]`.
 
     For a `StandardizedTransformer` exactly what the model does after its last layer, final softcap and scales included.
+
+    Returns:
+        `[..., vocab]`, in the dtype and on the device of the model's logits.
     """
     if isinstance(nn_model, TracedTransformer):
         return nn_model.project_on_vocab(h)
@@ -136,7 +159,11 @@ def project_on_vocab(nn_model: Any, h: torch.Tensor) -> torch.Tensor:
 
 
 def get_next_token_probs(nn_model: Any) -> torch.Tensor:
-    """Probabilities after the last position of each row, `[batch, vocab]`; inside a trace."""
+    """Read the probabilities after the last position of each row; inside a trace.
+
+    Returns:
+        `[batch, vocab]`, in the dtype of the logits and on their device.
+    """
     if isinstance(nn_model, TracedTransformer):
         return nn_model.next_token_probs
     return get_logits(nn_model)[:, -1].softmax(-1)
@@ -291,7 +318,11 @@ def collect_token_activations_batched(
 
 @plain_defaults()
 def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
-    """Probabilities of the token after each prompt, `[prompts, vocab]` on the CPU, in the logits' dtype."""
+    """Run prompts, and compute the probabilities of the token after each.
+
+    Returns:
+        `[prompts, vocab]` on the CPU, in the logits' dtype.
+    """
     _prepare(nn_model, remote, prompt)
     with torch.no_grad(), nn_model.trace(prompt, remote=remote):
         probs = get_next_token_probs(nn_model).cpu().save()

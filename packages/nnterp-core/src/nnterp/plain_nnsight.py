@@ -34,6 +34,9 @@ def takes_nnsight_models(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function's first argument, the model, be called `nn_model`, and be a plain nnsight model.
 
     A plain nnsight model is replaced by `standardized(model)`.
+
+    Returns:
+        The function, with the same parameters.
     """
 
     @functools.wraps(function)
@@ -50,11 +53,14 @@ def takes_nnsight_models(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def standardized(model: Any, remote: bool = False) -> Any:
-    """A `StandardizedTransformer` over the module of a plain nnsight model, made and proven once; others as they are.
+    """Make a `StandardizedTransformer` over the module of a plain nnsight model, once, and prove it.
 
     Args:
         model: A model. An `nnsight.TransformersModel` (or `LanguageModel`) is renamed as its `rename=` says.
         remote: Do not load its weights.
+
+    Returns:
+        The `StandardizedTransformer`; a model that is no plain nnsight model comes back as it is.
 
     Raises:
         AnatomyError: A part of the model was not found.

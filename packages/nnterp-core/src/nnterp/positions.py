@@ -46,7 +46,7 @@ Plain: TypeAlias = "int | slice | TextSelector | ImageSelector | tuple[Plain, ..
 
 
 def plain_positions(given: Any, name: str = "positions") -> Plain:
-    """Positions as the user gives them in plain form, before a prompt is known.
+    """Put positions as the user gives them in plain form, before a prompt is known.
 
     Read once, so a generator gives every prompt the same.
 
@@ -54,6 +54,9 @@ def plain_positions(given: Any, name: str = "positions") -> Plain:
         given: An index (also of NumPy, or a tensor without axes), a slice, a selector, a list, tuple, range, set,
             array, tensor or generator of these (also nested), or None or "all".
         name: How errors call the argument.
+
+    Returns:
+        An index, slice or selector as it is, a tuple for several, None for all positions.
 
     Raises:
         TypeError: It is something else: a boolean, a float.
@@ -85,7 +88,10 @@ def _is_list(item: Any) -> bool:
 
 
 def per_prompt(positions: Plain, prompts: int) -> list[Plain]:
-    """The positions of each prompt: the same for all, or, of a list that holds lists or slices, one entry for each.
+    """Say which positions each prompt has.
+
+    Returns:
+        One entry for each prompt, the same for all, or, of a list that holds lists or slices, its own.
 
     Raises:
         ValueError: There is not one entry for each prompt.
@@ -103,7 +109,10 @@ def per_prompt(positions: Plain, prompts: int) -> list[Plain]:
 
 
 def is_one_position(positions: Plain) -> bool:
-    """Whether positions are one index, or a selector of one token, so that a result has no axis for them.
+    """Check whether positions are one index, or a selector of one token.
+
+    Returns:
+        True if they are; a result then has no axis for them.
 
     Example:
         print(positions.is_one_position(-1), positions.is_one_position((0, 1)))  # → True False
@@ -112,7 +121,7 @@ def is_one_position(positions: Plain) -> bool:
 
 
 def resolve(model: Reader, row: Row, positions: Any, label: str = "prompt") -> tuple[int, ...]:
-    """The positions asked for, as indices over a row's own tokens from 0 (padding is never counted).
+    """Find the positions asked for in one prompt.
 
     Args:
         model: Whose tokenizer names tokens in errors.
@@ -120,6 +129,9 @@ def resolve(model: Reader, row: Row, positions: Any, label: str = "prompt") -> t
         positions: An index (negative counts from the row's last token), a slice, a selector, a list of these, or None
             for all; see `plain_positions`.
         label: How errors call the row.
+
+    Returns:
+        Indices over the row's own tokens, from 0 (padding is never counted).
 
     Raises:
         IndexError: The row has no such position; shows its tokens.
@@ -161,7 +173,7 @@ def _resolved(model: Reader, row: Row, positions: Plain, label: str) -> tuple[in
 
 
 def describe(model: Reader, row: Row) -> str:
-    """A row's tokens with their positions, for errors.
+    """List a row's tokens with their positions, for errors; returns one line of text.
 
     Example:
         from nnterp.inputs import encode

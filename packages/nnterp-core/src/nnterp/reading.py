@@ -73,9 +73,12 @@ class ReadTransformer(NamedTransformer):
         return dict(VALUES)
 
     def support(self) -> Support:
-        """Which values this model has on which layers, and why not on the others.
+        """Find out which values this model has on which layers, and why not on the others.
 
         Runs the model on a short probe when it is called first (on fake tensors while the weights are not loaded).
+
+        Returns:
+            The layers of every value, and the reasons for the others.
 
         Raises:
             InsideTraceError: Called inside a trace of this model.

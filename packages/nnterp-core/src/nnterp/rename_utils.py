@@ -65,14 +65,16 @@ def __getattr__(name: str) -> Any:
 
 
 def text_config(model: Any) -> Any:
-    """The config of the text decoder of a (possibly multimodal) model."""
+    """Find the config of the text decoder of a (possibly multimodal) model; returns that part of the model's own
+    config.
+    """
     return _text_config(model.config)
 
 
 def get_num_attention_heads(
     model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None
 ) -> int | None:
-    """Query heads of an attention layer, as the config states them.
+    """Count the query heads of an attention layer, as the config states them; returns None if it does not.
 
     Raises:
         ValueError: It does not, and `raise_error` is set.
@@ -81,7 +83,7 @@ def get_num_attention_heads(
 
 
 def get_hidden_size(model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None) -> int | None:
-    """Width of the residual stream, as the config states it.
+    """Read the width of the residual stream, as the config states it; returns None if it does not.
 
     Raises:
         ValueError: It does not, and `raise_error` is set.
@@ -90,7 +92,8 @@ def get_hidden_size(model: Any, raise_error: bool = True, rename_config: RenameC
 
 
 def get_vocab_size(model: Any, raise_error: bool = True, rename_config: RenameConfig | None = None) -> int | None:
-    """Width of the logits, read from the shape of the model's head, or else from its config.
+    """Read the width of the logits from the shape of the model's head, or else from its config; returns None if neither
+    tells.
 
     Raises:
         ValueError: Neither tells, and `raise_error` is set.

@@ -301,7 +301,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     # -- running -----------------------------------------------------------------------------------------------------
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
-        """nnsight's `trace`: run one forward pass, the block's reads and writes in it.
+        """nnsight's `trace`: run one forward pass, the block's reads and writes in it; returns its tracer, for `with`.
 
         Values are read and written in forward order. A block that only reads, at indices that stand in its source, may
         read in any order.
@@ -331,14 +331,14 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
         return TransformersModel.trace(self, *inputs, **kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Any:
-        """nnsight's `session`: several traces in one block, and, with `remote=True`, in one request."""
+        """nnsight's `session`: several traces in one block, with `remote=True` one request; returns its tracer."""
         know_cell()
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
         return TransformersModel.session(self, *args, **kwargs)
 
     def scan(self, *args: Any, **kwargs: Any) -> Any:
-        """nnsight's `scan`: shapes without weights. Values inside layers are looked up before it begins."""
+        """nnsight's `scan`: shapes without weights; returns its tracer. First looks up values inside layers."""
         self.learn_from_twin()
         with contextlib.suppress(Unavailable):
             _ = self.facts.inside
@@ -359,7 +359,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     # -- where everything is -----------------------------------------------------------------------------------------
 
     def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
-        """Where a value is served; looked up once. Without weights, a value told by numbers is looked up in the twin.
+        """Look up, once, where a value is served; returns the place. Without weights, a value told by numbers is looked
+        up in the twin.
 
         Raises:
             ValueError: There is no such value.

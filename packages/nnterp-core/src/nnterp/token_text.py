@@ -101,7 +101,9 @@ class TokenNames:
         return visible_bytes(raw) if isinstance(raw, bytes) else visible(raw)
 
     def raw(self, token: int) -> str | bytes | None:
-        """What one id stands for: its bytes if the tokenizer says them, else its text; None for an unknown id."""
+        """Say what one id stands for; returns its bytes if the tokenizer says them, else its text; None for an unknown
+        id.
+        """
         token = int(token)
         if self.tokenizer is None:
             return None
@@ -120,7 +122,7 @@ class TokenNames:
         return str(piece.replace("▁", " "))
 
     def many(self, tokens: Iterable[int]) -> list[str]:
-        """The visible text of several ids."""
+        """Name several ids; returns the visible text of each."""
         return [self(token) for token in tokens]
 
 

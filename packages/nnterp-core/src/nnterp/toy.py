@@ -6,10 +6,13 @@ from pathlib import Path
 
 
 def toy_checkpoint() -> str:
-    """The folder of the toy checkpoint, to load with `StandardizedTransformer(nnterp.toy_checkpoint())`.
+    """Find the toy checkpoint, to load with `StandardizedTransformer(nnterp.toy_checkpoint())`.
 
     A small Llama trained on synthetic English: capitals, languages and landmarks, copying, indirect objects, and two
     tones of weather and food. Its card, `README.md` in the folder, says what it knows and how it was measured.
+
+    Returns:
+        The path of its folder.
 
     Example:
         model = StandardizedTransformer(nnterp.toy_checkpoint())

@@ -40,7 +40,7 @@ class DummyCache:
 
 
 def is_notebook() -> bool:
-    """Whether this is a notebook's kernel."""
+    """Find out whether this is a notebook's kernel; returns True if it is."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return "IPKernelApp" in getattr(shell, "config", ())
 
@@ -65,12 +65,16 @@ def display_source(source: Any) -> None:
 
 
 def dummy_inputs() -> dict[str, torch.Tensor]:
-    """Three token ids, for a forward pass whose numbers do not matter."""
+    """Make an input for a forward pass whose numbers do not matter.
+
+    Returns:
+        A dict with `input_ids`, int64 `[1, 3]`, on the CPU.
+    """
     return {"input_ids": torch.tensor([[0, 1, 1]])}
 
 
 def unpack_tuple(tensor_or_tuple: Any) -> Any:
-    """The first entry of a tuple; anything else as it is."""
+    """Unpack a tuple; returns its first entry, and anything else as it is."""
     return tensor_or_tuple[0] if isinstance(tensor_or_tuple, tuple) else tensor_or_tuple
 
 

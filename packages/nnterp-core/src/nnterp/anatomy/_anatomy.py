@@ -185,11 +185,18 @@ class Anatomy:
         return replace(self, blocks=blocks, seams=())
 
     def indices(self, role: str) -> tuple[int, ...]:
-        """Indices of the layers that have `role`: "self_attn", "mixer" or "mlp"."""
+        """Find the layers that have `role`: "self_attn", "mixer" or "mlp".
+
+        Returns:
+            Their indices, from 0, in order.
+        """
         return tuple(layer.index for layer in self.blocks if getattr(layer, role) is not None)
 
     def part(self, role: str, index: int) -> Part:
-        """The part that plays `role` ("self_attn", "mixer" or "mlp") in the layer with this index.
+        """Look up what plays `role` ("self_attn", "mixer" or "mlp") in the layer with this index.
+
+        Returns:
+            The part, with its native paths.
 
         Raises:
             IndexError: There is no such layer.
@@ -211,7 +218,11 @@ class Anatomy:
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Pairs of (standard path, native path): the model's own parts first, then those of each layer."""
+        """Pair standard names with the model's own.
+
+        Returns:
+            Pairs of (standard path, native path): the model's own parts first, then those of each layer.
+        """
         for role in _ROLES:
             native = getattr(self, role)
             if native is not None and not (role == "layers" and self.in_turn):
@@ -225,7 +236,11 @@ class Anatomy:
                     yield f"layers.{layer.index}.{role}", part.path
 
     def rows(self) -> list[tuple[str, str]]:
-        """The table that is printed: (standard name, native path) of each part, one entry for layers that are alike."""
+        """Make the table that is printed.
+
+        Returns:
+            (standard name, native path) of each part, one entry for layers that are alike.
+        """
         rows = [(role, getattr(self, role) or f"– {self.absent.get(role, 'absent')}") for role in _ROLES]
         at = 1 + _ROLES.index("layers")
         rows[at:at] = [("", f"{path}  (in turn with these)") for path in self.in_turn]
@@ -268,7 +283,11 @@ class Anatomy:
 
 
 def cross_layers(anatomy: Anatomy) -> tuple[Layer, ...]:
-    """The layers of a decoder with their cross-attention as their only part; empty if they have none."""
+    """Take the cross-attention of a decoder's layers as their only part.
+
+    Returns:
+        The layers with that part alone; empty if they have none.
+    """
     if not any(layer.cross_attn for layer in anatomy.blocks):
         return ()
     return tuple(

@@ -23,7 +23,11 @@ def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def sublayers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of each child that may hold a part (Zamba), entries of a list of different sublayers too (T5)."""
+    """Find the children that may hold a part (Zamba), entries of a list of different sublayers too (T5).
+
+    Returns:
+        Path (relative to the layer) and module of each.
+    """
     for name, child in layer.named_children():
         if not isinstance(child, nn.ModuleList):
             if not is_norm(child):

@@ -17,11 +17,14 @@ class AttnProbFunction(ABC):
 
     @abstractmethod
     def get_attention_prob_source(self, attention_module: Any, return_module_source: bool = False) -> Any:
-        """The operation whose output is the probabilities `[batch, heads, query, key]`.
+        """Find the operation whose output is the probabilities `[batch, heads, query, key]`.
 
         Args:
             attention_module: The attention's envoy (`model.layers[i].self_attn`).
             return_module_source: Return the source object that holds the operation instead, for printing.
+
+        Returns:
+            The operation, as nnsight serves it, or its source object.
         """
 
     def __call__(self, attention_module: Any, return_module_source: bool = False) -> Any:
@@ -73,12 +76,20 @@ class RenameConfig:
     vocab_size_config_key: str | list[str] | int | None = None
 
     def candidates(self, field: str) -> list[str]:
-        """The names given for one field, as a list."""
+        """List the names given for one field.
+
+        Returns:
+            The names, none if nothing was given.
+        """
         value = getattr(self, field)
         return [value] if isinstance(value, str) else list(value or ())
 
     def required(self, field: str) -> list[str]:
-        """The name given for one field, if it has to match: a single name, and not a list of candidates."""
+        """Look up the name given for one field, if it has to match: a single name, and not a list of candidates.
+
+        Returns:
+            A list with that name, or an empty one.
+        """
         value = getattr(self, field)
         return [value] if isinstance(value, str) else []
 
@@ -98,6 +109,9 @@ def get_rename_dict(rename_config: RenameConfig | None = None) -> dict[str, str]
 
     Returns:
         Native (relative) path → standard name.
+
+    Raises:
+        TypeError: `rename_config` is no `RenameConfig`.
 
     Example:
         print(nnterp.get_rename_dict()["transformer"])

@@ -54,7 +54,11 @@ class Sizes:
 
 
 def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
-    """Look the dimensions up in the config. The keys of the user's `RenameConfig` come before the known ones."""
+    """Look the dimensions up in the config. The keys of the user's `RenameConfig` come before the known ones.
+
+    Returns:
+        The sizes; None for each that the config does not state.
+    """
     text = text_config(config)
     hidden = _lookup(text, rename.hidden_size_config_key, HIDDEN_SIZE)
     heads = _lookup(text, rename.attn_head_config_key, NUM_HEADS)
@@ -98,7 +102,7 @@ def inner_width(feed_forwards: Iterable[Iterable[nn.Module]], hidden: int) -> in
 
 
 def head_width(head: nn.Module | None) -> int | None:
-    """How many logits a head returns, read from its shape; None if its shape does not tell."""
+    """Read off a head's shape how many logits it returns; returns None if its shape does not tell."""
     weight, stated = getattr(head, "weight", None), getattr(head, "out_features", None)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point():
         # Tied to an embedding of another size, a Linear still states the number that it was made with.

@@ -87,7 +87,11 @@ class Certificate:
         return self.device != "meta"
 
     def raise_if_failed(self) -> None:
-        """Raise `CertificateError` with the failed lines, if there are any."""
+        """Raise the failed lines, if there are any.
+
+        Raises:
+            CertificateError: A line fails; it names each, and holds the certificate.
+        """
         if self.failures:
             lines = "\n".join(f"  {line.name}: {line.detail or f'off by {line.error:.1e}'}" for line in self.failures)
             raise CertificateError(
@@ -136,7 +140,11 @@ class Certificate:
             raise ValueError(f"{path} holds no certificate, or a damaged one ({error}).") from error
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """(mark, claim, error, tolerance, detail) of each line, as printed."""
+        """Make the table that is printed.
+
+        Returns:
+            (mark, claim, error, tolerance, detail) of each line, as texts.
+        """
         return [
             (
                 _MARK[line.status],

@@ -67,7 +67,10 @@ class Drift:
         return tuple(dict.fromkeys(line.value for line in self.lines))
 
     def of(self, value: str) -> tuple[DriftLine, ...]:
-        """The lines of one value, by layer.
+        """Look up one value.
+
+        Returns:
+            Its lines, by layer.
 
         Raises:
             KeyError: It was not compared; says why.
@@ -79,7 +82,10 @@ class Drift:
         return found
 
     def worst(self, value: str) -> DriftLine:
-        """The layer at which a value drifts most, by its mean over positions.
+        """Find the layer at which a value drifts most.
+
+        Returns:
+            The line with the largest mean over positions.
 
         Raises:
             KeyError: The value was not compared; says why.
@@ -87,7 +93,11 @@ class Drift:
         return max(self.of(value), key=lambda line: line.mean)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """(value, mean over layers, worst layer, its mean, worst position of any layer) of each value, as printed."""
+        """Make the table that is printed.
+
+        Returns:
+            (value, mean over layers, worst layer, its mean, worst position of any layer) of each value, as texts.
+        """
         rows = []
         for value in self.values:
             lines, worst = self.of(value), self.worst(value)

@@ -42,7 +42,14 @@ def collect(
     resume: Collected | str | Path | None = None,
     **generation: Any,
 ) -> Collected:
-    """See `StandardizedTransformer.collect`."""
+    """See `StandardizedTransformer.collect`.
+
+    Returns:
+        As that method.
+
+    Raises:
+        TypeError: A setting of a generation was given without `max_new_tokens`.
+    """
     model.require_no_trace("collect()")
     model.prepare(remote)
     device, batch_size = device_of(device), count(batch_size, "batch_size")
@@ -118,7 +125,7 @@ def _check_generation(model: NamedTransformer, remote: Any, positions: Any) -> N
 
 
 def resumed(call: Call, resume: Collected | str | Path) -> Collected:
-    """The partial result that a call goes on from.
+    """Find the partial result that a call goes on from; returns it, read from its file if need be.
 
     Raises:
         ValueError: It is of another call, or complete.
@@ -130,7 +137,10 @@ def resumed(call: Call, resume: Collected | str | Path) -> Collected:
 
 
 def positions_of(model: NamedTransformer, rows: Sequence[Row], positions: Any) -> tuple[list[tuple[int, ...]], bool]:
-    """For each row the positions asked for, and whether they are one position, which has no axis.
+    """Resolve the positions asked for.
+
+    Returns:
+        For each row its positions, and whether they are one position, which has no axis.
 
     Raises:
         IndexError, ValueError: A row has no such position; names the row, its length and its tokens.

@@ -76,7 +76,12 @@ class Collected(Mapping[str, torch.Tensor]):
         return tensor
 
     def part(self, label: str) -> torch.Tensor:
-        """The tensor of one layer of a value, "layers_output[3]", or of a value that is not per layer, "logits"."""
+        """Look up one layer of a value, "layers_output[3]", or a value that is not per layer, "logits"; returns
+        `collected[label]`.
+
+        Returns:
+            The tensor, as `collected[label]`.
+        """
         return self[label]
 
     def save(self, path: str | Path) -> None:
@@ -147,7 +152,11 @@ class Collected(Mapping[str, torch.Tensor]):
         return len(self.tensors)
 
     def shapes(self, name: str) -> str:
-        """The shape of a value, or those of its layers where they differ."""
+        """Write the shape of a value as text.
+
+        Returns:
+            The shape, or those of its layers where they differ.
+        """
         tensor = self.tensors[name]
         if isinstance(tensor, torch.Tensor):
             return str(list(tensor.shape))

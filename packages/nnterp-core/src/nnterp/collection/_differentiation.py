@@ -55,11 +55,14 @@ class GradientReads:
 
     @torch.no_grad()
     def combined(self, kept: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor]) -> tuple[ByKey, ByKey]:
-        """Values, and gradients with respect to them, by name and layer; detached.
+        """Combine what was read into values and gradients.
 
         Args:
             kept: Copies of what was read at `places`.
             slopes: The gradients with respect to those that are `wanted`.
+
+        Returns:
+            Values, and gradients with respect to them, each by name and layer; detached.
         """
         values = dict(zip(self.places, kept, strict=True))
         by_place = {self.places[i]: slope for i, slope in zip(self.wanted, slopes, strict=True)}
@@ -93,13 +96,16 @@ def gradients_at(
     wanted: Sequence[int],
     names: Sequence[str],
 ) -> list[torch.Tensor]:
-    """The gradients of a score with respect to some of the tensors read on the way to it; 0 where it ignores one.
+    """Differentiate a score with respect to some of the tensors read on the way to it.
 
     Args:
         score: One number.
         edges, kept: What `note` kept of the tensors.
         wanted: Indices of those whose gradients are wanted.
         names: What errors call the tensors.
+
+    Returns:
+        The gradients, of the shape, dtype and device of their tensors; 0 where the score ignores one.
 
     Raises:
         ValueError: The score does not depend on them through differentiable operations, or one requires no gradient.

@@ -43,7 +43,7 @@ class Filling:
         self.summed: tuple[dict[int, torch.Tensor], set[int]] = ({}, set())  # for sums: `filled` and `done`
 
     def pick(self, batch: Batch) -> Selection:
-        """Where the positions of this batch's rows stand."""
+        """Say where the positions of this batch's rows stand; returns the selection."""
         own = batch.encoder if batch.encoder is not None and self.plan.of_encoder else batch
         return pick(own, self.chosen, self.single, self.front, batch.encoder)
 
@@ -75,7 +75,10 @@ class Filling:
         self.done.update(indices)
 
     def grown(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of all prompts, with room for what a function made of some.
+        """Give a tensor of all prompts room for what a function made of some.
+
+        Returns:
+            `into` itself if it has the room; else a larger copy, filled up with zeros.
 
         Raises:
             ValueError: It has another number of axes than what was made of earlier prompts.
@@ -96,7 +99,7 @@ class Filling:
         require_memory(needed, self.device, f"What was asked for of {len(self.rows)} prompts", instead)
 
     def shape(self, t: int, tensor: torch.Tensor) -> list[int]:
-        """The shape of one target of all prompts, `tensor` being that of a batch."""
+        """Say how large one target of all prompts is, `tensor` being that of a batch; returns the shape."""
         target = self.plan.targets[t]
         shape = list(tensor.shape)
         shape[0] = len(self.rows)
@@ -109,7 +112,11 @@ class Filling:
         return shape
 
     def allocate(self, t: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Room for all prompts; of one value, the layers lie in one tensor as long as their shapes agree."""
+        """Make room for all prompts; of one value, the layers lie in one tensor as long as their shapes agree.
+
+        Returns:
+            Zeros, in the dtype of `tensor` and on its device.
+        """
         target, shape = self.plan.targets[t], self.shape(t, tensor)
         name = target.value.name
         if target.layer is None:
@@ -123,7 +130,11 @@ class Filling:
         return tensor.new_zeros(shape)
 
     def summed_up(self, t: int, tensor: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-        """The sum over prompts and their own positions, in double precision."""
+        """Sum over prompts and their own positions.
+
+        Returns:
+            The sum without these axes, in float64, on the device of `tensor`.
+        """
         own = [self.chosen[i] for i in indices]
         tensor = tensor.double()
         if self.single or self.plan.targets[t].last:
@@ -142,7 +153,7 @@ class Filling:
         self.filled, self.done = self.summed
 
     def added(self, t: int, tensor: torch.Tensor) -> torch.Tensor:
-        """What is summed so far, with one more sum."""
+        """Add one more sum to what is summed so far; returns the new sum, of the larger of two shapes."""
         there = self.filled.get(t)
         if there is None or there.shape == tensor.shape:
             return tensor if there is None else there + tensor
@@ -166,7 +177,11 @@ class Filling:
         self.summed = self.filled, self.done
 
     def collected(self, num_layers: int, run: dict[str, Any] | None = None) -> Collected:
-        """What is finished; `run` is the record of a call that was cut short."""
+        """Put what is finished together; `run` is the record of a call that was cut short.
+
+        Returns:
+            The result, partial if `run` is given.
+        """
         filled, sums, done = self.filled, {}, self.done
         if self.over_prompts:
             filled, done = self.summed
@@ -197,7 +212,7 @@ class Filling:
         )
 
     def shares_memory(self, name: str, block: torch.Tensor) -> bool:
-        """Whether all layers of a value were filled into one tensor."""
+        """Find out whether all layers of a value were filled into one tensor; returns True if they were."""
         mine = [self.filled[i] for i, t in enumerate(self.plan.targets) if t.value.name == name]
         storage = block.untyped_storage().data_ptr()
         return all(part.untyped_storage().data_ptr() == storage for part in mine)

@@ -63,7 +63,12 @@ class Generated:
         self.done.update(indices)
 
     def made_of(self, tensor: torch.Tensor, own: torch.Tensor, shape: str) -> torch.Tensor:
-        """What is kept of a value `[rows, tokens, ...]`: its own positions, or what they are reduced to."""
+        """Make of a value `[rows, tokens, ...]` what is kept of it.
+
+        Returns:
+            Its own positions, 0 at the others; for "mean" and "sum" their sum in float64; else what the function made
+            of them.
+        """
         longest = int(own.sum(1).max())
         tensor, own = tensor[:, :longest], own[:, :longest]
         hole = (~own).to(tensor.device).view(*own.shape, *([1] * (tensor.dim() - 2)))
@@ -78,7 +83,11 @@ class Generated:
         return reduced(self.reduce, tensor, picked, shape).to(device=self.device, dtype=self.dtype)
 
     def write(self, t: int, index: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Write rows of one target; what is there grows with them."""
+        """Write rows of one target; what is there grows with them.
+
+        Raises:
+            ValueError: It has another number of axes than what is there.
+        """
         there = self.values.get(t)
         wanted = [len(self.rows), *tensor.shape[1:]]
         if there is not None:
@@ -108,7 +117,11 @@ class Generated:
         self.done.update(done)
 
     def collected(self, num_layers: int, run: dict[str, Any] | None = None) -> Collected:
-        """What is finished; `run` is the record of a call that was cut short."""
+        """Put what is finished together; `run` is the record of a call that was cut short.
+
+        Returns:
+            The result, partial if `run` is given.
+        """
         longest = int(self.mask.sum(1).max())
         mask = self.mask[:, :longest]
         found, sums = {}, {}

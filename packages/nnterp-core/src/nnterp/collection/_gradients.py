@@ -58,7 +58,11 @@ class Gradients:
         return self._pick(self._gradients, key)
 
     def value(self, key: str | tuple[str, Index]) -> torch.Tensor:
-        """The value itself, under the same names."""
+        """Look up the value itself, under the same names.
+
+        Returns:
+            The tensor, of the shape, dtype and device of its gradient.
+        """
         return self._pick(self._values, key)
 
     def __iter__(self) -> Any:
@@ -93,7 +97,17 @@ def gradients(
     remote: Any = False,
     frozen: Any = (),
 ) -> Gradients:
-    """See `StandardizedTransformer.gradients`."""
+    """See `StandardizedTransformer.gradients`.
+
+    Returns:
+        As that method.
+
+    Raises:
+        TypeError: `metric` is no function.
+        RuntimeError: Called under `no_grad` or `inference_mode`.
+        RemoteModelError: `frozen` and `remote` are both given.
+        PaddingError: Prompts of different lengths do not share a batch in this model.
+    """
     model.require_no_trace("gradients()")
     held = frozen_kinds(frozen)
     if held and remote:

@@ -31,7 +31,7 @@ class Predictions(Record):
 
 
 def only(given: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The one tensor that logits are made of."""
+    """Pick the one tensor that logits are made of; returns it as it is."""
     return given[0]
 
 
@@ -44,6 +44,9 @@ def named(name: str, outputs: bool = True) -> tuple[Value, Index | None]:
     Args:
         name: The name.
         outputs: Whether "logits" and "next_token_probs" are names.
+
+    Returns:
+        The row of the table, and the layer if the name says one, else None.
     """
     numbered = re.fullmatch(r"(\w+)\[\s*(-?\d+)\s*,\s*(-?\d+)\s*\]", name) if isinstance(name, str) else None
     if numbered is not None:

@@ -26,7 +26,7 @@ def read_batch(
     reduce: Reduce = None,
     remote: Any = False,
 ) -> dict[int, torch.Tensor]:
-    """Run one batch and return what each target of the plan is made into, `[rows, (positions,) ...]`.
+    """Run one batch, and read what the plan wants.
 
     Args:
         model: The model.
@@ -37,6 +37,9 @@ def read_batch(
         dtype: Their dtype; the model's if None.
         reduce: A function that is applied to each; "mean" and "sum" are left to the caller.
         remote: Run on the remote service; the tensors are then on the CPU.
+
+    Returns:
+        Number of the target → what it is made into, `[rows, (positions,) ...]`, on `device` and in `dtype`.
 
     Raises:
         MemoryError: Attention patterns are read, and those of one layer do not fit into memory.

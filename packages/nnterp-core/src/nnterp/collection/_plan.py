@@ -29,6 +29,7 @@ class Target:
 
     @property
     def last(self) -> bool:
+        """Whether it has no axis of positions, as the next token's probabilities have none."""
         return self.value.name == NEXT.name
 
     @property
@@ -80,6 +81,9 @@ def make_plan(
     With `images`, every prompt has an image, and the layers are there that run only with one.
 
     A layer that is given twice in `layers` is twice in the result; a layer that two names ask for is there once.
+
+    Returns:
+        What to read, in forward order, and what is made of it.
 
     Raises:
         ValueError: There is no such value, or nothing was asked for.

@@ -56,7 +56,11 @@ def own_part(tensor: torch.Tensor, row: int, picked: Selection, pattern: bool) -
 
 
 def checked(made: Any, rows: int) -> torch.Tensor:
-    """What a function returned, which must have one entry for each row."""
+    """Check what a function returned, which must have one entry for each row; returns it as it is.
+
+    Raises:
+        ValueError: It is no tensor, or has another number of entries.
+    """
     if not isinstance(made, torch.Tensor) or made.dim() < 1 or made.shape[0] != rows:
         got = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ValueError(f"reduce must keep the first axis, which is {rows} prompts here; it returned {got}.")

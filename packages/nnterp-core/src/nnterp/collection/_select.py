@@ -51,7 +51,7 @@ def last_of(batch: Batch) -> Selection:
 def pick(
     batch: Batch, chosen: Sequence[Sequence[int]], single: bool, front: int = 0, encoder: Batch | None = None
 ) -> Selection:
-    """Where the positions of a batch's rows stand.
+    """Find where the positions of a batch's rows stand.
 
     Args:
         batch: The rows.
@@ -59,6 +59,9 @@ def pick(
         single: Whether the axis of positions is dropped.
         front: How many keys of attention stand before the tokens' (CPM-Ant's soft prompt).
         encoder: What the encoder reads.
+
+    Returns:
+        The selection, with its tensors on the CPU.
     """
     own = [chosen[i] for i in batch.indices]
     width = max(len(c) for c in own)

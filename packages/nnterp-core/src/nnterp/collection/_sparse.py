@@ -55,7 +55,7 @@ class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """True where a prompt has a position, `[prompts, positions]`; `[prompts]` if one position was asked for."""
+        """True where a prompt has a position, bool `[prompts, positions]` on the CPU; `[prompts]` of one position."""
         return self.collected.mask
 
     @property
@@ -79,7 +79,12 @@ class SparseFeatures(Mapping[Index, tuple[torch.Tensor, torch.Tensor]]):
         return len(self.collected.layers["features"])
 
     def of(self, layer: Index, feature: int) -> torch.Tensor:
-        """The activation of one feature, `[prompts, (positions)]`; 0 where it is not among the largest."""
+        """Look up one feature.
+
+        Returns:
+            Its activations, `[prompts, (positions)]`, in the dtype and on the device of all activations; 0 where it is
+            not among the largest.
+        """
         indices, activations = self[layer]
         return torch.where(indices == feature, activations, torch.zeros_like(activations)).sum(-1)
 

@@ -120,10 +120,13 @@ class ActivationDataset(torch.utils.data.Dataset):
         return self._stored.tensors
 
     def huggingface(self) -> Any:
-        """The dataset as a `datasets.Dataset`, one row a prompt, copied to the cache of `datasets` (not to memory).
+        """Copy the dataset to the cache of `datasets` (not to memory).
 
         Its columns are prompt, text, token_ids, positions, and one for each value and layer, "layers_output[3]", as
         nested lists. bfloat16 becomes float32, which is exact, because Arrow has no bfloat16.
+
+        Returns:
+            A `datasets.Dataset`, one row a prompt.
 
         Raises:
             ImportError: The package `datasets` is not installed.

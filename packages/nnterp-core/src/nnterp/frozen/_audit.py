@@ -56,6 +56,9 @@ def way(end: GradientEdge, start: Iterable[GradientEdge], known: Set[Node] = fro
     Args:
         end, start: Places in the graph, from `torch.autograd.graph.get_gradient_edge`.
         known: Operations that were judged already.
+
+    Returns:
+        Whether the walk reaches them, and what it passes.
     """
     live: dict[Node, bool] = dict.fromkeys((e.node for e in start), True)
     leaves: list[torch.Tensor] = []

@@ -42,9 +42,12 @@ _KEY = ("frozen",)
 
 
 def prove_frozen(model: Freezable) -> FrozenProof:
-    """What of a model can be held still, and why not the rest; tried once, on a short probe, and kept in its `proofs`.
+    """Find out what of a model can be held still; tried once, on a short probe, and kept in its `proofs`.
 
     Costs three forward passes and about one backward pass. Loads the weights if they are not there yet.
+
+    Returns:
+        The proof, with a reason for each kind that cannot be held still.
     """
     model.prepare()
     if _KEY not in model.proofs:
@@ -54,7 +57,10 @@ def prove_frozen(model: Freezable) -> FrozenProof:
 
 
 def require_frozen(model: Freezable, kinds: Any) -> tuple[str, ...]:
-    """What was asked for, if all of it can be held still in this model.
+    """Check that all that was asked for can be held still in this model.
+
+    Returns:
+        The kinds, in the order of `FROZEN`.
 
     Raises:
         TypeError, ValueError: `kinds` does not name some of `FROZEN`.

@@ -8,10 +8,13 @@ FROZEN = ("patterns", "norms", "gates")
 
 
 def frozen_kinds(given: Any) -> tuple[str, ...]:
-    """What a user wants held still, in the order of `FROZEN`.
+    """Read what a user wants held still.
 
     Args:
         given: One of `FROZEN`, several of them, or nothing: `()` or None.
+
+    Returns:
+        The names, in the order of `FROZEN`.
 
     Raises:
         TypeError: It is no text and no list of texts.

@@ -44,7 +44,11 @@ class FrozenParts:
 
 
 def find_parts(module: nn.Module, anatomy: Anatomy) -> FrozenParts:
-    """The modules of a HuggingFace module at which freezing begins and ends, read off its anatomy."""
+    """Find the modules of a HuggingFace module at which freezing begins and ends.
+
+    Returns:
+        Their native paths, read off its anatomy.
+    """
     attentions: dict[tuple[str, str], None] = {}
     mixers: dict[tuple[str, str, str], None] = {}
     mlps: dict[tuple[str, str], None] = {}

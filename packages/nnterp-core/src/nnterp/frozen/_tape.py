@@ -27,7 +27,10 @@ class Tape:
             self.kept.clear()
 
     def next(self, own: torch.Tensor) -> torch.Tensor:
-        """What takes the place of something that the pass made itself.
+        """Record something that the pass made itself, or look up what takes its place.
+
+        Returns:
+            What was recorded, or `own` while recording; detached, in the dtype of `own`.
 
         Raises:
             ValueError: The pass is not like the one that was recorded.

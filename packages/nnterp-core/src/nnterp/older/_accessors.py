@@ -15,7 +15,10 @@ class OlderLayerAccessor(LayerAccessor):
     """`LayerAccessor` with `get_module` and `returns_tuple`. A remote request carries a plain `LayerAccessor`."""
 
     def get_module(self, layer: int) -> Envoy:
-        """The module whose part the value is: the layer, or the attention, feed-forward or mixer in it.
+        """Look up the module whose part the value is: the layer, or the attention, feed-forward or mixer in it.
+
+        Returns:
+            Its envoy.
 
         Raises:
             IndexError: The model has no such layer.

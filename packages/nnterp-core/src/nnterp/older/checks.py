@@ -17,11 +17,14 @@ _PARTS = {"self_attn": ("attention", "attn_name"), "mlp": ("mlp", "mlp_name")}
 
 
 def get_ignores(model: nn.Module, rename_config: RenameConfig | None = None) -> list[str]:
-    """The parts, "mlp" and "attention", that are no module in a model's layers: in OPT's, and those the user says.
+    """Find the parts that are no module in a model's layers: in OPT's, and those the user says.
 
     Args:
         model: The HuggingFace module.
         rename_config: What the user says of it.
+
+    Returns:
+        Some of "mlp" and "attention".
     """
     ignores = []
     if type(model).__name__ == "OPTForCausalLM":

@@ -11,7 +11,11 @@ MODEL_NAMES = ["transformer", "gpt_neox", "decoder", "language_model"]
 
 
 def expand_path_with_model(paths: list[str]) -> list[str]:
-    """The paths, and each that begins with `model.` once more through every name of a backbone inside it."""
+    """Repeat each path that begins with `model.` through every name of a backbone inside it.
+
+    Returns:
+        The paths, and then the repetitions.
+    """
     inner = [path.removeprefix("model.") for path in paths if path.startswith("model.")]
     return [*paths, *(f"model.{backbone}.{path}" for backbone in MODEL_NAMES for path in inner)]
 
@@ -27,17 +31,17 @@ EMBED_TOKENS_NAMES = expand_path_with_model(["wte", "embed_in", "word_embeddings
 
 
 def default_attn_head_config_keys() -> list[str]:
-    """Config fields with the number of attention heads."""
+    """List the config fields with the number of attention heads; returns a new list."""
     return ["n_heads", "num_attention_heads", "n_head", "num_heads"]
 
 
 def default_hidden_size_config_keys() -> list[str]:
-    """Config fields with the width of the residual stream."""
+    """List the config fields with the width of the residual stream; returns a new list."""
     return ["hidden_size", "d_model", "n_embd"]
 
 
 def default_vocab_size_config_keys() -> list[str]:
-    """Config fields with the size of the vocabulary."""
+    """List the config fields with the size of the vocabulary; returns a new list."""
     return ["vocab_size", "n_vocab"]
 
 

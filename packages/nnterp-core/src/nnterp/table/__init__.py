@@ -29,7 +29,7 @@ SENT_WHERE_NAMED = frozenset(v.name for v in VALUES.values() if v.finder in _OF_
 
 
 def get_label(name: str) -> Label:
-    """The label of the value called `name`; unlike the row, it is small enough to travel with a remote request.
+    """Look up the value called `name`; returns its label, which is small enough to travel with a remote request.
 
     Raises:
         ValueError: There is no such value; lists the names there are.
@@ -41,7 +41,7 @@ def get_label(name: str) -> Label:
 
 
 def get_value(name: str) -> Value:
-    """The row called `name`.
+    """Look up the value called `name`; returns its row.
 
     Raises:
         ValueError: There is no such value; lists the names there are.

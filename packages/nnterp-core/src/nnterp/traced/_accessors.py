@@ -128,7 +128,7 @@ def read_value(model: Running, value: Label | Value, layer: int | tuple[int, int
 def write_value(
     model: Running, value: Label | Value, tensor: torch.Tensor, layer: int | tuple[int, int] | str | None = None
 ) -> None:
-    """Replace one value in the running forward pass by `tensor`, which must have the shape of what it replaces."""
+    """Replace one value in the running forward pass by `tensor`, of the same shape (else ShapeError)."""
     label, place = _locate(model, value, layer)
     try:
         if isinstance(bare(place), Sum):  # its first terms are passed when the last is reached: it does both in one go

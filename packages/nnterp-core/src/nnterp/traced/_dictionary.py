@@ -214,7 +214,7 @@ class Dictionary(Record):
         return self.activation(self.pre_activations(x))
 
     def decode(self, features: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
-        """Activations `[..., output width]` of features `[..., features]`.
+        """Activations `[..., output width]` of features `[..., features]`, in the dictionary's dtype and on its device.
 
         Args:
             features: As `encode` returns them, or edited.
@@ -286,11 +286,11 @@ class CrossLayerTranscoder(Record):
         return len(self.encoders)
 
     def encode(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        """Features `[..., features]` of a layer, of its activations `[..., width]`."""
+        """Features `[..., features]` of activations `[..., width]` of a layer, its encoder's dtype and device."""
         return self.encoders[layer].encode(x)
 
     def decode(self, features: list[torch.Tensor], layer: int, x: torch.Tensor | None = None) -> torch.Tensor:
-        """What is written to a layer, `[..., output width]`.
+        """What is written to a layer, `[..., output width]`, in its decoder's dtype and on its device.
 
         Args:
             features: For each layer up to this one its features, `[..., features]`.

@@ -108,7 +108,7 @@ class Readout(Record):
         return self.by_chain(module, hidden)
 
     def by_chain(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Chain`."""
+        """See `Chain`; raises Unavailable without a head."""
         if self.ln_final is not None:
             hidden = module.get_submodule(self.ln_final)(hidden)
         if self.lm_head is None:
@@ -116,7 +116,7 @@ class Readout(Record):
         return self.chain.finish(module.get_submodule(self.lm_head)(hidden))
 
     def by_replay(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's forward on the hidden state, every layer replaced by one that returns it."""
+        """The model's forward on the hidden state, every layer replaced by one that returns it (or ShapeError)."""
         shape, layout = hidden.shape, self.layout
         if layout.plain:
             hidden = hidden.reshape(-1, *shape[-2:]) if hidden.dim() > 1 else hidden.reshape(1, 1, -1)

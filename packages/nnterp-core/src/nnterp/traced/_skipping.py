@@ -27,7 +27,7 @@ def skip_layers(
     """Make layers `start` to `end` return `skip_with`, or what enters `start`, in the steps chosen.
 
     In a generation the layers do run, because later steps read their keys and values from the cache; what leaves the
-    last of them is replaced.
+    last of them is replaced. ValueError: `end` is before `start`.
     """
     first = layer_index(start, model.num_layers, "skip_layers(start_layer)")
     last = layer_index(end, model.num_layers, "skip_layers(end_layer)")

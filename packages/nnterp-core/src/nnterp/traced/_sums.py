@@ -46,7 +46,7 @@ class Sum(Record):
         return sum_ if self.constant is None else sum_ + self.constant.to(sum_)
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
-        """Make the last term what the others leave; they are passed by then, so they are read on the way."""
+        """Make the last term what the others leave, which are read on the way; ShapeError if the size is another."""
         *others, (path, factor) = self.terms
         rest = [scaled(self.kind(p, "output").read(model, label), f) for p, f in others]
         last = self.kind(path, "output")

@@ -8,11 +8,14 @@ from nnterp.table import VALUES, Value, get_value
 
 
 def canonical(name: str) -> tuple[Value, int | None]:
-    """The row a name stands for, and the layer if the name says one.
+    """Look up the row that a name stands for.
 
     Args:
         name: A name of the table (`layers_output`), one with its layer (`layers_output[3]`), or TransformerLens' name
             (`blocks.3.hook_resid_post`, `ln_final.hook_normalized`).
+
+    Returns:
+        The row, and the layer if the name says one, else None.
 
     Raises:
         TypeError: The name is no text.

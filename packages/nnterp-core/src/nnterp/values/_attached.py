@@ -35,7 +35,7 @@ class Attachment(Record):
 
 
 def attached_of(model: Known, attachments: Mapping[At, Attachment]) -> Attached | None:
-    """What travels of the dictionaries that are attached to a model; None if there are none.
+    """Gather what travels of the dictionaries that are attached to a model; returns None if there are none.
 
     Raises:
         Unavailable: A value that one of them reads or writes is not there any more.
@@ -44,7 +44,10 @@ def attached_of(model: Known, attachments: Mapping[At, Attachment]) -> Attached 
 
 
 def features_of(model: Known, attachments: Mapping[At, Attachment], index: Any) -> Features:
-    """The features at a layer, at (layer, number), or at the name of a value that a dictionary reads or writes.
+    """Look up the features at a layer, at (layer, number), or at the name of a value that a dictionary reads or writes.
+
+    Returns:
+        Their place.
 
     Raises:
         ValueError: Several dictionaries are meant, or there is no such value.
@@ -74,7 +77,7 @@ def features_of(model: Known, attachments: Mapping[At, Attachment], index: Any) 
 
 
 def spelled(at: tuple[str, int]) -> str:
-    """A value and its layer as a name: "layers_output[12]"."""
+    """Spell a value and its layer; returns a name, such as "layers_output[12]"."""
     return f"{at[0]}[{at[1]}]"
 
 

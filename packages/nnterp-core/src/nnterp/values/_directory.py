@@ -21,12 +21,15 @@ Entry = tuple[Any, str, tuple[Any, ...] | None]
 def directory_of(
     model: Known, module_path: Callable[[str, int], str], without: Collection[str] = frozenset()
 ) -> Directory:
-    """The directory that travels with a model.
+    """Make the directory that travels with a model.
 
     Args:
         model: The model.
         module_path: (role, layer) → native path of the module that plays the role; raises `Unavailable` for none.
         without: Values that are left out.
+
+    Returns:
+        The directory, which says where every value and part is served, or why it is not.
     """
     anatomy = model.facts.anatomy
     paths = model.facts.readout.layer_paths

@@ -66,7 +66,8 @@ class Support:
         return iter(self.layers)
 
     def available(self, value: str, layer: int | None = None) -> bool:
-        """Whether a value is there, on one layer (a negative one counts from the last) or on any.
+        """Check whether a value is there, on one layer (a negative one counts from the last) or on any; returns True if
+        it is.
 
         Raises:
             ValueError: There is no such value.
@@ -81,11 +82,15 @@ class Support:
         return index in have
 
     def missing(self) -> dict[str, dict[int, str]]:
-        """Values that some layer lacks, with the reason per layer."""
+        """List the values that some layer lacks; returns value → layer → the reason."""
         return {name: reasons for name, reasons in self.reasons.items() if reasons}
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(value, layers that have it, why the others have not) of each value, as printed."""
+        """Make the table that is printed.
+
+        Returns:
+            (value, layers that have it, why the others have not) of each value, as texts.
+        """
         rows = []
         for name, layers in self.layers.items():
             where = "–" if not layers else ("available" if layers == (-1,) else f"layers {ranges(layers, at_most=6)}")
@@ -118,7 +123,11 @@ class Support:
 
 
 def support(model: Known) -> Support:
-    """See `StandardizedTransformer.support`."""
+    """See `StandardizedTransformer.support`.
+
+    Returns:
+        As that method.
+    """
     layers: dict[str, tuple[int, ...]] = {}
     reasons: dict[str, dict[int, str]] = {}
     for name, value in VALUES.items():
@@ -141,6 +150,9 @@ def context_of(model: Known) -> tuple[ContextFact, ...]:
 
 def explain_context(model: Known) -> str:
     """See `StandardizedTransformer.explain`, of the model as a whole.
+
+    Returns:
+        The text that it prints.
 
     Raises:
         Unproven: Nothing has run the model yet.
@@ -169,7 +181,11 @@ def _layers(model: Known, value: Value) -> range:
 
 
 def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> str:
-    """See `StandardizedTransformer.explain`."""
+    """See `StandardizedTransformer.explain`.
+
+    Returns:
+        The text that it prints.
+    """
     index: int | tuple[int, int] | None = None
     if value.per_layer:
         index = 0 if layer is None else layer
@@ -190,7 +206,11 @@ def explain(model: Known, value: Value, layer: int | tuple[int, int] | None) -> 
 
 
 def source_of(model: Known, place: Place) -> str:
-    """The source lines at which a place is: the operation's own, or where its module is called from."""
+    """Find the source lines at which a place is: the operation's own, or where its module is called from.
+
+    Returns:
+        The lines with their file, as text; empty if there are none.
+    """
     if isinstance(place, (View, ReadOnly, State, InRun)):
         return source_of(model, place.place)
     if isinstance(place, ThroughOut):

@@ -52,7 +52,14 @@ def of_images(facts: Facts, value: Value, layer: int | tuple[int, int] | None) -
 
 
 def layers_that_run(facts: Facts, asked: Iterable[int] | None, images: bool) -> list[int]:
-    """See `NamedTransformer.layers_of_texts`."""
+    """See `NamedTransformer.layers_of_texts`.
+
+    Returns:
+        Indices of layers, from 0.
+
+    Raises:
+        Unavailable: A layer that was asked for runs only with an image.
+    """
     idle = () if images else facts.only_with_image
     if asked is None:
         if idle:

@@ -46,12 +46,12 @@ class Known(Protocol):
     _module: nn.Module
 
     def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
-        """Where a value is served."""
+        """Look up where a value is served; returns the place."""
         ...
 
 
 def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
-    """Where a value is served in one model; looked up once.
+    """Look up once where a value is served in one model; returns the place.
 
     Args:
         facts: What is known of the model.
@@ -117,7 +117,7 @@ def _served(places: list[Any]) -> tuple[int, ...]:
 
 
 def site_of(value: Value, anatomy: Anatomy, layer: int | None = None) -> Site:
-    """The module whose input or output is a value.
+    """Look up the module whose input or output is a value; returns that input or output as a place.
 
     Raises:
         Unavailable: The model, or this layer, has no such part, or the value is no module's input or output.
@@ -139,7 +139,7 @@ def site_of(value: Value, anatomy: Anatomy, layer: int | None = None) -> Site:
 
 
 def leaves_inside(value: Value, anatomy: Anatomy, layer: int | None) -> bool:
-    """True if the part's output is an operation inside its module, not the module's output; see `Part.closing`."""
+    """See `Part.closing`; returns True if the part's output is an operation inside its module, not the module's."""
     if value.side != "output" or not value.per_layer or value.role == "layer":
         return False
     return anatomy.part(value.role, layer or 0).closing is not None

@@ -64,6 +64,7 @@ def when(model: Known, place: Place) -> float:
 
     Raises:
         KeyError: The probe never reached it.
+        TypeError: It is made of other places.
     """
     ticks = model.facts.inside.ticks
     if isinstance(place, InRun):

@@ -28,12 +28,16 @@ Location = tuple[str, tuple[str, ...]]  # a module's path, and the labels of an 
 
 
 def runs_of(facts: Facts) -> Runs | None:
-    """Which index each run of a layer of a looped model has; None for other models."""
+    """Say which index each run of a layer of a looped model has; returns None for other models."""
     return Runs(facts.anatomy.runs) if facts.anatomy.runs else None
 
 
 def unrolled(facts: Facts, layer: int, number: int | None = None) -> int | list[int]:
-    """See `StandardizedTransformer.unrolled`."""
+    """See `StandardizedTransformer.unrolled`.
+
+    Returns:
+        As that method.
+    """
     runs = runs_of(facts) or Runs(tuple((index,) for index in range(facts.anatomy.num_layers)))
     if number is not None:
         return runs.index((layer, number), "unrolled")

@@ -7,7 +7,10 @@ from nnterp.table import Value
 
 
 def stack_depth(facts: Facts, value: Value) -> int:
-    """How many layers the stack has that a value is of; 1 for a vision tower that nothing has proven yet.
+    """Count the layers of the stack that a value is of.
+
+    Returns:
+        Their number; 1 for a vision tower that nothing has proven yet.
 
     Raises:
         Unavailable: The value is of an encoder, and the model has none.

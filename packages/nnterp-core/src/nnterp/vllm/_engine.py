@@ -110,7 +110,11 @@ class TracedVLLM(InTrace):
         self._warn_unproven()
 
     def run_settings(self) -> dict[str, Any]:
-        """Everything that this model's numbers depend on, as JSON can hold it: see `nnterp.resuming.Call`."""
+        """Record everything that this model's numbers depend on: see `nnterp.resuming.Call`.
+
+        Returns:
+            The record, as JSON can hold it.
+        """
         config = self.vllm_entrypoint.llm_engine.vllm_config.model_config
         return {
             "model_class": f"vLLM's {self.model_class}",
@@ -125,7 +129,11 @@ class TracedVLLM(InTrace):
 
     # -- what it refuses, and what it has -----------------------------------------------------------------------------
     def require_no_trace(self, what: str) -> None:
-        """Raise `InsideTraceError` inside a trace."""
+        """Refuse what runs the model itself inside a trace; `what` is how the error calls it.
+
+        Raises:
+            InsideTraceError: A trace is running.
+        """
         if self.interleaver.interleaving:
             raise InsideTraceError(f"{what} runs the model itself, so it cannot be called inside a trace.")
 
@@ -165,6 +173,9 @@ class TracedVLLM(InTrace):
     def gradients(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: vLLM computes in inference mode.
 
+        Returns:
+            Nothing, because it always raises.
+
         Raises:
             Unavailable: Always.
         """
@@ -182,18 +193,21 @@ class TracedVLLM(InTrace):
         )
 
     def support(self) -> dict[str, tuple[int, ...] | bool]:
-        """Every value → the layers that have it; for a value that is not per layer, True or False."""
+        """List what is served; returns value → the layers that have it, or True or False where it is not per layer."""
         whole = {name: not isinstance(found, str) for name, found in self.served.whole.items()}
         return {**whole, **{name: self.served.having(name) for name in self.served.layers}}
 
     # -- running ----------------------------------------------------------------------------------------------------
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
-        """One forward pass of a prompt, with a block of reads and writes in it; `max_new_tokens=` runs more passes.
+        """Run one forward pass of a prompt, with a block of reads and writes in it; `max_new_tokens=` runs more passes.
 
         Args:
             *inputs: One prompt. Without one, each `with tracer.invoke(prompt)` in the block runs its own prompt.
             **kwargs: vLLM's `SamplingParams`. By default one pass, greedy (`temperature=0`).
+
+        Returns:
+            nnsight's tracer, for `with`.
 
         Raises:
             InsideTraceError: Called inside a trace.
@@ -207,7 +221,9 @@ class TracedVLLM(InTrace):
         return VLLM.trace(self, *inputs, **{"tracer_cls": CheckedTracer, "max_tokens": 1, "temperature": 0.0, **kwargs})
 
     def edit(self, **kwargs: Any) -> Any:
-        """nnsight's `edit`: a block that runs in every request. Refused inside a trace."""
+        """nnsight's `edit`: a block that runs in every request; returns nnsight's editor, for `with`. Refused inside a
+        trace.
+        """
         self.require_no_trace("edit()")
         return VLLM.edit(self, **kwargs)
 
@@ -266,7 +282,7 @@ class TracedVLLM(InTrace):
         return given[0]
 
     def prompts_of(self, prompts: Any) -> list[Any]:
-        """Prompts of any kind that `nnterp.inputs.encode` reads, each as vLLM's `TokensPrompt`."""
+        """Encode prompts of any kind that `nnterp.inputs.encode` reads; returns each as vLLM's `TokensPrompt`."""
         return [TokensPrompt(prompt_token_ids=list(row.ids)) for row in encode(self, prompts)]  # type: ignore[arg-type]
 
     def run(self, prompts: Any, max_new_tokens: int = 1, **settings: Any) -> list[Any]:
@@ -308,7 +324,14 @@ class TracedVLLM(InTrace):
 
     @staticmethod
     def params(max_new_tokens: int = 1, **settings: Any) -> SamplingParams:
-        """vLLM's settings of a request: one token, greedy, unless the arguments say otherwise."""
+        """Make the settings of a request: one token, greedy, unless the arguments say otherwise.
+
+        Returns:
+            vLLM's `SamplingParams`.
+
+        Raises:
+            TypeError: `max_tokens` was given; it is called `max_new_tokens` here.
+        """
         if "max_tokens" in settings:
             raise TypeError("max_tokens is called max_new_tokens here: give that, and leave max_tokens out.")
         return SamplingParams(**{"temperature": 0.0, "max_tokens": count(max_new_tokens, "max_new_tokens"), **settings})

@@ -42,11 +42,14 @@ class InTrace(VLLM):
         return len(self.layer_paths)
 
     def place(self, name: str, layer: Any = None) -> Place:
-        """Where a value is read and written in vLLM's modules.
+        """Look up where a value is read and written in vLLM's modules.
 
         Args:
             name: A value of the table, such as `"layers_output"`.
             layer: The layer; None for a value that is not per layer.
+
+        Returns:
+            The place.
 
         Raises:
             Unavailable: The model, or this layer, does not have it; says why, and which layers do.
@@ -58,7 +61,9 @@ class InTrace(VLLM):
         return self.served.place(name, layer, self.model_class)
 
     def envoy(self, path: str) -> Any:
-        """nnsight's envoy of the module at a native path of vLLM's model, such as `model.layers.3.mlp`."""
+        """Look up the module at a native path of vLLM's model, such as `model.layers.3.mlp`; returns nnsight's envoy of
+        it.
+        """
         return envoy_at(self, path)
 
     # -- values of the model ----------------------------------------------------------------------------------------
@@ -113,13 +118,16 @@ class InTrace(VLLM):
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """Probabilities of the next token, `[1, vocab]`: the softmax of `next_token_logits`, without temperature."""
+        """The next token's probabilities, `[1, vocab]`: softmax of `next_token_logits`, no temperature, their dtype."""
         return self.next_token_logits.softmax(-1)
 
     # -- interventions on the running forward pass ------------------------------------------------------------------
 
     def project_on_vocab(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., vocab]` of hidden states `[..., hidden]`: final norm, head, softcap, scales. Only in a trace.
+        """Compute the logits of hidden states `[..., hidden]`: final norm, head, softcap, scales. Only in a trace.
+
+        Returns:
+            `[..., vocab]`, as vLLM's head and logits processor give them.
 
         Raises:
             OutsideTraceError: No forward pass is running: the weights are in the engine.

@@ -81,7 +81,11 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
 
 
 def certificate_to_df(certificate: Certificate) -> pd.DataFrame:
-    """The lines of a certificate, a row for each, with columns claim, status, error, tolerance, detail.
+    """Make a table of the lines of a certificate.
+
+    Returns:
+        A row for each line, with columns claim, status, error, tolerance, detail; error and tolerance are float64, NaN
+        where a line has none.
 
     Example:
         frame = display.certificate_to_df(model.certificate)
@@ -93,7 +97,10 @@ def certificate_to_df(certificate: Certificate) -> pd.DataFrame:
 
 
 def anatomy_to_df(anatomy: Anatomy) -> pd.DataFrame:
-    """The modules of a model, a row for each, with columns name (nnterp's) and native (the path in the model).
+    """Make a table of the modules of a model.
+
+    Returns:
+        A row for each module, with columns name (nnterp's) and native (the path in the model).
 
     Example:
         print(display.anatomy_to_df(model.anatomy).columns.tolist())  # → ['name', 'native']

@@ -11,9 +11,12 @@ from nnterp.token_text import TokenNames, visible
 
 
 def escape(text: str) -> str:
-    """The text with everything escaped that plotly would interpret: HTML tags, entities, and LaTeX between dollars.
+    """Escape everything in a text that plotly would interpret: HTML tags, entities, and LaTeX between dollars.
 
     Right-to-left text is put between isolating characters, so that it does not move the text beside it.
+
+    Returns:
+        The text that plotly shows as the given one.
 
     Example:
         print(display.escape("<b>"))  # → &lt;b&gt;

@@ -108,7 +108,10 @@ def current_theme() -> Theme:
 
 
 def with_theme(figure: go.Figure, theme: Theme) -> go.Figure:
-    """A copy of a figure of this package in the "light" or the "dark" theme.
+    """Copy a figure of this package in the "light" or the "dark" theme.
+
+    Returns:
+        The copy; the figure itself stays as it is.
 
     Raises:
         ValueError: `theme` is neither.

@@ -59,6 +59,7 @@ def plot_topk_tokens(
         ValueError: `next_token_probs` does not hold probabilities, `k` is not between 1 and the size of the vocabulary,
             or `file` has the suffix of neither a page nor an image.
         ImageWriterMissing: `file` is an image, and no image writer is installed. The page has been written by then.
+        TypeError: `height` or `width` is no number.
 
     Example:
         figure = display.plot_topk_tokens(logit_lens(model, prompts), model.tokenizer, show=False)

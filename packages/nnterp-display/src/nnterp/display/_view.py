@@ -50,13 +50,16 @@ class View:
     height: int = 520
 
     def page(self, title: str | None = None, *, theme: Theme | None = None, plotlyjs: PlotlyJs = "inline") -> str:
-        """Return the page as HTML.
+        """Write the page as HTML.
 
         Args:
             title: The title of the page; that of the view if None.
             theme: "light" or "dark"; the reader's setting if None.
             plotlyjs: Where the page finds plotly.js, if it needs it: "inline", "directory" or "cdn", as in
                 `nnterp.display.save`.
+
+        Returns:
+            The whole page, as text.
 
         Raises:
             ValueError: `theme` is none of these.

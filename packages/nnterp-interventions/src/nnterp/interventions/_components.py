@@ -76,7 +76,7 @@ def components(
     heads: Any = None,
     positions: Positions = None,
 ) -> list[Component]:
-    """One component for each layer, or for each head of each layer: a list to sweep over with `ablate`.
+    """Make one component for each layer, or for each head of each layer: a list to sweep over with `ablate`.
 
     Args:
         model: The model.
@@ -85,6 +85,9 @@ def components(
             `nnterp.attach` returns it, or a list of these.
         heads: One component for each of these heads (or neurons): indices, or "all". None for one component a layer.
         positions: As in `Component`, the same for all.
+
+    Returns:
+        The components, by layer, and by head within a layer.
 
     Raises:
         ValueError: The value is not per layer, or has no axis that was asked for.

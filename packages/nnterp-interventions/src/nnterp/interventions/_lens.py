@@ -121,11 +121,11 @@ def logit_lens(
         ValueError: There are no prompts, targets do not fit them, `ranks` is asked for without `targets`, or the lens
             is of another model, or does not lead to the last layer.
         KeyError: The lens has no map for a layer.
+        TypeError: `lens` is no `Lens`.
         InsideTraceError: Called inside a trace of the same model.
         Unavailable: What this model does after its last layer is not proven.
 
-        An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN where its
-        `done`, `[prompts]`, is False.
+        An error or KeyboardInterrupt in the middle carries a partial result as `error.partial`: NaN where not `done`.
 
     Example:
         print(model.tokenizer.decode(logit_lens(model, prompts)[0, -1].argmax()))  # → Paris

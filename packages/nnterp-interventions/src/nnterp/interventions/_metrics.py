@@ -61,11 +61,14 @@ class Metric:
 
 
 def logit_difference(correct: Any, wrong: Any) -> Metric:
-    """Logit of the correct token minus that of the wrong one (Wang et al., 2022); the mean of several tokens.
+    """Compare the logit of the correct token with that of the wrong one (Wang et al., 2022).
 
     Args:
         correct, wrong: A token id or a text that is one token, or a list with one entry (or list of entries) for each
             prompt.
+
+    Returns:
+        The metric: the correct token's logit minus the wrong one's; the mean of several tokens.
 
     Example:
         metric = logit_difference([" Paris", " Tokyo"], [" Rome", " Rome"])  # an entry for each prompt
@@ -85,10 +88,13 @@ def logit_difference(correct: Any, wrong: Any) -> Metric:
 
 
 def target_probability(target: Any) -> Metric:
-    """Probability of a token; the sum over several tokens.
+    """Measure the probability of a token.
 
     Args:
         target: A token id or a text that is one token, or a list with one entry (or list of entries) for each prompt.
+
+    Returns:
+        The metric, from 0 to 1; the sum over several tokens.
 
     Example:
         metric = target_probability(" Paris")
@@ -103,11 +109,14 @@ def target_probability(target: Any) -> Metric:
 
 
 def probability_difference(greater: Any, smaller: Any) -> Metric:
-    """Probability of some tokens minus that of others, each summed (Hanna et al., 2023, for greater-than); −1 to 1.
+    """Compare probabilities of some tokens with those of others (Hanna et al., 2023, for greater-than).
 
     Args:
         greater, smaller: A token id or a text that is one token, or a list with one entry (or list of entries) for each
             prompt.
+
+    Returns:
+        The metric: the sum over `greater` minus that over `smaller`, from −1 to 1.
 
     Example:
         metric = probability_difference([[" Paris", " Rome"]], [[" Tokyo", " Oslo"]])
@@ -128,7 +137,10 @@ def probability_difference(greater: Any, smaller: Any) -> Metric:
 
 
 def kl_divergence() -> Metric:
-    """KL(reference ‖ run) of the next-token distributions, in nats; the reference is the clean, unedited run.
+    """Measure how far the next-token distribution is from that of the clean, unedited run.
+
+    Returns:
+        The metric: KL(reference ‖ run), in nats; the reference is the clean, unedited run.
 
     Example:
         scores = ablate(model, prompts, Component("mlps_output", 3), "zero", kl_divergence())["scores"]  # [prompts, 1]

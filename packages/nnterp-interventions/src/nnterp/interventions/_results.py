@@ -105,7 +105,7 @@ class Result:
 
     @property
     def values(self) -> torch.Tensor:
-        """The main tensor."""
+        """The main tensor, on the CPU."""
         return self.tensors[self.main]
 
     def __repr__(self) -> str:
@@ -133,7 +133,12 @@ class Result:
         return "".join(tables)
 
     def top(self, k: int = 10, tensor: str | None = None) -> list[dict[str, Any]]:
-        """The `k` cells of largest magnitude, largest first: axis name to label, tensor name to value."""
+        """Find the cells of largest magnitude.
+
+        Returns:
+            The `k` strongest cells, largest first, each a dict: axis name to label, tensor name to value (a Python
+            number).
+        """
         name = tensor or self.main
         return [self._cell(name, i) for i in self._strongest(name, k)]
 
@@ -143,9 +148,11 @@ class Result:
         return strength.argsort(descending=True, stable=True)[: min(k, int((strength >= 0).sum()))].tolist()
 
     def to_dataframe(self, tensor: str | None = None) -> pandas.DataFrame:
-        """A table with a row for each entry of a tensor (the main one if None).
+        """Make a table of a tensor (the main one if None).
 
-        Columns are the tensor's axes, the token where there are positions, and every tensor over the same axes.
+        Returns:
+            A row for each entry of the tensor. Columns are its axes, the token where there are positions, and every
+            tensor over the same axes.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -206,6 +213,9 @@ class Result:
     def load(path: str | Path) -> Result:
         """Read a result written by `save`, as the class that wrote it.
 
+        Returns:
+            The result, with its tensors on the CPU.
+
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is truncated, damaged, or no result; names the file.
@@ -224,7 +234,10 @@ class Result:
         )
 
     def plot(self, **kwargs: Any) -> Any:
-        """Draw the result with nnterp-display; returns a `plotly.graph_objects.Figure`.
+        """Draw the result with nnterp-display.
+
+        Returns:
+            A `plotly.graph_objects.Figure`.
 
         Raises:
             ModuleNotFoundError: nnterp-display is not installed.

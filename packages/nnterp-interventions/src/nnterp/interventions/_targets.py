@@ -125,7 +125,7 @@ def repeat_prompt(
     placeholder: str = "?",
     index_to_patch: int = -1,
 ) -> TargetPrompt:
-    """A prompt that repeats words, so that the model also repeats the word whose hidden state is patched in.
+    """Make a prompt that repeats words, so that the model also repeats the word whose hidden state is patched in.
 
     (Ghandeharioun et al., "Patchscopes", 2024, section 4.1: the token identity prompt.)
 
@@ -136,6 +136,12 @@ def repeat_prompt(
         sep: Text between pairs.
         placeholder: The token to patch.
         index_to_patch: The position to patch; by default the last token.
+
+    Returns:
+        The prompt, with the position to patch.
+
+    Raises:
+        TypeError: A word, `rel`, `sep` or `placeholder` is no text.
 
     Example:
         print(repr(repeat_prompt(["king", "hello"]).prompt))  # → 'king king\\nhello hello\\n?'
@@ -157,7 +163,7 @@ def it_repeat_prompt(
     add_user_instr: bool = True,
     use_system_prompt: bool = True,
 ) -> TargetPrompt:
-    """`repeat_prompt` in the chat template of an instruction-tuned model; the last token is patched.
+    """Put `repeat_prompt` in the chat template of an instruction-tuned model.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -166,6 +172,9 @@ def it_repeat_prompt(
             If False, the assistant's turn is empty, and the last token is the template's own.
         add_user_instr: Explain the task in a first exchange; the repeated words are then a turn of their own.
         use_system_prompt: Begin with a system message, which some templates do not allow.
+
+    Returns:
+        The prompt as text; its last token is patched.
 
     Raises:
         ValueError: The tokenizer has no chat template.

@@ -17,7 +17,11 @@ __all__ = ["Prompt", "TokenizationError", "get_first_tokens", "next_token_probs_
 def get_first_tokens(
     words: str | list[str], llm_or_tokenizer: Any, use_hacky_implementation: bool = False
 ) -> list[int]:
-    """Return `nnterp.prompts.get_first_tokens` of the same arguments."""
+    """Call `nnterp.prompts.get_first_tokens` with the same arguments.
+
+    Returns:
+        Token ids, as that function returns them.
+    """
     return _prompts.get_first_tokens(words, llm_or_tokenizer, use_hacky_implementation)
 
 
@@ -30,5 +34,9 @@ def run_prompts(
     remote: Any = False,
     tqdm: Callable[..., Any] | None = auto_tqdm,
 ) -> PromptResults:
-    """Return `nnterp.prompts.run_prompts` of the same arguments; that function has more options."""
+    """Call `nnterp.prompts.run_prompts` with the same arguments; that function has more options.
+
+    Returns:
+        The results, as that function returns them.
+    """
     return _prompts.run_prompts(nn_model, prompts, batch_size, get_probs_func, func_kwargs, remote, tqdm)

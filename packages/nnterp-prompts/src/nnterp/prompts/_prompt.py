@@ -80,6 +80,7 @@ class Prompt:
         Raises:
             TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.
             CollisionError: `distinct=True`, and two categories share a token.
+            TypeError: `metadata` is no mapping.
         """
         if metadata is not None and not isinstance(metadata, Mapping):
             raise TypeError(f"metadata is a dict, not {metadata!r:.80}.")
@@ -103,10 +104,13 @@ class Prompt:
         return made
 
     def collisions(self, ignore_targets: str | Sequence[str] | None = None) -> dict[int, list[str]]:
-        """Return the tokens that several categories share, each with the names of those categories.
+        """Find the tokens that several categories share.
 
         Args:
             ignore_targets: A category, or several, to leave out.
+
+        Returns:
+            Token id → the names of the categories that share it.
         """
         ignored = _names(ignore_targets)
         owners: dict[int, list[str]] = {}
@@ -117,10 +121,13 @@ class Prompt:
         return {token: names for token, names in owners.items() if len(names) > 1}
 
     def has_no_collisions(self, ignore_targets: str | Sequence[str] | None = None) -> bool:
-        """Return True if no token is listed twice, in one category or in two.
+        """Check that no token is listed twice, in one category or in two.
 
         Args:
             ignore_targets: A category, or several, to leave out.
+
+        Returns:
+            True if none is.
         """
         ignored = _names(ignore_targets)
         tokens = [t for name, group in self.target_tokens.items() if name not in ignored for t in group]
@@ -173,7 +180,7 @@ class Prompt:
                 returns their probabilities instead of the vocabulary.
 
         Returns:
-            `{category: [1, layers]}` or `{category: [1]}`, on the CPU.
+            `{category: [1, layers]}` or `{category: [1]}`, on the CPU, in the dtype of what the function returned.
 
         Raises:
             ValueError: The function returned something else than probabilities, or a target is outside the vocabulary.

@@ -79,9 +79,12 @@ class TokenizationReport:
         return "\n".join(lines)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return a data frame with one row for each prompt and category.
+        """Make a data frame of the report.
 
         Columns: `prompt_index`, `prompt`, `length`, `category`, `target_tokens`, `shared_with`.
+
+        Returns:
+            One row for each prompt and category.
 
         Raises:
             ImportError: pandas is not installed.
@@ -110,6 +113,9 @@ def tokenization_report(
     Args:
         prompts: Prompts, or pairs. The report on pairs lists clean, corrupted, clean, corrupted, ...
         tokenizer_or_model: A tokenizer, or a model with one.
+
+    Returns:
+        The report, with an entry for each prompt.
 
     Raises:
         ValueError: There are no prompts.

@@ -101,7 +101,7 @@ class PromptResults(dict[str, torch.Tensor]):
 
     @property
     def missing(self) -> torch.Tensor:
-        """True for prompts that were run and have no score, because a category is NaN: `[prompts]` or
+        """True for prompts that were run and have no score, because a category is NaN: bool `[prompts]` or
         `[prompts, layers]`, on the CPU."""
         missing = self.log_probs.isnan().any(-1)
         missing[~self.done] = False
@@ -133,7 +133,7 @@ class PromptResults(dict[str, torch.Tensor]):
                 tokens.
 
         Returns:
-            `[prompts]` or `[prompts, layers]`, int64, 0 for prompts that were not run or are `missing`.
+            `[prompts]` or `[prompts, layers]`, int64 on the CPU, 0 for prompts that were not run or are `missing`.
 
         Raises:
             KeyError: There is no such category.
@@ -194,10 +194,13 @@ class PromptResults(dict[str, torch.Tensor]):
         return (self.log_probs[..., self._index(target)] - self.log_probs[..., self._index(other)]).float()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return a data frame with one row for each category (and layer) of each prompt that was run.
+        """Make a data frame of the prompts that were run.
 
         Columns: `prompt_index`, `prompt`, `category`, `layer` (if there are layers), `probability` or
         `log_probability`, and the keys of the prompts' metadata.
+
+        Returns:
+            One row for each category (and layer) of each prompt that was run.
 
         Raises:
             ImportError: pandas is not installed.
@@ -213,6 +216,9 @@ class PromptResults(dict[str, torch.Tensor]):
 
         Args:
             **options: Passed to the figure; see `nnterp.display.plot_targets`.
+
+        Returns:
+            What that package returns: with nnterp-display a `plotly.graph_objects.Figure`.
 
         Raises:
             ValueError: There are no layers.

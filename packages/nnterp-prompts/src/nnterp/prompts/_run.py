@@ -101,6 +101,8 @@ def run_prompts(
         IncompleteRunError: A batch failed, or the checkpoint could not be written at the end. Its `__cause__` is the
             error; its `partial` is the results so far.
         InsideTraceError: Called inside a trace of the model.
+        TypeError: Before the model runs: an argument has another type, such as a `model` that is no
+            StandardizedTransformer.
 
     Example:
         asked = [Prompt.from_strings("The capital of France is", {"right": "Paris", "wrong": "Rome"}, model)]

@@ -13,11 +13,14 @@ Table = Iterable[Mapping[str, Any]] | str | Path | Any
 
 
 def read_table(table: Table) -> list[dict[str, Any]]:
-    """Return the rows of a table as dicts.
+    """Read a table.
 
     Args:
         table: Dicts, a pandas DataFrame, or the path of a `.csv` file with a header, a `.jsonl` file, or a `.json` file
             that holds a list of objects. The values of a CSV file are texts.
+
+    Returns:
+        Its rows as dicts, column → value.
 
     Raises:
         ValueError: The table is empty, a row has more or fewer columns than the header, or the file is of another kind.

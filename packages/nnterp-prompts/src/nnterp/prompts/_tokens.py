@@ -147,11 +147,14 @@ def is_lone_space(tokenizer: Any, token: int) -> bool:
 
 
 def shared_first_tokens(words: Iterable[str], tokenizer_or_model: Any) -> dict[int, list[str]]:
-    """Return the tokens that several of the words begin with, each with those words.
+    """Find the tokens that several of the words begin with.
 
     Args:
         words: The words.
         tokenizer_or_model: A tokenizer, or a model with one.
+
+    Returns:
+        Token id → the words that begin with it; only tokens of two words or more.
 
     Raises:
         TokenizationError: A word is empty, has no tokens, or is unknown to the tokenizer.

@@ -60,7 +60,11 @@ class Audit:
         return int(((estimates * exact < 0) & (exact.abs() > least) & (estimates.abs() > least)).sum())
 
     def worst(self, k: int = 5) -> list[dict[str, Any]]:
-        """The `k` cells whose estimates are furthest from the exact effects, worst first, with their "error"."""
+        """Find the cells whose estimates are furthest from the exact effects.
+
+        Returns:
+            The `k` worst cells, worst first, each with its "error": estimate minus exact effect.
+        """
         missed = [{**cell, "error": cell["estimate"] - cell["exact"]} for cell in self.cells]
         return sorted(missed, key=lambda cell: -abs(cell["error"]))[:k]
 
@@ -78,12 +82,16 @@ class Audit:
         )
 
     def record(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """Write the audit as JSON can hold it.
+
+        Returns:
+            A dict with the "cells" and the "seed"; `Audit.of` reads it from the record of a result.
+        """
         return {"cells": [dict(cell) for cell in self.cells], "seed": self.seed}
 
     @staticmethod
     def of(about: Mapping[str, Any]) -> Audit | None:
-        """The audit in the record of a result; None if it was not audited."""
+        """Read the audit in the record of a result; returns None if it was not audited."""
         found = about.get(AUDIT)
         return None if found is None else Audit(tuple(found["cells"]), found["seed"])
 

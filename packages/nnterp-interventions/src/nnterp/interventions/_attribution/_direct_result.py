@@ -47,8 +47,11 @@ class DirectAttribution(Result):
         return float(self["logits"].abs().max())
 
     def grid(self) -> torch.Tensor:
-        """The scores laid out by layer: `[prompts, layers, heads]`, `[prompts, layers, neurons]` or, by sublayer,
-        `[prompts, layers, sublayers]`; NaN where a layer has fewer. `columns()` names the last axis.
+        """Lay the scores out by layer.
+
+        Returns:
+            `[prompts, layers, heads]`, `[prompts, layers, neurons]` or, by sublayer, `[prompts, layers, sublayers]`,
+            float32 on the CPU; NaN where a layer has fewer. `columns()` names the last axis.
 
         Raises:
             ValueError: The parts are whole layers, positions or tokens, and are no grid.
@@ -61,7 +64,10 @@ class DirectAttribution(Result):
         return whole
 
     def columns(self) -> tuple[Any, ...]:
-        """The labels of the last axis of `grid()`: indices of heads or neurons, or names of sublayers.
+        """Name the last axis of `grid()`.
+
+        Returns:
+            Its labels: indices of heads or neurons, or names of sublayers.
 
         Raises:
             ValueError: As for `grid`.

@@ -112,7 +112,10 @@ class Circuit:
         return Audit.of(self.about)
 
     def score(self, sender: str, receiver: str) -> float:
-        """The score of one edge by its names, such as `("L3 H2", "L5 mlp")`.
+        """Look up one edge by its names, such as `("L3 H2", "L5 mlp")`.
+
+        Returns:
+            The score of the edge.
 
         Raises:
             KeyError: The circuit has no such edge.
@@ -161,7 +164,7 @@ class Circuit:
 
     @cached_property
     def kept(self) -> torch.Tensor:
-        """Which edges of the model are in the circuit, bool `[inputs, writers]`."""
+        """Which edges of the model are in the circuit, bool `[inputs, writers]` on the CPU."""
         kept = torch.zeros(len(self.inputs), len(self.writers), dtype=torch.bool)
         kept[self.receivers, self.senders] = True
         return kept
@@ -180,7 +183,10 @@ class Circuit:
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A table with a row for each edge, strongest first: sender, receiver, input, their layers and heads, score.
+        """Make a table of the edges.
+
+        Returns:
+            A row for each edge, strongest first: sender, receiver, input, their layers, score.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -203,10 +209,13 @@ class Circuit:
         )
 
     def to_networkx(self) -> networkx.MultiDiGraph:
-        """The circuit as a graph of networkx, nodes by name with "role", "layer" and "head".
+        """Make a graph of networkx.
 
         An edge has its "score"; its key is the input it enters: "query", "key", "value", "mixer", "mlp" or "logits".
         Keys and values that several heads share under grouped queries make an edge to each of them.
+
+        Returns:
+            A directed graph with parallel edges; nodes by name with "role", "layer" and "head".
 
         Raises:
             ModuleNotFoundError: networkx is not installed.
@@ -270,7 +279,10 @@ class Circuit:
         return _read(path)
 
     def plot(self, **kwargs: Any) -> Any:
-        """Draw the circuit with nnterp-display; returns a `plotly.graph_objects.Figure`.
+        """Draw the circuit with nnterp-display.
+
+        Returns:
+            A `plotly.graph_objects.Figure`.
 
         Raises:
             ModuleNotFoundError: nnterp-display is not installed.

@@ -59,7 +59,7 @@ class Faithfulness(Result):
 
     @property
     def normalized(self) -> torch.Tensor:
-        """The metric rescaled so that the corrupted runs have 0 and the clean runs 1, `[sizes]`."""
+        """The metric rescaled so that the corrupted runs have 0 and the clean runs 1, float32 `[sizes]` on the CPU."""
         return self._rescaled(self["metric"])
 
     @property
@@ -149,6 +149,7 @@ def faithfulness(
         Unavailable: As for `edge_attribution`.
         RemoteModelError: `remote` was given, or the model's weights are on a remote service.
         InsideTraceError: Called inside a trace of the same model.
+        TypeError: `circuit` is no circuit.
 
         An error in the middle, KeyboardInterrupt included, carries a partial result as `error.partial`: NaN for the
         prompts whose `done` is False.

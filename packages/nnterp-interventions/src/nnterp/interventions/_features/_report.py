@@ -45,7 +45,10 @@ class FeatureReport(Result):
     figure: ClassVar[str] = "features"
 
     def contexts(self, feature: int) -> list[dict[str, Any]]:
-        """The contexts of a feature, strongest first: `peak`, `text`, `position`, `tokens` and their `activations`.
+        """List the contexts of a feature.
+
+        Returns:
+            The contexts, strongest first, each a dict: `peak`, `text`, `position`, `tokens` and their `activations`.
 
         Raises:
             ValueError: The report does not hold the feature.
@@ -69,7 +72,10 @@ class FeatureReport(Result):
         return found
 
     def table(self, tokens: int = 5) -> pandas.DataFrame:
-        """A row for each feature: density, mean activation, peak, the strongest context, and the tokens it promotes.
+        """Make a table of the features.
+
+        Returns:
+            A row for each feature: density, mean activation, peak, the strongest context, and the tokens it promotes.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

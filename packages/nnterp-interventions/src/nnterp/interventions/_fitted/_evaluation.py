@@ -42,7 +42,12 @@ class LensEvaluation(Result):
         return tuple(layer for layer, a, b in zip(self.labels["layers"], ours, theirs, strict=True) if not a < b)
 
     def summary(self) -> str:
-        """A table with a line for each layer: mean and standard deviation over texts, and where the lens is worse."""
+        """Write the evaluation as text.
+
+        Returns:
+            A table with a line for each layer: mean and standard deviation over texts, in nats, and where the lens is
+            worse.
+        """
         lines = [f"{'layer':>5}  {'lens':>16}  {'logit lens':>16}   KL to the model's own prediction, nats"]
         for k, layer in enumerate(self.labels["layers"]):
             cells = [

@@ -184,7 +184,8 @@ class Lens:
         self._fits.check(model, self.hidden_size, not self.lenient if strict is None else strict)
 
     def maps_for(self, layers: Iterable[int]) -> list[tuple[torch.Tensor, torch.Tensor | None] | None]:
-        """For each layer its weight and bias, float32 on the CPU; None for layer `maps_to`, which needs no map.
+        """Look up the maps of layers; returns each one's weight and bias, float32, CPU, and None for `maps_to`, which
+        has none.
 
         Raises:
             KeyError: There is no map for a layer.
@@ -199,7 +200,7 @@ class Lens:
         return found
 
     def to_last_layer(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """What a stream after `layer` is mapped to by a lens to the last layer; see `apply`.
+        """Map a stream after `layer` by a lens to the last layer; returns what `apply` returns.
 
         Raises:
             ValueError: The lens leads to an earlier layer.
@@ -208,7 +209,7 @@ class Lens:
         return self.apply(hidden, layer)
 
     def apply(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """What a stream after `layer` is mapped to: `[..., hidden]`, in its dtype and on its device.
+        """Map a stream after `layer`; returns `[..., hidden]`, in the dtype and on the device of `hidden`.
 
         Args:
             hidden: `[..., hidden]`.

@@ -78,11 +78,18 @@ class AttributionGraph:
         return len(self.nodes)
 
     def of_kind(self, kind: Kind) -> list[int]:
-        """Indices of the nodes of one kind."""
+        """Find the nodes of one kind.
+
+        Returns:
+            Their indices, in the order of `nodes`.
+        """
         return [i for i, node in enumerate(self.nodes) if node.kind == kind]
 
     def index(self, node: Wanted) -> int:
-        """The index of a node, given as itself, by its name, such as `"L3 F17 @4"`, or as its index.
+        """Find a node, given as itself, by its name, such as `"L3 F17 @4"`, or as its index.
+
+        Returns:
+            Its index in `nodes`, from 0.
 
         Raises:
             KeyError: The graph has no such node.
@@ -103,7 +110,9 @@ class AttributionGraph:
 
     @cached_property
     def influence(self) -> torch.Tensor:
-        """The influence of each node on the logits, over all paths, `[nodes]` (Ameisen et al. 2025, "Pruning")."""
+        """The influence of each node on the logits, over all paths, `[nodes]`, in the dtype of `edges`, on the CPU
+        (Ameisen et al. 2025, "Pruning").
+        """
         return influence(normalized(self.edges), self.weights)
 
     @property
@@ -134,12 +143,20 @@ class AttributionGraph:
         return float((share * weight).sum() / weight.sum().clamp(min=1e-30))
 
     def into(self, node: Wanted, n: int = 10) -> list[tuple[GraphNode, float]]:
-        """The `n` strongest direct effects on a node, with the nodes that they come from."""
+        """Find the strongest direct effects on a node.
+
+        Returns:
+            The `n` strongest, each as (the node that it comes from, the effect).
+        """
         row = self.edges[self.index(node)]
         return self._strongest(row, n)
 
     def out_of(self, node: Wanted, n: int = 10) -> list[tuple[GraphNode, float]]:
-        """The `n` strongest direct effects of a node, with the nodes that they are on."""
+        """Find the strongest direct effects of a node.
+
+        Returns:
+            The `n` strongest, each as (the node that it is on, the effect).
+        """
         return self._strongest(self.edges[:, self.index(node)], n)
 
     def _strongest(self, effects: torch.Tensor, n: int) -> list[tuple[GraphNode, float]]:
@@ -147,13 +164,21 @@ class AttributionGraph:
         return [(self.nodes[i], float(effects[i])) for i in order if effects[i] != 0]
 
     def top(self, n: int = 10) -> list[tuple[GraphNode, float]]:
-        """The `n` features of most influence on the logits, with it."""
+        """Find the features of most influence on the logits.
+
+        Returns:
+            The `n` features of most influence, largest first, each as (node, influence).
+        """
         some = self.of_kind("feature")
         order = self.influence[some].argsort(descending=True, stable=True)[: count(n, "n")].tolist()
         return [(self.nodes[some[i]], float(self.influence[some[i]])) for i in order]
 
     def sums(self) -> torch.Tensor:
-        """The relative error of each target's sum, `[nodes]`: its edges, bias and what is left out, less its total."""
+        """Check that each target's edges, its bias and what is left out add up to its total.
+
+        Returns:
+            The relative error of each target's sum, `[nodes]`, float32 (float64 of a float64 model) on the CPU.
+        """
         made = self.edges.sum(1) + self.biases + self.left_out
         terms = torch.stack([self.edges.abs().amax(1), self.biases.abs(), self.left_out_size, self.totals.abs()])
         return (made - self.totals).abs() / terms.amax(0).clamp(min=1e-30)
@@ -184,7 +209,11 @@ class AttributionGraph:
         return replace(self, nodes=tuple(self.nodes[i] for i in some.tolist()), edges=edges, about=about, **rest)
 
     def kept(self, node_threshold: float, edge_threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which nodes and edges `prune` keeps, bool `[nodes]` and `[nodes, nodes]`."""
+        """Choose the nodes and edges that `prune` keeps.
+
+        Returns:
+            Two masks, bool `[nodes]` and `[nodes, nodes]` (target, source), on the CPU.
+        """
         kinds = [node.kind for node in self.nodes]
         free = torch.tensor([kind in ("embedding", "logit") for kind in kinds])
         features = torch.tensor([kind == "feature" for kind in kinds])
@@ -192,7 +221,7 @@ class AttributionGraph:
 
     @property
     def cumulative(self) -> torch.Tensor:
-        """For each node the share of influence that it and all stronger ones have together, `[nodes]`."""
+        """For each node the share of influence that it and all stronger ones have together, float32 `[nodes]`, CPU."""
         return cumulative(self.influence)
 
     def __repr__(self) -> str:
@@ -205,7 +234,10 @@ class AttributionGraph:
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A table with a row for each edge, strongest first: source, target, their kinds and layers, effect, share.
+        """Make a table of the edges.
+
+        Returns:
+            A row for each edge, strongest first: source, target, their kinds and layers, effect, share.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -232,8 +264,11 @@ class AttributionGraph:
         return pandas.DataFrame(rows, columns=columns)
 
     def to_networkx(self) -> networkx.DiGraph:
-        """The graph for networkx: nodes by name with kind, layer, position, feature, activation and influence; edges
-        with "effect".
+        """Make a graph of networkx.
+
+        Returns:
+            A directed graph: nodes by name with kind, layer, position, feature, activation and influence; edges with
+            "effect".
 
         Raises:
             ModuleNotFoundError: networkx is not installed.
@@ -251,7 +286,11 @@ class AttributionGraph:
         return graph
 
     def to_viewer(self, slug: str, scan: str = "", **thresholds: float) -> dict[str, Any]:
-        """The graph as the viewer of circuit-tracer and of Neuronpedia reads it, pruned; see `save_viewer`."""
+        """Prune the graph, and write it as the viewer of circuit-tracer and of Neuronpedia reads it; see `save_viewer`.
+
+        Returns:
+            What JSON can hold, as in the viewer's file.
+        """
         return _viewer.content(self, slug, scan, **thresholds)
 
     def save_viewer(self, folder: str | Path, slug: str, scan: str = "", **thresholds: float) -> Path:
@@ -312,7 +351,10 @@ class AttributionGraph:
             raise ValueError(f"{path} holds no attribution graph: it is damaged, or another file ({error}).") from error
 
     def plot(self, **kwargs: Any) -> Any:
-        """Draw the graph with nnterp-display; returns a `plotly.graph_objects.Figure`.
+        """Draw the graph with nnterp-display.
+
+        Returns:
+            A `plotly.graph_objects.Figure`.
 
         Raises:
             ModuleNotFoundError: nnterp-display is not installed.

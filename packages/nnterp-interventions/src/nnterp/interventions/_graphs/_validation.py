@@ -62,11 +62,14 @@ class GraphValidation:
     about: dict[str, Any] = field(default_factory=dict)
 
     def correlation(self, measured: Measured = "frozen", of: Literal["logit", "feature"] = "logit") -> float:
-        """Pearson's correlation of predicted and measured changes of logits, or of features of later layers.
+        """Correlate predicted and measured changes of logits, or of features of later layers.
 
         Args:
             measured: In the local replacement model, or in the model itself.
             of: The kind of node.
+
+        Returns:
+            Pearson's correlation, from −1 to 1, computed in float64.
 
         Raises:
             ValueError: There are fewer than two changes to compare.
@@ -78,7 +81,14 @@ class GraphValidation:
         return float((a @ b) / (a.norm() * b.norm()).clamp(min=1e-300))
 
     def changes(self, measured: Measured, of: Literal["logit", "feature"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted and measured changes of all nodes of a kind, over all interventions, `[changes]` each."""
+        """Gather predicted and measured changes of all nodes of a kind, over all interventions.
+
+        Returns:
+            Predicted and measured changes, `[changes]` each, float32 on the CPU; those not predicted are left out.
+
+        Raises:
+            ValueError: `measured` or `of` is none of those named.
+        """
         if measured not in ("frozen", "model"):
             raise ValueError(f'measured is "frozen" or "model", not {measured!r:.40}.')
         if of not in ("logit", "feature"):
@@ -101,7 +111,10 @@ class GraphValidation:
         return f"GraphValidation({many}; correlations: {', '.join(parts) or 'too few changes'})"
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A table with a row for each intervention and node: steered, node, kind, predicted, frozen, model.
+        """Make a table of the changes.
+
+        Returns:
+            A row for each intervention and node: steered, node, kind, predicted, frozen, model.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

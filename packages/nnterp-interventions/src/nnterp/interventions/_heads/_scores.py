@@ -72,7 +72,11 @@ class HeadScores(Result):
         return [cell for cell in self.top(beyond.numel()) if beyond[self._index(cell)]]
 
     def top(self, k: int = 10, tensor: str | None = None) -> list[dict[str, Any]]:
-        """The `k` heads of highest score with their control; of another tensor, as `Result.top`."""
+        """Find the heads of highest score; of another tensor, as `Result.top`.
+
+        Returns:
+            The `k` heads, highest first, each as `Result.top` gives it, with its "control" and "control_std".
+        """
         cells = super().top(k, tensor)
         if tensor in (None, self.main):
             for cell in cells:

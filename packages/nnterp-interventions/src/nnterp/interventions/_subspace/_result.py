@@ -27,11 +27,11 @@ class SubspaceResult(Result):
 
     @property
     def basis(self) -> torch.Tensor:
-        """The subspace: orthonormal columns, `[width, dimensions]`."""
+        """The subspace: orthonormal columns, float32 `[width, dimensions]` on the CPU."""
         return self["basis"]
 
     def recovered(self, tensor: str = "scores") -> float:
-        """How much of the difference between the two runs patching makes, over the prompts together.
+        """Say how much of the difference between the two runs patching makes, over the prompts together.
 
         1 minus the sum over prompts of (patched − run patched from)², as a part of that of (run patched into − run
         patched from)². 1: as the run patched from; 0: no nearer to it than without patching; it may be negative. For
@@ -39,6 +39,9 @@ class SubspaceResult(Result):
 
         Args:
             tensor: "scores", "control" or "whole".
+
+        Returns:
+            The recovered part, without a unit, as defined above.
         """
         ends = self["clean"].double(), self["corrupted"].double()
         source, into = ends if self.about["arguments"]["direction"] == "denoising" else ends[::-1]

@@ -44,24 +44,35 @@ class ProbeResult(Result):
 
     @property
     def directions(self) -> dict[int, torch.Tensor]:
-        """Layer → the unit direction of the probe that was fitted on all texts, `[hidden]`, float32."""
+        """Layer → the unit direction of the probe that was fitted on all texts, `[hidden]`, float32 on the CPU."""
         return dict(zip(self.labels["layers"], self["unit_directions"], strict=True))
 
     def vector(self) -> SteeringVector:
-        """The directions as a steering vector; each has length 1."""
+        """Make a steering vector of the directions.
+
+        Returns:
+            A vector with the layers of the probe; each direction has length 1.
+        """
         known = {name: self.about["vector"][name] for name in (*MODEL_FIELDS, "prompts")}
         return SteeringVector(self.directions, **known, method="probe")
 
     def best(self) -> int:
-        """The layer with the highest held-out accuracy; the first of several."""
+        """Choose the layer with the highest held-out accuracy.
+
+        Returns:
+            Its index, from 0; the first of several.
+        """
         return self.labels["layers"][int(self["accuracy"].argmax())]
 
     def condition(self, layer: int | None = None, below: bool = False) -> Condition:
-        """The probe of a layer as a condition for `model.steering(..., when=)`: rows that it calls positive.
+        """Make the probe of a layer a condition for `model.steering(..., when=)`.
 
         Args:
             layer: The layer; the best if None.
             below: Rows that it calls negative instead.
+
+        Returns:
+            A condition that rows fulfil which the probe calls positive (or negative, with `below`).
 
         Raises:
             KeyError: There is no probe at this layer.

@@ -223,7 +223,10 @@ class SteeringVector:
         require_same(model_of(self), model_of(other))
 
     def similarity(self, other: SteeringVector) -> dict[int, float]:
-        """Layer → cosine of the two directions, for the layers that both have.
+        """Compare the directions with those of another vector.
+
+        Returns:
+            Layer → cosine of the two directions, from −1 to 1, for the layers that both have.
 
         Raises:
             ValueError: They are of different models, share no layer, or a direction is zero.
@@ -326,7 +329,11 @@ class SteeringVector:
         return vector if model is None else vector.for_model(model)
 
     def to_dict(self) -> dict[int, torch.Tensor]:
-        """Layer → `[hidden]`, float32 copies on the CPU."""
+        """Copy the directions.
+
+        Returns:
+            Layer → `[hidden]`, float32 copies on the CPU.
+        """
         return {layer: direction.clone() for layer, direction in self.directions.items()}
 
     def to_gguf(self, path: str | Path) -> None:

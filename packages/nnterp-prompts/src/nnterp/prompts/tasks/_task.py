@@ -43,7 +43,11 @@ class Task:
         return f"Task({self.name}, {len(self)} pairs: {self.clean[0]!r}, ...)"
 
     def prompts(self) -> list[Prompt]:
-        """The clean prompts with the targets "correct" and "wrong", for `nnterp.prompts.run_prompts`."""
+        """Make prompts for `nnterp.prompts.run_prompts`.
+
+        Returns:
+            The clean prompts, with the targets "correct" and "wrong".
+        """
         pairs = zip(self.clean, self.correct, self.wrong, strict=True)
         return [Prompt(text, {"correct": good, "wrong": bad}) for text, good, bad in pairs]
 
