@@ -51,6 +51,8 @@ def find_assumed(probe: Probe) -> Assumed:
     try:
         with quiet(module):
             run = record(module, lambda: module(**probe.inputs), modules=(*layers, *encoder, *ends, *inside))
+    except torch.OutOfMemoryError:  # it says nothing of the model, and what is returned is kept
+        raise
     except Exception as error:
         return Assumed(unknown=f"its own forward pass fails on a text ({type(error).__name__}: {str(error)[:200]})")
     times = {path: len(run.calls.get(path, ())) for path in (*layers, *encoder, *ends)}
