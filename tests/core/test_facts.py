@@ -306,6 +306,24 @@ def test_without_a_proof_a_model_that_cannot_be_run_is_served_with_a_warning():
         model.place("layers_output", 1)
 
 
+def test_without_a_proof_a_run_that_lacks_memory_says_nothing_of_the_model():
+    module, calls = tiny_model("hrm_text"), []
+    forward = module.forward
+
+    def once_without_memory(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return forward(*args, **kwargs)
+
+    module.forward = once_without_memory
+    model = StandardizedTransformer(module, tokenizer=tiny_tokenizer(), check_renaming=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.place("layers_output", 1)
+    with pytest.raises(Unproven, match=ODD["hrm_text"]):
+        model.place("layers_output", 1)
+
+
 def test_validate_proves_what_was_not(unproven):
     assert unproven.validate().ok
     assert unproven.facts.proof == "weights"

@@ -212,8 +212,26 @@ def test_what_follows_a_trace_in_its_with_is_refused(model):
     with pytest.raises(ValueError, match="before the model runs"), model.trace() as tracer:  # noqa: SIM117
         with tracer.invoke(IDS), model.steering(vector, 1):
             model.logits.save()
+    steering, trace = model.steering(vector, 1), model.trace(IDS)
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with model.trace(IDS), steering:
+            model.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with trace, model.steering(vector, 1):
+            model.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with model.session(), model.steering(vector, 1):
+            with model.trace(IDS):
+                model.logits.save()
+    with pytest.raises(ValueError, match="of its own, in the block"), torch.no_grad():  # noqa: SIM117
+        with model.trace() as tracer, tracer.invoke(IDS):
+            model.logits.save()
+    with torch.no_grad(), model.session():  # noqa: SIM117
+        with model.trace(IDS), torch.no_grad():
+            harmless = model.logits.save()
     with model.trace(IDS):
         plain = model.logits.save()
     with model.steering(vector, 1), model.trace(IDS):
         steered = model.logits.save()
     assert not torch.allclose(plain, steered)
+    assert torch.equal(plain, harmless)

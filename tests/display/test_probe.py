@@ -41,11 +41,15 @@ def test_plain_numbers_are_drawn():
     [
         (([0.5, 0.9], {"null": [[0.5]]}), "has 1 layers, and accuracy has 2"),
         (([[0.5, 0.9]],), "accuracy"),
+        (([50.0, 0.9],), "accuracy holds 50, and an accuracy is a share"),
+        (([0.5], {"null": [[-0.1]]}), "null holds -0.1"),
+        (([0.5], {}, None, 3), "majority holds 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, said):
+    names = ("accuracy", "controls", "layers", "majority")
     with pytest.raises(ValueError, match=said):
-        display.plot_probe(*arguments)
+        display.plot_probe(**dict(zip(names, arguments, strict=False)))
 
 
 def test_another_result_is_refused(toy):

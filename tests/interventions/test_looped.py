@@ -182,6 +182,8 @@ def test_direct_logit_attribution_of_the_last_pass(model):
     assert found.labels["parts"] == (*expected, "bias")
     scores = torch.stack([(along * part[0]).sum() for part in expected.values()])
     torch.testing.assert_close(found["scores"][0, :-1], scores.detach(), rtol=1e-4, atol=1e-4)
+    layers = direct_logit_attribution(model, [CLEAN], [(7, 9)], by="layer")
+    assert layers.labels["parts"] == ("entering L5", "L5", "L6", "L7", "bias")
     heads = direct_logit_attribution(model, [CLEAN], [(7, 9)], by="head")
     own = [i for i, label in enumerate(heads.labels["parts"]) if label.startswith("L6.H")]
     place = found.labels["parts"].index("L6 attention")

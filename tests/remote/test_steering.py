@@ -52,6 +52,14 @@ def test_steering_in_a_generation(pair, how):
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_steering_that_follows_the_trace_is_refused_before_anything_is_sent(pair):
+    before, steering = len(pair.worker.requests), pair.there.steering(torch.ones(pair.there.hidden_size), 1)
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with pair.there.trace("Paris is in", remote=True), steering:
+            pair.there.logits.save()
+    assert len(pair.worker.requests) == before
+
+
 def test_a_standing_steering_travels(pair):
     found = []
     for model, remote in each(pair):

@@ -221,6 +221,24 @@ def test_no_value_changes_after_it_was_read(model_type, tiny):
     assert len(handed) == expected[EDITING.get(model_type)]
 
 
+@pytest.mark.parametrize("model_type", ["falcon", "ctrl"])
+def test_what_is_read_stays_as_it_was_without_a_proof(model_type):
+    model = StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer(), check_renaming=False)
+    name = EDITING[model_type]
+    with torch.no_grad(), model.trace(ids()):
+        value = (model.mlps_output[LAYER] if name == "mlps_output" else model.token_embeddings).save()
+        then = nnsight.save(value.clone())
+        traced = model.logits.save()
+    assert torch.equal(value, then)
+    assert torch.equal(traced, model._module(input_ids=ids()).logits)
+
+
+def test_a_proof_in_inference_mode_finds_what_is_edited_later():
+    with torch.inference_mode():
+        model = StandardizedTransformer(tiny_model("falcon"), tokenizer=tiny_tokenizer(), keep_proofs=False)
+    assert model.facts.edited_later == falcon("parallel, several queries a key").facts.edited_later != frozenset()
+
+
 def test_multiples_of_what_is_edited_later():
     """Granite adds a multiple of what its feed-forward returns. Here, what it returned is doubled after that."""
     module, kept = tiny_model("granite"), []

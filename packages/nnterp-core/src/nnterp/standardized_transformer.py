@@ -31,7 +31,7 @@ from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, travel_by_value
-from nnterp.traced_block import BlockTracer, RequestTracer, know_cell
+from nnterp.traced_block import BlockTracer, RequestTracer, SessionTracer, know_cell
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import unrolled
 
@@ -335,6 +335,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
         know_cell()
         if kwargs.get("remote") or kwargs.get("backend") is not None:
             self._prepare_request()
+        elif not args:
+            kwargs.setdefault("tracer_cls", SessionTracer)
         return TransformersModel.session(self, *args, **kwargs)
 
     def scan(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from nnterp.discovery._probe import Probe
 from nnterp.discovery._quiet import quiet
+from nnterp.discovery._recording import record
+from nnterp.table import Side
 from nnterp.tensors import stream_out
 from nnterp.traced import StreamLayout
 
@@ -24,12 +23,14 @@ class Assumed:
         layout: What is odd about the axes of their stream; "" if it is `[batch, seq, hidden]`.
         repeated: Modules that run more than once → how often.
         unknown: Why that could not be found out; "" if it was.
+        edited: (path, side) of the modules whose input or output the model's own code edits in place later.
     """
 
     wrong: str = ""
     layout: str = ""
     repeated: tuple[tuple[str, int], ...] = ()
     unknown: str = ""
+    edited: frozenset[tuple[str, Side]] = frozenset()
 
     def wrong_of(self, path: str | None, of_stream: bool) -> str:
         """What does not hold of the layers, of one module beside them, or of values on the axes of the stream."""
@@ -44,30 +45,29 @@ def find_assumed(probe: Probe) -> Assumed:
     layers = list(dict.fromkeys(layer.path for layer in anatomy.blocks))
     encoder = [] if anatomy.encoder is None else [layer.path for layer in anatomy.encoder.blocks]
     ends = [path for path in (anatomy.embed_tokens, anatomy.ln_final, anatomy.lm_head) if path is not None]
-    times: Counter[str] = Counter()
-    shapes: list[torch.Size] = []
-
-    def note(path: str, output: Any) -> None:
-        times[path] += 1
-        if path in layers and not shapes and isinstance(stream := stream_out(output), torch.Tensor):
-            shapes.append(stream.shape)
-
-    def watch(path: str) -> Any:
-        inner: nn.Module = module.get_submodule(path)
-        return inner.register_forward_hook(lambda _, args, output: note(path, output))
-
-    handles = [watch(path) for path in dict.fromkeys((*layers, *encoder, *ends))]
+    inside = [
+        f"{path}.{name}"
+        for path in (*layers, *encoder)
+        for name, _ in module.get_submodule(path).named_modules()
+        if name
+    ]
     try:
         with quiet(module):
-            module(**probe.inputs)
+            run = record(module, lambda: module(**probe.inputs), modules=(*layers, *encoder, *ends, *inside))
+    except torch.OutOfMemoryError:  # it says nothing of the model, and what is returned is kept
+        raise
     except Exception as error:
         return Assumed(unknown=f"its own forward pass fails on a text ({type(error).__name__}: {str(error)[:200]})")
-    finally:
-        for handle in handles:
-            handle.remove()
+    times = {path: len(run.calls.get(path, ())) for path in (*layers, *encoder, *ends)}
     looped = [f"{path} runs {times[path]} times in a forward pass" for path in (*layers, *encoder) if times[path] > 1]
-    repeated = tuple((path, count) for path, count in times.items() if count > 1)
-    return Assumed(looped[0] if looped else "", _odd_layout(shapes, tuple(probe.ids.shape)), repeated)
+    streams = [stream_out(calls[0].output) for path, calls in run.calls.items() if path in layers]
+    shapes = [stream.shape for stream in streams if isinstance(stream, torch.Tensor)]
+    return Assumed(
+        wrong=looped[0] if looped else "",
+        layout=_odd_layout(shapes, tuple(probe.ids.shape)),
+        repeated=tuple((path, count) for path, count in times.items() if count > 1),
+        edited=frozenset(run.edited),
+    )
 
 
 def _odd_layout(shapes: list[torch.Size], given: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from nnterp.editing import EDITS, mentions_edits, mentions_values
 from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES
 from nnterp.traced import StepTracer
+from nnterp.traced_block._followed import refuse_followed
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 
 NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy"}  # they know nothing of nnterp
@@ -26,6 +27,7 @@ class RequestTracer(StepTracer):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         model: Any = self.envoy
         scope = {**self.info.frame.f_globals, **self.info.frame.f_locals}  # type: ignore[union-attr]
+        refuse_followed(self.node, self, scope)
         refuse_lost_edits(model, self.node, scope)
         try:
             names, texts = mentioned(self.node, scope)

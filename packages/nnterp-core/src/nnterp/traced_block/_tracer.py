@@ -12,6 +12,7 @@ from typing import Any
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.tracer import InterleavingTracer, Invoker
 from nnsight.schema.config import CONFIG
+from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import filter_traceback
 
 from nnterp.traced import StepTracer
@@ -57,6 +58,19 @@ class BlockInvoker(Invoker):
         Invoker.execute(self, in_forward_order(self, self.tracer.envoy, self.node, code, self.info.frame))
 
 
+class SessionTracer(Tracer):
+    """nnsight's tracer of a session, which refuses a `with` in which something follows the session."""
+
+    def execute(self, code: CodeType) -> None:
+        """Run the block; see `Tracer.execute`.
+
+        Raises:
+            ValueError: Something, such as a steering, follows the session, or a trace in it, in its `with`.
+        """
+        refuse_followed(self.node, self, _scope(self.info.frame))
+        Tracer.execute(self, code)
+
+
 def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: FrameType) -> CodeType:
     """The code to run for a block: its own, or, if it only reads, and in another order, with its reads sorted.
 
@@ -68,14 +82,15 @@ def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: 
         frame: Where it stands.
 
     Raises:
-        ValueError: It edits features where it reads them, which changes nothing; or a steering follows the trace in its
-            `with`.
+        ValueError: It edits features where it reads them, which changes nothing; or something, such as a
+            steering, follows the trace in its `with`.
     """
     # Looked at once. nnsight keeps the node for as long as the program runs, so that its id stays its own.
     known: dict[int, CodeType | None] = model.__dict__.setdefault("_sorted_blocks", {})
     if id(node) not in known:
-        refuse_followed(node)
-        refuse_lost_edits(model, node, _scope(frame))
+        scope = _scope(frame)
+        refuse_followed(node, tracer, scope)
+        refuse_lost_edits(model, node, scope)
         known[id(node)] = _sorted(tracer, model, node, frame)
     return known[id(node)] or code
 

@@ -14,7 +14,7 @@ def as_it_was_read(facts: Facts, place: Place) -> Place:
     Raises:
         Unavailable: It is what a module is given, which the code that calls the module holds too, and edits later.
     """
-    edited = facts.edited_later
+    edited = facts.edited_later | facts.assumed.edited
     if not edited:
         return place
     if isinstance(place, Site) and place.side == "input" and (place.path, "input") in edited:

@@ -25,15 +25,16 @@ from vllm import LLM, SamplingParams
 
 
 class CheckedTracer(VLLMTracer):
-    """nnsight's tracer, which refuses a `with` in which a steering follows the trace."""
+    """nnsight's tracer, which refuses a `with` in which a steering, or anything else, follows the trace."""
 
     def execute(self, code: CodeType) -> None:
         """Run the block; see `VLLMTracer.execute`.
 
         Raises:
-            ValueError: A steering, or another trace, follows the trace in its `with`.
+            ValueError: Something, such as a steering, follows the trace in its `with`.
         """
-        refuse_followed(self.node)
+        frame = self.info.frame
+        refuse_followed(self.node, self, {**frame.f_globals, **frame.f_locals})
         VLLMTracer.execute(self, code)
 
 

@@ -43,7 +43,8 @@ def plot_probe(
 
     Raises:
         TypeError: `accuracy` is neither numbers nor a result.
-        ValueError: Controls or labels do not fit the layers, or a result has no accuracy by layer.
+        ValueError: Controls or labels do not fit the layers, a number is no share between 0 and 1, or a result has no
+            accuracy by layer.
 
     Example:
         >>> from nnterp import display
@@ -64,13 +65,14 @@ def plot_probe(
     for name, one in null.items():
         if one.shape[0] != len(rows):
             raise ValueError(f"controls[{name!r}] has {one.shape[0]} layers, and accuracy has {len(rows)}.")
+    common = read.majority if majority is None else majority
+    _check_shares({"accuracy": read.accuracy, **null, "majority": np.array(np.nan if common is None else common)})
     figure = new_figure(title if title is not None else read.title or None)
     for i, (name, one) in enumerate(null.items(), 1):
         figure.add_trace(_band(one, LINES[i % len(LINES)], name))
     figure.add_trace(_line("probe", read.accuracy, read.folds, rows, 0, "folds"))
     for i, (name, one) in enumerate(null.items(), 1):
         figure.add_trace(_line(name, one.mean(1), one, rows, i, "repeats"))
-    common = read.majority if majority is None else majority
     if common is not None:
         figure.add_trace(_constant("larger class", common, len(rows)))
     step = max(1, -(-len(rows) // 24))
@@ -86,6 +88,14 @@ def plot_probe(
         legend={"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top"},
     )
     return shown(figure, show)
+
+
+def _check_shares(given: Mapping[str, np.ndarray]) -> None:
+    """Raise for numbers that would be drawn outside of the figure; NaN is ignored."""
+    for name, values in given.items():
+        wrong = values[(values < 0) | (values > 1)]
+        if wrong.size:
+            raise ValueError(f"{name} holds {wrong.flat[0]:g}, and an accuracy is a share between 0 and 1.")
 
 
 def _band(values: np.ndarray, colour: str, name: str) -> go.Scatter:

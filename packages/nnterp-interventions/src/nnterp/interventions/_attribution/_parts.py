@@ -213,7 +213,7 @@ class Plan:
 
 def _by_layer(labels: list[str], scores: torch.Tensor) -> tuple[list[str], torch.Tensor]:
     """The parts of each layer together."""
-    names = [label.split(" ")[0] for label in labels]
+    names = [label if label.startswith("entering ") else label.split(" ")[0] for label in labels]
     once = list(dict.fromkeys(names))
     whole = scores.new_zeros(len(scores), len(once))
     whole.index_add_(1, torch.tensor([once.index(name) for name in names], device=scores.device), scores)
