@@ -7,7 +7,7 @@ class NnterpError(Exception):
     """Base of every error that nnterp raises by a name of its own; its note names the page about it."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+        Exception.__init__(self, *args)  # super() does not work in a class that travels with a remote request
         self.add_note(f"What to do: nnterp explain {type(self).__name__}")
 
 
