@@ -1,5 +1,7 @@
 """Blocks of every kind on a worker: sessions, generation, several inputs, gradients; and what goes wrong."""
 
+import re
+
 import nnsight
 import pytest
 import torch
@@ -146,6 +148,8 @@ def test_this_librarys_own_errors_arrive_in_its_words(pairs, block, words):
         block(model)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+    raised = [line for line in str(caught.value).splitlines() if re.match(r"[\w.]+(Error|Unavailable): ", line)]
+    assert raised[-1].partition(":")[0].rpartition(".")[2] == words[0]  # not an error of raising it
 
 
 # -- refused before anything is sent -------------------------------------------------------------------------------

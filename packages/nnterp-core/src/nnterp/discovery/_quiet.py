@@ -26,8 +26,8 @@ def quiet(module: nn.Module) -> Iterator[None]:
     for m in training:
         m.training = False
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-            yield  # in inference mode torch would not count edits in place
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
     finally:
         if afresh is not None:
             afresh.remove()

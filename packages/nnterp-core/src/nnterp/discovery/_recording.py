@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from nnsight.intervention.source import STATE, SourceNotAvailable, bind, instrument
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.anatomy import Layer
 from nnterp.discovery import _decorators  # noqa: F401 (it makes nnsight parse each decorator once)
@@ -248,22 +249,30 @@ def record(
     return recorder.recording
 
 
+def _changed(stream: torch.Tensor, then: int | torch.Tensor) -> bool:
+    """Whether a stream was edited since it had this version, or was this."""
+    if isinstance(then, torch.Tensor):
+        return not torch.allclose(stream, then, rtol=0, atol=0, equal_nan=True)
+    return stream._version != then
+
+
 class _Recorder:
     def __init__(self, look_into: Callable[[Any], bool], arguments: bool, edits: Edits, edited_alone: bool) -> None:
         self.look_into, self.arguments, self.edits, self.edited_alone = look_into, arguments, edits, edited_alone
         self.recording = Recording()
         self.seen: dict[tuple[str, Labels, int], Operation] = {}
         self.clock, self.run_of_layer = 0, 0
-        self.passed: list[tuple[str, Side, torch.Tensor, int]] = []  # streams, and how often each was edited by then
+        # Streams, and how often each was edited by then; in inference mode torch does not count, and it is a copy.
+        self.passed: list[tuple[str, Side, torch.Tensor, int | torch.Tensor]] = []
 
     def passes(self, path: str, side: Side, stream: torch.Tensor | None) -> None:
-        """Remember the stream that passes an edge of a module; torch does not count edits of inference tensors."""
-        if stream is not None and not stream.is_inference():
-            self.passed.append((path, side, stream, stream._version))
+        """Remember the stream that passes an edge of a module."""
+        if stream is not None and not (stream.is_inference() and is_fake(stream)):
+            self.passed.append((path, side, stream, stream.clone() if stream.is_inference() else stream._version))
 
     def edited(self) -> set[tuple[str, Side]]:
         """The edges whose stream was edited in place since it passed."""
-        return {(path, side) for path, side, stream, version in self.passed if stream._version != version}
+        return {(path, side) for path, side, stream, then in self.passed if _changed(stream, then)}
 
     def tick(self) -> int:
         self.clock += 1
