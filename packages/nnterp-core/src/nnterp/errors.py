@@ -30,7 +30,7 @@ class Unavailable(RenamingError):
 
 
 class Unproven(Unavailable):
-    """What was asked for may exist, but it is told by numbers, and nothing has run this model with its weights yet."""
+    """What was asked for may exist. Only a run of the model with its weights can find it, and none was made yet."""
 
 
 class UnprovenWarning(UserWarning):

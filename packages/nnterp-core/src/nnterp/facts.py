@@ -230,7 +230,7 @@ class Facts:
 
     def unproven(self, what: str) -> str:
         """The message of an `Unproven` error."""
-        return f"{self.anatomy.model_class}: {what} is told by the model's numbers, and {self.why_unproven}."
+        return f"{self.anatomy.model_class}: {what} can only be found by running the model, and {self.why_unproven}."
 
 
 def unproven_facts(module: nn.Module, anatomy: Anatomy, declared: AttnProbFunction | None = None) -> Facts:

@@ -361,8 +361,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
     # -- where everything is -----------------------------------------------------------------------------------------
 
     def place(self, name: str, layer: int | tuple[int, int] | str | None = None) -> Place:
-        """Look up, once, where a value is served; returns the place. Without weights, a value told by numbers is looked
-        up in the twin.
+        """Look up, once, where a value is served; returns the place. Without weights, a value that only a run can
+        find is looked up in the twin.
 
         Raises:
             ValueError: There is no such value.

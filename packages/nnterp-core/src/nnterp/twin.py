@@ -73,7 +73,7 @@ def facts_by_twin(facts: Facts, twin: Twin, config: Any) -> Facts:
 
 
 def facts_without_twin(facts: Facts, reason: str) -> Facts:
-    """The facts of a model without weights whose twin cannot be built: what is told by numbers is refused."""
+    """The facts of a model without weights whose twin cannot be built: what only a run can find is refused."""
 
     def refuse() -> Any:
         raise Unavailable(facts.unproven("Where the inside of layers and of mixers is served"))

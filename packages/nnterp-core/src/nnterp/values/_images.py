@@ -32,7 +32,7 @@ def require_images_proven(facts: Facts, module: nn.Module, value: Value) -> None
     vision, owner = facts.vision, facts.anatomy.model_class
     if vision is None and takes_images(module):
         raise Unproven(
-            f"{owner}: {value.name} is told by a run with an image, and there was none: run one, or call "
+            f"{owner}: {value.name} is found in a run with an image, and there was none: run one, or call "
             "model.validate_images(prompt) with a processor's output."
         )
     reason = "it takes no images" if vision is None else vision.reasons.get(value.name)

@@ -62,7 +62,7 @@ def find_place(facts: Facts, module: nn.Module, name: str, layer: int | tuple[in
     Raises:
         ValueError: There is no such value.
         IndexError: There is no such layer.
-        Unproven: It is told by numbers, and nothing has run the model yet.
+        Unproven: Only a run of the model can find it, and there was none yet.
         Unavailable: The model, or this layer, does not have it; says why, and which layers do.
     """
     if layer is not None and type(layer) is not int:
