@@ -27,7 +27,7 @@ from nnterp.testing import tiny_model, tiny_tokenizer
 ARCHITECTURES = (
     "gpt2 llama mistral gemma gemma2 gemma3_text qwen2 qwen3 phi phi3 gpt_neox gptj opt falcon mpt cohere "
     "cohere2 granite olmo2 stablelm starcoder2 glm4 mixtral qwen3_moe gpt_oss deepseek_v3 exaone4 smollm3 "
-    "nemotron codegen gpt_bigcode biogpt gpt_neo apertus"
+    "nemotron codegen gpt_bigcode biogpt gpt_neo apertus jamba qwen3_next hrm_text dory inkling2_loop_text llava"
 ).split()
 
 

@@ -16,6 +16,7 @@ from nnterp.positions import at, image, resolve
 from nnterp.testing import (
     image_model_types,
     model_types_without_images,
+    tiny_checkpoint,
     tiny_image_inputs,
     tiny_model,
     tiny_tokenizer,
@@ -364,3 +365,18 @@ def test_a_tower_that_runs_in_another_order_is_not_served():
     assert model.validate_images(tiny_image_inputs(module)).ok
     with pytest.raises(Unavailable, match="is not given what"):
         model.place("vision_layers_output", 0)
+
+
+def test_loading_is_silent_about_the_task(tmp_path, caplog):
+    """transformers would list hundreds of classes, because nnsight asks for text generation."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.pipelines.base import logger
+
+    folder = tiny_checkpoint("llava", tmp_path)
+    logger.addHandler(caplog.handler)
+    try:
+        StandardizedTransformer(folder, automodel=AutoModelForImageTextToText).dispatch()
+        StandardizedTransformer(tiny_model("llava"), tokenizer=tiny_tokenizer())
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "text-generation" not in caplog.text

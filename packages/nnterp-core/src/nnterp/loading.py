@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import linecache
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,6 +190,24 @@ def devices_first(module: nn.Module) -> None:
     placed = getattr(module, "hf_device_map", None)
     if placed:
         module.hf_device_map = dict(sorted(placed.items(), key=lambda entry: entry[1] == "disk"))  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def quiet_about_the_task() -> Iterator[None]:
+    """A block in which transformers does not say that a model of images and text is none for text generation.
+
+    nnsight asks for that task, and runs only the model, which takes texts. The complaint lists hundreds of classes.
+    """
+    said_by = logging.getLogger("transformers.pipelines.base")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "is not supported for text-generation" not in record.getMessage()
+
+    said_by.addFilter(other)
+    try:
+        yield
+    finally:
+        said_by.removeFilter(other)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from nnterp.few_tokens import logits_of
 from nnterp.huggingface import is_huggingface, require_no_dropout, without_full_mask
 from nnterp.identity import Checkpoint, checkpoint_of
 from nnterp.inputs import Row, both_inputs, tokenized
-from nnterp.loading import left_in_place, reported
+from nnterp.loading import left_in_place, quiet_about_the_task, reported
 from nnterp.sent import SENT, SENT_OF_NNSIGHT, SentByName
 from nnterp.table import LABELS, SENT_WHERE_NAMED
 from nnterp.traced import (
@@ -70,7 +70,8 @@ class NamedTransformer(EditedTransformer):
         self.proofs: dict[tuple, Any] = {}  # proven beyond the certificate, by whoever needs it; see `validate`
         self._envoys_by_path: dict[str, Envoy] = {}
         self._load_reports: list[tuple[nn.Module, dict[str, Any]]] = []  # what transformers said of the checkpoint
-        TransformersModel.__init__(self, model, **kwargs)
+        with quiet_about_the_task():
+            TransformersModel.__init__(self, model, **kwargs)
         declared = None if rename_config is None else rename_config.attn_prob_source
         facts = unproven_facts(self._module, find_anatomy(self._module, rename_config), declared)
         self.adopt(facts.searching(self._module, self.interleaver) if self.dispatched else facts)
@@ -96,7 +97,7 @@ class NamedTransformer(EditedTransformer):
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
         name, options = str((*args, "")[0]), {"revision": self.revision, **kwargs}
         files = checkpoint_of(name, options)
-        with self._turn, reported(self._load_reports):
+        with self._turn, quiet_about_the_task(), reported(self._load_reports):
             module = TransformersModel._load(self, *args, **kwargs)
         self.loaded_files = files if files.unchanged() else Checkpoint()
         self._load_reports[:] = [report for report in self._load_reports if report[0] is module]

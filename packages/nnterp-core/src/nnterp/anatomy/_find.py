@@ -44,7 +44,9 @@ def find_anatomy(model: nn.Module, rename_config: RenameConfig | None = None) ->
     """
     rename = rename_config or RenameConfig()
     stack, other_stacks = find_stack(model, rename)
-    in_turn = stacks_in_turn(model) if rename.layers_name is None else ()
+    in_turn = stacks_in_turn(model)
+    if rename.layers_name is not None and stack not in in_turn:  # one that takes turns stands for all that do
+        in_turn = ()
     layers = _numbered(layer for path in in_turn or (stack,) for layer in find_layers(model, rename, path))
     head = find_head(model, rename, stack)
     norm = find_norm(model, rename, (in_turn or (stack,))[-1], head)

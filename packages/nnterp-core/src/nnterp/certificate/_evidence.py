@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnterp.anatomy import Anatomy, Layer, sublayers
+from nnterp.anatomy import Anatomy, Layer, find_anatomy, sublayers
 from nnterp.certificate._certificate import Line
 from nnterp.devices import input_device
 from nnterp.discovery import (
@@ -28,7 +28,7 @@ from nnterp.discovery import (
     static_experts,
     vision_stacks,
 )
-from nnterp.errors import RenamingError
+from nnterp.errors import AnatomyError, RenamingError
 from nnterp.facts import Facts
 from nnterp.huggingface import uncached, with_logits
 from nnterp.inputs import Row
@@ -76,6 +76,16 @@ class Evidence:
     def length(self) -> int:
         """Tokens of the probe."""
         return self.ids.shape[1]
+
+    def named(self, *fields: str) -> bool:
+        """Whether the user gave one of these names, and all of them together lead to other parts than no names."""
+        config = self.model.rename_config
+        if config is None or not any(getattr(config, name) for name in fields):
+            return False
+        try:
+            return find_anatomy(self.module, config) != find_anatomy(self.module)
+        except AnatomyError:  # without the user's names a part is not found
+            return True
 
     @property
     def pads(self) -> int:

@@ -32,9 +32,7 @@ def readout(evidence: Evidence, facts: Facts) -> Claimed:
             line = outcome(READOUT, ok, error, evidence.tolerance, str(found) if ok else flow, REMEDY_ENDS)
             return line, dataclasses.replace(facts, readout=found)
         tried.append((error, f"{way}: {problem}"))
-    config = evidence.model.rename_config
-    named = config is not None and (config.ln_final_name or config.lm_head_name)
-    if flow or named:
+    if flow or evidence.named("ln_final_name", "lm_head_name"):
         detail = flow or "; ".join(reason for _, reason in tried)
         return outcome(READOUT, False, min(e for e, _ in tried), evidence.tolerance, detail, REMEDY_ENDS), facts
     reason = "its logits depend on more than what leaves the last layer"

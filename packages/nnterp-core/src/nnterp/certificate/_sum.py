@@ -42,9 +42,7 @@ def residual_sum(evidence: Evidence, facts: Facts) -> Claimed:
         return outcome(IDENTITY, True, error, evidence.tolerance, kinds), facts
     index, first = next(iter(unknown.items()))
     detail = f"layers {', '.join(map(str, [*unknown][:6]))}: {first.reason}"
-    config = evidence.model.rename_config
-    named = config is not None and (config.attn_name or config.mlp_name)
-    if named or not _holds_more(evidence, anatomy, anatomy.blocks[index]):
+    if evidence.named("attn_name", "mlp_name") or not _holds_more(evidence, anatomy, anatomy.blocks[index]):
         return outcome(IDENTITY, False, first.error, evidence.tolerance, detail, REMEDY_PARTS), facts
     return skipped(IDENTITY, f"{detail}; contributions are unavailable there"), facts
 
