@@ -120,7 +120,8 @@ def test_neurons(model_type):
     """The neurons through the down projection are the feed-forward's output, and zeroing them leaves its bias."""
     model, tokens = wrapped(model_type, eager=False), ids()
     if model.facts.assumed.layout:
-        model.validate()  # without a proof, `mlps_output` is refused where the stream has other axes
+        # Without a proof, `mlps_output` is refused where the stream has other axes.
+        model = wrapped(model_type, eager=False, check=True)
     layers = [i for i, p in enumerate(model.facts.inside.neurons) if not isinstance(p, str)]
     for layer in layers[:1]:
         place = model.facts.inside.neurons[layer]
