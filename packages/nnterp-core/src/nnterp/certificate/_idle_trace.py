@@ -19,9 +19,8 @@ def idle_trace(evidence: Evidence, facts: Facts) -> Claimed:
     inputs = evidence.inputs(evidence.ids)
     ticks = evidence.recording.ticks()
     edited = sorted(facts.edited_later, key=lambda at: ticks[at[0], (), at[1]])
-    handed = [
-        EditedLater(path, side) for path, side in edited if side == "output"
-    ]  # the model goes on with copies of these
+    # The model goes on with copies of these, which must not change its logits.
+    handed = [EditedLater(path, side) for path, side in edited if side == "output"]
     with model.trace(inputs):
         for place in handed:
             place.read(model, str(place))
