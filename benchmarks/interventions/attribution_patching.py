@@ -59,6 +59,8 @@ def lines(model):
         for value in ("attention_queries", "attention_keys"):
             through = partial(attribute, value, method="attention-aware", **heads)
             yield f"{what}{value.removeprefix('attention_')} through the softmax", "", pairs, 1, through
+        without = partial(attribute, "attention_head_outputs", graddrop=True, **heads)
+        yield what + "heads, without one layer at a time", "", pairs, 1, without
         yield what + "integrated, 5 steps; per step", "4", pairs, 5, partial(attribute, method="integrated")
 
 

@@ -281,6 +281,25 @@ def test_feed_forwards_of_several_widths_have_no_one_width():
     assert find_anatomy(module).sizes.intermediate_size is None
 
 
+@pytest.mark.parametrize(
+    ("model_type", "options", "expected"),
+    [
+        ("falcon", {"multi_query": True, "num_kv_heads": 4}, 1),  # as Falcon-7B, whose config holds 71
+        ("falcon", {"multi_query": False, "num_kv_heads": 4}, 4),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 2),  # as Falcon-40B
+        ("gpt_bigcode", {"multi_query": True}, 1),
+        ("gpt_bigcode", {"multi_query": False}, 4),
+    ],
+)
+def test_one_key_head_for_all_is_counted_as_one(model_type, options, expected):
+    """The width of the projection is the reference: queries, keys and values of one model type side by side."""
+    module = tiny_model(model_type, **options)
+    sizes = find_anatomy(module).sizes
+    path = "self_attention.query_key_value" if model_type == "falcon" else "attn.c_attn"
+    made = module.transformer.h[0].get_submodule(path).out_features
+    assert sizes.num_kv_heads == expected == (made // sizes.head_dim - sizes.num_heads) // 2
+
+
 @pytest.mark.parametrize("name", ["Musicgen", "MusicgenMelody"])
 def test_rows_that_are_read_as_one_sequence_are_refused(name):
     """Built from its decoder's config, it runs; rows of codes are no rows of its stream."""

@@ -1,6 +1,6 @@
 """Attribution patching against torch.autograd on the plain HuggingFace model with hooks; its audit against patching."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from nnterp.positions import last_of
 from nnterp.testing import tiny_model
 from nnterp.values import get_value, read_value, write_value
 
-from .hooked import gradients_of_weights, hooked, run, value, values_of
+from .hooked import after, before, gradients_of_weights, hooked, run, value, values_of
 from .reference import ARCHITECTURES, eager, hooks
 
 CLEAN = [[11, 42, 57, 93, 130, 200], [60, 77, 101, 15]]
@@ -37,8 +37,21 @@ def number(logits):
     return logits[..., 5] - logits[..., 9]
 
 
-def by_autograd(model, prompt, keys, metric=number):
-    """Values of one prompt alone, and the gradient of its metric, by hooks that put in copies and torch.autograd."""
+@contextmanager
+def dropped(block):
+    """A context in which a layer's module adds to the stream what it adds, and nothing of it has a gradient."""
+    scale = block.input_residual * block.post_attention_residual if type(block).__name__.startswith("Doge") else 1
+    entered = []
+    with (
+        before(block, lambda x: entered.append(x)),
+        after(block, lambda y: y.detach() + scale * (entered[-1] - entered[-1].detach())),
+    ):
+        yield
+
+
+def by_autograd(model, prompt, keys, metric=number, without=None):
+    """Values of one prompt alone, and the gradient of its metric, by hooks that put in copies and torch.autograd; the
+    contribution of the layer `without` has no gradient."""
     copies = {}
 
     def copy(x, key):
@@ -46,6 +59,8 @@ def by_autograd(model, prompt, keys, metric=number):
         return copies[key]
 
     with ExitStack() as stack:
+        if without is not None:
+            stack.enter_context(dropped(model._module.get_submodule(model.anatomy.blocks[without].path)))
         for name, layer in keys:
             stack.enter_context(hooked(model, name, layer, lambda x, key=(name, layer): copy(x, key)))
         logits = model._module(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].float()
@@ -126,6 +141,76 @@ def test_patterns_equal_finite_differences(kind):
 
             expected = (moved(step) - moved(-step)) / (2 * step)
             assert found["scores"][0, 0, u, k].item() == pytest.approx(expected.item(), rel=0.02, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "doge"])
+def test_gradients_without_a_layer_equal_a_loop_of_hooks(tiny, kind):
+    """Learned positions; grouped queries, post-norms; a stream that layers multiply. Absolute estimates, one plain run
+    for each layer left out, averaged over the layers that a value is not inside of."""
+    model, layers = tiny(kind), [0, 2]
+    every = range(model.num_layers)
+    for name, heads in (("attention_head_outputs", "all"), ("layers_output", None)):
+        found = attribution_patching(
+            model, CLEAN, CORRUPTED, METRIC, name, layers, None, heads, graddrop=True, audit=0
+        )["scores"]
+        signed = attribution_patching(model, CLEAN, CORRUPTED, METRIC, name, layers, None, heads, audit=0)["scores"]
+        assert (found - signed.abs()).nan_to_num().abs().max() > 1e-2, "leaving layers out makes no difference"
+        for i, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
+            source = values_of(model, clean, name, layers)
+            runs = {d: by_autograd(model, corrupted, [(name, layer) for layer in layers], without=d) for d in every}
+            for a, layer in enumerate(layers):
+                others = [d for d in every if name == "layers_output" or d != layer]
+                each = [(source[layer] - runs[d][0][name, layer]) * runs[d][1][name, layer] for d in others]
+                sizes = [e.sum((0, -1)).abs() if heads else e.sum(-1).abs() for e in each]
+                scale = sum(e.abs().sum() for e in each)
+                close(found[i, a].flatten()[: len(sizes[0])], torch.stack(sizes).mean(0), scale)
+                if name != "layers_output":
+                    own = runs[layer][1][name, layer]
+                    assert own.abs().max() == 0, "the paper's own count: this term is 0, and n/(n - 1) leaves it out"
+
+
+def test_attention_aware_gradients_without_a_layer(monkeypatch):
+    """The pattern of a run with one query patched, less the old one, times the pattern's gradient by hooks."""
+    model, at, plain = eager("llama"), 5, tiny_model("llama")
+    plain.set_attn_implementation("eager")
+    with torch.no_grad(), model.trace(torch.tensor([CLEAN[0]])):
+        queries = read_value(model, get_value("attention_queries"), 1)[0].clone().save()
+    new, sizes = pattern_when(model, "attention_queries", 1, CORRUPTED[0], queries[at], at), []
+    for layer in (0, 2, 3):
+        with dropped(plain.model.layers[layer]):
+            (*_, old), (*_, slope), _ = attention_inside(monkeypatch, plain, CORRUPTED[0], 1)
+        sizes.append(((new - old) * slope).sum().abs().item())
+    found = attribution_patching(
+        *(model, CLEAN[0], CORRUPTED[0], METRIC, "attention_queries", [1], at),
+        method="attention-aware",
+        graddrop=True,
+        audit=0,
+    )
+    assert model.num_layers == 4
+    assert found["scores"].item() == pytest.approx(sum(sizes) / 3, rel=2e-3, abs=1e-4)
+    assert found["scores"].item() > 1e-2
+
+
+def test_magnitudes_say_so_and_have_no_metric_of_patched_runs(toy, tmp_path):
+    arguments = (toy, FRANCE, ITALY, PARIS, "attention_head_outputs")
+    found = attribution_patching(*arguments, heads="all", graddrop=True, audit=10)
+    assert (found["scores"] >= 0).all()
+    assert "size of the change" in found.about["arguments"]["score"]
+    for result in (found, AttributionResult.load(found.save(tmp_path / "magnitudes") or tmp_path / "magnitudes")):
+        assert "without signs" in repr(result)
+        assert result.audit.sign_errors == 0
+        assert (result.audit.exact >= 0).all()
+        with pytest.raises(ValueError, match="scores are magnitudes"):
+            _ = result.patched
+    signed = activation_patching(*arguments, heads="all")
+    effects = (signed["scores"] - found.unpatched[:, None, None])[0].abs()
+    for cell in found.audit.cells:
+        assert cell["exact"] == pytest.approx(effects[cell["layers"], cell["heads"]].item(), abs=2e-3)
+    assert (found.normalized()["scores"] >= 0).all()
+    with pytest.raises(ValueError, match="graddrop=True goes with"):
+        attribution_patching(*arguments, method="integrated", graddrop=True)
+    with pytest.raises(Unavailable, match="layers_mid"):
+        attribution_patching(*arguments[:4], "layers_mid", graddrop=True)
 
 
 def attention_inside(monkeypatch, module, prompt, layer):

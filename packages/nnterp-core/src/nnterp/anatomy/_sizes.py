@@ -62,12 +62,13 @@ def read_sizes(config: Any, num_layers: int, rename: RenameConfig) -> Sizes:
     text = text_config(config)
     hidden = _lookup(text, rename.hidden_size_config_key, HIDDEN_SIZE)
     heads = _lookup(text, rename.attn_head_config_key, NUM_HEADS)
-    kv_heads = _lookup(text, None, NUM_KV_HEADS)
-    if kv_heads is None:
-        # Falcon and GPT-BigCode have a flag for "one key-value head", and no number.
-        kv_heads = (
-            1 if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False) else heads
-        )
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        # Falcon and GPT-BigCode have a flag for "one key-value head". Falcon's config holds a number beside it, which
+        # its attention does not use then.
+        kv_heads: int | None = 1
+    else:
+        kv_heads = _lookup(text, None, NUM_KV_HEADS)
+        kv_heads = heads if kv_heads is None else kv_heads
     head_dim = _lookup(text, None, HEAD_DIM)
     if head_dim is None and hidden and heads and not _varies(text, HEAD_DIM):
         head_dim = hidden // heads

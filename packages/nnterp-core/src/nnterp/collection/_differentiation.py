@@ -95,6 +95,7 @@ def gradients_at(
     kept: Sequence[torch.Tensor],
     wanted: Sequence[int],
     names: Sequence[str],
+    again: bool = False,
 ) -> list[torch.Tensor]:
     """Differentiate a score with respect to some of the tensors read on the way to it.
 
@@ -103,6 +104,7 @@ def gradients_at(
         edges, kept: What `note` kept of the tensors.
         wanted: Indices of those whose gradients are wanted.
         names: What errors call the tensors.
+        again: Keep the graph, to differentiate once more.
 
     Returns:
         The gradients, of the shape, dtype and device of their tensors; 0 where the score ignores one.
@@ -121,5 +123,5 @@ def gradients_at(
             f"{names[frozen[0]]} does not require a gradient: its dtype is {kept[frozen[0]].dtype}, or the weights "
             "before it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
         )
-    made = torch.autograd.grad(score.reshape(()), [edges[i] for i in wanted], allow_unused=True)
+    made = torch.autograd.grad(score.reshape(()), [edges[i] for i in wanted], retain_graph=again, allow_unused=True)
     return [torch.zeros_like(kept[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]

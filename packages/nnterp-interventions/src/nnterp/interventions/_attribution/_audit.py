@@ -20,6 +20,7 @@ class Audit:
         cells: One entry for each that was computed: the labels of its axes, "estimate", "exact", and "chosen": "top"
             for those with the largest estimates, "random" for a random sample of the others. Top ones first.
         seed: Of the random sample.
+        signed: Whether estimates and exact effects have signs; False if both are absolute values.
 
     Example:
         metric = logit_difference(" Paris", " Rome")
@@ -29,6 +30,7 @@ class Audit:
 
     cells: tuple[Mapping[str, Any], ...]
     seed: int
+    signed: bool = True
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -50,11 +52,14 @@ class Audit:
 
     def among(self, chosen: str) -> Audit:
         """The audit of the "top" or of the "random" cells alone."""
-        return Audit(tuple(cell for cell in self.cells if cell["chosen"] == chosen), self.seed)
+        return Audit(tuple(cell for cell in self.cells if cell["chosen"] == chosen), self.seed, self.signed)
 
     @property
     def sign_errors(self) -> int:
-        """How many estimates have the wrong sign. Effects below a thousandth of the largest exact one do not count."""
+        """How many estimates have the wrong sign. Effects below a thousandth of the largest exact one do not count.
+
+        Always 0 where estimates and effects are absolute values.
+        """
         estimates, exact = self.estimates, self.exact
         least = FLOOR * exact.abs().max() if len(self) else 0.0
         return int(((estimates * exact < 0) & (exact.abs() > least) & (estimates.abs() > least)).sum())
@@ -75,7 +80,9 @@ class Audit:
         where = ", ".join(
             f"{axis} {furthest[axis]}" for axis in furthest if axis not in ("estimate", "exact", "chosen", "error")
         )
-        errors = f"{self.sign_errors} sign error{'' if self.sign_errors == 1 else 's'}"
+        errors = (
+            f"{self.sign_errors} sign error{'' if self.sign_errors == 1 else 's'}" if self.signed else "without signs"
+        )
         return (
             f"audited: {len(self)} exact, rank correlation {self.rank_correlation:.2f}, {errors}, worst miss at {where}"
             f": {furthest['estimate']:.3g} for {furthest['exact']:.3g}"
@@ -85,15 +92,20 @@ class Audit:
         """Write the audit as JSON can hold it.
 
         Returns:
-            A dict with the "cells" and the "seed"; `Audit.of` reads it from the record of a result.
+            A dict with the "cells", the "seed", and "signed" where it is False; `Audit.of` reads it from the record of
+            a result.
         """
-        return {"cells": [dict(cell) for cell in self.cells], "seed": self.seed}
+        return {
+            "cells": [dict(cell) for cell in self.cells],
+            "seed": self.seed,
+            **({} if self.signed else {"signed": False}),
+        }
 
     @staticmethod
     def of(about: Mapping[str, Any]) -> Audit | None:
         """Read the audit in the record of a result; returns None if it was not audited."""
         found = about.get(AUDIT)
-        return None if found is None else Audit(tuple(found["cells"]), found["seed"])
+        return None if found is None else Audit(tuple(found["cells"]), found["seed"], found.get("signed", True))
 
 
 def audited(
@@ -102,6 +114,7 @@ def audited(
     labels: Callable[[int], Mapping[str, Any]],
     count: int,
     seed: int = 0,
+    signed: bool = True,
 ) -> Audit:
     """Compute some estimated effects exactly: those of the largest magnitude, and a random sample of the others.
 
@@ -111,6 +124,7 @@ def audited(
         labels: From the index of a cell to the labels of its axes, which JSON can hold.
         count: How many: half of them (one more if it is odd) are those of the largest magnitude.
         seed: Of the random sample.
+        signed: Whether both have signs.
     """
     top, random = chosen_cells(estimates, count, seed)
     found = exact([*top, *random]).double().tolist() if top else []
@@ -118,7 +132,7 @@ def audited(
         {**labels(i), "estimate": float(estimates[i]), "exact": effect, "chosen": "top" if k < len(top) else "random"}
         for k, (i, effect) in enumerate(zip([*top, *random], found, strict=True))
     ]
-    return Audit(tuple(cells), seed)
+    return Audit(tuple(cells), seed, signed)
 
 
 def chosen_cells(estimates: torch.Tensor, count: int, seed: int) -> tuple[list[int], list[int]]:

@@ -48,6 +48,7 @@ def attribution_patching(
     steps: int = 5,
     audit: int = 50,
     *,
+    graddrop: bool = False,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
@@ -73,6 +74,13 @@ def attribution_patching(
       [AtP*](https://arxiv.org/abs/2403.00745), 2024); other values as for "gradient". Needs attention that is computed
       eagerly (`enable_attention_probs=True`).
 
+    A cell may act on the metric in two ways that cancel, directly and through a later layer, and then the gradient
+    says that it does nothing, though a small error in either would show that it does. With `graddrop`, gradients are
+    taken without what flows through one layer's contribution to the stream, for each layer in turn, and a score is the
+    mean of the absolute estimates (GradDrop: AtP*, section 3.1.2; with "attention-aware" it is AtP*). The layer that a
+    cell belongs to is left out of the mean: what is inside of it acts through nothing else. Scores have no sign then:
+    they rank cells to be patched, and are no estimates of their effects.
+
     Args:
         model: The model, with its weights here: this does not run remotely.
         clean: A prompt, or a list.
@@ -88,6 +96,7 @@ def attribution_patching(
         steps: Points between the two runs, for "integrated".
         audit: How many scores to compute exactly as well: half of them the largest, half a random sample of the
             others. 0 for none. The comparison is the result's `audit`.
+        graddrop: Make scores of magnitudes, as above. Costs a backward pass for each layer of the model instead of one.
         seed: Of the random sample.
         batch_size: Pairs of a batch (rows, in the audit); "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
@@ -97,14 +106,17 @@ def attribution_patching(
     Returns:
         An `AttributionResult`. `scores` has the axes and labels of `activation_patching`'s and estimates the metric of
         the patched run minus that of the run patched into; its `patched` estimates `activation_patching`'s own scores.
-        `clean` and `corrupted` are the metrics of the unpatched runs, `[prompts]`. Float32 on the CPU.
+        `clean` and `corrupted` are the metrics of the unpatched runs, `[prompts]`. Float32 on the CPU. With `graddrop`
+        scores are at least 0, the audit compares them with absolute exact effects, and there is no `patched`.
 
     Raises:
         ValueError: The metric is not differentiable; prompts whose embeddings are to be mixed are not equally long;
-            numbers or lengths of prompts do not match, or an argument is not one of its choices.
+            numbers or lengths of prompts do not match; `graddrop` is given with "integrated", or an argument is not
+            one of its choices.
         IndexError: There is no such layer, head or position (the prompt's tokens are shown).
         Unavailable: The model, or a layer that was named, does not have the value, or no gradient with respect to it;
-            or scores are not made of queries and keys in a way that can be recomputed.
+            or scores are not made of queries and keys in a way that can be recomputed; or, for `graddrop`, what leaves
+            a layer is not what enters it plus what it adds (BERT), or the value may stand in the middle of that.
         RuntimeError: It was called under `torch.no_grad()`.
         InsideTraceError: Called inside a trace of the same model.
 
@@ -127,6 +139,11 @@ def attribution_patching(
     if not names:
         raise ValueError("values is empty; give the name of a value, or several.")
     _check_method(method, names, pairs, metric_name(metric))
+    if graddrop and method == "integrated":
+        raise ValueError(
+            'graddrop=True goes with method="gradient" or "attention-aware", and not with "integrated", whose '
+            "gradients are of many runs. Leave one of both out."
+        )
     grid = Grid(model, pairs, names, layers, positions, heads)
     asked = {
         "prompts": ids_of(pairs.clean, pairs.corrupted),
@@ -137,9 +154,10 @@ def attribution_patching(
         "direction": direction,
         "method": method,
         "steps": steps if method == "integrated" else None,
+        **({"graddrop": True} if graddrop else {}),
     }
     call = Call(model, "attribution_patching", asked, {"metric": metric})
-    run = _Attribution(model, grid, metric, method, steps, batch_size, resumed(call, resume), audit > 0)
+    run = _Attribution(model, grid, metric, method, steps, batch_size, resumed(call, resume), audit > 0, graddrop)
     with bar(len(pairs), "attribution patching", progress) as shown, call.keeping(lambda: run.partial(call)):
         run.everything(shown)
         return run.result(audit, seed)
@@ -187,11 +205,13 @@ class _Attribution:
         batch_size: BatchSize,
         earlier: Result | None,
         audited: bool,
+        graddrop: bool,
     ) -> None:
+        self.graddrop = graddrop
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.batch_size, self.method, self.steps = batch_size, method, steps
         self.shortcuts = proven_shortcuts(model)
-        self.run = PairsRun(model, grid, metric, method, steps, self.shortcuts, audited)
+        self.run = PairsRun(model, grid, metric, method, steps, self.shortcuts, audited, graddrop)
         self.scores = torch.full((len(self.pairs), *grid.shape), torch.nan, dtype=torch.float32)
         self.into, self.source = (torch.full((len(self.pairs),), torch.nan, dtype=torch.float32) for _ in range(2))
         self.finished = 0
@@ -237,6 +257,7 @@ class _Attribution:
         """The scores with labels, and the audit of some of them."""
         scores, axes, labels, tokens = self.grid.labelled(self.scores)
         clean, corrupted = (self.source, self.into) if self.pairs.denoising else (self.into, self.source)
+        kind = "size of the change" if self.graddrop else "change"
         result = AttributionResult(
             {"scores": scores, "clean": clean, "corrupted": corrupted},
             {"scores": axes, "clean": ("prompts",), "corrupted": ("prompts",)},
@@ -246,12 +267,13 @@ class _Attribution:
                 self.model,
                 "attribution_patching",
                 metric=metric_name(self.metric),
-                score=f"estimated change of {metric_name(self.metric)}".replace("_", " "),
+                score=f"estimated {kind} of {metric_name(self.metric)}".replace("_", " "),
                 values=self.grid.names,
                 direction=self.pairs.direction,
                 corrupted=prompt_labels(self.pairs.corrupted, self.model),
                 method=self.method,
                 **({"steps": self.steps} if self.method == "integrated" else {}),
+                **({"graddrop": True} if self.graddrop else {}),
             ),
         )
         if audit:
@@ -265,7 +287,9 @@ class _Attribution:
                 known=self.run.known,
             )
             labelled = partial(_labels, result)
-            result.about[AUDIT] = audited(self.in_question(), cells, labelled, audit, seed).record()
+            signed = not self.graddrop
+            exact = cells if signed else lambda indices: cells(indices).abs()
+            result.about[AUDIT] = audited(self.in_question(), exact, labelled, audit, seed, signed).record()
         return result
 
 

@@ -9,8 +9,9 @@ import torch
 
 from nnterp.errors import Unavailable
 from nnterp.huggingface import dtype_of
+from nnterp.interventions._attribution._dropped import Gates, lies_inside
 from nnterp.interventions._attribution._effects import first_order, is_recomputed, through_softmax
-from nnterp.interventions._attribution._slopes import EMBEDDINGS, Slopes, slopes_of
+from nnterp.interventions._attribution._slopes import EMBEDDINGS, RowMetric, Slopes, slopes_of, slopes_without
 from nnterp.interventions._attribution._softmax import KEYS, PATTERN, attention_of, inside_of, scales
 from nnterp.interventions._engine import Key, Shortcuts, layer_of
 from nnterp.interventions._grid import Grid
@@ -65,6 +66,7 @@ class PairsRun:
         steps: Points between the two runs at which gradients are taken, for "integrated".
         shortcuts: Those proven for the model.
         audited: Whether exact runs follow, which then need not repeat the unedited runs of the last pairs.
+        graddrop: Make effects of magnitudes, each layer's contribution being left out of the gradient in turn.
 
     Attributes:
         known: The unedited runs of the pairs that ran last, by index of the pair.
@@ -79,6 +81,7 @@ class PairsRun:
         steps: int,
         shortcuts: Shortcuts,
         audited: bool = False,
+        graddrop: bool = False,
     ) -> None:
         self.model, self.grid, self.pairs, self.metric = model, grid, grid.pairs, metric
         self.method, self.steps, self.shortcuts = method, steps, shortcuts
@@ -94,6 +97,7 @@ class PairsRun:
         if audited and shortcuts.skip and model.readout.layout.plain:
             self.streams = [("layers_input", 0), *(("layers_output", layer) for layer in range(model.num_layers))]
         self.audited = audited
+        self.gates = Gates(model, grid.names, "attribution_patching(graddrop=True)") if graddrop else None
 
     def effects(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The estimated effects of some pairs, and the metric of their two unpatched runs.
@@ -128,11 +132,49 @@ class PairsRun:
             return by_prompt(reference(), own, indices)
 
         read = list(dict.fromkeys([*self.keys, *self.inside, *self.streams]))
+        if self.gates is not None:
+            made, scores, values = self.magnitudes(self.gates, chosen, states, read, score)
+            return made, scores, reference(), values, seen
         runs = slopes_of(self.model, into, read, score, self.shortcuts, wrt=self.wrt)
         factors = self.factors(runs, states)
         values = [run.values for run in runs]
         made = self.reduced(chosen, values, states, [run.gradients for run in runs], factors)
         return made, torch.stack([run.score for run in runs]), reference(), values, seen
+
+    def magnitudes(
+        self, gates: Gates, chosen: Sequence[int], states: list[States], read: list[Key], score: RowMetric
+    ) -> tuple[torch.Tensor, torch.Tensor, list[States]]:
+        """The mean size of effects over gradients that leave out one layer each: one forward pass, many backward.
+
+        Returns:
+            The effects; the metric of the runs patched into; values of these runs.
+        """
+        layers = [None if at is None else layer_of(at) for at in self.grid.layers]
+        total = torch.zeros((len(chosen), *self.grid.shape), dtype=torch.float32)
+        scores: list[torch.Tensor] = [torch.empty(())] * len(chosen)
+        values: list[States] = [{}] * len(chosen)
+        factors: dict[int, torch.Tensor] = {}
+
+        def each(indices: list[int], dropped: int, runs: list[Slopes]) -> None:
+            nonlocal factors
+            own = [run.values for run in runs]
+            source = [states[i] for i in indices]
+            if dropped == gates.layers[0]:
+                factors = self.factors(runs, source)
+                for i, run in zip(indices, runs, strict=True):
+                    scores[i], values[i] = run.score, run.values
+            made = self.reduced([chosen[i] for i in indices], own, source, [run.gradients for run in runs], factors)
+            total[indices] += made.abs() * counted(dropped)
+
+        def counted(dropped: int) -> torch.Tensor:
+            """1 for the values and layers of which the gradient without this layer says something."""
+            rows = [[not (lies_inside(name) and at == dropped) for at in layers] for name in self.grid.names]
+            return torch.tensor(rows, dtype=torch.float32)[None, ..., None, None]
+
+        into = [self.pairs.into[i] for i in chosen]
+        slopes_without(self.model, into, read, score, self.shortcuts, gates, each, wrt=self.wrt)
+        times = torch.stack([counted(layer) for layer in gates.layers]).sum(0)
+        return total / times, torch.stack(scores), values
 
     def integrated(
         self, chosen: Sequence[int], states: list[States], logits: torch.Tensor

@@ -16,6 +16,7 @@ class AttributionResult(Result):
     """Estimated effects of patching, `scores`, and the metric of the unpatched `clean` and `corrupted` runs.
 
     A score estimates how much patching changes the metric: that of the patched run minus that of the run patched into.
+    Scores made with `graddrop=True` are magnitudes, without a sign.
 
     Example:
         metric = logit_difference(" Paris", " Rome")
@@ -37,20 +38,34 @@ class AttributionResult(Result):
 
     @property
     def patched(self) -> torch.Tensor:
-        """The estimated metric of each patched run: what `activation_patching` calls `scores`, of the same shape."""
+        """The estimated metric of each patched run: what `activation_patching` calls `scores`, of the same shape.
+
+        Raises:
+            ValueError: The scores are magnitudes (`graddrop=True`).
+        """
+        if self._magnitudes:
+            raise ValueError(
+                "There is no estimate of the patched runs' metric: with graddrop=True scores are magnitudes, and do "
+                "not say which way patching moves it. Take graddrop=False, or patch the cells that rank first."
+            )
         return self["scores"] + self._by_prompt(self.unpatched)
 
     def normalized(self) -> AttributionResult:
         """Scores as parts of the difference between the two runs: 1 where patching would make it all.
 
-        NaN where the two runs have the same metric. The audit stays with the scores as they were.
+        NaN where the two runs have the same metric. Magnitudes (`graddrop=True`) are divided by its absolute value. The
+        audit stays with the scores as they were.
         """
         denoising = self.about["arguments"]["direction"] == "denoising"
         source = self["clean" if denoising else "corrupted"]
         gap = torch.where(source == self.unpatched, torch.nan, source - self.unpatched)
-        scores = self["scores"] / self._by_prompt(gap)
+        scores = self["scores"] / self._by_prompt(gap.abs() if self._magnitudes else gap)
         arguments = {**self.about["arguments"], "score": "estimated part of the difference"}
         return replace(self, tensors={**self.tensors, "scores": scores}, about={**self.about, "arguments": arguments})
+
+    @property
+    def _magnitudes(self) -> bool:
+        return bool(self.about["arguments"].get("graddrop"))
 
     def _by_prompt(self, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers `[prompts]`, to be broadcast over the scores."""

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from nnterp.collection import GradientReads, gradients_at, note
 from nnterp.inputs import Row, forward_flags
+from nnterp.interventions._attribution._dropped import Gates
 from nnterp.interventions._engine import Key, Passing, Shortcuts, rows_of
 from nnterp.interventions._running import filled, weights_at_rest
 from nnterp.interventions._states import States, own_part, sharing_groups
@@ -41,6 +42,44 @@ class Slopes:
     gradients: States
     score: torch.Tensor
     logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A forward pass of prompts in one batch, before its gradients.
+
+    Attributes:
+        width: Positions of the batch.
+        edges, kept: What was read at the places of the plan.
+        scores: The metric of each prompt, in the graph.
+        logits: Next-token logits, float32 `[prompts, vocab]`.
+    """
+
+    model: StandardizedTransformer
+    plan: GradientReads
+    prompts: list[Row]
+    width: int
+    edges: list[GradientEdge | None]
+    kept: list[torch.Tensor]
+    scores: torch.Tensor
+    logits: torch.Tensor
+
+    def slopes(self, again: bool = False) -> list[Slopes]:
+        """One backward pass; the graph stays for another if `again`."""
+        plan = self.plan
+        made = gradients_at(self.scores.sum(), self.edges, self.kept, plan.wanted, plan.names, again)
+        values, slopes = plan.combined(self.kept, made)
+        shown = (self.split(values), self.split(slopes), self.scores.detach().float().cpu(), self.logits.detach())
+        return [Slopes(*one) for one in zip(*shown, strict=True)]
+
+    def split(self, tensors: States) -> list[States]:
+        """Values of the batch as those of each prompt alone."""
+        size = (len(self.prompts), self.width)
+        rows = {key: _by_row(self.model, key[0], tensor, size) for key, tensor in tensors.items()}
+        return [
+            {key: own_part(tensor[i], key[0], len(prompt), self.width) for key, tensor in rows.items()}
+            for i, prompt in enumerate(self.prompts)
+        ]
 
 
 def slopes_of(
@@ -81,10 +120,40 @@ def slopes_of(
     with weights_at_rest(model._module):
         for chosen in sharing_groups(model, prompts, shortcuts):
             own = None if embeddings is None else [embeddings[i] for i in chosen]
-            made = _run(model, plan, [prompts[i] for i in chosen], own, chosen, metric, shortcuts.readout)
+            made = _run(model, plan, [prompts[i] for i in chosen], own, chosen, metric, shortcuts.readout).slopes()
             for i, slopes in zip(chosen, made, strict=True):
                 found[i] = slopes
     return [slopes for slopes in found if slopes is not None]
+
+
+def slopes_without(
+    model: StandardizedTransformer,
+    prompts: Sequence[Row],
+    keys: Sequence[Key],
+    metric: RowMetric,
+    shortcuts: Shortcuts,
+    gates: Gates,
+    each: Callable[[list[int], int, list[Slopes]], None],
+    *,
+    wrt: Sequence[Key],
+) -> None:
+    """`slopes_of` without the gradient through one layer's contribution, for one layer after the other.
+
+    Costs one forward pass, and a backward pass for each layer. Arguments and errors as `slopes_of`, and:
+
+    Args:
+        gates: The layers.
+        each: Called with the indices of prompts that share a batch, the layer that is left out, and their `Slopes`.
+    """
+    require_gradients_on("slopes_without()")
+    plan = GradientReads(model, [*keys, *gates.keys], wrt)
+    with weights_at_rest(model._module):
+        for chosen in sharing_groups(model, prompts, shortcuts):
+            rows = [prompts[i] for i in chosen]
+            ran = _run(model, plan, rows, None, chosen, metric, shortcuts.readout, gates)
+            for layer in gates.layers:
+                gates.dropped = layer
+                each(chosen, layer, ran.slopes(again=layer != gates.layers[-1]))
 
 
 def require_gradients_on(who: str) -> None:
@@ -107,7 +176,8 @@ def _run(
     indices: list[int],
     metric: RowMetric,
     readout: bool,
-) -> list[Slopes]:
+    gates: Gates | None = None,
+) -> _Run:
     ids, flags, places, names = filled(prompts), forward_flags(model), plan.places, plan.names
     count, width = ids.shape
     row, at = torch.arange(count), torch.tensor([len(prompt) - 1 for prompt in prompts])
@@ -123,7 +193,7 @@ def _run(
             tensor = place.read(model, name)
             if not tensor.requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_(True)  # it depends on nothing that is differentiated: the graph begins here
-            note(tensor, edges, kept)
+            note(tensor if gates is None else gates.passed(model, place, name, tensor), edges, kept)
         nnsight.save(edges)
         nnsight.save(kept)
         if readout:
@@ -134,18 +204,7 @@ def _run(
             whole = model.logits
             last = whole[row.to(whole.device), at.to(whole.device)].save()
     logits = (model.project_on_vocab(last) if readout else last).float()
-    scores = metric(logits, indices)
-    values, slopes = plan.combined(kept, gradients_at(scores.sum(), edges, kept, plan.wanted, names))
-
-    def split(tensors: States) -> list[States]:
-        rows = {key: _by_row(model, key[0], tensor, (count, width)) for key, tensor in tensors.items()}
-        return [
-            {key: own_part(tensor[i], key[0], len(prompt), width) for key, tensor in rows.items()}
-            for i, prompt in enumerate(prompts)
-        ]
-
-    shown = zip(split(values), split(slopes), scores.detach().float().cpu(), logits.detach(), strict=True)
-    return [Slopes(*one) for one in shown]
+    return _Run(model, plan, prompts, width, edges, kept, metric(logits, indices), logits)
 
 
 def _filled_up(embeddings: list[torch.Tensor], width: int) -> torch.Tensor:

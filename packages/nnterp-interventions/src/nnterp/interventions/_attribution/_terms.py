@@ -94,14 +94,15 @@ def terms_of(model: StandardizedTransformer, what: str = "direct_logit_attributi
     factor: Factor = 1.0
     terms: list[Term] = []
     for layer in reversed(layers):
-        structure = _structure_of(model, layer, what)
+        structure = structure_of(model, layer, what)
         terms += reversed(_added_by(model, layer, structure, factor))
         factor = product(factor, structure.stream_scale)
     terms.append(Term("entering" if begin else "embeddings", layers[0], ("layers_input", layers[0]), factor=factor))
     return terms[::-1]
 
 
-def _structure_of(model: StandardizedTransformer, layer: int, what: str) -> ResidualStructure:
+def structure_of(model: StandardizedTransformer, layer: int, what: str) -> ResidualStructure:
+    """How a layer's parts make its output, which is a sum; arguments and errors as `terms_of`."""
     structure = model.facts.residual_of(layer)
     if structure.kind in _SUMS:
         return structure
