@@ -15,6 +15,7 @@ from nnterp.interventions import (
     attribution_patching,
     direct_logit_attribution,
     edge_attribution,
+    fit_subspace,
     logit_lens,
     path_patching,
     steer,
@@ -261,6 +262,11 @@ def test_paths_between_passes_are_those_of_hooks(model, tiny, model_type):
 def test_paths_need_to_know_what_parts_add(tiny, model_type):
     with pytest.raises(Unavailable, match="no multiples of its parts add up to what the layer adds"):
         path_patching(tiny(model_type), CLEAN, CORRUPTED, Component("mlps_output", 0), "logits", metric)
+
+
+def test_a_fit_through_passes_without_gradients_is_refused(tiny):
+    with pytest.raises(Unavailable, match=r"under torch\.no_grad"):
+        fit_subspace(tiny("hrm_text"), [CLEAN] * 2, [CORRUPTED] * 2, metric, "layers_output", 14)
 
 
 @pytest.mark.parametrize(
