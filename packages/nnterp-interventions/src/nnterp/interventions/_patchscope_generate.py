@@ -183,7 +183,7 @@ def _generate(
         begun = sequences[0, : len(target) + 1].tolist()
         raise ValueError(
             f"The target prompt's decoder ids are {list(target.ids)}, and generate() begins with {begun}: it puts the "
-            "generation config's decoder_start_token_id before them, so that positions count otherwise. Give the model's "
-            "config the same one."
+            "generation config's decoder_start_token_id before them, so that positions count otherwise. Give the "
+            "model's config the same one."
         )
     return sequences
