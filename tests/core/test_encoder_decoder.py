@@ -12,7 +12,16 @@ from nnterp import EncoderDecoderPrompt, StandardizedTransformer
 from nnterp.certificate import certify
 from nnterp.errors import PaddingError, Unavailable
 from nnterp.inputs import as_given, encode, pad
-from nnterp.interventions import Component, TargetPrompt, ablate, activation_patching, logit_lens, patchscope_lens
+from nnterp.interventions import (
+    Component,
+    TargetPrompt,
+    ablate,
+    activation_patching,
+    logit_lens,
+    optimize_vector,
+    patchscope_generate,
+    patchscope_lens,
+)
 from nnterp.prompts import Prompt, next_token_probs, run_prompts
 from nnterp.testing import encoder_decoder_types, tiny_encoder_decoder, tiny_model, tiny_tokenizer
 
@@ -299,6 +308,71 @@ def test_a_patchscope_keeps_target_prompts_with_equal_decoder_texts_apart():
         one = EncoderDecoderPrompt(text, [start])
         logits = patched(model, one, model.anatomy.blocks[1].path, 1, 0, latents[0, i])
         close(found[i].flatten(), logits.softmax(-1))
+
+
+def test_generating_under_a_patch_equals_a_hook_on_the_first_step(monkeypatch):
+    model = model_of("t5")
+    model._module.generation_config.decoder_start_token_id = start = 0
+    target, first = EncoderDecoderPrompt(TEXTS[1], [start]), []
+    written = patchscope_generate(
+        model, [prompt(model)], TargetPrompt(TEXTS[1], -1), max_length=4, layers=[1], do_sample=False
+    )[1]
+    latent = plain(model, prompt(model)).decoder_hidden_states[2][0, -1]
+
+    def patch(_, args, output):
+        if first:
+            return None
+        stream = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+        first.append(stream)
+        stream[0, 0] = latent
+        return stream if isinstance(output, torch.Tensor) else (stream, *output[1:])
+
+    handle = model._module.get_submodule(model.anatomy.blocks[1].path).register_forward_hook(patch)
+    hooked = model._module.generate(**plain_inputs(model, target), max_new_tokens=4, do_sample=False)
+    handle.remove()
+    assert written.tolist() == hooked.tolist()
+    assert (
+        written.tolist()
+        != model._module.generate(**plain_inputs(model, target), max_new_tokens=4, do_sample=False).tolist()
+    )
+    monkeypatch.setattr(model._module.config, "decoder_start_token_id", 7, raising=False)
+    with pytest.raises(ValueError, match="decoder_start_token_id"):
+        patchscope_generate(model, [prompt(model)], TargetPrompt(TEXTS[1], -1), layers=[1])
+
+
+def test_patching_heads_of_the_decoder_equals_plain_hooks():
+    model = model_of("t5")
+    clean, corrupted = prompt(model, 0), prompt(model, 0, (5, 20, 33, 41))
+    heads = activation_patching(
+        model, clean, corrupted, lambda logits: logits[:, 7], "attention_head_outputs", [1], heads="all"
+    )["scores"].flatten(0, 1)
+    module = model._module.get_submodule(model.anatomy.blocks[1].self_attn.exit).o
+    kept = []
+    handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    plain(model, clean)
+    handle.remove()
+    width = module.in_features // model.num_heads
+    for head in (0, model.num_heads - 1):
+        own = slice(head * width, (head + 1) * width)
+
+        def patch(_, args, own=own):
+            x = args[0].clone()
+            x[..., own] = kept[0][..., own]
+            return (x,)
+
+        handle = module.register_forward_pre_hook(patch)
+        hooked = plain(model, corrupted).logits[0, -1, 7]
+        handle.remove()
+        assert (hooked - plain(model, corrupted).logits[0, -1, 7]).abs() > 1e-4
+        close(heads[0, head], hooked)
+
+
+def test_what_would_read_the_decoders_ids_as_the_encoders_is_refused():
+    model = model_of("bart")
+    with pytest.raises(Unavailable, match="reads two inputs"):
+        optimize_vector(model, [prompt(model)], [7], layer=1, steps=1)
+    with pytest.raises(TypeError, match="listens"):
+        model_of("whisper").collect(EncoderDecoderPrompt([5, 9], [5, 6]), "layers_output")
 
 
 def test_collecting_over_a_generation_is_refused():

@@ -8,6 +8,7 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.positions import at, last_of
+from nnterp.testing import tiny_model, tiny_tokenizer
 
 TYPES = (
     *("gpt2", "llama", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "olmo2", "bloom"),
@@ -335,3 +336,18 @@ def test_weights_loaded_inside_a_steering_are_proven_unsteered_and_then_steered(
     plain = model.collect(["Paris"], "layers_output", layers=[3])["layers_output"]
     torch.testing.assert_close(traced - plain, vector.expand_as(plain), atol=1e-4, rtol=1e-4)
     assert (inside - outside).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_patterns_of_later_steps_are_those_of_their_steps(first):
+    """What is read is inside an operation, into which nnsight first looks in a later step."""
+    model = StandardizedTransformer(tiny_model("llama"), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
+    ids, options = torch.tensor([[5, 9, 12, 40]]), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model._module.generate(ids, **options, output_attentions=True, return_dict_in_generate=True).attentions
+    with torch.no_grad(), model.generate(ids, **options) as tracer:
+        patterns = [].save()
+        for _ in tracer.iter[first:4]:
+            patterns.append(model.attention_probabilities[1].clone())
+    assert len(patterns) == 4 - first
+    for pattern, step in zip(patterns, expected[first:], strict=True):
+        torch.testing.assert_close(pattern, step[1])

@@ -22,6 +22,8 @@ from nnterp.testing import (
     tiny_tokenizer,
 )
 
+from ..conftest import transformers_is_older
+
 NO_TOWER = {  # no list of layers with attention
     "emu3": "codes of a convolution",
     "fuyu": "one matrix",
@@ -60,7 +62,8 @@ def test_the_mapping_is_partitioned():
     built, not_built = set(image_model_types()), model_types_without_images()
     assert built.isdisjoint(not_built)
     assert built | set(not_built) == set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    assert len(built) >= 70
+    assert len(built) >= 70 or transformers_is_older()
+    assert len(built) >= 0.7 * len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     assert all(not_built.values())
     with pytest.raises(KeyError, match="blip"):
         tiny_model("blip", images=True)

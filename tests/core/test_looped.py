@@ -410,3 +410,20 @@ def test_gradients_through_passes_without_gradients_are_refused(looped_type):
     model = looped_type("hrm_text")
     with pytest.raises(Unavailable, match=r"runs model\.L_module\.layers\.0 under torch\.no_grad"):
         model.gradients(IDS[:1].tolist(), lambda logits: logits[:, -1, 3], "layers_output")
+
+
+@pytest.mark.parametrize("before", ["layers_input", "attention_values"])
+@pytest.mark.parametrize("turn", range(TIMES))
+def test_what_is_inside_an_operation_is_that_of_its_pass(before, turn):
+    """nnsight looks into a forward, and into what it calls, when they are first read: here in a later pass."""
+    fresh = StandardizedTransformer(looped_module(), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
+    with torch.no_grad(), fresh.trace(IDS):
+        getattr(fresh, before)[1, turn].save()
+        found = fresh.attention_probabilities[1, turn].save()
+        heads = fresh.attention_head_outputs[1, turn].save()
+    with torch.no_grad():
+        patterns = fresh._module(IDS, output_attentions=True, use_cache=False).attentions
+    torch.testing.assert_close(found, patterns[fresh.unrolled(1, turn)])
+    values = fresh.collect(IDS, "attention_values", layers=fresh.unrolled(1, turn))["attention_values"][0]
+    values = values.repeat_interleave(found.shape[1] // values.shape[2], 2)
+    torch.testing.assert_close(heads, torch.einsum("bhqk,bkhd->bqhd", found, values), rtol=1e-4, atol=1e-5)

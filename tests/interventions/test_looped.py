@@ -1,5 +1,8 @@
 """Lenses, patching, steering and runs over prompts in a looped model, equal to plain hooks on single passes."""
 
+import contextlib
+from collections import Counter
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from nnterp.interventions import (
     attribution_patching,
     direct_logit_attribution,
     edge_attribution,
+    fit_subspace,
     logit_lens,
     path_patching,
     steer,
@@ -190,11 +194,85 @@ def test_direct_logit_attribution_of_the_last_pass(model):
     torch.testing.assert_close(heads["scores"][0, own].sum(), found["scores"][0, place], rtol=1e-4, atol=1e-4)
 
 
+@contextlib.contextmanager
+def held(module, parts, receiver=None, arrived=None):
+    """Calls of modules return what is given for them; what the receiver is given is kept, or replaced by `arrived`."""
+    counts, kept, handles = Counter(), [], []
+
+    def hold(path):
+        def after(_, args, output):
+            counts[path] += 1
+            new = parts.get((path, counts[path] - 1))
+            return None if new is None else new if isinstance(output, torch.Tensor) else (new, *output[1:])
+
+        return after
+
+    def meet(_, args):
+        counts["receiver"] += 1
+        if counts["receiver"] - 1 != receiver[1]:
+            return None
+        kept.append(args[0].clone())
+        return None if arrived is None else (arrived, *args[1:])
+
+    for path in dict.fromkeys(path for path, _ in parts):
+        handles.append(module.get_submodule(path).register_forward_hook(hold(path)))
+    if receiver is not None:
+        handles.append(module.get_submodule(receiver[0]).register_forward_pre_hook(meet))
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def path_by_hooks(model, sender, receiver):
+    """The metric of the path from one call of a module to what another is given (None: the logits), by hooks alone."""
+    ends = [part.exit for block in model.anatomy.blocks for part in (block.mixer, block.mlp)]
+    own, theirs = plain_calls(model, CORRUPTED), plain_calls(model, CLEAN)
+    parts = {(path, i): made for path in dict.fromkeys(ends) for i, (_, made) in enumerate(own[path])}
+    parts[sender] = theirs[sender[0]][sender[1]][1]
+    with held(model._module, parts, receiver) as kept:
+        score = plainly(model, CORRUPTED)
+    if receiver is None:
+        return score
+    with held(model._module, {}, receiver, kept[0]):
+        return plainly(model, CORRUPTED)
+
+
+@pytest.mark.parametrize("model_type", ["of Llama's layers", "hrm_text"])
+def test_paths_between_passes_are_those_of_hooks(model, tiny, model_type):
+    model = model if model_type != "hrm_text" else tiny(model_type)
+    blocks, last = model.anatomy.blocks, model.num_layers - 2
+    assert blocks[last].turn > 0
+    unpatched = plainly(model, CORRUPTED)
+    for index in range(0, last, 3):
+        sender = Component("attentions_output" if index % 2 else "mlps_output", index)
+        part = blocks[index].mixer if index % 2 else blocks[index].mlp
+        for receivers, place in (
+            ("logits", None),
+            (Component("mlps_input", last), (blocks[last].mlp.entry, blocks[last].turn)),
+        ):
+            result = path_patching(model, CLEAN, CORRUPTED, sender, receivers, metric)
+            expected = path_by_hooks(model, (part.exit, blocks[index].turn), place)
+            assert result["scores"].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+            assert abs(expected - unpatched) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["dory", "inkling2_loop_text"])
+def test_paths_need_to_know_what_parts_add(tiny, model_type):
+    with pytest.raises(Unavailable, match="no multiples of its parts add up to what the layer adds"):
+        path_patching(tiny(model_type), CLEAN, CORRUPTED, Component("mlps_output", 0), "logits", metric)
+
+
+def test_a_fit_through_passes_without_gradients_is_refused(tiny):
+    with pytest.raises(Unavailable, match=r"under torch\.no_grad"):
+        fit_subspace(tiny("hrm_text"), [CLEAN] * 2, [CORRUPTED] * 2, metric, "layers_output", 14)
+
+
 @pytest.mark.parametrize(
     "call",
     [
         lambda m: direct_logit_attribution(m, [CLEAN], [7], by="position"),
-        lambda m: path_patching(m, CLEAN, CORRUPTED, Component("mlps_output", 0), "logits", metric),
         lambda m: edge_attribution(m, CLEAN, CORRUPTED, metric),
     ],
 )

@@ -8,14 +8,17 @@ import nnsight
 import pytest
 import torch
 
-from nnterp import StandardizedTransformer
+from nnterp import StandardizedTransformer, attach, detach
 from nnterp.errors import Unavailable
 from nnterp.interventions import (
     Component,
     TargetPrompt,
     activation_patching,
+    dictionary_fit,
+    feature_report,
     logit_lens,
     logit_lens_table,
+    optimize_vector,
     patch_object_attn_lens,
     patchscope_generate,
     patchscope_lens,
@@ -23,6 +26,7 @@ from nnterp.interventions import (
 )
 from nnterp.nnsight_utils import collect_token_activations_batched, get_token_activations
 from nnterp.testing import tiny_model, tiny_tokenizer
+from nnterp.traced import Dictionary, JumpRelu
 
 STREAMS = ["deepseek_v4", "hy_v4", "gemma3n_text", "prophetnet"]
 PROMPTS = [[5, 9, 12, 7, 30], [22, 17, 41], [60, 8, 75, 33]]
@@ -126,6 +130,19 @@ def test_numbers_of_the_layers_that_run(mllama):
     torch.testing.assert_close(probs[0, -1], logits.softmax(-1))
 
 
+def transcoder(model):
+    w = torch.randn(8, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    return Dictionary(w, torch.zeros(8), w, torch.zeros(model.hidden_size), JumpRelu(torch.zeros(8)))
+
+
+def patched_features(model, at):
+    attach(model, transcoder(model), at=at)
+    try:
+        return activation_patching(model, [PROMPTS[0]], [[5, 9, 13, 7, 30]], lambda lo: lo[:, 3], "features")
+    finally:
+        detach(model)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -133,6 +150,10 @@ def test_numbers_of_the_layers_that_run(mllama):
         lambda m: m.collect(PROMPTS, "layers_output", layers=[0, 3]),
         lambda m: patchscope_lens(m, PROMPTS, layers=3),
         lambda m: m.gradients([PROMPTS[0]], lambda lo: lo.sum(), "layers_output", layers=[1]),
+        lambda m: optimize_vector(m, [PROMPTS[0]], [7], layer=1),
+        lambda m: dictionary_fit(m, transcoder(m), PROMPTS, at="layers_output[1]"),
+        lambda m: feature_report(m, transcoder(m), PROMPTS, [0], at="layers_output[1]"),
+        lambda m: patched_features(m, "layers_output[1]"),
     ],
 )
 def test_a_layer_that_needs_an_image_is_refused_when_it_is_asked_for(mllama, call):

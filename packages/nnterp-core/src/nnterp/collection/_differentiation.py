@@ -12,7 +12,7 @@ from nnterp.collection._outputs import Index, label_of
 from nnterp.discovery import require_gradients, require_passes_with_gradients
 from nnterp.named_transformer import NamedTransformer
 from nnterp.traced import Place
-from nnterp.values import Combine, gradient_reads, reads, when
+from nnterp.values import Combine, gradient_factors, gradient_reads, reads, when
 
 ValueKey: TypeAlias = tuple[str, Index | None]  # name and layer of a value; None for a value that is not per layer
 ByKey: TypeAlias = dict[ValueKey, torch.Tensor]
@@ -44,11 +44,14 @@ class GradientReads:
         once = list(dict.fromkeys(keys))
         self._values: dict[ValueKey, tuple[list[Place], Combine]] = {}
         self._slopes: dict[ValueKey, tuple[list[Place], Combine]] = {}
+        self._factors: dict[ValueKey, list[Place]] = {}
         for key in once:
             self._values[key] = reads(model, model.place(*key))
         for key in once if slopes is None else dict.fromkeys(slopes):
             self._slopes[key] = gradient_reads(model, model.place(*key), key_label(key))
+            self._factors[key] = gradient_factors(model.place(*key))
         every = [place for places, _ in (*self._values.values(), *self._slopes.values()) for place in places]
+        every += [place for places in self._factors.values() for place in places]
         self.places = sorted(set(every), key=lambda place: when(model, place))
         self.names = [str(place) for place in self.places]
         self.wanted = sorted({self.places.index(place) for places, _ in self._slopes.values() for place in places})
@@ -68,7 +71,10 @@ class GradientReads:
         by_place = {self.places[i]: slope for i, slope in zip(self.wanted, slopes, strict=True)}
         return (
             {key: combine([values[p] for p in places]) for key, (places, combine) in self._values.items()},
-            {key: combine([by_place[p] for p in places]) for key, (places, combine) in self._slopes.items()},
+            {
+                key: combine([*(by_place[p] for p in places), *(values[p] for p in self._factors[key])])
+                for key, (places, combine) in self._slopes.items()
+            },
         )
 
 
@@ -110,18 +116,25 @@ def gradients_at(
         The gradients, of the shape, dtype and device of their tensors; 0 where the score ignores one.
 
     Raises:
-        ValueError: The score does not depend on them through differentiable operations, or one requires no gradient.
+        ValueError: The score does not depend on them through differentiable operations, or one requires no gradient or
+            is made of whole numbers.
     """
     if not score.requires_grad:
         raise ValueError(
             "The metric does not depend on any of the values through differentiable operations: it was detached, "
             "computed under no_grad, or made of integers (argmax, comparisons)."
         )
+    whole = [i for i in wanted if not (kept[i].is_floating_point() or kept[i].is_complex())]
+    if whole:
+        raise ValueError(
+            f"{names[whole[0]]} are whole numbers ({kept[whole[0]].dtype}), with respect to which nothing has a "
+            "gradient. Ask for another value."
+        )
     frozen = [i for i in wanted if edges[i] is None]
     if frozen:
         raise ValueError(
-            f"{names[frozen[0]]} does not require a gradient: its dtype is {kept[frozen[0]].dtype}, or the weights "
-            "before it are frozen; for the latter, ask for token_embeddings as well, where the graph can begin."
+            f"{names[frozen[0]]} does not require a gradient: the weights before it are frozen. Ask for "
+            "token_embeddings as well, where the graph can begin."
         )
     made = torch.autograd.grad(score.reshape(()), [edges[i] for i in wanted], retain_graph=again, allow_unused=True)
     return [torch.zeros_like(kept[i]) if g is None else g for i, g in zip(wanted, made, strict=True)]

@@ -162,7 +162,8 @@ class ExpertsFinder:
         """How many experts a layer has, and the attribute of its experts' module that says so or holds as many.
 
         As many as the router scores; else as the module says, because the router may also score an expert that does
-        nothing (Zaya). None if neither is known.
+        nothing (Zaya). Where no module returns scores, and the module says several numbers (LongCat-Flash in
+        transformers 5.16), that of the matrices in its largest parameter. None if none is known.
         """
         module, router = self._module(path), recorded_router(self.probe.module, layer)
         named = [(value, name) for name, value in vars(module).items() if type(value) is int and "expert" in name]
@@ -170,7 +171,8 @@ class ExpertsFinder:
         call = None if router is None else self.recording.call(router[0])
         stated = next((pair for pair in named if pair[1] in ("num_experts", "moe_num_experts")), None)
         if router is None or call is None:
-            return stated
+            most = max((number for number, _ in held), default=0)
+            return stated or next((pair for pair in named if pair[0] == most), None)
         scores = call.output if isinstance(call.output, torch.Tensor) else call.output[router[1]]
         return next((pair for pair in (*named, *held) if pair[0] == scores.shape[-1]), stated)
 

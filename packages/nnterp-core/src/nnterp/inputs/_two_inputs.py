@@ -29,6 +29,11 @@ def row_of_both(model: Reader, prompt: Any, vocabulary: int | None, label: str) 
     if isinstance(heard, torch.Tensor) and heard.is_floating_point():
         positions = _positions(model, heard, label)
         encoder = Row(tuple(range(positions)), sounds=Beside.of({"input_features": heard[None]}))
+    elif getattr(model._module, "main_input_name", "input_ids") == "input_features":
+        raise TypeError(
+            f"{label}: the encoder of {model.model_class} listens. Give it the features that its processor makes of a "
+            f"sound, a float tensor [bins, frames], not {heard!r:.60}."
+        )
     else:
         encoder = row_of(model, heard, vocabulary, f"{label}: the encoder's input")
         if not encoder.ids:

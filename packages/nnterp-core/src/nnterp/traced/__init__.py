@@ -34,7 +34,7 @@ from nnterp.traced._dictionary import (
 from nnterp.traced._directory import LAYER, Directory
 from nnterp.traced._edited_later import EditedLater, SumEditedLater
 from nnterp.traced._edits import Edits, NoEdits
-from nnterp.traced._experts import EveryExpert, Experts, Routed, one_column
+from nnterp.traced._experts import EveryExpert, Experts, Given, Routed, counted, one_column
 from nnterp.traced._features import Attached, Features, listed
 from nnterp.traced._layouts import PARTS, PROMPTED, PROMPTED_QUERIES, Layout, StreamLayout
 from nnterp.traced._places import Declared, Everywhere, Inside, Item, ReadOnly, Site, bare
@@ -75,6 +75,7 @@ __all__ = [
     "Experts",
     "Features",
     "Gated",
+    "Given",
     "GroupMax",
     "InRun",
     "Inside",
@@ -113,6 +114,7 @@ __all__ = [
     "bind_names",
     "bracket_one",
     "change",
+    "counted",
     "envoy_at",
     "fresh_rotations",
     "is_apart",

@@ -24,6 +24,26 @@ Key = int | str  # a position, or a keyword
 Which = Literal["outputs", "contributions"]
 
 
+class Given(Record):
+    """An argument of a module, as the module is given it: the rows of all invokes, in the model's own shape."""
+
+    def __init__(self, path: str, key: Key) -> None:
+        self.path, self.key = path, key
+
+    def read(self, model: Running, label: str) -> torch.Tensor:
+        """The model's own tensor."""
+        return argument(*inputs_of(model, self.path), self.key)
+
+    def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
+        """Replace it."""
+        args, kwargs = inputs_of(model, self.path)
+        envoy = model.envoy(self.path)
+        in_every_row(lambda: setattr(envoy, "inputs", with_argument(args, kwargs, self.key, tensor)))
+
+    def __str__(self) -> str:
+        return f"{self.path}.inputs, argument {self.key}"
+
+
 class Routed(Record):
     """An argument of the experts' module, one row for each token: the chosen experts, or their weights.
 
@@ -38,16 +58,14 @@ class Routed(Record):
 
     def read(self, model: Running, label: str) -> torch.Tensor:
         """`[batch, seq, chosen]`, a view of the model's own tensor unless there is a factor."""
-        shown = by_token(model, argument(*inputs_of(model, self.path), self.key), label)
+        shown = by_token(model, Given(self.path, self.key).read(model, label), label)
         return shown if self.factor == 1.0 else shown * self.factor
 
     def write(self, model: Running, tensor: torch.Tensor, label: str) -> None:
         """Replace it."""
-        args, kwargs = inputs_of(model, self.path)
+        given = Given(self.path, self.key)
         tensor = tensor if self.factor == 1.0 else tensor / self.factor
-        new = reflattened(model, tensor, argument(args, kwargs, self.key))
-        envoy = model.envoy(self.path)
-        in_every_row(lambda: setattr(envoy, "inputs", with_argument(args, kwargs, self.key, new)))
+        given.write(model, reflattened(model, tensor, given.read(model, label)), label)
 
     def __str__(self) -> str:
         return f"{'' if self.factor == 1.0 else f'{self.factor:g} × '}{self.path}.inputs, argument {self.key}"

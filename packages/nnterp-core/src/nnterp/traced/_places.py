@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nnsight.intervention.source import STATE
 
 from nnterp.errors import Unavailable
 from nnterp.record import Record
@@ -91,9 +92,14 @@ class Inside(Record):
 
     def operation(self, model: Running) -> Any:
         """nnsight's handle of the operation."""
-        source = model.envoy(self.path).source
+        envoy = model.envoy(self.path)
+        source = looked_into(model, envoy, envoy._module.__dict__[STATE].sourced, "skip")
         for label in self.labels[:-1]:
-            source = getattr(source, label).source
+            operation = getattr(source, label)
+            known = model.interleaver.sourced.get(operation.path) is not None
+            if not known:
+                count_alike(model, f"{operation.path}.fn", f"{operation.path}.skip")
+            source = looked_into(model, operation, known, "fn")
         return getattr(source, self.labels[-1])
 
     def read(self, model: Running, label: str) -> torch.Tensor:
@@ -181,6 +187,25 @@ class ReadOnly(Record):
 
     def __str__(self) -> str:
         return f"{self.place} (read only)"
+
+
+# nnsight counts the runs of an operation from when it first looks into what runs it: after some steps of a generation,
+# or passes of a looped model, it would take one run for another.
+def looked_into(model: Running, whole: Any, known: bool, like: str) -> Any:
+    """The operations in a module or an operation (nnsight's handle of it); their runs count as those of the whole."""
+    source = whole.source
+    if not known:
+        for name in source.compiled.names:
+            for end in ("input", "skip", "output"):
+                count_alike(model, f"{whole.path}.source.{name}.{end}", f"{whole.path}.{like}")
+    return source
+
+
+def count_alike(model: Running, at: str, like: str) -> None:
+    """Let a location at which the run has not been watched have been reached as often as another one."""
+    workers = [(w.counts_at_start, getattr(w, "begin", {})) for w in model.interleaver.mediators]
+    for counts in (model.interleaver.counts, *(counts for pair in workers for counts in pair)):
+        counts[at] = counts.get(like, 0)
 
 
 def bare(place: Any) -> Any:

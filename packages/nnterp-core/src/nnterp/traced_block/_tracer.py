@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import re
 import traceback
 from collections.abc import Mapping
 from types import CodeType, FrameType, TracebackType
@@ -22,6 +23,13 @@ from nnterp.traced_block._lost_edits import refuse_lost_edits
 from nnterp.traced_block._order import in_table_order, sorted_reads
 from nnterp.traced_block._reads import FIRST, Read, names_of_model, read_at, reads_of
 
+GRADIENT = re.compile(r"'\d+\.grad\.")  # how nnsight's error begins if a gradient is asked for that does not come
+NO_GRADIENT = (
+    "The backward pass is already past this gradient, or the number does not depend on the tensor. Read .grad from the "
+    "last value to the first. What nnterp computes from the model's own tensors (heads, contributions, what experts "
+    "return) is a new tensor, which the model does not go on with: model.gradients(prompts, metric, value) has its "
+    "gradient; or, if it can be written, assign it before you go on: x = model.VALUE[i]; model.VALUE[i] = x."
+)
 KEPT = "_nnterp_read_first"  # the name, in the block, of what is read at its beginning
 
 
@@ -164,7 +172,12 @@ def _scope(frame: FrameType) -> dict[str, Any]:
 
 
 def explain_order(error: OutOfOrderError, model: Any, node: Any, frame: FrameType | None) -> None:
-    """Add the block's lines in the order that works to an error; the error stays the same object."""
+    """Add the block's lines in the order that works to an error, or say why there is no gradient; it stays the same
+    object.
+    """
+    if GRADIENT.match(str(error.args[0])):
+        error.args = (f"{NO_GRADIENT} [{error.args[0]}]", *error.args[1:])
+        return
     if frame is None or node is None:
         return
     lines = lines_in_order(model, node.body, names_of_model(node.body, _scope(frame), model))

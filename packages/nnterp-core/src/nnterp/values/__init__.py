@@ -8,7 +8,7 @@ from nnterp.values._directory import directory_of
 from nnterp.values._explain import Support, explain, explain_context, source_of, support
 from nnterp.values._images import layers_that_run
 from nnterp.values._lookup import FINDERS, Known, find_place, leaves_inside, site_of
-from nnterp.values._read_order import Combine, gradient_reads, reads, when
+from nnterp.values._read_order import Combine, gradient_factors, gradient_reads, reads, when
 from nnterp.values._runs import runs_of, unrolled
 from nnterp.values._stacks import stack_depth
 
@@ -35,6 +35,7 @@ __all__ = [
     "find_place",
     "get_label",
     "get_value",
+    "gradient_factors",
     "gradient_reads",
     "layer_index",
     "layers_that_run",

@@ -15,6 +15,7 @@ from nnterp.traced import (
     Everywhere,
     Experts,
     Features,
+    Given,
     InRun,
     Inside,
     Item,
@@ -25,6 +26,7 @@ from nnterp.traced import (
     ThroughOut,
     View,
     added,
+    counted,
 )
 from nnterp.values._lookup import Known
 
@@ -74,7 +76,7 @@ def when(model: Known, place: Place) -> float:
     if isinstance(place, Site):
         key = place.path, (), place.side
         return ticks[key] if key in ticks else _with_image(model, place)
-    if isinstance(place, Routed | Experts):
+    if isinstance(place, Given | Routed | Experts):
         return ticks[place.path, (), "input"]
     if isinstance(place, Item | EveryExpert):
         return ticks[place.path, (), "output"]
@@ -101,7 +103,8 @@ def _in_run(model: Known, place: InRun) -> float:
     key = (inner.path, inner.labels if isinstance(inner, Inside) else ())  # type: ignore[attr-defined]
     if key not in runs:  # `layers_mid` in a module that ends with it
         return runs[key[0], ()][place.turn][1] - 0.5
-    return runs[key][place.turn][getattr(inner, "side", "output") == "output"]
+    side = "input" if isinstance(inner, Given | Routed | Experts) else getattr(inner, "side", "output")
+    return runs[key][place.turn][side == "output"]
 
 
 def _with_image(model: Known, place: Site) -> float:
@@ -127,7 +130,13 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
 
     A view takes the gradient of what it is a view of; a value computed several times over, the sum; a multiple that is
     added to the stream, the gradient of what is multiplied, divided by the factor; a head's contribution, the gradient
-    of what the contributions are summed into; a feature, that of what it is decoded into, along its direction.
+    of what the contributions are summed into; a feature, that of what it is decoded into, along its direction. What an
+    expert returns takes the gradient of the experts' sum, times its weight: the function is also given what is read at
+    `gradient_factors`.
+
+    Returns:
+        The places, and the function from the gradients with respect to them, in their order, and then from what is
+        read at `gradient_factors`.
 
     Raises:
         Unavailable: The value is passed on in two places, of which only one is served.
@@ -155,12 +164,32 @@ def gradient_reads(model: Known, place: Place, label: str) -> tuple[list[Place],
             place.kind(path, "output")
         ], lambda given: given[0] / (factor.to(given[0]) if isinstance(factor, torch.Tensor) else factor)
     if isinstance(place, Routed | Experts | EveryExpert):
-        raise Unavailable(
-            f"There is no gradient with respect to {label}: reading it makes a new tensor, on which the model's output "
-            "does not depend. Take the gradient with respect to mlps_output, and multiply it with expert_contributions."
-        )
+        return _of_experts(model, place)
     if isinstance(place, ReadOnly):
         raise Unavailable(
             f"There is no gradient with respect to {label} in {model.facts.anatomy.model_class}: {place.reason}."
         )
     return [place], lambda given: given[0]
+
+
+def gradient_factors(place: Place) -> list[Place]:
+    """What the function of `gradient_reads` needs beside gradients: where the weights of experts are read."""
+    if isinstance(place, InRun):
+        return [InRun(factor, place.turn, place.turns) for factor in gradient_factors(place.place)]
+    if isinstance(place, Experts) and place.which == "outputs":
+        return [Given(place.path, place.keys[2])]
+    return []
+
+
+def _of_experts(model: Known, place: Routed | Experts | EveryExpert) -> tuple[list[Place], Combine]:
+    """See `gradient_reads`. Positions may still share an axis with the batch, as in the model's own tensors."""
+    if isinstance(place, Routed):
+        return [Given(place.path, place.key)], lambda given: given[0] / place.factor
+    returned: list[Place] = [Site(place.path, "output")]
+    if isinstance(place, Experts) and place.which == "outputs":
+        return returned, lambda given: given[0].flatten(0, -2)[:, None] * given[1].to(given[0])[..., None]
+    experts = counted(cast("Running", model), place.path, place.count)
+    if isinstance(place, EveryExpert):
+        return returned, lambda given: given[0].unflatten(0, (experts, -1)).transpose(0, 1)
+    factor = place.factor
+    return returned, lambda given: (given[0].flatten(0, -2) / factor)[:, None].expand(-1, experts, -1)

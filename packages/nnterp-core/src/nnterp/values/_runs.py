@@ -9,12 +9,15 @@ from nnterp.table import Value
 from nnterp.traced import (
     CachedState,
     Declared,
+    EveryExpert,
     Everywhere,
+    Experts,
     InRun,
     Inside,
     Item,
     Place,
     ReadOnly,
+    Routed,
     Runs,
     Site,
     State,
@@ -85,7 +88,7 @@ def _turns(facts: Facts) -> dict[Location, tuple[tuple[int, int], ...]]:
 
 def locations(facts: Facts, place: Place) -> Iterator[Location]:
     """The modules and operations at which a place reads and writes."""
-    if isinstance(place, (Site, Item, CachedState)):
+    if isinstance(place, (Site, Item, CachedState, Routed, Experts, EveryExpert)):
         yield place.path, ()
     elif isinstance(place, Inside):
         yield place.path, place.labels

@@ -50,7 +50,7 @@ def places_with(model: StandardizedTransformer, names: list[str], layers: Any, i
             was given, or a pair may mean two layers or a dictionary.
     """
     if names == ["features"] and model.attachments:
-        return _dictionaries(model, layers)
+        return _dictionaries(model, layers, images)
     return [*layers_with(model, names, layers, images)]
 
 
@@ -90,17 +90,24 @@ def layers_with(model: StandardizedTransformer, names: list[str], layers: Any, i
     return kept
 
 
-def _dictionaries(model: StandardizedTransformer, layers: Any) -> list[At]:
+def _dictionaries(model: StandardizedTransformer, layers: Any, images: bool) -> list[At]:
     """The dictionaries asked for: a layer if it has one, (layer, number) if it has several.
+
+    Of a prompt without an image, those of layers that run without one.
 
     Raises:
         TypeError, ValueError: As `layers_with`; a layer has several dictionaries and no number was given; or a pair may
             mean two layers or a dictionary.
         IndexError: There is no such layer, or no dictionary of this number in it.
-        Unavailable: No dictionary is attached to a layer that was asked for.
+        Unavailable: No dictionary is attached to a layer that was asked for, or to any that runs.
     """
     if layers is None or (isinstance(layers, str) and layers == "all"):
-        return [_shortest(model, at) for at in sorted(model.attachments)]
+        attached = sorted(model.attachments)
+        running = set(model.layers_of_texts(images=images))
+        found = [at for at in attached if at[0] in running]
+        if not found:
+            model.layers_of_texts([at[0] for at in attached], images)  # says why
+        return [_shortest(model, at) for at in found]
     if _is_pair(layers) and (layers[0] % model.num_layers, layers[1]) in model.attachments:
         a, b = layers
         if a != b and all(_alone(model, layer % model.num_layers) for layer in layers):

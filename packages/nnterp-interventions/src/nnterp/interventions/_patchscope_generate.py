@@ -10,7 +10,7 @@ import torch
 from nnterp.defaults import plain_defaults
 from nnterp.generation import check_generation, sequences_of
 from nnterp.indices import Indices, integer
-from nnterp.inputs import Row, encode
+from nnterp.inputs import Row, encode, pad
 from nnterp.interventions._engine import Edit, Passing
 from nnterp.interventions._fitted import Lens
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
@@ -68,7 +68,8 @@ def patchscope_generate(
         on the CPU, padded on the right where a row ended before others.
 
     Raises:
-        ValueError: The lens is of another model, or leads to the last layer while an earlier token is patched.
+        ValueError: The lens is of another model, or leads to the last layer while an earlier token is patched; or
+            a decoder's start token is another in the model's config than in its generation config.
         KeyError: The lens has no map for a layer.
         TypeError: `lens` is no lens.
         IndexError: There is no such layer, or the target prompt has no such position.
@@ -169,10 +170,20 @@ def _generate(
     remote: bool,
 ) -> torch.Tensor:
     """Generate from `rows` copies of the target, with edits (pairs of row and edit) by layer: `[rows, length]`."""
-    ids = torch.tensor([target.ids] * rows)
-    encoding, size = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (rows, len(target))
+    ids, size = torch.tensor([target.ids] * rows), (rows, len(target))
+    encoding = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if target.encoder is not None:  # the ids are the decoder's
+        encoding = pad(model, [target] * rows).encoding
     with model.generate(encoding, remote=remote, **generation) as tracer:
         for layer in sorted(edits):
             Passing(model).write(("layers_output", layer), edits[layer], size, 0)
         written = tracer.result.save()
-    return sequences_of(written)
+    sequences = sequences_of(written)
+    if target.encoder is not None and not torch.equal(sequences[:, : len(target)].cpu(), ids):
+        begun = sequences[0, : len(target) + 1].tolist()
+        raise ValueError(
+            f"The target prompt's decoder ids are {list(target.ids)}, and generate() begins with {begun}: it puts the "
+            "generation config's decoder_start_token_id before them, so that positions count otherwise. Give the "
+            "model's config the same one."
+        )
+    return sequences

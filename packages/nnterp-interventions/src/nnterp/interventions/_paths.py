@@ -29,7 +29,6 @@ from nnterp.interventions._engine import (
     rows_of,
     sweep,
 )
-from nnterp.interventions._layers import require_once
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
@@ -82,6 +81,9 @@ def path_patching(
 
     The output of a whole mixer or MLP, as a sender or a receiver, means what it adds to the stream, also in models
     whose modules add the stream themselves before they return (BLOOM, MPT).
+
+    In a looped model, layers are those of `model.unrolled(layer, pass)`: mixers and MLPs are frozen in every pass, and
+    the stream goes from one pass to the next as the model's own code takes it, a norm between them included.
 
     Args:
         model: The model.
@@ -181,7 +183,6 @@ def _senders_and_receivers(
         ValueError: There are none, or a receiver comes before a sender.
         Unavailable: The model does not have one, or adds to the stream outside of its layers.
     """
-    require_once(model, "path patching")
     if model.anatomy.between:
         raise Unavailable(
             f"{model.anatomy.model_class} adds to the stream between its layers ({model.anatomy.between[0]}), so "

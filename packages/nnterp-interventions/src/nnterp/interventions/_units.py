@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from nnterp.discovery import model_inputs
 from nnterp.indices import integers, read_indices
-from nnterp.inputs import Row
+from nnterp.inputs import EncoderDecoderPrompt, Row, encode
 from nnterp.interventions._engine import At, Shortcuts, axes_of, units_axis
 from nnterp.interventions._states import states_of
 from nnterp.values import get_value
@@ -75,7 +78,17 @@ def _sizes(
         return None if size is None else dict.fromkeys(layers, size)
     missing = [(name, layer) for name in names for layer in layers if ("units", name, layer) not in model.proofs]
     if missing:
-        ((states,), _) = states_of(model, [Row((1, 1))], missing, Shortcuts())
+        ((states,), _) = states_of(model, [_probe(model)], missing, Shortcuts())
         counts = {("units", *key): tensor.shape[units_axis(key[0])] for key, tensor in states.items()}
         model.proofs.update(counts)
     return {layer: min(model.proofs["units", name, layer] for name in names) for layer in layers}
+
+
+def _probe(model: StandardizedTransformer) -> Row:
+    """A prompt of two tokens; in an encoder-decoder model, of two for the decoder and some for the encoder."""
+    if not model.num_encoder_layers:
+        return Row((1, 1))
+    given = model_inputs(model._module, torch.tensor([[1, 1]]))
+    (heard,) = (tensor[0] for name, tensor in given.items() if name != "decoder_input_ids")
+    heard = heard if heard.is_floating_point() else heard.tolist()
+    return encode(model, EncoderDecoderPrompt(heard, [1, 1]))[0]

@@ -56,6 +56,9 @@ class Places:
             )
         self.dictionary = dictionary
         self.reads, self.writes = _place(model, reads), _place(model, writes)
+        for place in (self.reads, self.writes):
+            if place[1] is not None and get_value(place[0]).stack == "layers":
+                model.layers_of_texts([place[1]])
         if _rank(self.reads) > _rank(self.writes):
             raise ValueError(f"{reads} is computed after {writes}, so it cannot be read before that is written.")
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from nnterp.arguments import count
 from nnterp.defaults import plain_defaults
+from nnterp.discovery import require_passes_with_gradients
 from nnterp.inputs import forward_flags
 from nnterp.interventions._engine import Passing, Shortcuts
 from nnterp.interventions._metrics import Bound, bind_some
@@ -80,6 +81,7 @@ def fit_subspace(
         ValueError: There are fewer than two pairs; the two runs of each pair have the same metric; the loss is not
             finite or the metric not differentiable.
         RuntimeError: It was called under `torch.no_grad()`.
+        Unavailable: The model runs some passes without gradients (HRM).
         InsideTraceError: Called inside a trace of the same model.
 
         An error in a later step, or an interrupt, carries the subspace so far as `error.partial`.
@@ -101,6 +103,7 @@ def fit_subspace(
     if len(pairs) < 2:
         raise ValueError("fit_subspace() needs at least two pairs: one to fit on, and one held out to measure with.")
     model.prepare()
+    require_passes_with_gradients(model._module, model.anatomy)
     where = Where(model, pairs, value, layer, positions, head)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(pairs), generator=generator).tolist()

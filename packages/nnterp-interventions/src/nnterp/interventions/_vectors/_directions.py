@@ -88,5 +88,5 @@ def number(value: Any, what: str) -> float:
 
 
 def hash_of(*groups: Sequence[Row]) -> str:
-    """SHA-256 of groups of prompts, by their token ids."""
-    return hashlib.sha256(json.dumps([[list(row.ids) for row in rows] for rows in groups]).encode()).hexdigest()
+    """SHA-256 of groups of prompts, by what tells them apart: their token ids, and what else the model reads."""
+    return hashlib.sha256(json.dumps([[list(row.identity) for row in rows] for rows in groups]).encode()).hexdigest()

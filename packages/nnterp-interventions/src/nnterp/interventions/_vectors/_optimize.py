@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.discovery import require_passes_with_gradients
+from nnterp.errors import Unavailable
 from nnterp.inputs import Batch, Row, batches, encode, forward_flags, left_padded, token_ids
 from nnterp.interventions._running import bar, weights_at_rest
 from nnterp.interventions._vectors._belonging import identity_of
@@ -59,6 +60,7 @@ def optimize_vector(
     Raises:
         ValueError: A target has no tokens, there is not one for each prompt, or the loss is not finite.
         IndexError: There is no such layer.
+        Unavailable: The layer runs only with an image; the model reads two inputs, or runs passes without gradients.
         InsideTraceError: Called inside a trace of this model.
 
         An error in a later step, or an interrupt, carries the vector so far as `error.partial`.
@@ -74,7 +76,13 @@ def optimize_vector(
     if rate <= 0 or (limit is not None and limit <= 0):
         raise ValueError(f"lr and norm must be positive, not {lr!r} and {norm!r}.")
     chosen = layer_index(layer, model.num_layers, "optimize_vector(layer=...)")
+    if model.num_encoder_layers:
+        raise Unavailable(
+            f"optimize_vector() does not serve {model.model_class}, which reads two inputs. Take steering_vectors(), "
+            "with EncoderDecoderPrompts as prompts."
+        )
     model.prepare()
+    model.layers_of_texts([chosen])
     rows, lengths = _continued(model, prompts, targets)
     losses: list[float] = []
 
