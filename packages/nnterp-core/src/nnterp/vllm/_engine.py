@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -24,6 +23,7 @@ from nnterp.vllm._in_trace import InTrace
 from nnterp.vllm._requests import CheckedTracer, CleanEngine, CleanLLM, WatchingClient, deaf_processes
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
+from nnterp.warn import warn
 from vllm import SamplingParams
 
 _REFUSED = {
@@ -263,11 +263,10 @@ class TracedVLLM(InTrace):
     def _warn_unproven(self) -> None:
         if self.certificate is None and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"Nothing has compared the values of {self.repo} in vLLM with HuggingFace's. Call model.validate() to "
                 "prove them; the proof is kept on disk.",
                 UnprovenWarning,
-                stacklevel=5,
             )
 
     def _prompt(self, *inputs: Any) -> Any:
