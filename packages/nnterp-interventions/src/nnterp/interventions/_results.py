@@ -14,7 +14,7 @@ from nnterp import plugins
 from nnterp.files import read_tensors, write_tensors
 from nnterp.interventions._columns import Entry, column
 from nnterp.rendering import html_table
-from nnterp.token_text import TokenNames
+from nnterp.token_text import TokenNames, with_bytes_named
 from nnterp.versions import version_of
 
 if TYPE_CHECKING:
@@ -304,6 +304,11 @@ def exact_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
         raw = names.raw(token) if "�" in text else None
         made.append(raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else text)
     return made
+
+
+def named_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
+    """As `token_texts`; a byte that is part of a character is written out, "⟨F0⟩"."""
+    return [with_bytes_named(text) for text in exact_texts(model, ids)]
 
 
 def joined(texts: list[str]) -> str:
