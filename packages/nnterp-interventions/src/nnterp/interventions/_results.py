@@ -106,7 +106,7 @@ class Result:
 
     @property
     def values(self) -> torch.Tensor:
-        """The main tensor, on the CPU."""
+        """The main tensor, on the CPU, in its own dtype, mostly float32."""
         return self.tensors[self.main]
 
     def __repr__(self) -> str:

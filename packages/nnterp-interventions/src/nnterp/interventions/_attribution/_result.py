@@ -37,7 +37,9 @@ class AttributionResult(Result):
 
     @property
     def patched(self) -> torch.Tensor:
-        """The estimated metric of each patched run: what `activation_patching` calls `scores`, of the same shape."""
+        """The estimated metric of each patched run: what `activation_patching` calls `scores`, of the same shape,
+        dtype (float32) and device (the CPU).
+        """
         return self["scores"] + self._by_prompt(self.unpatched)
 
     def normalized(self) -> AttributionResult:
