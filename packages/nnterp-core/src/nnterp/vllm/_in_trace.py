@@ -70,7 +70,7 @@ class InTrace(VLLM):
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """Token ids of this forward pass, int32 or int64 `[1, seq]`, a copy on the engine's device; read before any layer.
+        """Token ids of this forward pass, int32 or int64 `[1, seq]`, a copy on the engine's device, before any layer.
 
         Raises:
             OutsideTraceError: No forward pass is running.
