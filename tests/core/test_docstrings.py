@@ -115,6 +115,30 @@ def test_every_public_function_says_what_it_returns():
     assert unsaid == {}, "say what they return under `Returns:`"
 
 
+DTYPE = re.compile(r"\b(dtype|float32|float64|int64|int32|bool)\b")
+DEVICE = re.compile(r"\b(devices?|CPU)\b")
+AS_THE_MODEL_HAS_IT = tuple(f"nnterp.traced._{file}." for file in "readout layouts places sums accessors".split())
+
+
+def kind_unsaid(name: str, node: api.Function) -> list[str]:
+    """What is not said of the tensor that a function returns, "dtype" or "device".
+
+    It is looked for where the docstring says what is returned: in the first paragraph and under `Returns:`; of
+    properties and of what travels, anywhere.
+    """
+    if node.returns is None or ast.unparse(node.returns) != "torch.Tensor" or name.startswith(AS_THE_MODEL_HAS_IT):
+        return []
+    whole = ast.get_docstring(node) or ""
+    anywhere = is_property(node) or name.startswith(TRAVELLING)
+    text = whole if anywhere else whole.partition("\n\n")[0] + (section(node, "Returns") or "")
+    return [word for word, said in (("dtype", DTYPE), ("device", DEVICE)) if not said.search(text)]
+
+
+def test_every_public_function_that_returns_a_tensor_says_its_dtype_and_device():
+    unsaid = {name: words for name, node in PUBLIC.items() if (words := kind_unsaid(name, node))}
+    assert unsaid == {}, "say it where they say what they return"
+
+
 def test_every_public_function_says_what_it_raises():
     unsaid = {name: errors for name, node in PUBLIC.items() if (errors := raises_unsaid(name, node))}
     assert unsaid == {}, "say under `Raises:` when they raise these"
@@ -172,3 +196,18 @@ def sample(a: int) -> {returns}:
 def test_what_is_not_said_is_seen(name, returns, text, unsaid):
     (node,) = ast.parse(SAMPLE.format(returns=returns, text=text)).body
     assert (returns_unsaid(name, node), raises_unsaid(name, node)) == unsaid
+
+
+@pytest.mark.parametrize(
+    ("returns", "text", "unsaid"),
+    [
+        ("torch.Tensor", "The states, float32 on the CPU.", []),
+        ("torch.Tensor", "The states.", ["dtype", "device"]),
+        ("torch.Tensor", "The states.\n\n    Returns:\n        In the dtype of `a`.", ["device"]),
+        ("torch.Tensor", "The states.\n\n    Of a device, in a dtype.", ["dtype", "device"]),
+        ("int", "The number.", []),
+    ],
+)
+def test_a_tensor_of_no_kind_is_seen(returns, text, unsaid):
+    (node,) = ast.parse(SAMPLE.format(returns=returns, text=text)).body
+    assert kind_unsaid("m.sample", node) == unsaid

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import copy
 import pickle
 import re
@@ -11,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 import nnterp
 from nnterp import display, errors, interventions, positions, prompts, testing
@@ -26,7 +27,6 @@ BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", flags=re.MULTILINE | re.DOT
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
 PACKAGES = (nnterp, interventions, prompts, display, positions, testing, errors)
 OF_NNSIGHT = {"OutOfOrderError", "WithBlockNotFoundError"}
-PROMPTS = ["The capital of France is", "The Eiffel Tower is in the city of"]
 
 
 def own_errors() -> set[str]:
@@ -45,8 +45,7 @@ def test_every_error_has_a_section_and_every_section_an_error():
 @pytest.fixture(scope="module")
 def begin(tmp_path_factory):
     """What the page defines at its beginning; sections need nothing of each other."""
-    model = nnterp.StandardizedTransformer(nnterp.toy_checkpoint())
-    given = {"model": model, "prompts": PROMPTS, "nnterp": nnterp, "torch": torch, "__name__": "errors_page"}
+    given = {"__name__": "errors_page"}
     run(BLOCK.search(PREAMBLE)[2], given, tmp_path_factory.mktemp("errors"))
     return given
 
@@ -143,6 +142,26 @@ def test_explain_prints_the_section(capsys, spelling):
     for _, code in BLOCK.findall(SECTIONS["ShapeError"]):
         assert all(line.strip() in out for line in code.splitlines())
     assert "PaddingError" not in out
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_what_explain_prints_can_be_run_as_it_stands(name, capsys):
+    """Every name in the code of a section is Python's, made in it, or made by the lines that are printed below it."""
+    printed = explained(capsys, name)[1]
+    code = "".join(code for language, code in BLOCK.findall(SECTIONS[name]) if language == "python")
+    _, said, below = printed.partition("To run this code, put these lines above it:")
+    above = "\n".join(line.removeprefix("    ") for line in below.strip("\n").splitlines())
+    given: dict = {}
+    exec(compile(re.sub("^model = .*$", "model = None", above, flags=re.MULTILINE), "printed", "exec"), given)
+    whole = ast.parse(code)
+    names = [node for node in ast.walk(whole) if isinstance(node, ast.Name)]
+    made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    made |= {node.name for node in ast.walk(whole) if isinstance(node, ast.FunctionDef | ast.ExceptHandler)}
+    made |= {node.arg for node in ast.walk(whole) if isinstance(node, ast.arg)}
+    assert {node.id for node in names if isinstance(node.ctx, ast.Load)} <= made | set(given) | set(dir(builtins))
+    texts = {node.value for node in ast.walk(whole) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert "model" in given or not any("model.trace" in text for text in texts)  # code in a text
+    assert bool(said) == bool(above.strip())
 
 
 def test_links_are_shown_as_pages(capsys):

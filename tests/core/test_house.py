@@ -130,7 +130,7 @@ def test_imports_run_one_way(package, path):
 FLOORS = (
     "errors record turn wording rendering plugins toy token_text tensors huggingface devices eager table tiny files "
     "selectors beside images indices arguments defaults generation progress identity resuming versions memory sent "
-    "lazy deprecation _siblings _ids_alone",
+    "lazy deprecation warn _siblings _ids_alone",
     "anatomy traced loading testing",
     "decoders discovery inputs",
     "facts positions standing fingerprint frozen few_tokens",
@@ -290,14 +290,23 @@ def test_what_is_deprecated_says_so_through_one_helper_and_goes_in_time():
         uses = [
             n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute) and "Deprecation" in ast.unparse(n)
         ]
-        assert not uses or path.name == "deprecation.py", f"{short(path)} warns by itself: call `deprecated()`"
+        if path.name == "deprecation.py":
+            continue
+        assert not uses, f"{short(path)} warns by itself: call `deprecated()`"
         version = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]["version"]
-        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "deprecated"):
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        for call in (n for n in calls if ast.unparse(n.func) in ("deprecated", "renamed")):
             told += 1
-            until = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}["removed_in"]
+            until = next(ast.literal_eval(k.value) for k in call.keywords if k.arg == "removed_in")
             numbers = [tuple(map(int, text.split("."))) for text in (version, until)]
             assert numbers[0] < numbers[1], f"{short(path)}: {ast.unparse(call)}, and {package} is at {version}"
     assert told
+
+
+def test_warnings_are_shown_at_the_user_s_line_by_one_helper():
+    for _, path in FILES:
+        calls = [ast.unparse(n.func) for n in ast.walk(tree_of(path)) if isinstance(n, ast.Call)]
+        assert path.name == "warn.py" or "warnings.warn" not in calls, f"{short(path)}: call `nnterp.warn.warn`"
 
 
 def test_changelogs_begin_with_the_version_of_their_package():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 
 import nnsight
 import pytest
@@ -203,26 +204,51 @@ def test_traces_use_it_where_they_run_here(model):
     assert isinstance(model.trace(IDS, tracer_cls=InterleavingTracer), InterleavingTracer)
 
 
-def test_what_follows_a_trace_in_its_with_is_refused(model):
+def opened(model, what):
+    """A tracer, made in a function, so that its `with` does not say what it is."""
+    return getattr(model, what)(**({} if what in ("session", "edit") else {"input_ids": IDS}))
+
+
+@pytest.mark.parametrize("what", ["trace", "scan", "session", "edit"])
+def test_what_follows_a_tracer_in_its_with_is_refused(model, what):
     """It would be over before the model runs: the numbers would be those of the plain model."""
+    vector, calls = torch.ones(model.hidden_size), types.SimpleNamespace(steering=model.steering)
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with opened(model, what), calls.steering(vector, 1):
+            model.logits.save()
+    calls.tracer = [opened(model, what)]
+    with pytest.raises(ValueError, match=r"`with calls.tracer\[0\], calls.steering\(vector, 1\):` leaves calls.st"):  # noqa: SIM117
+        with calls.tracer[0], torch.no_grad(), calls.steering(vector, 1):
+            model.logits.save()
+    assert not model.standing
+    assert not model._edits
+
+
+def test_what_follows_a_trace_in_its_with_is_refused(model):
     vector = torch.ones(model.hidden_size)
     with pytest.raises(ValueError, match=r"with model\.steering\(vector, 1\), model\.trace\(IDS\):"):  # noqa: SIM117
         with model.trace(IDS), model.steering(vector, 1):
             model.logits.save()
+    with pytest.raises(ValueError, match=r"with model\.steering\(vector, 1\), model\.generate\(IDS, "):  # noqa: SIM117
+        with model.generate(IDS, max_new_tokens=1), model.steering(vector, 1):
+            model.logits.save()
     with pytest.raises(ValueError, match="before the model runs"), model.trace() as tracer:  # noqa: SIM117
         with tracer.invoke(IDS), model.steering(vector, 1):
             model.logits.save()
-    steering, trace = model.steering(vector, 1), model.trace(IDS)
-    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
-        with model.trace(IDS), steering:
+    with pytest.raises(ValueError, match="before the model runs"), model.trace() as tracer:
+        prompt = tracer.invoke
+        with prompt(IDS), model.steering(vector, 1):
             model.logits.save()
-    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
-        with trace, model.steering(vector, 1):
+    with pytest.raises(ValueError, match="before the model runs"), model.session():
+        traced = model.trace
+        with (
+            torch.no_grad(),
+            traced(
+                IDS,
+            ),
+            model.steering(vector, 1),
+        ):
             model.logits.save()
-    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
-        with model.session(), model.steering(vector, 1):
-            with model.trace(IDS):
-                model.logits.save()
     with pytest.raises(ValueError, match="of its own, in the block"), torch.no_grad():  # noqa: SIM117
         with model.trace() as tracer, tracer.invoke(IDS):
             model.logits.save()
@@ -235,3 +261,19 @@ def test_what_follows_a_trace_in_its_with_is_refused(model):
         steered = model.logits.save()
     assert not torch.allclose(plain, steered)
     assert torch.equal(plain, harmless)
+
+
+def test_an_edited_copy_made_under_a_steering_would_keep_it(model):
+    vector = torch.ones(model.hidden_size)
+    with model.steering(vector, 1), pytest.raises(ValueError, match=r"with edited\.steering"):
+        model.edit()
+    with model.trace(IDS):
+        plain = model.logits.save()
+    with model.edit() as (_, edited):
+        edited.layers_output[0] = edited.layers_output[0]
+    with edited.trace(IDS):
+        same = edited.logits.save()
+    with edited.steering(vector, 1), edited.trace(IDS):
+        steered = edited.logits.save()
+    assert torch.equal(plain, same)
+    assert not torch.allclose(plain, steered)

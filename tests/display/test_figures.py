@@ -243,8 +243,8 @@ def test_topk_tokens_as_in_one_x(tokenizer, tmp_path, lens):
 
 def test_frames(tokenizer, lens, tiny):
     frame = display.top_tokens_to_df(lens.transpose(0, 1), tokenizer, k=2)
-    assert list(frame.columns) == ["prompt", "layer", "rank", "id", "token", "probability"]
-    row = frame[(frame.prompt == 3) & (frame.layer == 2) & (frame["rank"] == 1)].iloc[0]
+    assert list(frame.columns) == ["prompt_index", "layer", "rank", "id", "token", "probability"]
+    row = frame[(frame.prompt_index == 3) & (frame.layer == 2) & (frame["rank"] == 1)].iloc[0]
     assert (row.id, row.probability) == (lens[2, 3].argmax().item(), pytest.approx(lens[2, 3].max().item()))
     prompts = [
         SimpleNamespace(

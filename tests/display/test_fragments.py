@@ -9,8 +9,10 @@ import pytest
 import nnterp
 from nnterp import display
 from nnterp.interventions import (
+    AttributionGraph,
     Result,
     activation_patching,
+    attribution_graph,
     attribution_patching,
     direct_logit_attribution,
     logit_lens_table,
@@ -58,6 +60,28 @@ def test_figures_show_bytes(name, model, fragments, tmp_path):
         drawn = json.dumps(one.plot().to_plotly_json(), default=list, ensure_ascii=False)
         assert "�" not in drawn
         assert all(piece in drawn for piece in fragments)
+
+
+def test_a_graph_shows_bytes_in_names_labels_files_and_figure(model, fragments, tmp_path):
+    transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}
+    part, ids = fragments[0], model.tokenizer(CLEAN).input_ids
+    token = ids[[display.TokenNames(model.tokenizer)(i) for i in ids].index(part)]
+    graph = attribution_graph(model, transcoders, CLEAN, targets=[(token, 5), " Paris"], max_features=20)
+    graph.save(tmp_path / "graph")
+    for one in (graph, AttributionGraph.load(tmp_path / "graph")):
+        position = one.tokens.index(part)
+        assert one.nodes[one.index(f"embedding {part!r} @{position}")].feature == token
+        assert {node.label for node in one.nodes if node.kind == "logit"} == {
+            f"{part} − {model.tokenizer.decode([5])}",
+            " Paris",
+        }
+        drawn = json.dumps(one.plot().to_plotly_json(), default=list, ensure_ascii=False)
+        assert "�" not in drawn
+        assert all(piece in drawn for piece in [*fragments, part, "·Paris"])
+    viewer = graph.to_viewer("emoji")["metadata"]
+    assert viewer["prompt"] == CLEAN
+    assert part in viewer["prompt_tokens"]
+    graph.save_viewer(tmp_path, "emoji")
 
 
 def test_tokens_of_a_result_stay_text_that_can_be_printed(model):

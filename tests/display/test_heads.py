@@ -25,7 +25,7 @@ def test_heads_are_a_map_with_rings_around_those_beyond_the_control(model):
     assert heat.hovertext[1][1].startswith("layer 1, head 1<br>previous token score")
     assert "<br>control " in heat.hovertext[1][1]
     ringed = set(zip(rings.y, rings.x, strict=True))
-    assert ringed == {(cell["layers"], cell["heads"]) for cell in result.heads()}
+    assert ringed == {(cell["layer"], cell["head"]) for cell in result.heads()}
     assert 0 < len(ringed) < result["scores"].numel()
     strict = display.plot_heads(result, threshold=0.5).data[1]
     assert set(zip(strict.y, strict.x, strict=True)) < ringed

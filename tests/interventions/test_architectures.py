@@ -155,7 +155,7 @@ def test_patchscopes_of_latents_tables_and_texts(model):
     sources = PROMPTS[:2]
     table = patchscope_table(model, sources, targets, layers, top_k=2)
     by_old_name = patchscope_lens(model, sources, targets, layer_to_patch=layers[1])
-    written = patchscope_generate(model, sources, targets[0], 2, layers, max_batch_size=3, do_sample=False)
+    written = patchscope_generate(model, sources, targets[0], 2, layers, batch_size=3, do_sample=False)
     for k, layer in enumerate(layers):
         for i in range(2):
             state = value(model, sources[i], "layers_output", layer)[-1]

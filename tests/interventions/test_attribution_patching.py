@@ -344,7 +344,7 @@ def test_several_streams_side_by_side(tiny):
     close(found["scores"][0, 0], each.sum((0, 1, 3)), each.abs().sum())
     exact = activation_patching(model, CLEAN[0], CORRUPTED[0], METRIC, layers=[1])
     for cell in found.audit.cells:
-        expected = exact["scores"][0, 0, cell["positions"]] - exact["corrupted"][0]
+        expected = exact["scores"][0, 0, cell["position"]] - exact["corrupted"][0]
         assert cell["exact"] == pytest.approx(expected.item(), abs=1e-3)
 
 
@@ -489,7 +489,7 @@ def test_prompts_of_different_lengths_by_selectors(toy):
         change = value(toy, ids[0], *key)[-1] - into[key][-1]
         assert found["scores"][0, a, 0].item() == pytest.approx((change * slopes[key][-1]).sum().item(), abs=1e-3)
     for cell in found.audit.cells:
-        where = tuple(found.labels[axis].index(cell[axis]) for axis in found.axes["scores"])
+        where = tuple(found.labels[axis].index(cell[axis.removesuffix("s")]) for axis in found.axes["scores"])
         assert cell["exact"] == pytest.approx((exact["scores"][where] - exact["corrupted"][0]).item(), abs=1e-4)
     with pytest.raises(ValueError, match="no embeddings between"):
         attribution_patching(toy, clean, corrupted, PARIS, positions=-1, method="integrated")

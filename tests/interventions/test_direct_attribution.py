@@ -376,7 +376,7 @@ def test_the_grid_the_residue_and_the_file(tmp_path):
     assert grid[1, 2, 3] == found["scores"][1, found.labels["parts"].index("L2.H3")]
     assert found.top(1)[0]["scores"] == pytest.approx(float(found["scores"].flatten()[found["scores"].abs().argmax()]))
     table = found.to_dataframe()
-    assert {"prompts", "parts", "scores", "logits"} <= set(table.columns)
+    assert {"prompt", "part", "scores", "logits"} <= set(table.columns)
     found.save(tmp_path / "kept")
     again = Result.load(tmp_path / "kept")
     assert isinstance(again, DirectAttribution)

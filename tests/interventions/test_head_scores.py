@@ -72,11 +72,11 @@ def test_heads_made_by_hand_are_of_their_kind_and_of_no_other():
     model = handmade()
     options = {"n": 4, "length": 12, "progress": False}
     previous = head_scores(model, "previous_token", **options)
-    assert [cell["heads"] for cell in previous.heads()] == [0]
+    assert [cell["head"] for cell in previous.heads()] == [0]
     assert previous["scores"][0, 0] > 0.99
     assert previous["control"][0, 0] < 0.01
     duplicate = head_scores(model, "duplicate_token", **options)
-    assert [cell["heads"] for cell in duplicate.heads()] == [1]
+    assert [cell["head"] for cell in duplicate.heads()] == [1]
     assert duplicate["scores"][0, 1] == pytest.approx(0.5, abs=0.01)  # half of it stays at the token itself
     assert duplicate["control"][0, 1] < 0.02
     assert duplicate.about["control"].startswith("the second halves shuffled")
@@ -95,7 +95,7 @@ def test_a_head_that_attends_to_a_distance_is_no_induction_head():
 def test_a_head_that_copies_moves_the_token_it_attends_to():
     prompts = [[11, 42, 57, 93, 42], [60, 77, 99, 15, 60]]
     scores = head_scores(handmade(), "name_mover", prompts, [42, 60], draws=3, progress=False)
-    assert [cell["heads"] for cell in scores.heads()] == [1]
+    assert [cell["head"] for cell in scores.heads()] == [1]
     assert scores["attention"][0, 1] == pytest.approx(0.5, abs=0.01)
     assert scores["copying"].tolist() == [[0.0, 1.0]]
     torch.testing.assert_close(scores["scores"], scores["attention"] * scores["copying"])
@@ -277,10 +277,10 @@ def test_top_and_heads_say_the_control_and_a_result_is_saved(tmp_path):
     scores = head_scores(eager("llama"), "previous_token", PROMPTS, progress=False)
     best = scores.top(3)
     assert [cell["scores"] for cell in best] == sorted((c["scores"] for c in best), reverse=True)
-    where = best[0]["layers"], best[0]["heads"]
+    where = best[0]["layer"], best[0]["head"]
     assert best[0]["control"] == scores["control"][where].item()
     above = scores["scores"] - scores["control"]
-    every = {(c["layers"], c["heads"]) for c in scores.heads(threshold=0.02, deviations=1.5)}
+    every = {(c["layer"], c["head"]) for c in scores.heads(threshold=0.02, deviations=1.5)}
     expected = (above >= 0.02) & (above >= 1.5 * scores["control_std"])
     assert every == set(map(tuple, expected.nonzero().tolist()))
     assert 0 < len(every) < expected.numel()

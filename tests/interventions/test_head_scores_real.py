@@ -19,7 +19,7 @@ def test_heads_are_found_well_above_the_control(real, name, kind):
     model = real(name, enable_attention_probs=True)
     scores = head_scores(model, kind, n=4, draws=3, progress=False)
     found = scores.heads(threshold=LEAST[kind])
-    print(name, kind, [(c["layers"], c["heads"], round(c["scores"], 2), round(c["control"], 3)) for c in found[:5]])
+    print(name, kind, [(c["layer"], c["head"], round(c["scores"], 2), round(c["control"], 3)) for c in found[:5]])
     assert found
     assert found[0]["control"] < 0.2
     assert len(scores.heads()) < scores.values.numel() / 2  # most heads are of another kind
@@ -32,7 +32,7 @@ def test_name_movers_of_smollm2_stand_in_a_late_layer(real):
     found = scores.heads(threshold=0.3)
     print(found, scores["copying"][1].tolist(), scores["attention"][1].tolist())
     assert found[0]["scores"] > 0.5  # measured 0.73, head 23.0
-    assert all(cell["layers"] == 23 for cell in found)
+    assert all(cell["layer"] == 23 for cell in found)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -160,7 +160,7 @@ def test_table(tiny, tmp_path):
     assert found.tokens[1][lengths[1] :] == (None,) * (lengths[0] - lengths[1])
     frame = found.to_dataframe()
     assert len(frame) == sum(lengths) * model.num_layers * 3
-    row = frame[(frame.prompts == PROMPTS[0]) & (frame.layers == 1) & (frame.positions == 2) & (frame.top == 0)].iloc[0]
+    row = frame[(frame.prompt == PROMPTS[0]) & (frame.layer == 1) & (frame.position == 2) & (frame.top == 0)].iloc[0]
     assert row.top_probs == pytest.approx(found["top_probs"][0, 1, 2, 0].item())
     assert row.top_token == found.vocabulary[found["top_ids"][0, 1, 2, 0].item()]
     assert row.entropy == pytest.approx(found["entropy"][0, 1, 2].item())

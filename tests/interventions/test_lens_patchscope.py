@@ -95,7 +95,7 @@ def test_generating_equals_a_greedy_loop_with_one_hook(tiny, model_type):
     maps = {layer: torch.randn(width, width) for layer in range(target)}
     biases = {layer: torch.randn(width) for layer in range(target)}
     lens = Lens("jacobian", maps, biases, fitted.origin, fitted.details)  # unlike the identity, so that it shows
-    options = {"max_length": 3, "min_new_tokens": 3, "do_sample": False, "max_batch_size": 2}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "batch_size": 2}
     for where in (INNER, LAST):
         found = patchscope_generate(model, SOURCES, where, lens=lens, **options)
         assert tuple(found) == lens.layers == tuple(range(target))

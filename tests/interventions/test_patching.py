@@ -145,7 +145,7 @@ def test_text_positions_in_prompts_of_different_lengths(tiny, tmp_path):
     assert torch.equal(again["scores"], found["scores"])
     frame = found.to_dataframe()
     assert len(frame) == model.num_layers * 3
-    assert {"prompts", "layers", "positions", "token", "scores"} <= set(frame.columns)
+    assert {"prompt", "layer", "position", "token", "scores"} <= set(frame.columns)
 
 
 def test_own_metric_and_divergence(tiny):

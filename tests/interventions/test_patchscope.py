@@ -85,14 +85,14 @@ def test_table(tiny, tmp_path):
     torch.testing.assert_close(found["top_probs"], best, atol=1e-6, rtol=1e-4)
     assert torch.equal(found["top_ids"], ids)
     frame = found.to_dataframe()
-    assert list(frame.columns) == ["prompts", "layers", "top", "top_probs", "top_ids", "top_token"]
+    assert list(frame.columns) == ["prompt", "layer", "top", "top_probs", "top_ids", "top_token"]
     found.save(tmp_path / "scope")
     assert isinstance(PatchscopeResult.load(tmp_path / "scope"), PatchscopeResult)
 
 
 def test_generate(tiny):
     model = tiny("llama")
-    found = patchscope_generate(model, SOURCES, TARGET, max_length=3, layers=[0, 2], max_batch_size=4, do_sample=False)
+    found = patchscope_generate(model, SOURCES, TARGET, max_new_tokens=3, layers=[0, 2], batch_size=4, do_sample=False)
     assert set(found) == {0, 2}
     for layer, rows in found.items():
         for source, row in zip(SOURCES, rows, strict=True):
@@ -109,7 +109,7 @@ def test_generate(tiny):
 
 def test_all_layers_generate(tiny):
     model = tiny("gpt2")
-    found = patchscope_generate(model, SOURCES[0], TARGET, max_length=2)
+    found = patchscope_generate(model, SOURCES[0], TARGET, max_new_tokens=2)
     assert set(found) == set(range(model.num_layers))
     assert all(rows.shape[0] == 1 for rows in found.values())
 

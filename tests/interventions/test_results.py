@@ -33,6 +33,23 @@ def test_access_names_what_there_is():
     assert repr(result).startswith("Result(scores [a 2]")
 
 
+def test_a_row_names_one_layer_and_an_axis_many():
+    result = Result(
+        {"scores": torch.tensor([[1.0, -3.0]])}, {"scores": ("layers", "heads")}, {"layers": (4,), "heads": (0, 1)}
+    )
+    assert result.to_dataframe().to_dict("records") == [
+        {"layer": 4, "head": 0, "scores": 1.0},
+        {"layer": 4, "head": 1, "scores": -3.0},
+    ]
+    best = result.top(1)[0]
+    assert best == {"layer": 4, "head": 1, "scores": -3.0}
+    with pytest.warns(DeprecationWarning, match="key 'heads' .* use \"head\"") as told:
+        assert best["heads"] == 1
+    assert told[0].filename == __file__
+    with pytest.raises(KeyError, match="positions"):
+        best["positions"]
+
+
 def test_a_notebook_shows_tensors_and_the_strongest_cells(tiny):
     result = Result(
         {"top_ids": torch.tensor([[7, 9]]), "scores": torch.tensor([[1.5, -3.00004]])},

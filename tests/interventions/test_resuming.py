@@ -74,7 +74,7 @@ CALLS = {
     "patchscope_table": lambda m, **k: patchscope_table(m, CLEAN, TargetPrompt("a b c ?", -1), batch_size=5, **k),
     "patch_object_attn_lens": lambda m, **k: patch_object_attn_lens(m, CLEAN[:1], CORRUPTED, -1, batch_size=9, **k),
     "patchscope_generate": lambda m, **k: patchscope_generate(
-        m, CLEAN, TargetPrompt("a b c ?", -1), 4, [0, 1], max_batch_size=5, do_sample=False, **k
+        m, CLEAN, TargetPrompt("a b c ?", -1), 4, [0, 1], batch_size=5, do_sample=False, **k
     ),
     "logit_lens": lambda m, **k: logit_lens(m, CLEAN, batch_size=3, **k),
     "logit_lens, targets": lambda m, **k: logit_lens(

@@ -138,7 +138,7 @@ def attention_patchscope(model, rows):
 
 
 def written(model, rows):
-    found = patchscope_generate(model, rows, TargetPrompt("A cat sat", 1), max_length=3, layers=[1])
+    found = patchscope_generate(model, rows, TargetPrompt("A cat sat", 1), max_new_tokens=3, layers=[1])
     return split(found[1][:, :3].float(), 0)
 
 

@@ -86,7 +86,7 @@ CALLS = {
     "logit_lens_table": lambda m: logit_lens_table(m, PROMPTS, positions=-1)["entropy"].transpose(0, 1),
     "patchscope_lens": lambda m: patchscope_lens(m, PROMPTS, TargetPrompt("The cat", -1)).transpose(0, 1),
     "patchscope_generate": lambda m: torch.stack(
-        list(patchscope_generate(m, PROMPTS, TargetPrompt("The cat", -1), max_length=2).values())
+        list(patchscope_generate(m, PROMPTS, TargetPrompt("The cat", -1), max_new_tokens=2).values())
     ),
     "patch_object_attn_lens": lambda m: patch_object_attn_lens(m, [PROMPTS[0]], PROMPTS, 0).transpose(0, 1),
     "activation_patching": lambda m: activation_patching(m, [PROMPTS[0]], [[5, 9, 13, 7, 30]], lambda lo: lo[:, 3])[

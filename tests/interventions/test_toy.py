@@ -70,7 +70,7 @@ def test_few_heads_carry_the_name(toy):
     best = found.top(2)
     assert best[0]["scores"] > 0.4
     assert sum(cell["scores"] for cell in best) > 0.6
-    mover = Component("attention_head_outputs", best[0]["layers"], best[0]["heads"])
+    mover = Component("attention_head_outputs", best[0]["layer"], best[0]["head"])
     without = ablate(toy, CLEAN, mover, "resample", NAMES, reference=CORRUPTED)
     assert without["scores"] < without["baseline"] - 2
     senders = components(toy, "attention_head_outputs", heads="all")

@@ -79,13 +79,13 @@ CALLS = {
     "patchscope_table": (patchscope_table, {"source_prompts": FRANCE, "layers": [1]}, "target_patch_prompts top_k"),
     "patchscope_generate": (
         patchscope_generate,
-        {"prompts": FRANCE, "target_patch_prompt": repeat_prompt(), "max_length": 1, "layers": [1]},
-        "prompts target_patch_prompt max_batch_size",
+        {"source_prompts": FRANCE, "target_patch_prompt": repeat_prompt(), "max_new_tokens": 1, "layers": [1]},
+        "source_prompts target_patch_prompt max_new_tokens batch_size",
     ),
     "patch_object_attn_lens": (
         patch_object_attn_lens,
-        {"source_prompts": FRANCE, "target_prompts": ITALY, "attn_idx_patch": -1, "num_patches": 1},
-        "source_prompts target_prompts attn_idx_patch num_patches batch_size",
+        {"source_prompts": FRANCE, "target_patch_prompts": ITALY, "attn_idx_patch": -1, "num_patches": 1},
+        "source_prompts target_patch_prompts attn_idx_patch num_patches batch_size",
     ),
     "activation_patching": (
         activation_patching,
@@ -127,7 +127,7 @@ CALLS = {
         {"prompts": [FRANCE], "batch_size": 1},
         "prompts batch_size idx",
     ),
-    "compute_next_token_probs": (nnsight_utils.compute_next_token_probs, {"prompt": FRANCE}, "prompt"),
+    "compute_next_token_probs": (nnsight_utils.compute_next_token_probs, {"prompts": FRANCE}, "prompts"),
     "get_topk_closest_tokens": (
         lambda m, **k: m.get_topk_closest_tokens(torch.zeros(128), **k),
         {},
@@ -169,12 +169,12 @@ def test_counts(toy, bad):
         lambda: logit_lens(toy, FRANCE, top_k=0 if bad is None else bad),
         lambda: patchscope_table(toy, FRANCE, top_k=bad),
         lambda: patchscope_generate(toy, FRANCE, repeat_prompt(), bad),
-        lambda: patchscope_generate(toy, FRANCE, repeat_prompt(), max_batch_size=bad),
+        lambda: patchscope_generate(toy, FRANCE, repeat_prompt(), batch_size=bad),
         lambda: patch_object_attn_lens(toy, FRANCE, ITALY, -1, bad),
         lambda: run_prompts(toy, prompts_of(toy), batch_size=bad),
         lambda: toy.get_topk_closest_tokens(torch.zeros(128), bad),
     ):
-        with pytest.raises((TypeError, ValueError), match=r"batch_size|max_new|top_k|max_length|num_pat|k is an"):
+        with pytest.raises((TypeError, ValueError), match=r"batch_size|max_new|top_k|num_pat|k is an"):
             call()
 
 
@@ -320,7 +320,7 @@ def test_a_generation_that_returns_an_object(toy):
     asked = toy.collect(FRANCE, "layers_output", [1], max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(plain.generated, asked.generated)
     assert torch.equal(plain["layers_output"], asked["layers_output"])
-    options = {"max_length": 3, "layers": [2], "do_sample": False}
+    options = {"max_new_tokens": 3, "layers": [2], "do_sample": False}
     expected = patchscope_generate(toy, FRANCE, repeat_prompt(), **options)[2]
     found = patchscope_generate(toy, FRANCE, repeat_prompt(), **options, return_dict_in_generate=True)[2]
     assert torch.equal(expected, found)

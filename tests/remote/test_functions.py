@@ -89,7 +89,7 @@ CALLS = {
     ),
     "patchscope_lens": lambda m, r: patchscope_lens(m, PROMPTS, repeat_prompt(), layers=[1, 2], remote=r),
     "patchscope_generate": lambda m, r: patchscope_generate(
-        m, PROMPTS[:2], repeat_prompt(), max_length=3, layers=[1, 2], remote=r, do_sample=False
+        m, PROMPTS[:2], repeat_prompt(), max_new_tokens=3, layers=[1, 2], remote=r, do_sample=False
     ),
     "collect, last token": lambda m, r: m.collect(
         PROMPTS,

@@ -57,6 +57,13 @@ def test_a_steering_that_follows_the_trace_is_refused_before_anything_is_sent(pa
     with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
         with pair.there.trace("Paris is in", remote=True), steering:
             pair.there.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with pair.there.session(remote=True), steering:
+            with pair.there.trace("Paris is in"):
+                pair.there.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"), pair.there.session(remote=True):  # noqa: SIM117
+        with pair.there.trace("Paris is in"), steering:
+            pair.there.logits.save()
     assert len(pair.worker.requests) == before
 
 

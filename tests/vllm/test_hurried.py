@@ -66,6 +66,16 @@ def test_what_follows_the_trace_in_its_with_is_refused(model, reference):
     with pytest.raises(ValueError, match="before the model runs"), model.trace() as tracer:  # noqa: SIM117
         with tracer.invoke(GIVEN[0]), model.steering(reference["vector"], list(STEERED)):
             model.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with model.session(), model.steering(reference["vector"], list(STEERED)):
+            with model.trace(GIVEN[0]):
+                model.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with model.edit(), model.steering(reference["vector"], list(STEERED)):
+            model.logits.save()
+    with pytest.raises(ValueError, match="before the model runs"):  # noqa: SIM117
+        with model.generate(GIVEN[0], max_new_tokens=2), model.steering(reference["vector"], list(STEERED)):
+            model.logits.save()
 
 
 @pytest.mark.parametrize("run", ["run", "generate", "collect", "lens", "trace"])

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
-_INSIDE = frozenset(["nnterp", "nnsight", "contextlib"])  # packages whose lines are not the user's
+from nnterp.warn import warn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def deprecated(old: str, instead: str, removed_in: str) -> None:
     """Warn that `old` goes away in version `removed_in` of its package.
 
-    The warning stands at the nearest line that is neither nnterp's nor nnsight's, because Python shows a
-    `DeprecationWarning` only if it comes from the user's own program. Nothing else in nnterp raises one, and a test
-    fails once a package has reached the version in which something was to go.
+    Nothing else in nnterp raises a `DeprecationWarning`, and a test fails once a package has reached the version in
+    which something was to go. Python shows one only if it comes from the user's own program; see `nnterp.warn`.
 
     Args:
         old: What was used, as it is written: "`steer(positions=)`".
         instead: What to write instead: "`token_positions=`".
         removed_in: The version without it, "3.0".
     """
-    depth, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE:
-        depth, frame = depth + 1, frame.f_back
-    message = f"{old} is deprecated and goes away in {removed_in}: use {instead}."
-    warnings.warn(message, DeprecationWarning, stacklevel=depth)
+    warn(f"{old} is deprecated and goes away in {removed_in}: use {instead}.", DeprecationWarning)
+
+
+def renamed(removed_in: str, **names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let a function take arguments by the names they had, with a warning.
+
+    Args:
+        removed_in: As in `deprecated`.
+        **names: Each old name, and the one that it has now.
+
+    Raises:
+        TypeError: A call of the function gives an argument by both names.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> T:
+            for old in names.keys() & kwargs.keys():
+                new, what = names[old], getattr(function, "__name__", "a function")
+                if new in kwargs:
+                    raise TypeError(f"{what}() was given {new}= and {old}=, its old name; give the first alone.")
+                deprecated(f"`{what}({old}=)`", f"`{new}=`", removed_in)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate

@@ -8,20 +8,19 @@ from typing import Any
 from nnterp.indices import integer
 
 
-def check_generation(max_new_tokens: Any, settings: Mapping[str, Any], name: str = "max_new_tokens") -> None:
+def check_generation(max_new_tokens: Any, settings: Mapping[str, Any]) -> None:
     """Raise for settings that do not give one answer to each prompt.
 
     Args:
         max_new_tokens: The most new tokens.
         settings: Keyword arguments for HuggingFace's `generate`.
-        name: How errors call the number of tokens.
 
     Raises:
         TypeError: The number of tokens is no integer.
         ValueError: It is not positive, or several answers or beams were asked for.
     """
-    if integer(max_new_tokens, name) < 1:
-        raise ValueError(f"{name} must be at least 1, not {max_new_tokens}.")
+    if integer(max_new_tokens, "max_new_tokens") < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     for setting in ("num_return_sequences", "num_beams"):
         if (settings.get(setting) or 1) != 1:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,6 +41,7 @@ from nnterp.traced import (
 )
 from nnterp.turn import Turn
 from nnterp.values import Attachment, attached_of, directory_of, features_of, find_place, layers_that_run, runs_of
+from nnterp.warn import warn
 
 _ANOTHER = "make another, over its module or a copy: StandardizedTransformer({}, tokenizer=model.tokenizer)."
 
@@ -347,11 +347,10 @@ class NamedTransformer(EditedTransformer):
             UnprovenWarning: The model was loaded with `check_renaming=False`.
         """
         if self.readout.way == "unproven":
-            warnings.warn(
+            warn(
                 f"{self.model_class}: nothing proves that {self.readout.chain} gives its logits, because the model was "
                 "loaded with check_renaming=False. Call model.validate() to prove it.",
                 UnprovenWarning,
-                stacklevel=3,
             )
         return logits_of(self, hidden_state, tokens)
 

@@ -14,6 +14,7 @@ import torch
 
 from nnterp.arguments import count, listed
 from nnterp.defaults import plain_defaults
+from nnterp.deprecation import renamed
 from nnterp.indices import Indices, integer, read_indices
 from nnterp.inputs import encode
 from nnterp.module_accessor import ModuleAccessor
@@ -316,15 +317,21 @@ def collect_token_activations_batched(
     return torch.cat(pieces, dim=1)
 
 
+@renamed(removed_in="3.0", prompt="prompts")
 @plain_defaults()
-def compute_next_token_probs(nn_model: Any, prompt: str | list[str], remote: bool = False) -> torch.Tensor:
+def compute_next_token_probs(nn_model: Any, prompts: str | list[str], remote: bool = False) -> torch.Tensor:
     """Run prompts, and compute the probabilities of the token after each.
+
+    Args:
+        nn_model: The model.
+        prompts: A text or a list. The name that it had, `prompt=`, works with a warning.
+        remote: Passed to the trace.
 
     Returns:
         `[prompts, vocab]` on the CPU, in the logits' dtype.
     """
-    _prepare(nn_model, remote, prompt)
-    with torch.no_grad(), nn_model.trace(prompt, remote=remote):
+    _prepare(nn_model, remote, prompts)
+    with torch.no_grad(), nn_model.trace(prompts, remote=remote):
         probs = get_next_token_probs(nn_model).cpu().save()
     return probs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from nnterp.errors import ChangedModelError, ChangedModelWarning
 from nnterp.facts import Facts, unproven_facts
 from nnterp.fingerprint import Fingerprint, Weightless
 from nnterp.named_transformer import NamedTransformer
+from nnterp.warn import warn
 
 
 def _reads_factors(facts: Facts) -> bool:
@@ -91,7 +91,7 @@ class Renewal:
                 "Undo the change, or make another model of the changed module: StandardizedTransformer(module, ...)."
             ) from error
         message = f"{model.model_class} changed since it was proven: {what}. It was proven anew."
-        warnings.warn(message, ChangedModelWarning, stacklevel=4)
+        warn(message, ChangedModelWarning)
 
     def ran_without_weights(self, module: nn.Module) -> None:
         """After a run on fake tensors: what a model edits in its own forward (RWKV's scales) is no user's edit."""

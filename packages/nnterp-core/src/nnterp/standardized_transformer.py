@@ -31,12 +31,12 @@ from nnterp.reading import ReadTransformer
 from nnterp.renewal import Renewal, require_not_compiled
 from nnterp.standing import hooks, unsteered
 from nnterp.traced import Place, travel_by_value
-from nnterp.traced_block import BlockTracer, RequestTracer, SessionTracer, know_cell
+from nnterp.traced_block import BlockTracer, OpeningTransformer, RequestTracer, know_cell
 from nnterp.twin import Twin, build_twin, facts_by_twin, facts_without_twin
 from nnterp.values import unrolled
 
 
-class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
+class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer, OpeningTransformer):
     """A causal language model in its original HuggingFace implementation, with one name for every part of it.
 
     Whatever the architecture calls its modules, `embed_tokens`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final` and
@@ -330,21 +330,16 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer):
             kwargs.setdefault("tracer_cls", BlockTracer)
         return TransformersModel.trace(self, *inputs, **kwargs)
 
-    def session(self, *args: Any, **kwargs: Any) -> Any:
-        """nnsight's `session`: several traces in one block, with `remote=True` one request; returns its tracer."""
-        know_cell()
-        if kwargs.get("remote") or kwargs.get("backend") is not None:
-            self._prepare_request()
-        elif not args:
-            kwargs.setdefault("tracer_cls", SessionTracer)
-        return TransformersModel.session(self, *args, **kwargs)
-
     def scan(self, *args: Any, **kwargs: Any) -> Any:
-        """nnsight's `scan`: shapes without weights; returns its tracer. First looks up values inside layers."""
+        """nnsight's `scan`: shapes without weights; returns its tracer. First looks up values inside layers.
+
+        Raises:
+            ValueError: Something, such as a steering, follows the scan in its `with`.
+        """
         self.learn_from_twin()
         with contextlib.suppress(Unavailable):
             _ = self.facts.inside
-        return TransformersModel.scan(self, *args, **kwargs)
+        return OpeningTransformer.scan(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """What a remote request takes along. Before the first request, learns from the twin."""

@@ -10,6 +10,7 @@ from typing import Any
 
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 _RESERVED = frozenset({*_MARKS.values(), "⟨", "⟩", "◌"})
+_LONE_BYTE, _NAMED_BYTE = re.compile("[\udc80-\udcff]"), re.compile("⟨([89A-F][0-9A-F])⟩")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -50,6 +51,16 @@ def visible(text: str) -> str:
 def visible_bytes(raw: bytes) -> str:
     """Bytes as `visible` text, each byte that is no part of a UTF-8 character as `⟨E2⟩`."""
     return visible(raw.decode("utf-8", errors="surrogateescape"))
+
+
+def with_bytes_named(text: str) -> str:
+    """A text whose lone surrogates, bytes that are part of a character, are written out: `⟨E2⟩`, as `visible` does."""
+    return _LONE_BYTE.sub(lambda found: visible(found[0]), text)
+
+
+def with_bytes_kept(text: str) -> str:
+    """A text of `with_bytes_named` with lone surrogates again, as Python's "surrogateescape" keeps bytes."""
+    return _NAMED_BYTE.sub(lambda found: chr(0xDC00 + int(found[1], 16)), text)
 
 
 def width(text: str) -> int:

@@ -49,7 +49,7 @@ class RenameConfig:
         ln_final_name: The norm after the last layer.
         lm_head_name: The unembedding.
         model_name: The backbone that holds the layers.
-        layers_name: The list of layers.
+        layers_name: The list of layers. Of several lists that run in turn (HRM), one stands for all of them.
         attn_prob_source: Where attention probabilities are found, see `AttnProbFunction`.
         ignore_mlp: Do not look for a feed-forward in the layers: they have none.
         ignore_attn: Do not look for an attention in the layers: they have none.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import re
 import sys
 from pathlib import Path
 
 help = "say what an error of nnterp means and what to write instead, offline"
+_CODE = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 examples = ("explain ShapeError", "explain")
 
 
@@ -36,8 +38,27 @@ def run(arguments: argparse.Namespace) -> int:
 def _sections() -> dict[str, str]:
     """The sections of docs/errors.md as text for a terminal: code is indented, links are shown as pages."""
     page = Path(__file__).with_name("errors.md").read_text(encoding="utf-8")
-    _, *parts = re.split(r"^## ", page, flags=re.MULTILINE)
-    return {part.partition("\n")[0]: _plain(part.strip()) for part in parts}
+    top, *parts = re.split(r"^## ", page, flags=re.MULTILINE)
+    return {part.partition("\n")[0]: _plain(f"{part.strip()}\n\n{_beginning(top, part)}") for part in parts}
+
+
+def _beginning(top: str, part: str) -> str:
+    """What the code of a section needs of the page's first block, in words and as a block."""
+    block, *_ = _CODE.findall(top)
+    wanted = set(re.findall(r"\w+", "\n".join(_CODE.findall(part))))
+    kept: list[str] = []
+    for statement in reversed(ast.parse(block).body):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            statement.names = [name for name in statement.names if name.name in wanted]
+            text = ast.unparse(statement) if statement.names else ""
+        else:
+            made = statement.targets[0] if isinstance(statement, ast.Assign) else statement
+            named = made.id if isinstance(made, ast.Name) else getattr(made, "name", "")
+            text = ast.get_source_segment(block, statement) or "" if named in wanted else ""
+            wanted |= set(re.findall(r"\w+", text))
+        kept = [f"\n{text}" if text.startswith("def ") else text, *kept] if text else kept
+    code = "\n".join(kept)
+    return f"To run this code, put these lines above it:\n\n```python\n{code}\n```" if code else ""
 
 
 def _plain(section: str) -> str:

@@ -80,7 +80,7 @@ class Collected(Mapping[str, torch.Tensor]):
         `collected[label]`.
 
         Returns:
-            The tensor, as `collected[label]`.
+            The tensor, as `collected[label]`, in its dtype, on its device.
         """
         return self[label]
 

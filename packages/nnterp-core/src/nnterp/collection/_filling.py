@@ -78,7 +78,7 @@ class Filling:
         """Give a tensor of all prompts room for what a function made of some.
 
         Returns:
-            `into` itself if it has the room; else a larger copy, filled up with zeros.
+            `into` itself if it has the room; else a larger copy, filled up with zeros, of its dtype and device.
 
         Raises:
             ValueError: It has another number of axes than what was made of earlier prompts.
@@ -153,7 +153,8 @@ class Filling:
         self.filled, self.done = self.summed
 
     def added(self, t: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Add one more sum to what is summed so far; returns the new sum, of the larger of two shapes."""
+        """Add one more sum to what is summed so far; returns the new sum, of the larger of two
+        shapes, in the dtype and on the device of the sums."""
         there = self.filled.get(t)
         if there is None or there.shape == tensor.shape:
             return tensor if there is None else there + tensor

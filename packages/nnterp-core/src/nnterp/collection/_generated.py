@@ -67,7 +67,7 @@ class Generated:
 
         Returns:
             Its own positions, 0 at the others; for "mean" and "sum" their sum in float64; else what the function made
-            of them.
+            of them, in its dtype. On the device of `tensor`.
         """
         longest = int(own.sum(1).max())
         tensor, own = tensor[:, :longest], own[:, :longest]

@@ -31,7 +31,7 @@ class Predictions(Record):
 
 
 def only(given: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pick the one tensor that logits are made of; returns it as it is."""
+    """Pick the one tensor that logits are made of; returns it as it is, dtype and device included."""
     return given[0]
 
 

@@ -56,7 +56,8 @@ def own_part(tensor: torch.Tensor, row: int, picked: Selection, pattern: bool) -
 
 
 def checked(made: Any, rows: int) -> torch.Tensor:
-    """Check what a function returned, which must have one entry for each row; returns it as it is.
+    """Check what a function returned, which must have one entry for each row; returns it as it is, dtype and device
+    included.
 
     Raises:
         ValueError: It is no tensor, or has another number of entries.

@@ -30,7 +30,8 @@ class Tape:
         """Record something that the pass made itself, or look up what takes its place.
 
         Returns:
-            What was recorded, or `own` while recording; detached, in the dtype of `own`.
+            What was recorded, or `own` while recording; detached, in the dtype and on the
+            device of `own`.
 
         Raises:
             ValueError: The pass is not like the one that was recorded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
@@ -13,6 +12,7 @@ from nnterp.huggingface import is_encoder_decoder
 from nnterp.images import holds_images, images_of
 from nnterp.indices import shown
 from nnterp.inputs._rows import EncoderDecoderPrompt, Reader, Row
+from nnterp.warn import warn
 
 
 def as_prompts(model: Reader, prompts: Any) -> list[Any]:
@@ -161,11 +161,10 @@ def _warn_of_padding(model: Reader, rows: list[torch.Tensor]) -> None:
     filler = getattr(model.tokenizer, "pad_token_id", None)
     padded = [i for i, row in enumerate(rows) if len(row) and filler is not None and filler in (row[0], row[-1])]
     if len(rows) > 1 and padded:
-        warnings.warn(
+        warn(
             f"Rows {', '.join(map(str, padded[:5]))} of the token ids begin or end with the padding token ({filler}), "
             "and no attention mask was given, so padding is read as tokens. Pass the whole encoding (input_ids and "
-            "attention_mask), or a list of rows without padding.",
-            stacklevel=4,
+            "attention_mask), or a list of rows without padding."
         )
 
 
@@ -185,10 +184,9 @@ def row_of(model: Reader, prompt: Any, vocabulary: int | None, label: str) -> Ro
     row = encoded(model, prompt)
     begin = getattr(model.tokenizer, "bos_token_id", None)
     if begin is not None and row.ids[:2] == (begin, begin):
-        warnings.warn(
+        warn(
             f"{label} begins with {model.tokenizer.bos_token!r}, and the tokenizer puts another in front of it. Give "
-            "chat messages instead of their rendered text, or token ids.",
-            stacklevel=4,
+            "chat messages instead of their rendered text, or token ids."
         )
     return row
 

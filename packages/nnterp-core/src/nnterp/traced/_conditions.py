@@ -31,7 +31,7 @@ class Condition(Record):
         self.position, self.below = position, below
 
     def rows(self, model: Running) -> torch.Tensor:
-        """Which rows of the running pass fulfil it, `[rows]`; for the pass of the prompt."""
+        """Which rows of the running pass, that of the prompt, fulfil it: bool `[rows]`, on the stream's device."""
         stream = model.layers_output[self.layer]
         own = Pass(model, stream, 0, Mediator.current("condition").batch_group, "condition")
         entries = [slice(None)] if self.position is None else [self.position]
@@ -54,7 +54,7 @@ class Chosen(Record):
         self.test = test
 
     def rows(self, model: Running) -> torch.Tensor:
-        """Which rows of the running pass fulfil it, `[rows]`; for the pass of the prompt."""
+        """Which rows of the running pass fulfil it, bool `[rows]`, on the CPU; for the pass of the prompt."""
         own = Pass(model, model.layers_input[0], 0, Mediator.current("when").batch_group, "when")
         chosen = [bool(self.test(own.ids(row))) for row in range(own.rows) for _ in range(own.copies)]
         return torch.tensor(chosen)

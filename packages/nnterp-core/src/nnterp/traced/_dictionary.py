@@ -201,7 +201,10 @@ class Dictionary(Record):
         return self.transcodes or self.writes != self.reads
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., features]` of activations `[..., width]`: what the activation function is given."""
+        """What the activation function is given, `[..., features]`, of activations `[..., width]`.
+
+        In the dictionary's dtype and on its device.
+        """
         x = x.to(self.encoder)
         if self.scaling is not None:
             x = self.scaling(x)[0]
@@ -235,7 +238,10 @@ class Dictionary(Record):
         return decoded if self.skip is None else decoded + x @ self.skip.T
 
     def decode_change(self, change: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What a change of features adds to what is decoded, `[..., output width]`; biases and skip take no part.
+        """What a change of features adds to what is decoded, `[..., output width]`, without biases and skip.
+
+        In the dictionary's dtype and on its device.
+
 
         Args:
             change: `[..., features]`.

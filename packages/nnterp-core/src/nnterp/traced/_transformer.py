@@ -207,7 +207,7 @@ class TracedTransformer(TransformersModel):
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """Probabilities of the token after each row, `[batch, vocab]`, in the logits' dtype.
+        """Probabilities of the token after each row, `[batch, vocab]`, in the logits' dtype and on their device.
 
         Raises:
             ValueError: Rows are padded on the right, so their last position is not their last token.
@@ -222,7 +222,7 @@ class TracedTransformer(TransformersModel):
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """Token ids of the running forward pass, `[batch, seq]`; read it before any layer."""
+        """Token ids of the running forward pass, int64 `[batch, seq]`, on its device; read it before any layer."""
         return self._model_input("input_ids")
 
     @property
@@ -232,7 +232,7 @@ class TracedTransformer(TransformersModel):
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        """1 at tokens and 0 at padding, `[batch, seq]`; read it before any layer."""
+        """1 at tokens and 0 at padding, `[batch, seq]`, the dtype and device given; read it before any layer."""
         return self._model_input("attention_mask")
 
     def _model_input(self, name: str) -> torch.Tensor:

@@ -6,8 +6,18 @@ beginning, in the order in which the pass comes by.
 """
 
 from nnterp.traced_block._cells import know_cell
-from nnterp.traced_block._followed import refuse_followed
+from nnterp.traced_block._followed import LastInWith, refuse_followed
+from nnterp.traced_block._opening import OpeningTransformer
 from nnterp.traced_block._request import RequestTracer
-from nnterp.traced_block._tracer import BlockTracer, SessionTracer
+from nnterp.traced_block._tracer import BlockTracer, EditTracer, SessionTracer
 
-__all__ = ["BlockTracer", "RequestTracer", "SessionTracer", "know_cell", "refuse_followed"]
+__all__ = [
+    "BlockTracer",
+    "EditTracer",
+    "LastInWith",
+    "OpeningTransformer",
+    "RequestTracer",
+    "SessionTracer",
+    "know_cell",
+    "refuse_followed",
+]

@@ -15,13 +15,13 @@ from torch import nn
 from nnterp.editing import EDITS, mentions_edits, mentions_values
 from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES
 from nnterp.traced import StepTracer
-from nnterp.traced_block._followed import refuse_followed
+from nnterp.traced_block._followed import LastInWith, refuse_followed
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 
 NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy"}  # they know nothing of nnterp
 
 
-class RequestTracer(StepTracer):
+class RequestTracer(LastInWith, StepTracer):
     """Sends along the model's edits, and values of few models, that the block or a function that it names mentions."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
+from nnsight.intervention.editing import EditingTracer
 from nnsight.intervention.interleaver import OutOfOrderError
-from nnsight.intervention.tracer import InterleavingTracer, Invoker
+from nnsight.intervention.tracer import InterleavingTracer, Invoker, ScanningTracer
 from nnsight.schema.config import CONFIG
 from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import filter_traceback
 
 from nnterp.traced import StepTracer
 from nnterp.traced_block._advice import lines_in_order
-from nnterp.traced_block._followed import refuse_followed
+from nnterp.traced_block._followed import LastInWith, refuse_followed
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 from nnterp.traced_block._order import in_table_order, sorted_reads
 from nnterp.traced_block._reads import FIRST, Read, names_of_model, read_at, reads_of
@@ -33,7 +34,7 @@ NO_GRADIENT = (
 KEPT = "_nnterp_read_first"  # the name, in the block, of what is read at its beginning
 
 
-class BlockTracer(StepTracer):
+class BlockTracer(LastInWith, StepTracer):
     """Runs a block that only reads with its reads in forward order, any other as it is; one thread at a time."""
 
     def execute(self, code: CodeType) -> None:
@@ -58,7 +59,7 @@ class BlockTracer(StepTracer):
         return BlockInvoker(self, *args, **kwargs)
 
 
-class BlockInvoker(Invoker):
+class BlockInvoker(LastInWith, Invoker):
     """The block of one `tracer.invoke(...)`, as `BlockTracer` treats its own."""
 
     def execute(self, code: CodeType) -> None:
@@ -66,17 +67,20 @@ class BlockInvoker(Invoker):
         Invoker.execute(self, in_forward_order(self, self.tracer.envoy, self.node, code, self.info.frame))
 
 
-class SessionTracer(Tracer):
-    """nnsight's tracer of a session, which refuses a `with` in which something follows the session."""
+class SessionTracer(LastInWith):
+    """nnsight's tracer of a session; a remote one sends nnsight's own, and looks at the traces in its block first."""
 
-    def execute(self, code: CodeType) -> None:
-        """Run the block; see `Tracer.execute`.
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        refuse_followed(self.node)
+        return object.__new__, (Tracer,), self.__getstate__()
 
-        Raises:
-            ValueError: Something, such as a steering, follows the session, or a trace in it, in its `with`.
-        """
-        refuse_followed(self.node, self, _scope(self.info.frame))
-        Tracer.execute(self, code)
+
+class ScanTracer(LastInWith, ScanningTracer):
+    """nnsight's tracer of a scan."""
+
+
+class EditTracer(LastInWith, EditingTracer):
+    """nnsight's tracer of an edit."""
 
 
 def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: FrameType) -> CodeType:
@@ -90,14 +94,12 @@ def in_forward_order(tracer: Any, model: Any, node: Any, code: CodeType, frame: 
         frame: Where it stands.
 
     Raises:
-        ValueError: It edits features where it reads them, which changes nothing; or something, such as a
-            steering, follows the trace in its `with`.
+        ValueError: It edits features where it reads them, which changes nothing.
     """
     # Looked at once. nnsight keeps the node for as long as the program runs, so that its id stays its own.
     known: dict[int, CodeType | None] = model.__dict__.setdefault("_sorted_blocks", {})
     if id(node) not in known:
         scope = _scope(frame)
-        refuse_followed(node, tracer, scope)
         refuse_lost_edits(model, node, scope)
         known[id(node)] = _sorted(tracer, model, node, frame)
     return known[id(node)] or code

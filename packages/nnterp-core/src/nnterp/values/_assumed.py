@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from nnterp.errors import Unproven, UnprovenWarning
 from nnterp.facts import Facts
 from nnterp.table import Value
+from nnterp.warn import warn
 
 
 def require_assumed(facts: Facts, value: Value) -> None:
@@ -23,11 +22,10 @@ def require_assumed(facts: Facts, value: Value) -> None:
         return
     anatomy, assumed = facts.anatomy, facts.assumed
     if assumed.unknown:
-        warnings.warn(
+        warn(
             f"{anatomy.model_class}: {value.name} is served as if every layer ran once in a forward pass, on a stream "
             f"[batch, seq, hidden]. Nothing has proven that: {assumed.unknown}.",
             UnprovenWarning,
-            stacklevel=2,
         )
     path = None if value.per_layer or value.role is None else getattr(anatomy, value.role, None)
     wrong = assumed.wrong_of(path, of_stream=value.side is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -12,6 +11,7 @@ from nnterp.facts import Facts
 from nnterp.huggingface import takes_images
 from nnterp.table import Value
 from nnterp.traced import Place, Site
+from nnterp.warn import warn
 from nnterp.wording import ranges
 
 
@@ -63,10 +63,7 @@ def layers_that_run(facts: Facts, asked: Iterable[int] | None, images: bool) -> 
     idle = () if images else facts.only_with_image
     if asked is None:
         if idle:
-            warnings.warn(
-                f"Layers {ranges(idle)} of {facts.anatomy.model_class} run only with an image: they are left out.",
-                stacklevel=5,
-            )
+            warn(f"Layers {ranges(idle)} of {facts.anatomy.model_class} run only with an image: they are left out.")
         return [layer for layer in range(facts.anatomy.num_layers) if layer not in idle]
     layers = list(asked)
     if missing := [layer for layer in layers if layer in idle]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -19,11 +18,13 @@ from nnterp.errors import InsideTraceError, Unavailable, UnprovenWarning
 from nnterp.identity import checkpoint_of, config_digest
 from nnterp.inputs import Row, encode
 from nnterp.traced import bind_names
+from nnterp.traced_block import SessionTracer
 from nnterp.vllm._errors import raise_first
 from nnterp.vllm._in_trace import InTrace
-from nnterp.vllm._requests import CheckedTracer, CleanEngine, CleanLLM, WatchingClient, deaf_processes
+from nnterp.vllm._requests import CheckedEdit, CheckedTracer, CleanEngine, CleanLLM, WatchingClient, deaf_processes
 from nnterp.vllm._structure import Parts, find_parts
 from nnterp.vllm._values import Served, served
+from nnterp.warn import warn
 from vllm import SamplingParams
 
 _REFUSED = {
@@ -221,11 +222,25 @@ class TracedVLLM(InTrace):
         return VLLM.trace(self, *inputs, **{"tracer_cls": CheckedTracer, "max_tokens": 1, "temperature": 0.0, **kwargs})
 
     def edit(self, **kwargs: Any) -> Any:
-        """nnsight's `edit`: a block that runs in every request; returns nnsight's editor, for `with`. Refused inside a
-        trace.
+        """nnsight's `edit`: a block that runs in every request; returns nnsight's editor, for `with`.
+
+        Raises:
+            InsideTraceError: Called inside a trace.
+            ValueError: Something, such as a steering, follows the edit in its `with`.
         """
         self.require_no_trace("edit()")
-        return VLLM.edit(self, **kwargs)
+        VLLM.edit(self, **kwargs)  # refuses what is no argument
+        kwargs.pop("inplace", None)
+        return CheckedEdit(self, **kwargs)
+
+    def session(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's `session`: several traces in one block; returns its tracer.
+
+        Raises:
+            ValueError: Something, such as a steering, follows the session in its `with`.
+        """
+        kwargs.setdefault("tracer_cls", SessionTracer)
+        return VLLM.session(self, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the module here has no weights.
@@ -263,11 +278,10 @@ class TracedVLLM(InTrace):
     def _warn_unproven(self) -> None:
         if self.certificate is None and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"Nothing has compared the values of {self.repo} in vLLM with HuggingFace's. Call model.validate() to "
                 "prove them; the proof is kept on disk.",
                 UnprovenWarning,
-                stacklevel=5,
             )
 
     def _prompt(self, *inputs: Any) -> Any:

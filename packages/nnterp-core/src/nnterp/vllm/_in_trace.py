@@ -70,7 +70,7 @@ class InTrace(VLLM):
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """Token ids of this forward pass, `[1, seq]`, a copy. Read it before any layer.
+        """Token ids of this forward pass, int32 or int64 `[1, seq]`, a copy on the engine's device, before any layer.
 
         Raises:
             OutsideTraceError: No forward pass is running.
@@ -87,6 +87,8 @@ class InTrace(VLLM):
     def logits(self) -> torch.Tensor:
         """Logits at all positions of this forward pass, `[1, seq, vocab]`, computed here from the final norm's output.
 
+        They have the dtype in which vLLM computes logits, and stay on the engine's device.
+
         vLLM itself computes logits at the last position only and samples from them: `next_token_logits`. Assigning to
         `logits` sets those, from the last position of `[1, seq, vocab]` or from `[1, vocab]`.
         """
@@ -101,6 +103,8 @@ class InTrace(VLLM):
     @property
     def next_token_logits(self) -> torch.Tensor:
         """The logits that vLLM samples from, `[1, vocab]`, a copy. Assign to change what is sampled.
+
+        In the dtype in which vLLM computes logits, on the engine's device.
 
         Raises:
             OutsideTraceError: No forward pass is running.
@@ -118,7 +122,10 @@ class InTrace(VLLM):
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """The next token's probabilities, `[1, vocab]`: softmax of `next_token_logits`, no temperature, their dtype."""
+        """The next token's probabilities, `[1, vocab]`: softmax of `next_token_logits`, no temperature.
+
+        They have their dtype and device.
+        """
         return self.next_token_logits.softmax(-1)
 
     # -- interventions on the running forward pass ------------------------------------------------------------------
@@ -127,7 +134,7 @@ class InTrace(VLLM):
         """Compute the logits of hidden states `[..., hidden]`: final norm, head, softcap, scales. Only in a trace.
 
         Returns:
-            `[..., vocab]`, as vLLM's head and logits processor give them.
+            `[..., vocab]`, as vLLM's head and logits processor give them, in their dtype, on the engine's device.
 
         Raises:
             OutsideTraceError: No forward pass is running: the weights are in the engine.

@@ -15,16 +15,17 @@ from typing import Any
 from unittest import mock
 
 from nnsight.modeling.vllm.engines.engine import NNsightLLMEngine
+from nnsight.modeling.vllm.registration import RegisteringTracer
 from nnsight.modeling.vllm.tracer import VLLMTracer
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from nnterp.traced_block import refuse_followed
+from nnterp.traced_block import LastInWith, refuse_followed
 from vllm import LLM, SamplingParams
 
 
-class CheckedTracer(VLLMTracer):
+class CheckedTracer(LastInWith, VLLMTracer):
     """nnsight's tracer, which refuses a `with` in which a steering, or anything else, follows the trace."""
 
     def execute(self, code: CodeType) -> None:
@@ -36,6 +37,10 @@ class CheckedTracer(VLLMTracer):
         frame = self.info.frame
         refuse_followed(self.node, self, {**frame.f_globals, **frame.f_locals})
         VLLMTracer.execute(self, code)
+
+
+class CheckedEdit(LastInWith, RegisteringTracer):
+    """nnsight's tracer of an edit, which refuses a `with` in which anything follows it."""
 
 
 class CleanEngine(NNsightLLMEngine):

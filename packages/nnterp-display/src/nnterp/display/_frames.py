@@ -50,7 +50,7 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
         k: How many tokens.
 
     Returns:
-        Columns prompt, layer, rank (from 1), id, token, probability.
+        Columns prompt_index, layer, rank (from 1), id, token, probability.
 
     Raises:
         ValueError: `next_token_probs` does not hold probabilities, or `k` is not between 1 and the size of the
@@ -68,7 +68,7 @@ def top_tokens_to_df(next_token_probs: Any, tokenizer: Any, k: int = 5) -> pd.Da
     names = TokenNames(tokenizer)
     rows = [
         {
-            "prompt": p,
+            "prompt_index": p,
             "layer": i,
             "rank": j + 1,
             "id": int(ids[p, i, j]),

@@ -13,7 +13,7 @@ from nnterp.display._edges import NEGATIVE, SOFT, edge_lines, edge_middles
 from nnterp.display._results.graph import GraphAt, NodeAt, graph_parts
 from nnterp.display._text import escape
 from nnterp.display._theme import LINES, new_figure, shown
-from nnterp.token_text import visible
+from nnterp.token_text import visible, with_bytes_kept
 
 _LOOK = {  # kind → what the legend says, symbol, colour
     "feature": ("features", "circle", LINES[2]),
@@ -94,7 +94,7 @@ def plot_attribution_graph(
     )
     figure.update_xaxes(
         tickvals=list(range(len(parts.tokens))),
-        ticktext=[escape(visible(token)) for token in parts.tokens],
+        ticktext=[escape(visible(with_bytes_kept(token))) for token in parts.tokens],
         zeroline=False,
         showgrid=False,
         range=[-0.6, len(parts.tokens) - 0.4],
@@ -165,7 +165,7 @@ def _nodes(
 def _text(node: NodeAt, names: Mapping[str, str]) -> str:
     if node.name in names:
         return escape(names[node.name])
-    return escape(visible(node.label)) if node.kind == "logit" else ""
+    return escape(visible(with_bytes_kept(node.label))) if node.kind == "logit" else ""
 
 
 def _hover(node: NodeAt, names: Mapping[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +10,7 @@ import torch
 
 from nnterp.arguments import count, listed
 from nnterp.defaults import plain_defaults
+from nnterp.deprecation import renamed
 from nnterp.errors import ShapeError
 from nnterp.indices import Indices
 from nnterp.inputs import Row, encode
@@ -28,6 +28,7 @@ from nnterp.interventions._through import require_lens, source_layers, written_s
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.positions import resolve
 from nnterp.resuming import Call
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -150,12 +151,13 @@ def patchscope_table(
     return labelled(model, {name: found[name] for name in ("top_probs", "top_ids")}, run.labels(), about)
 
 
+@renamed(removed_in="3.0", target_prompts="target_patch_prompts")
 @takes_nnsight_models
 @plain_defaults()
 def patch_object_attn_lens(
     model: StandardizedTransformer,
     source_prompts: Any,
-    target_prompts: Any,
+    target_patch_prompts: Any,
     attn_idx_patch: int,
     num_patches: int = 5,
     *,
@@ -172,7 +174,7 @@ def patch_object_attn_lens(
     Args:
         model: The model.
         source_prompts: A text or a list: one for all targets, or one for each.
-        target_prompts: A text or a list.
+        target_patch_prompts: A text or a list; the older name `target_prompts=` warns.
         attn_idx_patch: The position to patch, over each target's own tokens; negative counts from its last token.
         num_patches: How many layers are patched at a time.
         batch_size: Rows of a batch; "auto" halves when memory runs out and goes on.
@@ -200,7 +202,7 @@ def patch_object_attn_lens(
     """
     model.require_no_trace("patch_object_attn_lens()")
     num_patches = count(num_patches, "num_patches")
-    sources, targets = encode(model, source_prompts), encode(model, target_prompts)
+    sources, targets = encode(model, source_prompts), encode(model, target_patch_prompts)
     if len(sources) not in (1, len(targets)):
         raise ValueError(f"{len(sources)} sources for {len(targets)} targets; give one source, or one for each target.")
     at = [resolve(model, target, attn_idx_patch, f"target prompt {i}") for i, target in enumerate(targets)]
@@ -359,11 +361,10 @@ def _checked_latents(model: StandardizedTransformer, latents: Any, layers: list[
             f"[{len(layers)}, sources, {model.hidden_size}]."
         )
     if len(latents) > len(layers) and layers != list(range(len(layers))):
-        warnings.warn(
+        warn(
             f"latents has {len(latents)} layers for {len(layers)} to patch. As in nnterp 1.x, the first is written to "
             f"layer {layers[0]}, the next to the next layer asked for, and the rest is not used. To write each layer's "
-            "own, pass latents[layers].",
-            stacklevel=6,
+            "own, pass latents[layers]."
         )
     return latents[: len(layers)]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.defaults import plain_defaults
+from nnterp.deprecation import renamed
 from nnterp.generation import check_generation, sequences_of
 from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode, pad
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
 
+@renamed(removed_in="3.0", prompts="source_prompts", max_length="max_new_tokens", max_batch_size="batch_size")
 @takes_nnsight_models
 @plain_defaults()
 @torch.no_grad()
 def patchscope_generate(
     model: StandardizedTransformer,
-    prompts: Any,
+    source_prompts: Any,
     target_patch_prompt: TargetPrompt,
-    max_length: int = 50,
+    max_new_tokens: int = 50,
     layers: Indices = None,
     remote: bool = False,
-    max_batch_size: int = 32,
+    batch_size: int = 32,
     *,
     lens: Lens | None = None,
     progress: bool | None = None,
@@ -48,12 +50,13 @@ def patchscope_generate(
 
     Args:
         model: The model.
-        prompts: The sources: a text or a list.
+        source_prompts: A text or a list. The names of 1.x, `prompts=`, `max_length=` and `max_batch_size=`, work with a
+            warning.
         target_patch_prompt: The prompt that is continued, and the position to patch in it.
-        max_length: The most new tokens to generate.
+        max_new_tokens: The most new tokens to generate.
         layers: The layer or layers to patch, each once; all if None.
         remote: Run on a remote service.
-        max_batch_size: Rows of a batch; there is one row for each source and layer.
+        batch_size: Rows of a batch; there is one row for each source and layer.
         lens: A fitted lens, as in `patchscope_lens`: the state of each of `layers` goes through its map, and is written
             to the layer that the map leads to. With it, `layers` are those that it has a map for if None. With a lens
             to the last layer, the target prompt has to be patched at its last token: the first new token is then what
@@ -79,7 +82,7 @@ def patchscope_generate(
         `done` is False.
 
     Example:
-        ids = patchscope_generate(model, "Once I lived in France", repeat_prompt(), max_length=3, layers=0)[0]
+        ids = patchscope_generate(model, "Once I lived in France", repeat_prompt(), max_new_tokens=3, layers=0)[0]
         print(model.tokenizer.decode(ids[0]))
     """
     model.require_no_trace("patchscope_generate()")
@@ -87,15 +90,15 @@ def patchscope_generate(
         raise TypeError(
             f"target_patch_prompt is a TargetPrompt(text, index_to_patch), not {target_patch_prompt!r:.80}."
         )
-    if integer(max_batch_size, "max_batch_size") < 1:
-        raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}.")
-    check_generation(max_length, generation, "max_length")
-    chosen, sources = list(dict.fromkeys(source_layers(model, layers, lens))), encode(model, prompts)
+    if integer(batch_size, "batch_size") < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    check_generation(max_new_tokens, generation)
+    chosen, sources = list(dict.fromkeys(source_layers(model, layers, lens))), encode(model, source_prompts)
     (target,) = encode(model, target_patch_prompt.prompt)
     at = resolve(model, target, int(target_patch_prompt.index_to_patch), "the target prompt")
     require_lens(model, lens, chosen, [target], [at], remote)
     given = {name: value for name, value in generation.items() if not callable(value)}
-    asked = {"prompts": ids_of(sources, [target]), "position": at, "layers": chosen, "max_length": max_length}
+    asked = {"prompts": ids_of(sources, [target]), "position": at, "layers": chosen, "max_new_tokens": max_new_tokens}
     asked |= {} if lens is None else {"lens": lens}
     call = Call(model, "patchscope_generate", {**asked, "generation": given})
     earlier = resumed(call, resume)
@@ -104,14 +107,14 @@ def patchscope_generate(
     cells = [(k, source) for k in range(len(chosen)) for source in range(len(sources))]
     made = {} if earlier is None else _made(earlier)
     finished = frozenset(made)
-    limit, start = max_batch_size, 0
+    limit, start = batch_size, 0
 
     def step(some: list[tuple[int, int]]) -> None:
         edits: dict[int, list[tuple[int, Edit]]] = {}
         for row, (k, source) in enumerate(some):
             edit = Edit("layers_output", written_to[k], at, latents[k, source])
             edits.setdefault(written_to[k], []).append((row, edit))
-        written = _generate(model, target, len(some), edits, {"max_new_tokens": max_length, **generation}, remote)
+        written = _generate(model, target, len(some), edits, {"max_new_tokens": max_new_tokens, **generation}, remote)
         made.update({cell: row.cpu() for cell, row in zip(some, written, strict=True)})
 
     with (

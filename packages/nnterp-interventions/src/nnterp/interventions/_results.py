@@ -12,8 +12,9 @@ import torch
 
 from nnterp import plugins
 from nnterp.files import read_tensors, write_tensors
+from nnterp.interventions._columns import Entry, column
 from nnterp.rendering import html_table
-from nnterp.token_text import TokenNames
+from nnterp.token_text import TokenNames, with_bytes_named
 from nnterp.versions import version_of
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Result:
 
     @property
     def values(self) -> torch.Tensor:
-        """The main tensor, on the CPU."""
+        """The main tensor, on the CPU, in its own dtype, mostly float32."""
         return self.tensors[self.main]
 
     def __repr__(self) -> str:
@@ -136,7 +137,8 @@ class Result:
         """Find the cells of largest magnitude.
 
         Returns:
-            The `k` strongest cells, largest first, each a dict: axis name to label, tensor name to value (a Python
+            The `k` strongest cells, largest first, each a dict: "layer", "head", "position" and the like to the label
+            (a cell stands at one layer, so the axis "layers" is "layer" here), the tensor's name to its value (a Python
             number).
         """
         name = tensor or self.main
@@ -151,8 +153,8 @@ class Result:
         """Make a table of a tensor (the main one if None).
 
         Returns:
-            A row for each entry of the tensor. Columns are its axes, the token where there are positions, and every
-            tensor over the same axes.
+            A row for each entry of the tensor. Columns are its axes, in the singular ("layer" for "layers"), the token
+            where there are positions, and every tensor over the same axes.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -178,10 +180,12 @@ class Result:
 
     def _cell(self, name: str, flat: int) -> dict[str, Any]:
         where = dict(zip(self.axes[name], _unravel(flat, self[name].shape), strict=True))
-        return {**self._labels_at(where), name: self[name].flatten()[flat].item()}
+        cell = self._labels_at(where)
+        cell[name] = self[name].flatten()[flat].item()
+        return cell
 
-    def _labels_at(self, where: Mapping[str, int]) -> dict[str, Any]:
-        row = {axis: self.labels[axis][i] for axis, i in where.items()}
+    def _labels_at(self, where: Mapping[str, int]) -> Entry:
+        row = Entry((column(axis), self.labels[axis][i]) for axis, i in where.items())
         if "positions" in where and self.tokens:
             prompt = where.get("prompts", 0)
             row["token"] = self.tokens[prompt][where["positions"]]
@@ -300,6 +304,11 @@ def exact_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
         raw = names.raw(token) if "�" in text else None
         made.append(raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else text)
     return made
+
+
+def named_texts(model: StandardizedTransformer, ids: Any) -> list[str]:
+    """As `token_texts`; a byte that is part of a character is written out, "⟨F0⟩"."""
+    return [with_bytes_named(text) for text in exact_texts(model, ids)]
 
 
 def joined(texts: list[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -15,6 +14,7 @@ from nnterp.arguments import count
 from nnterp.discovery import require_gradients
 from nnterp.inputs import Batch, Row, by_length, pad, sharing_first
 from nnterp.progress import bar
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -86,10 +86,9 @@ def within_memory(run: Callable[[], None], rows: int) -> bool:
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if rows == 1 or not is_out_of_memory(error):
             raise
-        warnings.warn(
+        warn(
             f"Memory ran out with {rows} rows in a batch; going on with {max(1, rows // 2)}. Pass batch_size="
-            f"{max(1, rows // 2)} to save the failed attempt.",
-            stacklevel=2,
+            f"{max(1, rows // 2)} to save the failed attempt."
         )
     gc.collect()
     if torch.cuda.is_available():

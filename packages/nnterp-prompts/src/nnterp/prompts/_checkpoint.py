@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nnterp.prompts._identity import mark_changes
 from nnterp.prompts._results import IncompleteRunError, PromptResults
+from nnterp.warn import warn
 
 SAVE_EVERY = 30.0  # seconds between two writes of a checkpoint
 
@@ -56,10 +56,9 @@ class Keeper:
         try:
             self._save()
         except Exception as error:
-            warnings.warn(
+            warn(
                 f"The checkpoint {self.folder} could not be written after {self._count()} "
-                f"({type(error).__name__}: {error}). The run goes on, and tries again in {SAVE_EVERY:.0f} seconds.",
-                stacklevel=6,
+                f"({type(error).__name__}: {error}). The run goes on, and tries again in {SAVE_EVERY:.0f} seconds."
             )
         self.saved = time.monotonic()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from nnterp.prompts._templates import (
 )
 from nnterp.prompts._texts import prompt_tokens
 from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
+from nnterp.warn import warn
 
 
 def prompts_from_table(
@@ -166,10 +166,9 @@ def _make(filled: Sequence[tuple[Text, dict[str, list[str]], Row]], tokenizer: A
             colliding, example = colliding + 1, example or said
         prompts.append(prompt)
     if colliding:
-        warnings.warn(
+        warn(
             f"In {colliding} of {len(prompts)} prompts categories begin with the same token, such as {example}. "
             f"tokenization_report(prompts, tokenizer) lists them.",
             SharedTokenWarning,
-            stacklevel=3,
         )
     return prompts

@@ -9,6 +9,7 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.defaults import plain_defaults
+from nnterp.deprecation import renamed
 from nnterp.inputs import batches, encode
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.prompts._ids import distinct_ids
@@ -61,7 +62,7 @@ def next_token_probs(
             for i, part in zip(batch.indices, found, strict=True):
                 parts[i] = part
         probs = torch.stack(parts)  # type: ignore[arg-type]
-        warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.", 3)
+        warn_of_missing(probs.isnan().any(-1), "Their probabilities are NaN.")
         return probs
 
 
@@ -97,10 +98,16 @@ def _target_groups(model: StandardizedTransformer, targets: Any, prompts: int) -
 next_token_probs.reduces_targets = True  # type: ignore[attr-defined]
 
 
+@renamed(removed_in="3.0", prompt="prompts")
 def next_token_probs_unsqueeze(
-    nn_model: StandardizedTransformer, prompt: Any, remote: Any = False, **_kwargs: Any
+    nn_model: StandardizedTransformer, prompts: Any, remote: Any = False, **_kwargs: Any
 ) -> torch.Tensor:
     """Return `next_token_probs` with an axis for layers, which 1.x needed for `run_prompts`.
+
+    Args:
+        nn_model: The model.
+        prompts: As in `next_token_probs`. The name that it had, `prompt=`, works with a warning.
+        remote: Passed to the trace.
 
     Returns:
         `[prompts, 1, vocab]`, float32 on the CPU.
@@ -108,4 +115,4 @@ def next_token_probs_unsqueeze(
     Example:
         probabilities = next_token_probs_unsqueeze(model, prompts)  # [prompts, 1, vocab]
     """
-    return next_token_probs(nn_model, prompt, remote).unsqueeze(1)
+    return next_token_probs(nn_model, prompts, remote).unsqueeze(1)

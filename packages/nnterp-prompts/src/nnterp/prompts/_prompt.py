@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from nnterp.prompts._missing import warn_of_missing, without_broken
 from nnterp.prompts._probabilities import check_probabilities, reduces_targets, sum_of_tokens
 from nnterp.prompts._tokens import collision_text, first_tokens, tokenizer_of
 from nnterp.prompts._words import as_words
+from nnterp.warn import warn
 
 Text = str | list[dict[str, str]] | list[int]
 
@@ -100,7 +100,7 @@ class Prompt:
             message = f"In the prompt {prompt!r:.80}, {collision_text(shared, tokenizer)}."
             if distinct:
                 raise CollisionError(f"{message} Choose other words, or drop distinct=True.")
-            warnings.warn(message, SharedTokenWarning, stacklevel=2)
+            warn(message, SharedTokenWarning)
         return made
 
     def collisions(self, ignore_targets: str | Sequence[str] | None = None) -> dict[int, list[str]]:
@@ -163,7 +163,7 @@ class Prompt:
                 )
             probs = probs[:, read_index(layer, probs.shape[1], "layer", "layers")]
         probs = without_broken(probs)
-        warn_of_missing(probs[..., 0].isnan(), "Their probabilities are NaN.", 2)
+        warn_of_missing(probs[..., 0].isnan(), "Their probabilities are NaN.")
         return {
             name: sum_of_tokens(probs, tokens, f"The target {name!r}").cpu()
             for name, tokens in self.target_tokens.items()
@@ -191,7 +191,7 @@ class Prompt:
                 targets = [[list(ids) for ids in ids_of_categories(self.target_tokens, size).values()]]
                 values = get_probs(nn_model, [self.prompt], targets=targets)
                 values = check_probabilities(get_probs, values, 1, len(self.target_tokens)).cpu()
-                warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.", 3)
+                warn_of_missing(values.isnan().any(-1), "Its probabilities are NaN.")
                 return {name: values[..., i] for i, name in enumerate(self.target_tokens)}
             return self.get_target_probs(check_probabilities(get_probs, get_probs(nn_model, self.prompt), 1, None))
 

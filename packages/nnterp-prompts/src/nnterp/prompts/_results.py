@@ -174,7 +174,7 @@ class PromptResults(dict[str, torch.Tensor]):
         if not self.done.any():
             raise ValueError("No prompt was run, so there is no accuracy.")
         ranks = self.ranks(target, among)[self.done]
-        warn_of_missing(ranks == 0, "The accuracy leaves them out.", 2)
+        warn_of_missing(ranks == 0, "The accuracy leaves them out.")
         share = (ranks == 1).sum(0) / (ranks > 0).sum(0)
         return share if share.dim() else share.item()
 

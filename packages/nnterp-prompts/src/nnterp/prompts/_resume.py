@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from nnterp.identity import differences
 from nnterp.prompts._results import PromptResults
+from nnterp.warn import warn
 
 _NAMED = 5  # differences that a message names
 
@@ -57,10 +57,9 @@ def _check_settings(results: PromptResults, earlier: PromptResults, where: str) 
             f"call, or start anew without it."
         )
     if attributes:
-        warnings.warn(
+        warn(
             f"Resuming, although {where} was run with {'; with '.join(attributes[:_NAMED])}. If this changes what the "
-            f"function returns, start anew.",
-            stacklevel=6,
+            f"function returns, start anew."
         )
 
 

@@ -140,7 +140,7 @@ def run_prompts(
         keeper.begin()
         _run_batches(model, plan, keeper, answer, batch_size, bar, normalize_length)
         keeper.finish()
-        warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.", 4)
+        warn_of_missing(results.missing, "Their scores are NaN and their ranks 0, and accuracy leaves them out.")
         return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nnterp.prompts._errors import SharedTokenWarning, TokenizationError
 from nnterp.prompts._words import listed
+from nnterp.warn import warn
 
 # To see a word's tokens in the middle of a text, it is tokenized after an anchor. Some tokenizers merge an anchor with
 # the word or treat it as unknown, so there are several: the first whose own tokens stay the same is used.
@@ -173,14 +173,14 @@ def _sharing(found: dict[str, list[int]]) -> dict[int, list[str]]:
     return {token: words for token, words in owners.items() if len(words) > 1}
 
 
-def report_sharing(found: dict[str, list[int]], tokenizer: Any, stacklevel: int = 3) -> None:
+def report_sharing(found: dict[str, list[int]], tokenizer: Any) -> None:
     """Warn about words that begin with the same token."""
     if shared := _sharing(found):
         text = "; ".join(
             f"{', '.join(map(repr, words))} by {token_name(tokenizer, token)}"
             for token, words in list(shared.items())[:5]
         )
-        warnings.warn(f"Words that begin with the same token: {text}.", SharedTokenWarning, stacklevel=stacklevel)
+        warn(f"Words that begin with the same token: {text}.", SharedTokenWarning)
 
 
 def token_name(tokenizer: Any, token: int) -> str:

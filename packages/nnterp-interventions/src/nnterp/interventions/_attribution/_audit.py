@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nnterp.interventions._columns import Entry, column
+
 AUDIT = "audit"  # where `Result.about` keeps the record
 FLOOR = 1e-3  # effects below this part of the largest exact one have no sign
 
@@ -17,7 +19,7 @@ class Audit:
     """Estimates of an attribution beside exact effects, measured in runs that make the change.
 
     Attributes:
-        cells: One entry for each that was computed: the labels of its axes, "estimate", "exact", and "chosen": "top"
+        cells: One entry for each that was computed: its labels ("layer", ...), "estimate", "exact", and "chosen": "top"
             for those with the largest estimates, "random" for a random sample of the others. Top ones first.
         seed: Of the random sample.
         signed: Whether estimates and exact effects have signs; False if both are absolute values.
@@ -70,7 +72,9 @@ class Audit:
         Returns:
             The `k` worst cells, worst first, each with its "error": estimate minus exact effect.
         """
-        missed = [{**cell, "error": cell["estimate"] - cell["exact"]} for cell in self.cells]
+        missed: list[dict[str, Any]] = [
+            Entry({**cell, "error": cell["estimate"] - cell["exact"]}) for cell in self.cells
+        ]
         return sorted(missed, key=lambda cell: -abs(cell["error"]))[:k]
 
     def __str__(self) -> str:
@@ -105,7 +109,12 @@ class Audit:
     def of(about: Mapping[str, Any]) -> Audit | None:
         """Read the audit in the record of a result; returns None if it was not audited."""
         found = about.get(AUDIT)
-        return None if found is None else Audit(tuple(found["cells"]), found["seed"], found.get("signed", True))
+        return None if found is None else Audit(tuple(map(_named, found["cells"])), found["seed"], found.get("signed", True))
+
+
+def _named(cell: Mapping[str, Any]) -> Entry:
+    """A cell that was written to a file, its labels by column."""
+    return Entry((column(name), entry) for name, entry in cell.items())
 
 
 def audited(
@@ -121,7 +130,7 @@ def audited(
     Args:
         estimates: `[cells]`; those that are NaN do not exist.
         exact: From indices of cells to their exact effects, `[n]`.
-        labels: From the index of a cell to the labels of its axes, which JSON can hold.
+        labels: From the index of a cell to its labels by column, which JSON can hold.
         count: How many: half of them (one more if it is odd) are those of the largest magnitude.
         seed: Of the random sample.
         signed: Whether both have signs.
@@ -129,7 +138,7 @@ def audited(
     top, random = chosen_cells(estimates, count, seed)
     found = exact([*top, *random]).double().tolist() if top else []
     cells = [
-        {**labels(i), "estimate": float(estimates[i]), "exact": effect, "chosen": "top" if k < len(top) else "random"}
+        Entry(labels(i), estimate=float(estimates[i]), exact=effect, chosen="top" if k < len(top) else "random")
         for k, (i, effect) in enumerate(zip([*top, *random], found, strict=True))
     ]
     return Audit(tuple(cells), seed, signed)

@@ -17,6 +17,7 @@ from nnterp.interventions._attribution._pairs_run import Method, PairsRun
 from nnterp.interventions._attribution._result import AttributionResult
 from nnterp.interventions._attribution._slopes import require_gradients_on
 from nnterp.interventions._attribution._softmax import KEYS, QUERIES
+from nnterp.interventions._columns import column
 from nnterp.interventions._grid import Grid
 from nnterp.interventions._metrics import kl_divergence, metric_name
 from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
@@ -296,4 +297,4 @@ class _Attribution:
 def _labels(result: AttributionResult, cell: int) -> dict[str, Any]:
     """The labels of one score, by its place in the flat scores."""
     where = torch.unravel_index(torch.tensor(cell), result["scores"].shape)
-    return {axis: result.labels[axis][int(i)] for axis, i in zip(result.axes["scores"], where, strict=True)}
+    return {column(axis): result.labels[axis][int(i)] for axis, i in zip(result.axes["scores"], where, strict=True)}

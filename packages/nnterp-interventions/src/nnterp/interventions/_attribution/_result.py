@@ -38,7 +38,8 @@ class AttributionResult(Result):
 
     @property
     def patched(self) -> torch.Tensor:
-        """The estimated metric of each patched run: what `activation_patching` calls `scores`, of the same shape.
+        """The estimated metric of each patched run: what `activation_patching` calls `scores`, of the same shape,
+        dtype (float32) and device (the CPU).
 
         Raises:
             ValueError: The scores are magnitudes (`graddrop=True`).

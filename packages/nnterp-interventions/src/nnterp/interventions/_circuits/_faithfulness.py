@@ -64,7 +64,7 @@ class Faithfulness(Result):
 
     @property
     def normalized_random(self) -> torch.Tensor:
-        """The same of the random circuits, `[controls, sizes]`."""
+        """The same of the random circuits, float32 `[controls, sizes]` on the CPU."""
         return self._rescaled(self["random"])
 
     @property

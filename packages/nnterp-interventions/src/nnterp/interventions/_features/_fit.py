@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from nnterp.interventions._fitted._texts import rows_of
 from nnterp.interventions._results import Result, describe_run
 from nnterp.interventions._running import BatchSize, in_batches
 from nnterp.values import get_label, write_value
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -261,10 +261,9 @@ def _warn(found: DictionaryFit, model: StandardizedTransformer, dictionary: Dict
     of = f", of {dictionary.model_name}" if dictionary.model_name else ""
     why = [f"it explains {found.explained_variance:.2f} of their variance"] if little else []
     why += ["in their place it is worse than their mean"] if worse else []
-    warnings.warn(
+    warn(
         f"The dictionary {dictionary.source} ({dictionary.reads}{of}) does not seem to belong to {at} of "
         f"{model.repo_id or model.model_class} on these texts: {' and '.join(why)}. Look at the site, the layer, the "
         "model, and how texts begin.",
         DictionaryMismatch,
-        stacklevel=5,
     )

@@ -88,7 +88,7 @@ class FeatureReport(Result):
         at = self._row(feature)
         contexts = self.contexts(feature)
         row: dict[str, Any] = {"feature": feature, "density": float(self["density"][at])}
-        row["mean activation"] = float(self["mean_activation"][at])
+        row["mean_activation"] = float(self["mean_activation"][at])
         row["peak"] = contexts[0]["peak"] if contexts else float("nan")
         row["context"] = "".join(contexts[0]["tokens"]) if contexts else ""
         for name in ("promoted", "suppressed"):

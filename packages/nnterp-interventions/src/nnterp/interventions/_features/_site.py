@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from nnterp import Dictionary
 from nnterp.inputs import Batch, Row, forward_flags
 from nnterp.values import canonical, get_label, get_value, layer_index, read_value
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -121,11 +121,10 @@ def warn_of_beginnings(model: StandardizedTransformer, dictionary: Dictionary, r
     others = sum((row.ids[0] == begin) != dictionary.prepend_bos for row in rows)
     if others:
         said = "with" if dictionary.prepend_bos else "without"
-        warnings.warn(
+        warn(
             f"{dictionary.source} was trained on texts {said} a beginning-of-sequence token, and {others} of "
             f"{len(rows)} texts are {'without' if dictionary.prepend_bos else 'with'} one.",
             DictionaryMismatch,
-            stacklevel=5,
         )
 
 

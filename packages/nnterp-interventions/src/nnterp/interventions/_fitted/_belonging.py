@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,6 +13,7 @@ from nnterp.interventions._fitted._streams import require_one_stream
 from nnterp.interventions._results import versions
 from nnterp.interventions._vectors._belonging import identity_of, short_name
 from nnterp.standing import unsteered
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -121,7 +121,7 @@ class Belonging:
         if model.dispatched:
             known.add(state)
         if differs:
-            warnings.warn(f"{of}, and {name} is not the same: {differs}.", stacklevel=4)
+            warn(f"{of}, and {name} is not the same: {differs}.")
 
     def _difference(self, model: StandardizedTransformer, name: str) -> str:
         """What differs between the model and the lens's own, in words; "" if nothing is known to."""

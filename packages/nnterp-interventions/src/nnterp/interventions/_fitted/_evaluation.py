@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from nnterp.interventions._layers import layers_of
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.plain_nnsight import takes_nnsight_models
 from nnterp.progress import bar
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -111,7 +111,7 @@ def evaluate_lens(
     skip, _ = read_limits(lens.details.get("skip_first", SKIP_FIRST) if skip_first is None else skip_first, max_length)
     rows = rows_of(model, texts, max_length, skip, "texts")
     if known := set(digests_of(rows)) & set(lens.details.get("fitted", ())):
-        warnings.warn(f"The lens was fitted on {len(known)} of these {len(rows)} texts.", stacklevel=4)
+        warn(f"The lens was fitted on {len(known)} of these {len(rows)} texts.")
     chosen = list(lens.layers) if layers is None else layers_of(model, layers)
     lens.maps_for(chosen)
     kl, plain = measured(model, lens, rows, chosen, skip, batch_size, progress)

@@ -200,7 +200,8 @@ class Lens:
         return found
 
     def to_last_layer(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """Map a stream after `layer` by a lens to the last layer; returns what `apply` returns.
+        """Map a stream after `layer` by a lens to the last layer; returns `[..., hidden]`, in the dtype and on the
+        device of `hidden`.
 
         Raises:
             ValueError: The lens leads to an earlier layer.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from nnterp.files import write_whole
 from nnterp.indices import integer
 from nnterp.interventions._fitted._sound import require_map
 from nnterp.interventions._vectors._belonging import identity_of, short_name
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -84,7 +84,7 @@ def read_tuned_folder(
     if wrong and strict:
         raise ValueError(f"The lens in {folder}: {' and '.join(wrong)}. With strict=False this is a warning.")
     if wrong:
-        warnings.warn(f"The lens in {folder}: {' and '.join(wrong)}.", stacklevel=4)
+        warn(f"The lens in {folder}: {' and '.join(wrong)}.")
     if (count, width) != (model.num_layers, model.hidden_size):
         raise ValueError(
             f"The lens in {folder} is for {count} layers of width {width}; {own[0]} has {model.num_layers} of width "

@@ -14,7 +14,7 @@ from nnterp.interventions._graphs._replaced import Ends, Replaced
 from nnterp.interventions._graphs._sites import Sites
 from nnterp.interventions._graphs._sources import Sources
 from nnterp.interventions._graphs._targets import Logits
-from nnterp.interventions._results import token_texts
+from nnterp.interventions._results import named_texts
 from nnterp.interventions._running import AUTO_ROWS, AUTO_TOKENS, BatchSize, within_memory
 from nnterp.progress import bar
 
@@ -161,7 +161,7 @@ class Collecting:
             nodes=nodes,
             edges=whole,
             **vectors,
-            tokens=tuple(token_texts(self.model, self.ids)),
+            tokens=tuple(named_texts(self.model, self.ids)),
             token_ids=tuple(self.ids.tolist()),
             active=active,
             sum_error=max([own for target, own in self.errors.items() if target in self.rows], default=0.0),
@@ -170,7 +170,7 @@ class Collecting:
 
     def _nodes(self, chosen: list[int], ends: list[int]) -> tuple[GraphNode, ...]:
         sources, ids = self.sources, self.ids.tolist()
-        texts = token_texts(self.model, ids)
+        texts = named_texts(self.model, ids)
         found = []
         for own in chosen:
             layer, position, feature = sources.features[own].tolist()

@@ -46,7 +46,7 @@ class AttributionGraph:
         totals: Pre-activations and logits, `[nodes]`: a row's edges, its bias and what is left out add up to it.
         slopes: Derivatives of features' activations by their pre-activations, `[nodes]`; 0 of others.
         weights: What each logit counts in influence, `[nodes]`: its probability, or equal shares of named targets.
-        tokens: The prompt's tokens as texts.
+        tokens: The prompt's tokens as texts; bytes that are part of a character as "⟨F0⟩".
         token_ids: And as ids.
         active: How many features were active; those that are no nodes are in `left_out`.
         sum_error: The largest relative error of that sum, over all targets.

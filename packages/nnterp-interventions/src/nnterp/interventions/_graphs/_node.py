@@ -20,7 +20,7 @@ class GraphNode:
         feature: A feature's id in its transcoder; the token id of an embedding, and of a logit its first token's.
         activation: A feature's activation; None of others.
         probability: A logit's probability; None of others, and of logits that are differences.
-        label: A token's text, or what a logit is of.
+        label: A token's text, or what a logit is of; bytes that are part of a character as "⟨F0⟩".
 
     Example:
         transcoders = {layer: nnterp.toy_dictionary(f"transcoder_{layer}") for layer in range(8)}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp.interventions._attribution import Targets
+from nnterp.interventions._results import named_texts
 from nnterp.interventions._tokens import token_id
 
 if TYPE_CHECKING:
@@ -91,4 +92,4 @@ def _sides(model: StandardizedTransformer, entry: Any) -> tuple[list[int], list[
 
 
 def _label(model: StandardizedTransformer, ids: list[int]) -> str:
-    return " / ".join(model.tokenizer.decode([i]) for i in ids)
+    return " / ".join(named_texts(model, ids))

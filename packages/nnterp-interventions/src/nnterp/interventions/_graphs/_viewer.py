@@ -11,6 +11,8 @@ import torch
 
 from nnterp.files import write_whole
 from nnterp.interventions._graphs._node import GraphNode
+from nnterp.interventions._results import joined
+from nnterp.token_text import with_bytes_kept
 
 _SHOWN = {"\n": "⏎", "\t": "→", "\r": "↵"}
 _INDEX, _PACKAGE = "graph-metadata.json", "nnterp-interventions"
@@ -86,7 +88,7 @@ def content(
         "scan": scan or str(graph.about.get("model", "")),
         "transcoder_list": [],
         "prompt_tokens": [_text(token) for token in graph.tokens],
-        "prompt": "".join(graph.tokens),
+        "prompt": joined([with_bytes_kept(token) for token in graph.tokens]),
         "node_threshold": node_threshold,
         "info": {"generator": {"name": "nnterp", "version": graph.about.get("versions", {}).get(_PACKAGE, "")}},
         "generation_settings": {

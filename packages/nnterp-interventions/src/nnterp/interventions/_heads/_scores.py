@@ -52,7 +52,7 @@ class HeadScores(Result):
 
     Example:
         scores = head_scores(model, "previous_token", n=2)
-        print(scores.top(1)[0]["layers"], scores.top(1)[0]["heads"])  # → 1 1
+        print(scores.top(1)[0]["layer"], scores.top(1)[0]["head"])  # → 1 1
     """
 
     figure: ClassVar[str] = "heads"
@@ -65,7 +65,7 @@ class HeadScores(Result):
             deviations: And at least so many standard deviations of the control.
 
         Returns:
-            Dicts with `layers`, `heads`, `scores`, `control`, `control_std`.
+            Dicts with `layer`, `head`, `scores`, `control`, `control_std`.
         """
         above = self["scores"] - self["control"]
         beyond = (above >= threshold) & (above >= deviations * self["control_std"])
@@ -84,7 +84,7 @@ class HeadScores(Result):
         return cells
 
     def _index(self, cell: dict[str, Any]) -> tuple[int, int]:
-        return self.labels["layers"].index(cell["layers"]), self.labels["heads"].index(cell["heads"])
+        return self.labels["layers"].index(cell["layer"]), self.labels["heads"].index(cell["head"])
 
 
 @plain_defaults()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -84,10 +85,9 @@ def require_same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         if short_name(name) != short_name(other):
             raise ValueError(f"The vector is of {name}, not of {other}. {hint}")
         if (mine["revision"] or "main") != (others["revision"] or "main"):
-            warnings.warn(
+            warn(
                 f"The vector was made with revision {mine['revision'] or 'main'} of {name}; this is revision "
-                f"{others['revision'] or 'main'}.",
-                stacklevel=4,
+                f"{others['revision'] or 'main'}."
             )
     elif None not in (mine["model_type"], others["model_type"]) and mine["model_type"] != others["model_type"]:
         mine_is, other_is = (of["model"] or f"a model of type {of['model_type']}" for of in (mine, others))

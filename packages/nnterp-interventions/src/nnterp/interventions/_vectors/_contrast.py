@@ -33,7 +33,7 @@ def steering_vectors(
     norm: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | None = None,
     remote: Any = False,
 ) -> SteeringVector:
     """A direction for each layer that leads from negative to positive prompts.
@@ -56,7 +56,7 @@ def steering_vectors(
             directions of the other methods have length 1.
         batch_size: Prompts that share a forward pass. The result does not depend on it.
         seed: Of the classifier.
-        progress: Show a progress bar when there is more than one batch.
+        progress: Show a progress bar; with None, only if the work lasts.
         remote: Run on the remote service.
 
     Returns:

@@ -57,7 +57,7 @@ def states_at(
     layers: Any,
     positions: Any,
     batch_size: int,
-    progress: bool,
+    progress: bool | None,
     remote: Any,
 ) -> tuple[dict[int, torch.Tensor], tuple[Row, ...]]:
     """The stream leaving layers, for each prompt the mean over its positions, and the prompts as rows.

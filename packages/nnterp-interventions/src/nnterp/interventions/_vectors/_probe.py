@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnterp import Condition
+from nnterp.deprecation import renamed
 from nnterp.interventions._results import Result, describe_run
 from nnterp.interventions._running import bar
 from nnterp.interventions._vectors._belonging import MODEL_FIELDS, identity_of
@@ -86,9 +87,10 @@ class ProbeResult(Result):
         return Condition(chosen, self.directions[chosen], threshold, _position_of(self.about["position"]), below)
 
 
+@renamed(removed_in="3.0", texts="prompts")
 def probe(
     model: StandardizedTransformer,
-    texts: Any,
+    prompts: Any,
     labels: Any,
     layers: int | Iterable[int] | None = None,
     position: Any = -1,
@@ -112,7 +114,7 @@ def probe(
 
     Args:
         model: The model.
-        texts: Texts, token ids or chats of both classes.
+        prompts: Texts, token ids or chats of both classes. The name that it had, `texts=`, works with a warning.
         labels: True or False (or 1 and 0, or 1 and -1) for each.
         layers: The layers whose output is read; all if None.
         position: Over each text's own tokens: an index, or `nnterp.positions.last_of(...)`; the mean over all if None.
@@ -145,7 +147,7 @@ def probe(
         raise ValueError(f"repeats={repeats!r}; give at least 1.")
     stored = _stored(position)
     quiet = progress if progress is not None else False
-    states, rows = states_at(model, texts, layers, position, batch_size, quiet, remote)
+    states, rows = states_at(model, prompts, layers, position, batch_size, quiet, remote)
     chosen = torch.tensor(read_labels(labels, len(rows)))
     splits = _splits(chosen, folds, test_size, seed)
     found: dict[str, list[Any]] = {name: [] for name in ("accuracy", "fold_accuracy", *controls)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from nnterp.interventions._vectors._directions import number, read_directions
 from nnterp.interventions._vectors._gguf import read_gguf, write_gguf
 from nnterp.interventions._vectors._promoted import promoted
 from nnterp.interventions._vectors._travelling import restored
+from nnterp.warn import warn
 
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
@@ -353,10 +353,9 @@ class SteeringVector:
                 "The file names the model's type, which this vector does not know: vector.for_model(model)."
             )
         if 0 in self.directions:
-            warnings.warn(
+            warn(
                 "llama.cpp refuses control vectors with a direction for layer 0; repeng reads them. Leave it out for "
-                "llama.cpp: vector.select([...]).",
-                stacklevel=2,
+                "llama.cpp: vector.select([...])."
             )
         write_gguf(path, dict(self.directions), self.model_type)
 
