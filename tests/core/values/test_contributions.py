@@ -133,7 +133,7 @@ SCALED_AFTER_MID = {"beam", "doge", "zaya"}
 @pytest.mark.parametrize("model_type", TYPES)
 def test_neurons(model_type):
     """The neurons through the down projection are the feed-forward's output, and zeroing them leaves its bias."""
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     if model.facts.assumed.layout:
         # Without a proof, `mlps_output` is refused where the stream has other axes.
         model = wrapped(model_type, eager=False, check=True)
@@ -169,7 +169,7 @@ def test_neurons_of_shared_experts():
     """Of the expert that all tokens pass: a plain hook's, and an edit of them is the same edit in a plain hook."""
     seen = []
     for model_type in SHARED:
-        model, tokens = wrapped(model_type, eager=False), ids()
+        model, tokens = wrapped(model_type), ids()
         layers = model.support()["shared_expert_neurons"]
         assert layers, model_type
         place = model.place("shared_expert_neurons", layers[-1])
@@ -221,7 +221,7 @@ def projection(module, inside):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_heads_through_out_sum_to_the_output(model_type):
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     layers = [i for i in model.attention_layers if served(model, "attention_head_contributions", i)]
     for layer in layers[-1:]:
         inside = model.facts.inside.attention[layer]
