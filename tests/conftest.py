@@ -127,6 +127,12 @@ def processes():
 
 
 @pytest.fixture
+def keep_proofs(monkeypatch, tmp_path_factory):
+    """Proofs are kept as a user's are: a checkpoint that several tests with this fixture load is proven once."""
+    monkeypatch.setenv("NNTERP_CACHE", str(tmp_path_factory.getbasetemp() / "proofs"))
+
+
+@pytest.fixture
 def tiny():
     """`tiny("llama")`: a StandardizedTransformer over a tiny random model, shared by the tests of one worker."""
     from . import models

@@ -108,7 +108,7 @@ def test_an_example_that_downloads_fails_only_because_nothing_can_be_reached(nam
 
 
 @pytest.mark.parametrize("name", [name for name in dict.fromkeys(EXAMPLES) if name not in HUB])
-def test_every_example_runs(name, shared, tmp_path, monkeypatch, capsys):
+def test_every_example_runs(name, shared, tmp_path, monkeypatch, capsys, keep_proofs):
     monkeypatch.chdir(tmp_path)
     names = {**shared, "__name__": "example"}
     try:

@@ -39,7 +39,7 @@ def pages_with_code():
 
 
 @pytest.mark.parametrize("readme", pages_with_code())
-def test_snippets_run(readme, tmp_path, capsys, monkeypatch, toy):
+def test_snippets_run(readme, tmp_path, capsys, monkeypatch, toy, keep_proofs):
     program = snippets(readme)
     assert program, f"{name(readme)} shows no code"
     monkeypatch.chdir(tmp_path)  # nothing in the repository is found by accident, nothing is written into it
