@@ -38,25 +38,24 @@ def pytest_collection_finish(session):
 
 
 # One model type for each way of building a model. Without the slow tests, a test that is repeated over model types runs
-# on these of them.
+# on these of them, or on its first if it is of other types.
 BUILDS = frozenset("gpt2 llama gemma2 mixtral opt bloom falcon mamba jamba deepseek_v3 qwen3_next bert llava".split())
 
 
 def pytest_collection_modifyitems(items):
-    """Repeats of a test on model types beside `BUILDS` are slow, if one of `BUILDS` is among the types of that test."""
+    """Repeats of a test on model types beside `BUILDS` are slow; if its types are all others, on those after its first."""
     from nnterp.testing import model_types, multimodal_model_types
 
     known = {*model_types(), *multimodal_model_types()}
     repeats = {}
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        for name in known.intersection(value for value in given if isinstance(value, str)):
+        for name in dict.fromkeys(value for value in given if isinstance(value, str) and value in known):
             repeats.setdefault((item.path, item.originalname), {}).setdefault(name, []).append(item)
     for by_type in repeats.values():
-        if by_type.keys() & BUILDS:
-            for name in by_type.keys() - BUILDS:
-                for item in by_type[name]:
-                    item.add_marker(pytest.mark.slow)
+        for name in by_type.keys() - (by_type.keys() & BUILDS or {next(iter(by_type))}):
+            for item in by_type[name]:
+                item.add_marker(pytest.mark.slow)
 
 
 def _transformers_is_older() -> bool:
