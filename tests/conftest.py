@@ -23,32 +23,39 @@ from packaging.version import Version
 torch.set_num_threads(1)
 
 
+gc.disable()  # while modules are imported and tests collected, nothing is thrown away
+
+
 def pytest_collection_finish(session):
-    """What the imports made stays: the collector need not walk it again and again during the tests."""
+    """What the imports made stays: the collector need not walk it again and again during the tests.
+
+    It took a tenth of their time. What a test leaves behind in circles is found after more objects than by default.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 # One model type for each way of building a model. Without the slow tests, a test that is repeated over model types runs
-# on these of them.
+# on these of them, or on its first if it is of other types.
 BUILDS = frozenset("gpt2 llama gemma2 mixtral opt bloom falcon mamba jamba deepseek_v3 qwen3_next bert llava".split())
 
 
 def pytest_collection_modifyitems(items):
-    """Repeats of a test on model types beside `BUILDS` are slow, if one of `BUILDS` is among the types of that test."""
+    """Repeats of a test on model types beside `BUILDS` are slow; if its types are all others, on those after its first."""
     from nnterp.testing import model_types, multimodal_model_types
 
     known = {*model_types(), *multimodal_model_types()}
     repeats = {}
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        for name in known.intersection(value for value in given if isinstance(value, str)):
+        for name in dict.fromkeys(value for value in given if isinstance(value, str) and value in known):
             repeats.setdefault((item.path, item.originalname), {}).setdefault(name, []).append(item)
     for by_type in repeats.values():
-        if by_type.keys() & BUILDS:
-            for name in by_type.keys() - BUILDS:
-                for item in by_type[name]:
-                    item.add_marker(pytest.mark.slow)
+        for name in by_type.keys() - (by_type.keys() & BUILDS or {next(iter(by_type))}):
+            for item in by_type[name]:
+                item.add_marker(pytest.mark.slow)
 
 
 def transformers_is_older() -> bool:
@@ -80,6 +87,8 @@ LONG = (*TOGETHER, "test_browser", "test_readme", "test_probe", "_real", "test_t
 def pytest_xdist_make_scheduler(config, log):
     """Under `-n`, tests of one model type run in one process, so that its model is built and proven once."""
     from xdist.scheduler import LoadScopeScheduling
+
+    gc.enable()  # nothing is collected in this process
 
     from nnterp.testing import model_types, multimodal_model_types
 
@@ -114,6 +123,12 @@ def processes():
     launcher = Launcher()
     yield launcher
     launcher.close()
+
+
+@pytest.fixture
+def keep_proofs(monkeypatch, tmp_path_factory):
+    """Proofs are kept as a user's are: a checkpoint that several tests with this fixture load is proven once."""
+    monkeypatch.setenv("NNTERP_CACHE", str(tmp_path_factory.getbasetemp() / "proofs"))
 
 
 @pytest.fixture

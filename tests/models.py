@@ -12,3 +12,9 @@ from nnterp.testing import tiny_model, tiny_tokenizer
 def tiny(model_type: str) -> StandardizedTransformer:
     """The default tiny model of a type."""
     return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer())
+
+
+@cache
+def eager(model_type: str) -> StandardizedTransformer:
+    """The default tiny model of a type, with attention computed eagerly."""
+    return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=True)

@@ -1,7 +1,5 @@
 """Looped models, whose layers run several times in a forward pass: every pass against plain torch hooks."""
 
-from functools import cache
-
 import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
@@ -373,16 +371,11 @@ def test_every_looped_type_is_listed():
     assert {*TYPES, "inkling2_loop"} == LOOPED  # which is inkling2_loop_text with images
 
 
-@pytest.fixture(scope="module")
-def looped_type():
-    return cache(lambda kind: StandardizedTransformer(tiny_model(kind), tokenizer=tiny_tokenizer()))
-
-
 @pytest.mark.parametrize("model_type", TYPES)
-def test_looped_types_of_transformers(model_type, looped_type):
+def test_looped_types_of_transformers(model_type, tiny):
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"{model_type} came with transformers 5.24")
-    model, (passes, seams, read) = looped_type(model_type), TYPES[model_type]
+    model, (passes, seams, read) = tiny(model_type), TYPES[model_type]
     assert (model.passes, model.anatomy.seams) == (passes, seams)
     assert model.certificate[PASSES].status == model.certificate[CONSECUTIVE].status == "passed"
     assert read in model.certificate[CONSECUTIVE].detail
@@ -405,9 +398,9 @@ def test_looped_types_of_transformers(model_type, looped_type):
                 assert torch.equal(written, module(IDS).logits)
 
 
-def test_gradients_through_passes_without_gradients_are_refused(looped_type):
+def test_gradients_through_passes_without_gradients_are_refused(tiny):
     """HRM runs its early cycles under torch.no_grad: what autograd gives is not the derivative."""
-    model = looped_type("hrm_text")
+    model = tiny("hrm_text")
     with pytest.raises(Unavailable, match=r"runs model\.L_module\.layers\.0 under torch\.no_grad"):
         model.gradients(IDS[:1].tolist(), lambda logits: logits[:, -1, 3], "layers_output")
 

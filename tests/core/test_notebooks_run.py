@@ -52,7 +52,7 @@ def test_stale_outputs_are_noticed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_shows_what_is_stored_in_it(name):
+def test_a_notebook_shows_what_is_stored_in_it(name, keep_proofs):
     stored = read(name)
     made = notebooks.run(stored, pictures=False)
     for before, now in zip(texts(stored), texts(made), strict=True):
@@ -64,7 +64,7 @@ def test_a_notebook_shows_what_is_stored_in_it(name):
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
-def test_a_notebook_runs_on_a_real_model(name, real):
+def test_a_notebook_runs_on_a_real_model(name, real, keep_proofs):
     checkpoint = real("smollm2").repo_id
     shown = list(texts(notebooks.run(read(name), pictures=False, checkpoint=str(checkpoint))))
     assert [len(cell) for cell in shown] == [len(cell) for cell in texts(read(name))]

@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from nnterp import testing
 from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-TYPES = testing.model_types()
-ALL_TYPES = TYPES + testing.multimodal_model_types()
+TYPES, WITH_IMAGES = testing.model_types(), testing.multimodal_model_types()
+ALL_TYPES = TYPES + WITH_IMAGES
 VOCAB = len(tiny_tokenizer())
 LENGTH, PADDING = 12, 5
 
@@ -89,7 +89,7 @@ def test_mapping_is_partitioned():
     assert not set(TYPES) & set(unavailable)
     assert set(TYPES) | set(unavailable) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert len(TYPES) >= 180
-    assert not set(testing.multimodal_model_types()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert not set(WITH_IMAGES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     for fact in (testing.CACHE_INEXACT, testing.LEFT_PADDING_INEXACT, testing.NOT_CAUSAL, testing.NOT_RELOADABLE):
         assert set(fact) <= set(ALL_TYPES)
         assert all(fact.values())
@@ -228,7 +228,7 @@ def test_checkpoint_round_trip(model_type, model, tokens, tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path)
         return
     folder = tiny_checkpoint(model_type, tmp_path / "checkpoint")
-    auto = AutoModelForImageTextToText if model_type in testing.multimodal_model_types() else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if model_type in WITH_IMAGES else AutoModelForCausalLM
     loaded, info = auto.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

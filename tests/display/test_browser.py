@@ -67,49 +67,50 @@ def several_prompts(labels, tokens):
 
 
 def every_figure():
+    """Name → a function that draws it."""
     words = [*HOSTILE, "·", "plain"]
     tokenizer, n = Words(words), len(words)
     texts = words
     lens = dense(6, n, n)
     return {
-        "lens": display.plot_lens(lens, tokenizer, tokens=texts, title="<b>title</b> & $co$", page=3000),
-        "rank": display.plot_lens(lens, tokenizer, tokens=texts, color="rank"),
-        "entropy": display.plot_lens(lens, tokenizer, tokens=texts, color="entropy"),
-        "kl": display.plot_lens(lens, tokenizer, tokens=texts, color="kl", top_k=3, every=2, page=600),
-        "log": display.plot_lens(lens, tokenizer, tokens=texts, scale="logodds", positions=range(0, n, 2)),
-        "generation": display.plot_generation(lens[0].log(), range(n), tokenizer, page=700),
-        "surprise": display.plot_surprise(lens[0].log(), range(n), tokenizer),
-        "odds": display.plot_targets({"a": torch.rand(9, 30) ** 20, "b": torch.rand(9, 30)}, scale="logodds"),
-        "ranks": display.plot_targets({"a": torch.rand(9, 30) * 40000 + 1}, value="rank"),
-        "short": display.plot_lens(dense(2, 3, n), tokenizer, tokens=texts[:3], color="rank"),
-        "shortest": display.plot_patching(torch.ones(1, 2), score="normalised logit difference of two names"),
-        "targets": display.plot_targets(
+        "lens": lambda: display.plot_lens(lens, tokenizer, tokens=texts, title="<b>title</b> & $co$", page=3000),
+        "rank": lambda: display.plot_lens(lens, tokenizer, tokens=texts, color="rank"),
+        "entropy": lambda: display.plot_lens(lens, tokenizer, tokens=texts, color="entropy"),
+        "kl": lambda: display.plot_lens(lens, tokenizer, tokens=texts, color="kl", top_k=3, every=2, page=600),
+        "log": lambda: display.plot_lens(lens, tokenizer, tokens=texts, scale="logodds", positions=range(0, n, 2)),
+        "generation": lambda: display.plot_generation(lens[0].log(), range(n), tokenizer, page=700),
+        "surprise": lambda: display.plot_surprise(lens[0].log(), range(n), tokenizer),
+        "odds": lambda: display.plot_targets({"a": torch.rand(9, 30) ** 20, "b": torch.rand(9, 30)}, scale="logodds"),
+        "ranks": lambda: display.plot_targets({"a": torch.rand(9, 30) * 40000 + 1}, value="rank"),
+        "short": lambda: display.plot_lens(dense(2, 3, n), tokenizer, tokens=texts[:3], color="rank"),
+        "shortest": lambda: display.plot_patching(torch.ones(1, 2), score="normalised logit difference of two names"),
+        "targets": lambda: display.plot_targets(
             {word: torch.rand(9, 6) for word in words[:6]}, layers=["<i>0</i>", 1, 2, 3, 4, 5]
         ),
-        "attention": display.plot_attention(causal(n, n), texts),
-        "heads": display.plot_attention(causal(5, n, n), texts, heads=["<b>0</b>", 1, 2, 3, 4]),
-        "wall": display.plot_attention(causal(3, 4, n, n), texts),
-        "tokens": display.plot_tokens(texts, torch.linspace(-1, 1, n), name="<b>loss</b> (nats)"),
-        "patching": display.plot_patching(torch.linspace(-1, 1, 6 * n).view(6, n), texts, score="<s>score</s>"),
-        "selectors": display.plot_patching(
+        "attention": lambda: display.plot_attention(causal(n, n), texts),
+        "heads": lambda: display.plot_attention(causal(5, n, n), texts, heads=["<b>0</b>", 1, 2, 3, 4]),
+        "wall": lambda: display.plot_attention(causal(3, 4, n, n), texts),
+        "tokens": lambda: display.plot_tokens(texts, torch.linspace(-1, 1, n), name="<b>loss</b> (nats)"),
+        "patching": lambda: display.plot_patching(torch.linspace(-1, 1, 6 * n).view(6, n), texts, score="<s>score</s>"),
+        "selectors": lambda: display.plot_patching(
             several_prompts([f"last_of({word!r})" for word in words], [words] * 2), prompts="mean"
         ),
-        "counted": display.plot_patching(
+        "counted": lambda: display.plot_patching(
             several_prompts(range(n), [[*words[:i], *[None] * (n - i)] for i in range(3, n + 1)]), prompts="mean"
         ),
-        "components": display.plot_components(torch.linspace(-1, 1, n), texts, score="<s>score</s>"),
-        "patchscope": display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=words[:3]),
-        "generated": display.plot_patchscope([words[:8], words[8:16]]),
-        "probe": display.plot_probe(
+        "components": lambda: display.plot_components(torch.linspace(-1, 1, n), texts, score="<s>score</s>"),
+        "patchscope": lambda: display.plot_patchscope(lens.transpose(0, 1)[:3], tokenizer, sources=words[:3]),
+        "generated": lambda: display.plot_patchscope([words[:8], words[8:16]]),
+        "probe": lambda: display.plot_probe(
             torch.linspace(0.5, 0.98, 30), {word: torch.rand(30, 5) * 0.2 + 0.4 for word in words[:2]}, majority=0.55
         ),
-        "topk": display.plot_topk_tokens(lens.transpose(0, 1)[:4], tokenizer, show=False),
+        "topk": lambda: display.plot_topk_tokens(lens.transpose(0, 1)[:4], tokenizer, show=False),
     }
 
 
 @pytest.fixture(scope="module")
 def figures():
-    return every_figure()
+    return {name: draw() for name, draw in every_figure().items()}
 
 
 @pytest.mark.parametrize("name", sorted(every_figure()))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cache
 
 import torch
 
-from nnterp import StandardizedTransformer
-from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.values import get_value, site_of
+
+from .. import models
 
 # Architectures of different build: sequential, parallel, post-norm, scaled, capped, mixtures of experts, windows,
 # latent attention, state spaces, hybrids, no final norm, layers that return tuples.
@@ -23,12 +22,9 @@ deepseek_v3 glm4 nemotron xglm gpt_bigcode smollm3 biogpt openai-gpt ministral b
 WITHOUT_ATTENTION = {"mamba", "mamba2"}
 
 
-@cache
 def eager(kind):
     """A tiny model with attention probabilities, where it has attention; the tests of one process share it."""
-    return StandardizedTransformer(
-        tiny_model(kind), tokenizer=tiny_tokenizer(), enable_attention_probs=kind not in WITHOUT_ATTENTION
-    )
+    return models.tiny(kind) if kind in WITHOUT_ATTENTION else models.eager(kind)
 
 
 def stream(output):

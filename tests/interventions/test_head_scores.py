@@ -12,18 +12,15 @@ from nnterp import StandardizedTransformer
 from nnterp.errors import Unavailable
 from nnterp.interventions import HeadScores, Result, head_scores, probability_difference, value_weighted_attention
 from nnterp.interventions._heads import _run
-from nnterp.testing import tiny_model, tiny_tokenizer
+from nnterp.testing import tiny_tokenizer
+
+from ..models import eager
 
 KINDS = ("previous_token", "duplicate_token", "induction", "first_token")
 PATTERNS = ["llama", "gpt2", "gemma2", "bloom", "gpt_neox", "falcon", "gemma3_text", "cohere", "jamba", "gpt_oss"]
 GROUPED = ["llama", "gemma2", "qwen3", "granite"]  # grouped queries; post-norms; norms of heads; multipliers
 PROMPTS = [[11, 42, 57, 11, 42, 57, 93, 200, 42], [60, 77, 60, 15, 77], [33, 70, 12, 91, 33, 140, 12]]
 TARGETS = [[42], [15], [91, 70]]
-
-
-@cache
-def eager(model_type):
-    return StandardizedTransformer(tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=True)
 
 
 # -- heads made by hand ------------------------------------------------------------------------------------------------

@@ -67,8 +67,7 @@ def test_the_page_on_dictionaries_runs(page):
     assert names["report"].contexts(399)[0]["text"] == 2
 
 
-@pytest.mark.parametrize("name", interventions.__all__)
-def test_every_public_name_is_documented(name):
-    documented = getattr(interventions, name).__doc__
-    assert documented
-    assert not documented.startswith(f"{name}("), "a dataclass without a docstring of its own"
+def test_every_public_name_is_documented():
+    """With a docstring of its own, and not with what a dataclass writes."""
+    documented = {name: getattr(interventions, name).__doc__ or "" for name in interventions.__all__}
+    assert [name for name, text in documented.items() if not text or text.startswith(f"{name}(")] == []

@@ -59,13 +59,16 @@ def test_sentiment_over_three_seeds_beside_random_vectors(real, name):
     for seed in range(3):
         pairs = random.Random(seed).sample(PAIRS, 32)
         vector = steering_vectors(model, pairs, layers=layer, progress=False)
-        for what, found in ((vector, effects), (vector.random(seed=seed), controls)):
-            sweep = steering_sweep(model, what, OPEN, metric, [layer], [-1.0, 1.0], damage={"kl": None}, progress=False)
-            found.append(torch.cat([sweep["effect"][0], sweep["kl"][0]]))
-    effect, control = torch.stack(effects), torch.stack(controls)  # [seeds, (−1, +1, KL at −1, KL at +1)]
+        asked = (OPEN, metric, [layer], [-1.0, 1.0])
+        sweep = steering_sweep(model, vector, *asked, damage={"kl": None}, progress=False)
+        effects.append(torch.cat([sweep["effect"][0], sweep["kl"][0]]))
+        random_one = steering_sweep(model, vector.random(seed=seed), *asked, damage=None, progress=False)
+        controls.append(random_one["effect"][0])
+    # [seeds, (−1, +1, KL at −1, KL at +1)], and [seeds, (−1, +1)]
+    effect, control = torch.stack(effects), torch.stack(controls)
     print(name, effect.round(decimals=2).tolist(), control.round(decimals=2).tolist())
     assert effect[:, 0].max() < -LEAST[name]
     assert effect[:, 1].min() > LEAST[name]
-    assert effect[:, :2].abs().min() > 1.5 * control[:, :2].abs().max()
+    assert effect[:, :2].abs().min() > 1.5 * control.abs().max()
     assert effect[:, :2].std(0).max() < 0.5  # the seeds agree
     assert (effect[:, 2:] < 1.0).all()  # nats on neutral sentences

@@ -8,6 +8,7 @@ from nnterp.testing import model_types
 
 from ...looped_modeling import LOOPED
 from .values_reference import arguments, ids, wrapped
+from .values_reference import read as read_several
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -31,24 +32,35 @@ def off(actual, expected):
 
 
 def read(model, name, layer, tokens):
-    with torch.no_grad(), model.trace(tokens, use_cache=False):
-        value = getattr(model, name)[layer].clone().save()
-    return value
+    return read_several(model, [(name, layer)], tokens)[name, layer]
+
+
+CONTRIBUTIONS = ("mixer_contributions", "mlp_contributions", "other_contributions")
+
+
+def with_middle(structure, parts):
+    """Whether a layer's stream between its parts is its input plus what the first adds."""
+    scale = structure.stream_scale
+    return structure.kind == "sequential" and len(parts) == 2 and isinstance(scale, float) and scale == 1.0
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_input_plus_contributions_is_output(model_type):
     model, tokens = wrapped(model_type, eager=False, check=True), ids()
     assert model.residual_structures
+    known, names = {}, {}
     for layer, structure in enumerate(model.residual_structures):
         if structure.kind == "unknown":
             assert structure.reason
             continue
-        names = [
-            n for n in ("mixer_contributions", "mlp_contributions", "other_contributions") if served(model, n, layer)
-        ]
-        x, y = (read(model, n, layer, tokens) for n in ("layers_input", "layers_output"))
-        parts = [read(model, n, layer, tokens) for n in names]
+        known[layer] = structure
+        names[layer] = [n for n in CONTRIBUTIONS if served(model, n, layer)]
+    edges = ("layers_input", "layers_output")
+    asked = [(n, i) for i, s in known.items() for n in (*edges, *names[i], *["layers_mid"] * with_middle(s, names[i]))]
+    found = read_several(model, asked, tokens)
+    for layer, structure in known.items():
+        x, y = (found[n, layer] for n in edges)
+        parts = [found[n, layer] for n in names[layer]]
         scale = (
             structure.stream_scale.double()
             if isinstance(structure.stream_scale, torch.Tensor)
@@ -57,8 +69,8 @@ def test_input_plus_contributions_is_output(model_type):
         if structure.kind in ("sequential", "parallel", "single"):
             made = scale * x.double() + sum(p.double() for p in parts)
             assert off(made, y) < 16 * torch.finfo(y.dtype).eps, structure.kind
-        if structure.kind == "sequential" and len(parts) == 2 and isinstance(scale, float) and scale == 1.0:
-            mid = read(model, "layers_mid", layer, tokens)
+        if with_middle(structure, parts):
+            mid = found["layers_mid", layer]
             assert off(mid, x.double() + parts[0].double()) < 1e-5
             assert off(mid.double() + parts[1].double(), y) < 1e-5
 
@@ -67,14 +79,17 @@ def test_input_plus_contributions_is_output(model_type):
 def test_written_contributions_are_what_is_added(model_type):
     """Writing a contribution makes it what was written, and nothing else about the layer changes."""
     model, tokens = wrapped(model_type, eager=False, check=True), ids()
+    layers = []
     for layer in {0, model.num_layers - 1}:
         structure = model.residual_structures[layer]
         if structure.other is not None:  # further modules of the layer read what the feed-forward added
             continue
         if structure.kind not in ("sequential", "parallel", "single") or not served(model, "mlp_contributions", layer):
             continue
-        plain = read(model, "layers_output", layer, tokens)
-        now = read(model, "mlp_contributions", layer, tokens)
+        layers.append(layer)
+    found = read_several(model, [(n, i) for i in layers for n in ("layers_output", "mlp_contributions")], tokens)
+    for layer in layers:
+        plain, now = found["layers_output", layer], found["mlp_contributions", layer]
         new = now * 0.5 + 0.1
         with torch.no_grad(), model.trace(tokens, use_cache=False):
             model.mlp_contributions[layer] = new
@@ -118,7 +133,7 @@ SCALED_AFTER_MID = {"beam", "doge", "zaya"}
 @pytest.mark.parametrize("model_type", TYPES)
 def test_neurons(model_type):
     """The neurons through the down projection are the feed-forward's output, and zeroing them leaves its bias."""
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     if model.facts.assumed.layout:
         # Without a proof, `mlps_output` is refused where the stream has other axes.
         model = wrapped(model_type, eager=False, check=True)
@@ -126,13 +141,13 @@ def test_neurons(model_type):
     for layer in layers[:1]:
         place = model.facts.inside.neurons[layer]
         down = model._module.get_submodule(place.path)
-        neurons = read(model, "mlp_neurons", layer, tokens)
+        found = read_several(model, [("mlp_neurons", layer), ("mlps_output", layer)], tokens)
+        neurons, plain = found["mlp_neurons", layer], found["mlps_output", layer]
         with torch.no_grad():
             made = down(neurons)
         with torch.no_grad(), model.trace(tokens, use_cache=False):
             model.mlp_neurons[layer] = torch.zeros_like(neurons)
             silent = model.mlps_output[layer].clone().save()
-        plain = read(model, "mlps_output", layer, tokens)
         with torch.no_grad():
             moved = made - down(torch.zeros_like(neurons))
         # BLOOM's feed-forward adds the residual itself: the difference is the same.
@@ -154,7 +169,7 @@ def test_neurons_of_shared_experts():
     """Of the expert that all tokens pass: a plain hook's, and an edit of them is the same edit in a plain hook."""
     seen = []
     for model_type in SHARED:
-        model, tokens = wrapped(model_type, eager=False), ids()
+        model, tokens = wrapped(model_type), ids()
         layers = model.support()["shared_expert_neurons"]
         assert layers, model_type
         place = model.place("shared_expert_neurons", layers[-1])
@@ -206,7 +221,7 @@ def projection(module, inside):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_heads_through_out_sum_to_the_output(model_type):
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     layers = [i for i in model.attention_layers if served(model, "attention_head_contributions", i)]
     for layer in layers[-1:]:
         inside = model.facts.inside.attention[layer]

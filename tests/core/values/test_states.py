@@ -8,7 +8,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnterp.errors import Unavailable
 
-from .values_reference import ids, wrapped
+from .values_reference import ids, unproven, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,7 +43,7 @@ def go_on(module, output, cache):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_states_are_what_the_cache_keeps(model_type):
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     layers = model.support()["mixer_states"]
     assert layers
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_states_are_what_the_cache_keeps(model_type):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_written_states_are_what_the_next_token_goes_on_from(model_type):
     """The next token's logits equal those that a plain model gives with its cache changed; this pass's do not move."""
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     module, layer = model._module, model.support()["mixer_states"][0]
     with torch.no_grad():
         plain = module(tokens, use_cache=True)
@@ -83,7 +83,7 @@ def test_written_states_are_what_the_next_token_goes_on_from(model_type):
 
 def test_states_on_the_module():
     """RecurrentGemma keeps its states on its modules."""
-    model, tokens = wrapped.__wrapped__("recurrent_gemma", eager=False), ids()  # one that nothing was run on yet
+    model, tokens = unproven.__wrapped__("recurrent_gemma", eager=False), ids()  # one that nothing was run on yet
     layers = model.support()["mixer_states"]
     assert layers == tuple(i for i in range(model.num_layers) if i not in model.attention_layers)
     units = [model._module.get_submodule(model.anatomy.blocks[i].path).temporal_block.rg_lru for i in layers]
@@ -99,7 +99,7 @@ def test_states_on_the_module():
 
 def test_where_there_is_none():
     for model_type, why in (("llama", "keys and values"), ("lfm2", "convolution"), ("rwkv", "model.output")):
-        model = wrapped(model_type, eager=False)
+        model = wrapped(model_type)
         assert model.support()["mixer_states"] == ()
         assert any(why in reason for reason in model.support().reasons["mixer_states"].values())
         with pytest.raises(Unavailable, match=why), model.trace(ids()):
@@ -128,7 +128,7 @@ def test_explained(capsys):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_states_of_generated_tokens(model_type):
     """After the prompt and after every token: what plain steps leave in the cache; and each invoke has its own rows."""
-    model, tokens = wrapped(model_type, eager=False), ids()
+    model, tokens = wrapped(model_type), ids()
     module, layer = model._module, model.support()["mixer_states"][-1]
     with torch.no_grad(), model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False) as tracer:
         seen = []

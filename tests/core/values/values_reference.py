@@ -8,6 +8,9 @@ import torch
 
 from nnterp import StandardizedTransformer
 from nnterp.testing import tiny_model, tiny_tokenizer
+from nnterp.values import reads, when
+
+from ... import models
 
 LENGTH = 12
 
@@ -17,10 +20,48 @@ def ids(rows=2, length=LENGTH, seed=5):
 
 
 @cache
-def wrapped(model_type, eager=True, check=False):
+def unproven(model_type, eager):
     return StandardizedTransformer(
-        tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=eager, check_renaming=check
+        tiny_model(model_type), tokenizer=tiny_tokenizer(), enable_attention_probs=eager, check_renaming=False
     )
+
+
+def wrapped(model_type, eager=True, check=False):
+    """A tiny model, shared by the tests of one process: proven, or not even looked at."""
+    if not check:
+        return unproven(model_type, eager)
+    return models.eager(model_type) if eager else models.tiny(model_type)
+
+
+def in_order(model, asked):
+    """Lists of what is asked for, (name, layer); a forward pass comes to those of one list one after the other."""
+    spans = {}
+    for name, layer in asked:
+        times = [when(model, place) for place in reads(model, model.place(name, layer))[0]]
+        spans[name, layer] = min(times), max(times)
+    left, passes = sorted(spans, key=lambda one: spans[one][::-1]), []
+    while left:
+        taken, now = [], -1
+        for one in left:
+            if spans[one][0] >= now:
+                taken.append(one)
+                now = spans[one][1]
+        passes.append(taken)
+        left = [one for one in left if one not in taken]
+    return passes
+
+
+def read(model, asked, tokens):
+    """(name, layer) → its value, for all that is asked for, in as few forward passes as their order allows."""
+    found = {}
+    for taken in in_order(model, asked):
+        with torch.no_grad(), model.trace(tokens, use_cache=False):
+            values = {}
+            values.save()
+            for name, layer in taken:
+                values[name, layer] = getattr(model, name)[layer].clone()
+        found |= values
+    return found
 
 
 def arguments(module, tokens, **kwargs):

@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 
-def attention_configs(module: nn.Module) -> list[Any]:
+def attention_configs(module: nn.Module) -> Iterator[Any]:
     """Every config object that says how attention is computed, once each."""
-    found: dict[int, Any] = {}
+    found: set[int] = set()
     for part in module.modules():
         config = part.__dict__.get("config")
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
-            found.setdefault(id(config), config)
-    return list(found.values())
+        if config is not None and id(config) not in found and hasattr(config, "_attn_implementation_internal"):
+            found.add(id(config))
+            yield config
 
 
 def is_eager(module: nn.Module) -> bool:

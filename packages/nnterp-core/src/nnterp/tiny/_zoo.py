@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from nnterp.versions import version_of
 
 from ._facts import NOT_RELOADABLE
 from ._loud import make_loud
@@ -53,7 +54,8 @@ def multimodal_model_types() -> tuple[str, ...]:
     Example:
         print("llava" in testing.multimodal_model_types())  # → True
     """
-    return tuple(t for t in image_model_types() if t not in _class_names())
+    with_text = _class_names()
+    return tuple(t for t in image_model_types() if t not in with_text)
 
 
 def image_model_types() -> tuple[str, ...]:
@@ -64,7 +66,8 @@ def image_model_types() -> tuple[str, ...]:
     Example:
         print("llava" in testing.image_model_types())  # → True
     """
-    return tuple(t for t in _image_class_names() if t not in model_types_without_images())
+    unbuilt = model_types_without_images()
+    return tuple(t for t in _image_class_names() if t not in unbuilt)
 
 
 def model_types_without_images() -> dict[str, str]:
@@ -78,7 +81,8 @@ def model_types_without_images() -> dict[str, str]:
     """
     have = all(find_spec(name) is not None for name in ("timm", "torchvision", "PIL"))
     unbuilt = {t: reason for t, reason in WITHOUT_IMAGES.items() if not (have and reason == NEEDS_TIMM)}
-    unbuilt |= {t: reason for t, (release, reason) in FAIL_IN.items() if release == version("transformers")}
+    installed = version_of("transformers")
+    unbuilt |= {t: reason for t, (release, reason) in FAIL_IN.items() if release == installed}
     return {t: unbuilt[t] for t in _image_class_names() if t in unbuilt}
 
 

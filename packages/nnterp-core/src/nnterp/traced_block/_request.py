@@ -18,7 +18,9 @@ from nnterp.traced import StepTracer
 from nnterp.traced_block._followed import LastInWith, refuse_followed
 from nnterp.traced_block._lost_edits import refuse_lost_edits
 
-NOT_READ = {*sys.stdlib_module_names, "torch", "transformers", "nnsight", "numpy"}  # they know nothing of nnterp
+# They know nothing of nnterp. From a program that runs (a session of pytest or IPython) all that is loaded is reached.
+OTHERS = "torch transformers nnsight numpy scipy sklearn pandas plotly matplotlib IPython pytest _pytest pluggy"
+NOT_READ = {*sys.stdlib_module_names, *OTHERS.split()}
 
 
 class RequestTracer(LastInWith, StepTracer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -23,13 +24,18 @@ class Candidate:
         place: Where it is served.
         tensor: A copy of it.
         when: When the eager run passed it, on that recording's clock.
-        both: True if the same operation holds the same numbers when the model computes attention in its own way.
+        alike: Compares it with what the operation holds when the model computes attention in its own way.
     """
 
     place: Inside
     tensor: torch.Tensor
     when: int
-    both: bool
+    alike: Callable[[], bool]
+
+    @property
+    def both(self) -> bool:
+        """True if the same operation holds the same numbers when the model computes attention in its own way."""
+        return self.alike()
 
 
 class Evidence:
@@ -68,7 +74,7 @@ class Evidence:
         for key, tensor in operation.tensors_in():
             if tensor.is_floating_point() and tensor.dim() >= 3:
                 place = Inside(operation.path, operation.labels, "input", key)
-                yield Candidate(place, tensor, operation.began, self._alike(tensor, theirs.get(key)))
+                yield Candidate(place, tensor, operation.began, partial(self._alike, tensor, theirs.get(key)))
 
     def returned(self, operation: Operation) -> Iterator[Candidate]:
         """The floating tensors of three or more axes that an operation returned."""
@@ -77,7 +83,7 @@ class Evidence:
         for key, tensor in operation.tensors_out():
             if tensor.is_floating_point() and tensor.dim() >= 3:
                 place = Inside(operation.path, operation.labels, "output", key)
-                yield Candidate(place, tensor, operation.ended, self._alike(tensor, theirs.get(key)))
+                yield Candidate(place, tensor, operation.ended, partial(self._alike, tensor, theirs.get(key)))
 
     def around(self, softmax: Operation) -> Iterator[Candidate]:
         """The tensors in the function that calls the softmax and in the functions that call it, best place first.

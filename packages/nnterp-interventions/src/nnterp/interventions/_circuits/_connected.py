@@ -76,16 +76,20 @@ class _Growing:
     """A random circuit that grows edge by edge.
 
     Attributes:
+        kept: The edges of the circuit; `flags` is the same memory, of which single entries are read faster.
         starts: For each writer, whether the embeddings reach it.
         ends: For each input, whether it reaches the logits.
+        done: The writers and the inputs at which an edge of the circuit ends.
     """
 
     def __init__(self, writers: Sequence[Node], inputs: Sequence[Input], possible: torch.Tensor, seed: int) -> None:
         self.paths, self.possible = _Paths(writers, inputs), possible
         self.random = torch.Generator().manual_seed(seed)
         self.kept = torch.zeros_like(possible)
-        self.starts = torch.tensor([node.role == "embeddings" for node in writers])
-        self.ends = torch.tensor([one.role == "logits" for one in inputs])
+        self.flags = self.kept.numpy()
+        self.starts = [node.role == "embeddings" for node in writers]
+        self.ends = [one.role == "logits" for one in inputs]
+        self.done: tuple[set[int], set[int]] = set(), set()
         self.left = 0
 
     def grown(self, size: int) -> torch.Tensor:
@@ -94,40 +98,55 @@ class _Growing:
         while self.left:
             before = self.left
             receivers, senders = (self.possible & ~self.kept).nonzero(as_tuple=True)
-            for k in torch.randperm(len(senders), generator=self.random).tolist():
+            order = torch.randperm(len(senders), generator=self.random)
+            for receiver, sender in zip(receivers[order].tolist(), senders[order].tolist(), strict=True):
                 if not self.left:
                     break
-                self.add(int(receivers[k]), int(senders[k]))
+                self.add(receiver, sender)
             assert self.left < before, "an edge from the embeddings to the logits is left, or one between what is there"
         return self.kept
 
     def add(self, receiver: int, sender: int) -> None:
         """Add an edge with those that it needs, unless they are too many."""
-        if self.kept[receiver, sender]:
+        if self.flags[receiver, sender]:
             return
-        if 1 + (not self.starts[sender]) + (not self.ends[receiver]) > self.left:
+        begun, goes_on = self.starts[sender], self.ends[receiver]
+        if 1 + (not begun) + (not goes_on) > self.left:
             return
-        first = None if self.starts[sender] else self.drawn(self.possible[self.paths.own[sender]] & self.starts)
-        onward = self.possible[:, self.paths.made[receiver]] & self.ends[:, None]
-        last = None if self.ends[receiver] else self.drawn(onward)
+        own, made = self.paths.own[sender], self.paths.made[receiver]
+        first = last = None
+        if not begun:
+            first = self.drawn(self.possible[own] & torch.tensor(self.starts))
+        if not goes_on:
+            last = self.drawn(self.possible[:, made] & torch.tensor(self.ends)[:, None])
+        if (first is None and not begun) or (last is None and not goes_on):
+            return
         needed = [(receiver, sender)]
-        if not self.starts[sender]:
-            if first is None:
-                return
-            needed.append((self.paths.own[sender][first[0]], first[1]))
-        if not self.ends[receiver]:
-            if last is None:
-                return
-            needed.append((last[0], self.paths.made[receiver][last[1]]))
-        new = [edge for edge in needed if not self.kept[edge]]
+        if first is not None:
+            needed.append((own[first[0]], first[1]))
+        if last is not None:
+            needed.append((last[0], made[last[1]]))
+        new = [edge for edge in needed if not self.flags[edge]]
         if len(new) > self.left:
             return
-        for edge in new:
-            self.kept[edge] = True
         self.left -= len(new)
+        for edge in new:
+            self.flags[edge] = True
         for i, w in needed:
-            self.ends[[i, *self.paths.own[w]]] = True
-            self.starts[[w, *self.paths.made[i]]] = True
+            self.link(i, w)
+
+    def link(self, receiver: int, sender: int) -> None:
+        """Note what an edge of the circuit connects: the embeddings with what it leads to, the logits with the rest."""
+        writers, inputs = self.done
+        if sender not in writers:
+            writers.add(sender)
+            for i in self.paths.own[sender]:
+                self.ends[i] = True
+        if receiver not in inputs:
+            inputs.add(receiver)
+            for w in self.paths.made[receiver]:
+                self.starts[w] = True
+        self.ends[receiver] = self.starts[sender] = True
 
     def drawn(self, there: torch.Tensor) -> tuple[int, int] | None:
         """A random entry of those that are there."""
