@@ -8,6 +8,7 @@ from nnterp.interventions import (
     PatchingResult,
     Result,
     activation_patching,
+    attribution_patching,
     kl_divergence,
     logit_difference,
     probability_difference,
@@ -180,6 +181,16 @@ def test_many_pairs_are_held_a_few_at_a_time(tiny, monkeypatch):
     single = activation_patching(model, CLEAN, CORRUPTED, logit_difference([5, 6, 7], [8, 9, 10]))
     torch.testing.assert_close(single["scores"], whole["scores"], equal_nan=True, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(single["clean"], whole["clean"], atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_of_equal_prompts_are_named(tiny):
+    model, metric = tiny("gpt2"), logit_difference(5, 9)
+    with pytest.warns(UserWarning, match=r"the same in 1 of 3 pairs \(index 1\): patching between them"):
+        found = activation_patching(model, CLEAN, [CORRUPTED[0], CLEAN[1], CORRUPTED[2]], metric, positions=-1)
+    assert found["scores"][1].allclose(found["clean"][1])
+    assert found.normalized()["scores"][1].isnan().all()
+    with pytest.warns(UserWarning, match="the same in 1 of 1 pairs"):
+        attribution_patching(model, CLEAN[:1], CLEAN[:1], metric, audit=0)
 
 
 def test_bad_input(tiny):

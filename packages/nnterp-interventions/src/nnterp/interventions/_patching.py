@@ -15,7 +15,7 @@ from nnterp.inputs import Row
 from nnterp.interventions._engine import Cell, Kept, sweep
 from nnterp.interventions._grid import Grid
 from nnterp.interventions._metrics import Bound, bind_some, by_prompt, metric_name, scored
-from nnterp.interventions._pairs import Direction, encode_pairs
+from nnterp.interventions._pairs import Direction, encode_pairs, gap_between
 from nnterp.interventions._partial import DONE, Resume, held_of, ids_of, resumed, unfinished
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import Result, describe_run, prompt_labels
@@ -45,13 +45,12 @@ class PatchingResult(Result):
     def normalized(self) -> PatchingResult:
         """Scores rescaled so that the run patched into has 0 and the run patched from has 1.
 
-        NaN where the two runs have the same metric.
+        NaN where the two runs have the same metric, up to rounding (1e-6 of the larger one).
         """
         clean, corrupted = self["clean"], self["corrupted"]
         into, source = (corrupted, clean) if self.about["arguments"]["direction"] == "denoising" else (clean, corrupted)
         shape = (-1,) + (1,) * (self["scores"].dim() - 1)
-        gap = torch.where(source == into, torch.nan, source - into)
-        scores = (self["scores"] - into.view(shape)) / gap.view(shape)
+        scores = (self["scores"] - into.view(shape)) / gap_between(source, into).view(shape)
         return replace(self, tensors={**self.tensors, "scores": scores})
 
 

@@ -109,7 +109,11 @@ class Audit:
     def of(about: Mapping[str, Any]) -> Audit | None:
         """Read the audit in the record of a result; returns None if it was not audited."""
         found = about.get(AUDIT)
-        return None if found is None else Audit(tuple(map(_named, found["cells"])), found["seed"], found.get("signed", True))
+        return (
+            None
+            if found is None
+            else Audit(tuple(map(_named, found["cells"])), found["seed"], found.get("signed", True))
+        )
 
 
 def _named(cell: Mapping[str, Any]) -> Entry:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from nnterp.interventions._attribution._audit import Audit
+from nnterp.interventions._pairs import gap_between
 from nnterp.interventions._results import Result
 
 
@@ -54,12 +55,12 @@ class AttributionResult(Result):
     def normalized(self) -> AttributionResult:
         """Scores as parts of the difference between the two runs: 1 where patching would make it all.
 
-        NaN where the two runs have the same metric. Magnitudes (`graddrop=True`) are divided by its absolute value. The
-        audit stays with the scores as they were.
+        NaN where the two runs have the same metric, up to rounding (1e-6 of the larger one). Magnitudes
+        (`graddrop=True`) are divided by the difference's absolute value. The audit stays with the scores as they were.
         """
         denoising = self.about["arguments"]["direction"] == "denoising"
         source = self["clean" if denoising else "corrupted"]
-        gap = torch.where(source == self.unpatched, torch.nan, source - self.unpatched)
+        gap = gap_between(source, self.unpatched)
         scores = self["scores"] / self._by_prompt(gap.abs() if self._magnitudes else gap)
         arguments = {**self.about["arguments"], "score": "estimated part of the difference"}
         return replace(self, tensors={**self.tensors, "scores": scores}, about={**self.about, "arguments": arguments})

@@ -26,7 +26,7 @@ from nnterp.interventions._circuits._graph import Graph
 from nnterp.interventions._circuits._proof import graph_of
 from nnterp.interventions._circuits._readings import written
 from nnterp.interventions._metrics import metric_name
-from nnterp.interventions._pairs import Pairs, encode_pairs
+from nnterp.interventions._pairs import Pairs, encode_pairs, gap_between
 from nnterp.interventions._partial import DONE, Resume, ids_of, resumed, unfinished
 from nnterp.interventions._results import Result, describe_run, prompt_labels
 from nnterp.interventions._running import AUTO_ROWS, BatchSize, bar, check_batch_size
@@ -59,7 +59,10 @@ class Faithfulness(Result):
 
     @property
     def normalized(self) -> torch.Tensor:
-        """The metric rescaled so that the corrupted runs have 0 and the clean runs 1, float32 `[sizes]` on the CPU."""
+        """The metric rescaled so that the corrupted runs have 0 and the clean runs 1, float32 `[sizes]` on the CPU.
+
+        NaN if both have the same metric, up to rounding (1e-6 of the larger one).
+        """
         return self._rescaled(self["metric"])
 
     @property
@@ -83,8 +86,7 @@ class Faithfulness(Result):
 
     def _rescaled(self, metric: torch.Tensor) -> torch.Tensor:
         clean, corrupted = self["clean"].mean(), self["corrupted"].mean()
-        gap = clean - corrupted
-        return (metric - corrupted) / torch.where(gap == 0, torch.nan, gap)
+        return (metric - corrupted) / gap_between(clean, corrupted)
 
     def _area(self, curve: torch.Tensor) -> float:
         sizes = torch.tensor(self.labels["sizes"], dtype=torch.float64)

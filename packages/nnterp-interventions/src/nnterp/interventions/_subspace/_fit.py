@@ -16,7 +16,7 @@ from nnterp.discovery import require_passes_with_gradients
 from nnterp.inputs import forward_flags
 from nnterp.interventions._engine import Passing, Shortcuts
 from nnterp.interventions._metrics import Bound, bind_some
-from nnterp.interventions._pairs import Direction, Pairs, encode_pairs
+from nnterp.interventions._pairs import Direction, Pairs, encode_pairs, gap_between
 from nnterp.interventions._proving import proven_shortcuts
 from nnterp.interventions._results import prompt_labels
 from nnterp.interventions._running import bar, filled, weights_at_rest
@@ -194,7 +194,8 @@ class _Fit:
                 self.given[i] = self.where.given(i, states[k]).clone()
                 self.bounds[i] = partial(_one, bound, k)
                 self.targets[i] = self.bounds[i](logits[k : k + 1]).detach()
-                gaps.append(float(self.bounds[i](own[k : k + 1]).detach() - self.targets[i]) ** 2)
+                gap = gap_between(self.targets[i], self.bounds[i](own[k : k + 1]).detach())
+                gaps.append(float(gap.nan_to_num().square()))
         first = self.given[chosen[0]]
         self.gap, self.width, self.device = sum(gaps) / len(gaps), self.where.width(first), first.device
         if not self.gap > 0:
