@@ -14,13 +14,7 @@ from nnsight.intervention import source as nnsight_source
 from nnsight.intervention.source import STATE, SourceNotAvailable, State
 from torch import nn
 
-_LABEL = "__nnterp_bracketed__"  # of a forward in which one operation is instrumented: which
-
-
-def bracketed_alone(module: nn.Module) -> str | None:
-    """Return the label of the operation that `bracket_one` instrumented, None if all are, or none is."""
-    state: State = module.__dict__[STATE]
-    return None if state.sourced else getattr(state.body, _LABEL, None)
+BRACKETED = "__nnterp_bracketed__"  # of a forward in which one operation is instrumented alone: its label
 
 
 def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]) -> bool:
@@ -62,5 +56,5 @@ def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]
     op = nnsight_source.make_op(lambda: state.active()[:2])
     names = {nnsight_source.OP: op, nnsight_source.BIND: nnsight_source.bind}
     state.body = nnsight_source.rewrap(chain, nnsight_source.function_like(inner, compiled.code, closure, **names))
-    setattr(state.body, _LABEL, label)
+    setattr(state.body, BRACKETED, label)
     return True

@@ -15,7 +15,7 @@ from nnsight.intervention.source import STATE
 from nnterp.errors import Unavailable
 from nnterp.record import Record
 from nnterp.tensors import stream_in, stream_out
-from nnterp.traced._bracketing import bracketed_alone
+from nnterp.traced._bracketing import BRACKETED
 
 if TYPE_CHECKING:
     from nnterp.table import Side
@@ -94,9 +94,8 @@ class Inside(Record):
     def operation(self, model: Running) -> Any:
         """nnsight's handle of the operation."""
         envoy = model.envoy(self.path)
-        module = envoy._module
-        watched = bracketed_alone(module)
-        source = looked_into(model, envoy, module.__dict__[STATE].sourced, "skip", watched)
+        state = envoy._module.__dict__[STATE]
+        source = looked_into(model, envoy, state.sourced, "skip", getattr(state.body, BRACKETED, None))
         for label in self.labels[:-1]:
             operation = getattr(source, label)
             known = model.interleaver.sourced.get(operation.path) is not None
@@ -195,15 +194,7 @@ class ReadOnly(Record):
 # nnsight counts the runs of an operation from when it first looks into what runs it: after some steps of a generation,
 # or passes of a looped model, it would take one run for another.
 def looked_into(model: Running, whole: Any, known: bool, like: str, watched: str | None = None) -> Any:
-    """The operations in a module or an operation (nnsight's handle of it); their runs count as those of the whole.
-
-    Args:
-        model: The model.
-        whole: The module, or the operation.
-        known: Whether nnsight has looked into it before.
-        like: Which of its locations tells its runs.
-        watched: The operation whose runs were counted all the time.
-    """
+    """The operations in a module or an operation: their runs count as its own, those of `watched` were counted."""
     source = whole.source
     if not known:
         for name in source.compiled.names:
