@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from nnterp.interventions import Component, ablate, activation_patching, components, logit_difference
+from nnterp.interventions import (
+    Component,
+    ablate,
+    activation_patching,
+    attribution_patching,
+    components,
+    logit_difference,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -91,3 +98,22 @@ def test_patched_from_another_prompt(tiny):
         handle.remove()
     assert max(expected) - min(expected) > 1e-2
     torch.testing.assert_close(found["scores"].flatten(), torch.tensor(expected), rtol=1e-3, atol=5e-4)
+
+
+def test_attributed_experts_are_their_change_times_the_slope_of_the_mixture(tiny):
+    model, clean, corrupted = tiny("mixtral"), [5, 9, 12, 40, 77], [33, 8, 21, 90, 14]
+    found = attribution_patching(
+        model, clean, corrupted, lambda logits: logits[:, 7], "expert_contributions", [2], heads="all", audit=0
+    )["scores"].squeeze()
+    contributions = []
+    for ids in (clean, corrupted):
+        with torch.no_grad(), model.trace(torch.tensor([ids])):
+            contributions.append(model.expert_contributions[2].save())
+    kept = []
+    block = model._module.get_submodule(model.anatomy.blocks[2].mlp.exit)
+    handle = block.register_forward_hook(lambda module, args, output: kept.append(output))
+    score = model._module(torch.tensor([corrupted])).logits[0, -1, 7]
+    handle.remove()
+    (slope,) = torch.autograd.grad(score, kept)
+    change = contributions[0] - contributions[1]
+    torch.testing.assert_close(found, (change * slope[:, :, None]).sum((0, 1, 3)), rtol=1e-3, atol=1e-5)
