@@ -43,7 +43,7 @@ BUILDS = frozenset("gpt2 llama gemma2 mixtral opt bloom falcon mamba jamba deeps
 
 
 def pytest_collection_modifyitems(items):
-    """Repeats of a test on model types beside `BUILDS` are slow; if its types are all others, on those after its first."""
+    """Repeats of a test on model types beside `BUILDS` are slow; if all its types are others, those after its first."""
     from nnterp.testing import model_types, multimodal_model_types
 
     known = {*model_types(), *multimodal_model_types()}
