@@ -43,7 +43,7 @@ BUILDS = frozenset("gpt2 llama gemma2 mixtral opt bloom falcon mamba jamba deeps
 
 
 def pytest_collection_modifyitems(items):
-    """Repeats on model types beside `BUILDS` are slow; if its types are all others, on those after its first."""
+    """Repeats of a test on model types beside `BUILDS` are slow; if all its types are others, those after its first."""
     from nnterp.testing import model_types, multimodal_model_types
 
     known = {*model_types(), *multimodal_model_types()}
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
 
 
-def transformers_is_older() -> bool:
+def _transformers_is_older() -> bool:
     """Whether the installed transformers is older than the one that the tests are written for."""
     lock = (Path(__file__).parents[1] / "requirements.lock").read_text(encoding="utf-8")
     pinned = re.search(r"^transformers==([\d.]+)", lock, flags=re.MULTILINE)
@@ -71,7 +71,7 @@ def pytest_runtest_call():
     try:
         return (yield)
     except KeyError as error:
-        if "is not a causal LM of the installed transformers" in str(error) and transformers_is_older():
+        if "is not a causal LM of the installed transformers" in str(error) and _transformers_is_older():
             pytest.skip(str(error))
         raise
 

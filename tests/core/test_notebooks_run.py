@@ -65,8 +65,11 @@ def test_a_notebook_shows_what_is_stored_in_it(name, keep_proofs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_notebook_runs_on_a_real_model(name, real, keep_proofs):
-    checkpoint = real("smollm2").repo_id
-    shown = list(texts(notebooks.run(read(name), pictures=False, checkpoint=str(checkpoint))))
+    """With half the prompts of a task: on 30 layers each costs seconds."""
+    checkpoint, notebook = real("smollm2").repo_id, read(name)
+    for cell in notebook["cells"]:
+        cell["source"] = [line.replace("(model, n=4", "(model, n=2") for line in cell["source"]]
+    shown = list(texts(notebooks.run(notebook, pictures=False, checkpoint=str(checkpoint))))
     assert [len(cell) for cell in shown] == [len(cell) for cell in texts(read(name))]
 
 

@@ -108,7 +108,10 @@ def plain():
     return {}
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+ONCE_MORE = ("float64", "set to meta")  # another default dtype, and the same default device by another call
+
+
+@pytest.mark.parametrize("setting", [pytest.param(s, marks=[pytest.mark.slow] * (s in ONCE_MORE)) for s in SETTINGS])
 @pytest.mark.parametrize("name", CALLS)
 def test_defaults_of_the_caller_change_nothing(toy, plain, name, setting):
     if name not in plain:

@@ -213,8 +213,14 @@ def rotary():
     return get
 
 
+SWITCHED = (
+    "dynamic",
+    "longrope",
+)  # by the longest row of a batch; the others treat each row as it is, one like another
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in SWITCHED)) for k in ROTARY])
 def test_every_rotary_kind(rotary, kind, function):
     model = rotary(kind)
     compare(model, kind, function, (5, 30, THRESHOLD, THRESHOLD + 1, 9))

@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -455,29 +456,33 @@ def test_checksum_of_any_dtype(dtype):
     assert of(sparse.to_sparse()) == of(sparse)
 
 
-def test_digests_are_the_same_in_every_process(tmp_path):
+def test_digests_are_the_same_in_every_process(tmp_path, capsys):
     """Whatever order sets have there."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import functools, torch\n"
+        "import functools, string, torch\n"
         "from nnterp.interventions import logit_lens\n"
         "from nnterp.identity import digest\n"
         "from nnterp.identity import parts_of_function\n"
         f"exec({BODY.format(**AS_IT_IS)!r})\n"
-        "values = [{'b', 'a', 'c'}, {'x': {1, 2}, 'y': frozenset('abc')}, logit_lens, function, torch.arange(3)]\n"
+        "letters = {*string.ascii_letters}\n"
+        "values = [letters, {'x': {1, 2}, 'y': frozenset('abc')}, logit_lens, function, torch.arange(3)]\n"
         "print([digest(value) for value in values], parts_of_function(functools.partial(logit_lens, layers=[1])))\n"
+        "print(*letters)\n"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, str(program)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    elsewhere = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    runpy.run_path(str(program), run_name="__main__")
+    here = capsys.readouterr().out.splitlines()
+    assert len(here) == 2
+    assert here[1] != elsewhere[1], "sets have the same order in the two processes"
+    assert here[0] == elsewhere[0]
 
 
 def test_values_that_hold_themselves_or_cannot_be_pickled():
