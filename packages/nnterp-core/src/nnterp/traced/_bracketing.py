@@ -17,11 +17,9 @@ from torch import nn
 BRACKETED = "__nnterp_bracketed__"  # of a forward in which one operation is instrumented alone: its label
 
 
+# Layers of one class share one compiled forward: pass the same `known` for all layers.
 def bracket_one(module: nn.Module, label: str, known: dict[tuple[Any, str], Any]) -> bool:
-    """Instrument one operation of a module's forward; whether it worked. It needs the forward's Python source.
-
-    Layers of one class share one compiled forward: pass the same `known` for all layers.
-    """
+    """Instrument one operation of a module's forward; whether it worked. It needs the forward's Python source."""
     state: State = module.__dict__[STATE]
     if state.sourced:
         return True

@@ -100,7 +100,7 @@ class Inside(Record):
             operation = getattr(source, label)
             known = model.interleaver.sourced.get(operation.path) is not None
             if not known:
-                count_alike(model, f"{operation.path}.fn", f"{operation.path}.skip")
+                count_alike(model, [f"{operation.path}.fn"], f"{operation.path}.skip")
             source = looked_into(model, operation, known, "fn")
         return getattr(source, self.labels[-1])
 
@@ -197,19 +197,17 @@ def looked_into(model: Running, whole: Any, known: bool, like: str, watched: str
     """The operations in a module or an operation: their runs count as its own, those of `watched` were counted."""
     source = whole.source
     if not known:
-        for name in source.compiled.names:
-            if name == watched:
-                continue
-            for end in ("input", "skip", "output"):
-                count_alike(model, f"{whole.path}.source.{name}.{end}", f"{whole.path}.{like}")
+        names, ends = (name for name in source.compiled.names if name != watched), ("input", "skip", "output")
+        ats = [f"{whole.path}.source.{name}.{end}" for name in names for end in ends]
+        count_alike(model, ats, f"{whole.path}.{like}")
     return source
 
 
-def count_alike(model: Running, at: str, like: str) -> None:
-    """Let a location at which the run has not been watched have been reached as often as another one."""
+# Lets locations at which the run has not been watched have been reached as often as another one.
+def count_alike(model: Running, ats: list[str], like: str) -> None:
     workers = [(w.counts_at_start, getattr(w, "begin", {})) for w in model.interleaver.mediators]
     for counts in (model.interleaver.counts, *(counts for pair in workers for counts in pair)):
-        counts[at] = counts.get(like, 0)
+        counts.update(dict.fromkeys(ats, counts.get(like, 0)))
 
 
 def bare(place: Any) -> Any:
