@@ -12,8 +12,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 if TYPE_CHECKING:
     from nnterp import StandardizedTransformer
 
-# transformers 5.24 calls a cache `cache`, and warns of the older name, which is the one that nnsight passes on.
-warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning, module=r"nnsight\.")
+# transformers 5.24 calls a cache `cache`. It warns of the older name, which nnsight passes on, at the line that called
+# the forward: one of nnsight, or of its own decorator where the forward has one.
+warnings.filterwarnings(
+    "ignore", "`past_key_values` is deprecated", FutureWarning, module=r"nnsight\.|transformers\.utils\.generic"
+)
 
 KeysAndValues: TypeAlias = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # [prompts, heads, seq, head_dim] per layer
 
