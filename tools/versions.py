@@ -59,15 +59,15 @@ class Setting:
 MINORS = [f"5.{minor}" for minor in range(17, 25)]
 SETTINGS = (
     Setting("lowest", "3.11", resolution="lowest-direct"),
-    Setting("lowest, 3.12", "3.12", resolution="lowest-direct"),
-    Setting("lowest, 3.13", "3.13", resolution="lowest-direct"),
+    # Not with 3.13: pandas 2.2.2 and sentencepiece 0.2.0 have no wheels for it, and an installer takes newer ones.
+    Setting("lowest, 3.12", "3.12", resolution="lowest-direct", tests="certificates"),
     *(
         Setting(minor, "3.11", pins=(f"transformers=={minor}.*", "torch==2.13.*"), tests="certificates")
         for minor in MINORS
     ),
     Setting("highest", "3.13"),
-    Setting("highest, 3.12", "3.12"),
-    Setting("highest, 3.11", "3.11"),
+    Setting("highest, 3.12", "3.12", tests="certificates"),
+    Setting("highest, 3.11", "3.11", tests="certificates"),
 )
 
 

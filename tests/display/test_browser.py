@@ -131,6 +131,25 @@ def test_page_is_drawn_silent_offline_and_exact(name, figures, browser, tmp_path
         assert [text.strip("\u2068\u2069") for text in drawn] == words
 
 
+@pytest.mark.parametrize("name", ["lens", "wall", "surprise", "patchscope"])
+def test_a_small_page_draws_the_same(name, figures, browser, tmp_path):
+    """A page that finds plotly.js elsewhere holds its figure compressed."""
+    found = []
+    for kind in ("inline", "directory"):
+        path = display.save(figures[name], tmp_path / f"{kind}.html", plotlyjs=kind)
+        browser.open(path)
+        assert browser.errors() == []
+        box = browser.js("return document.querySelector('.svg-container').getBoundingClientRect().toJSON()")
+        found.append((box, browser.texts(), browser.js(CUT)))
+    assert browser.requests() == [path.resolve().as_uri(), (tmp_path / "plotly.min.js").as_uri()]
+    assert found[0] == found[1]
+    assert len(found[0][1]) > 5
+    if name == "wall":
+        under = [browser.hover(x, 10, "xy") for x in (3, 5)]
+        browser.open(tmp_path / "inline.html")
+        assert [browser.hover(x, 10, "xy") for x in (3, 5)] == under
+
+
 LABELS = [shorten(display.visible(word), 18) for word in [*HOSTILE, "·", "plain"]]
 FULL = [shorten(display.visible(word), 40) for word in [*HOSTILE, "·", "plain"]]
 # What has to be read in some of the figures, to the letter.

@@ -28,12 +28,12 @@ NUMBERS = "return [...document.querySelectorAll('.token small')].map(box => box.
 def opened(browser, tmp_path):
     """`opened(view, width, theme)`: the view's page in a window of that width; the window is as it was afterwards."""
 
-    def open_page(view, width=1400, theme="light", ready=".token, .js-plotly-plot .main-svg"):
+    def open_page(view, width=1400, theme="light", ready=".token, .js-plotly-plot .main-svg", plotlyjs="inline"):
         feature = {"name": "prefers-color-scheme", "value": theme}
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
-        path = display.save(view, tmp_path / "view.html")
+        path = display.save(view, tmp_path / "view.html", plotlyjs=plotlyjs)
         browser.errors()
         browser.requests()
         browser.driver.get(path.resolve().as_uri())
@@ -168,3 +168,20 @@ def test_a_figure_wider_than_the_window_shrinks_and_still_answers(width, browser
     text = browser.hover(position, layer, block.xaxis + block.yaxis)
     assert text.startswith(f"layer {layer}, position {position}  ·w{position}")
     assert f"{lens[layer, position].max():.4f}" in text
+
+
+def test_a_small_page_of_a_view_shows_the_same(browser, opened):
+    """A page that finds plotly.js elsewhere holds its data compressed."""
+    heat = display.plot_patching(torch.linspace(-1, 1, 6).view(2, 3), list("abc"))
+    for view in (
+        display.plot_attention_text(torch.eye(3).expand(2, 3, 3, 3), list("abc")),
+        display.plot_activations(list("abc"), torch.tensor([[1.0, -2.0], [0.0, 1e-5], [float("nan"), 3.0]])),
+        display.side_by_side(heat, heat),
+    ):
+        shown = []
+        for plotlyjs in ("inline", "directory"):
+            opened(view, plotlyjs=plotlyjs)
+            assert browser.errors() == []
+            shown.append((browser.js("return document.body.innerText"), browser.texts(), browser.js(NUMBERS)))
+        assert shown[0] == shown[1]
+        assert len(shown[0][0]) > 20 or len(shown[0][1]) > 5

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from nnterp.display._arrays import as_array, axis_labels, check_same
 from nnterp.display._results.activations import unit_values
 from nnterp.display._results.picking import refuse_choice
 from nnterp.display._text import as_names
-from nnterp.display._view import View, packed
+from nnterp.display._view import View, as_written
 
 MOST_NUMBERS = 3_000_000
 
@@ -92,7 +90,7 @@ def plot_activations(
         "unit": unit,
         "units": axis_labels(units, counts[0], "units", "the unit axis of values"),
         "texts": [
-            {"name": heading, "tokens": own, "values": packed(np.ascontiguousarray(array.T))}
+            {"name": heading, "tokens": own, "values": as_written(array.T)}
             for heading, own, array in zip(headings, names, arrays, strict=True)
         ],
     }

@@ -9,7 +9,7 @@ import numpy as np
 
 from nnterp.display._arrays import axis_labels
 from nnterp.display._patterns import future, is_causal, read_pattern
-from nnterp.display._view import View, packed
+from nnterp.display._view import View, as_written
 
 MOST_NUMBERS = 3_000_000
 
@@ -75,7 +75,7 @@ def plot_attention_text(
         "causal": causal,
         "weighted": read.weighted,
         "most": largest or 1.0,
-        "values": packed(np.nan_to_num(kept)),
+        "values": as_written(np.nan_to_num(kept)),
     }
     view = View("Attention" if title is None else title, "attention.js", data)
     if show:

@@ -6,6 +6,7 @@ import html
 import json
 import tempfile
 import webbrowser
+import zlib
 from base64 import b64encode
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -70,6 +71,11 @@ class View:
         if theme is not None and "templates" in shown:
             shown["templates"] = dict.fromkeys(("light", "dark"), self.data["templates"][theme])
         stored = json.dumps(shown, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+        script = f"{_resource('common.js')}{_resource(self.script)}"
+        kind, start = "application/json", f"const data = JSON.parse({_STORED});\n{script}"
+        if plotlyjs != "inline":
+            kind, stored = "text/plain", squeezed(stored)
+            start = f"{UNSQUEEZE}unsqueezed({_STORED}).then((data) => {{\n{script}\n}});"
         heading = f"<h1>{html.escape(self.title)}</h1>" if self.title else ""
         return (
             "<!doctype html>\n"
@@ -78,8 +84,8 @@ class View:
             f'<link rel="icon" href="data:,"><title>{html.escape(title or self.title or "nnterp")}</title>'
             f"<style>{_colours(theme)}{_resource('page.css')}</style>{self._library(plotlyjs)}</head>\n"
             f'<body>{heading}<div id="view"></div>'
-            f'<script type="application/json" id="data">{stored}</script>'
-            f"<script>{_resource('common.js')}{_resource(self.script)}</script></body></html>\n"
+            f'<script type="{kind}" id="data">{stored}</script>'
+            f"<script>{start}</script></body></html>\n"
         )
 
     def _library(self, plotlyjs: PlotlyJs) -> str:
@@ -110,6 +116,7 @@ class View:
         return f'<iframe srcdoc="{page}" style="width:100%;height:{self.height}px;border:0"></iframe>'
 
 
+_STORED = "document.getElementById('data').textContent"
 _CDN = "https://cdn.plot.ly/plotly-{}.min.js"
 
 
@@ -127,6 +134,31 @@ def _colours(theme: Theme | None) -> str:
     return f":root{{color-scheme:light dark}}{rule('light')}@media (prefers-color-scheme: dark){{{dark}}}"
 
 
-def packed(numbers: np.ndarray) -> str:
-    """Encode numbers for the page's script: little-endian float32, in base64."""
-    return b64encode(np.ascontiguousarray(numbers, dtype="<f4").tobytes()).decode()
+def as_written(numbers: np.ndarray) -> list[float | None]:
+    """Numbers for a page as `write` of `common.js` shows them: three decimals, or two digits below 0.001.
+
+    Returns:
+        The numbers in their order, None for NaN. As text they take no more room than float32 in base64, and less if
+        the page is compressed.
+    """
+    exact = np.asarray(numbers, dtype=float).ravel()
+    small = (np.abs(exact) < 0.001) & (exact != 0)
+    rounded = np.round(exact, 3)
+    shift = 10.0 ** (1 - np.floor(np.log10(np.abs(exact[small]))))
+    rounded[small] = np.round(exact[small] * shift) / shift  # dividing gives the number that is written with two digits
+    return [None if value != value else value for value in rounded.tolist()]
+
+
+# What a page holds that finds plotly.js elsewhere; browsers of 2023 and later can read it.
+UNSQUEEZE = """
+const unsqueezed = (text) => {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'))).json();
+};
+if (!window.DecompressionStream) document.body.append('This page needs a browser of 2023 or later.');
+"""
+
+
+def squeezed(text: str) -> str:
+    """A text for a page, compressed; `unsqueezed` of its script reads it."""
+    return b64encode(zlib.compress(text.encode(), 6)).decode()

@@ -1,4 +1,3 @@
-const data = JSON.parse(document.getElementById('data').textContent);
 const make = (tag, parent, text, kind) => {
   const element = document.createElement(tag);
   if (text !== undefined) element.textContent = text;
@@ -53,8 +52,4 @@ const tokens = (parent, texts, point, pin) => {
     return box;
   });
 };
-const floats = (base64) => {
-  const raw = atob(base64), bytes = new Uint8Array(raw.length);
-  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
-  return new Float32Array(bytes.buffer);
-};
+const floats = (numbers) => Float32Array.from(numbers, (number) => (number === null ? NaN : number));
