@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import random
+import sys
+import textwrap
 import types
 
 import nnsight
@@ -14,6 +17,7 @@ from nnsight.intervention.tracer import InterleavingTracer
 from nnterp import StandardizedTransformer
 from nnterp.testing import tiny_model, tiny_tokenizer
 from nnterp.traced_block import BlockTracer
+from nnterp.traced_block._followed import entered
 
 IDS = [[5, 9, 12, 7]]
 TYPES = ["gpt2", "llama", "gpt_neox", "bloom", "gemma2", "mixtral", "mamba", "falcon", "jamba"]
@@ -222,6 +226,58 @@ def test_what_follows_a_tracer_in_its_with_is_refused(model, what):
             model.logits.save()
     assert not model.standing
     assert not model._edits
+
+
+class Entered:
+    """A context that notes which item of its `with`, the last of `source`, `entered` takes it for."""
+
+    def __init__(self, items, noted):
+        self.items, self.noted = items, noted
+
+    def __enter__(self):
+        self.noted.append(entered(self.items, sys._getframe(1)))
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("indented", [0, 4])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "with made(\n    0\n), made(1):",  # the first ends on the line on which the second begins
+        "with made(\n    0\n) as a, made(1) as b:",
+        "with c0 as aa, c1 as bb:",  # names of one width
+        "with (c0 as aa,\n    c1 as bb, c0 as cc):",
+        "with made(0, [\n    c1]), c1 as c2:",
+    ],
+)
+def test_the_item_of_a_with_that_is_entered_is_told_by_its_place(header, indented):
+    source = f"{header}\n    pass"
+    items = ast.increment_lineno(ast.parse(source), 1).body[0].items
+    noted: list[int | None] = []
+    one = Entered(items, noted)
+    whole = textwrap.indent(source, " " * indented)
+    exec(compile(f"if True:\n{whole}" if indented else f"\n{whole}", "<block>", "exec"), {
+        "made": lambda *_: one, "c0": one, "c1": one,
+    })  # fmt: skip
+    assert noted == list(range(len(items)))
+
+
+def test_a_trace_may_follow_what_ends_on_its_line(model):
+    vector = torch.ones(model.hidden_size)
+    with model.steering(vector, 1), model.trace(IDS):
+        wanted = model.logits.save()
+    with model.steering(
+        vector, 1
+    ), model.trace(IDS):  # fmt: skip
+        found = model.logits.save()
+    steering, one = model.steering(vector, 1), model.trace(IDS)
+    with steering as a_a, one as b_b:
+        assert a_a is not b_b
+        again = model.logits.save()
+    assert torch.equal(found, wanted)
+    assert torch.equal(again, wanted)
 
 
 def test_what_follows_a_trace_in_its_with_is_refused(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from types import FrameType
@@ -59,17 +60,20 @@ def entered(items: list[ast.withitem], frame: FrameType) -> int | None:
     before = _known(islice(frame.f_code.co_positions(), frame.f_lasti // 2 + 1))
     wholes = [_whole(item.context_expr) for item in items]
     moved: dict[int, int] = {}
-    for line in {whole[0] for whole in wholes}:
+    for line in sorted({whole[0] for whole in wholes}):
         found = [
             {place[2] - whole[2] for place in places if place[:2] == whole[:2] and _width(place) == _width(whole)}
             for whole in wholes
             if whole[0] == line
         ]
-        if not (common := set.intersection(*found)):
+        # Names of one width are alike: nothing stands before the first item, and no line moves further than its own.
+        most = moved[wholes[0][0]] if moved else math.inf
+        if not (common := [by for by in set.intersection(*found) if 0 <= by <= most]):
             return None
-        moved[line] = max(common)
+        moved[line] = max(common) if moved else min(common)
     for line, last, column, end in reversed(before):
-        for number, (first, final, begin, until) in enumerate(wholes):
+        # From the last: where an item ends on the line on which the next begins, it would take that one's columns.
+        for number, (first, final, begin, until) in reversed(tuple(enumerate(wholes))):
             inside = (first, begin + moved[first]) <= (line, column) and last <= final
             if inside and (first < final or end <= until + moved[first]):
                 return number
