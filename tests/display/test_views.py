@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 import tomllib
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -241,6 +244,32 @@ def test_figures_side_by_side_share_their_colours_and_stay_readable():
         display.side_by_side(one)
     with pytest.raises(TypeError, match="not a str"):
         display.side_by_side(one, "two")
+
+
+def drawn(page):
+    """The figure that a small page holds."""
+    return json.loads(zlib.decompress(base64.b64decode(re.search(r"unsqueezed\('([^']+)'", page)[1])))
+
+
+def test_small_pages_keep_colours_of_small_numbers_and_frames(tmp_path):
+    """Norms of values may all be below the digits that hovering shows; colours go up to the largest of them."""
+    weighted = 3e-5 * torch.rand(5, 5, generator=GENERATOR)
+    figure = display.plot_attention(weighted, list("abcde"), weighted=True)
+    page = display.save(figure, tmp_path / "small.html", plotlyjs="cdn").read_text()
+    (heat,) = (trace for trace in drawn(page)["data"] if trace["type"] == "heatmap")
+    assert np.allclose(np.array(heat["z"], dtype=float), heats(figure)[0].z, atol=float(weighted.max()) / 1000)
+    moving = go.Figure([go.Scatter(y=[1, 2])], frames=[go.Frame(data=[go.Scatter(y=[2, 1])])])
+    page = display.save(moving, tmp_path / "moving.html", plotlyjs="cdn").read_text()
+    assert drawn(page)["frames"][0]["data"][0]["y"] == [2, 1]
+    assert "Plotly.addFrames('figure', drawn.frames)" in page
+
+
+def test_infinite_activations_are_drawn():
+    view = display.plot_activations(["a", "b"], torch.tensor([[1.0, torch.inf], [-torch.inf, torch.nan]]))
+    stored = re.search(r'<script type="application/json" id="data">(.*?)</script>', view.page())[1]
+    values = json.loads(stored)["texts"][0]["values"]
+    assert [math.nan if value is None else float(value) for value in values[:3]] == [1, -math.inf, math.inf]
+    assert values[3] is None
 
 
 def test_pages_are_small_where_that_was_asked_for(tmp_path):

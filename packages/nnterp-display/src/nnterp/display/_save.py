@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import get_args
@@ -168,17 +169,24 @@ def _small_body(figure: go.Figure, scripts: list[str], plotlyjs: PlotlyJs) -> st
     return (
         f'<div>{library[0]}<div id="figure" style="height:{size[0]};width:{size[1]}"></div><script>{UNSQUEEZE}'
         f"unsqueezed('{squeezed(pio.to_json(_as_seen(figure), validate=False))}').then((drawn) => "
-        f"Plotly.newPlot('figure', drawn.data, drawn.layout, {json.dumps(_CONFIG)})).then(() => {{{after}}});"
+        f"Plotly.newPlot('figure', drawn.data, drawn.layout, {json.dumps(_CONFIG)})"
+        f"{_FRAMES if figure.frames else ''}).then(() => {{{after}}});"
         "</script></div>"
     )
 
 
+_FRAMES = ".then(() => Plotly.addFrames('figure', drawn.frames)).then(() => Plotly.animate('figure', null))"
+
+
 def _as_seen(figure: go.Figure) -> go.Figure:
-    """The figure with the numbers of heat maps rounded to what hovering shows of them."""
+    """The figure with the numbers of heat maps rounded to what hovering shows of them, and not coarser than colours."""
     seen = go.Figure(figure)
     for heat in seen.select_traces({"type": "heatmap"}):
         if decimals := re.search(r"%{z:[.](\d)f}", heat.hovertemplate or ""):
-            rounded = np.round(np.asarray(heat.z, dtype=float), int(decimals[1]))
+            exact = np.asarray(heat.z, dtype=float)
+            largest = np.nanmax(np.abs(exact), initial=0.0, where=np.isfinite(exact))
+            finest = 3 - math.floor(math.log10(largest)) if largest > 0 else 0  # a thousandth of the largest
+            rounded = np.round(exact, max(int(decimals[1]), finest))
             heat.z = [[None if value != value else value for value in row] for row in rounded.tolist()]
     return seen
 

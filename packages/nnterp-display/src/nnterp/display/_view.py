@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import tempfile
 import webbrowser
 import zlib
@@ -134,20 +135,22 @@ def _colours(theme: Theme | None) -> str:
     return f":root{{color-scheme:light dark}}{rule('light')}@media (prefers-color-scheme: dark){{{dark}}}"
 
 
-def as_written(numbers: np.ndarray) -> list[float | None]:
+def as_written(numbers: np.ndarray) -> list[float | str | None]:
     """Numbers for a page as `write` of `common.js` shows them: three decimals, or two digits below 0.001.
 
     Returns:
-        The numbers in their order, None for NaN. As text they take no more room than float32 in base64, and less if
-        the page is compressed.
+        The numbers in their order; None for NaN, and "Infinity" or "-Infinity", for which JSON has no numbers. As text
+        they take no more room than float32 in base64, and less if the page is compressed.
     """
     exact = np.asarray(numbers, dtype=float).ravel()
     small = (np.abs(exact) < 0.001) & (exact != 0)
     rounded = np.round(exact, 3)
     shift = 10.0 ** (1 - np.floor(np.log10(np.abs(exact[small]))))
     rounded[small] = np.round(exact[small] * shift) / shift  # dividing gives the number that is written with two digits
-    return [None if value != value else value for value in rounded.tolist()]
+    return [None if math.isnan(value) else _INFINITE.get(value, value) for value in rounded.tolist()]
 
+
+_INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}  # as JavaScript reads them
 
 # What a page holds that finds plotly.js elsewhere; browsers of 2023 and later can read it.
 UNSQUEEZE = """
