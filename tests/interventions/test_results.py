@@ -46,6 +46,11 @@ def test_a_row_names_one_layer_and_an_axis_many():
     with pytest.warns(DeprecationWarning, match="key 'heads' .* use \"head\"") as told:
         assert best["heads"] == 1
     assert told[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="key 'heads'"):
+        assert best.get("heads", 0) == 1, "a default would be a wrong number"
+    assert "heads" in best
+    assert "positions" not in best
+    assert best.get("positions", 5) == 5
     with pytest.raises(KeyError, match="positions"):
         best["positions"]
 

@@ -44,3 +44,10 @@ class Entry(dict[str, Any]):
             deprecated(f"The key {name!r} of a result's entry", f'"{COLUMNS[name]}"', removed_in="3.0")
             return self[COLUMNS[name]]
         raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and super().__contains__(COLUMNS.get(name)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """What is there under a name, also under that of an axis, with a warning; `default` if nothing is."""
+        return self[name] if name in self else default
