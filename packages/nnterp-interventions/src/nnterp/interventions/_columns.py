@@ -50,4 +50,7 @@ class Entry(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """What is there under a name, also under that of an axis, with a warning; `default` if nothing is."""
-        return self[name] if name in self else default
+        try:
+            return self[name]
+        except KeyError:
+            return default
