@@ -62,7 +62,7 @@ def _unknown(name: str, sections: Iterable[str]) -> str:
         )
     near = difflib.get_close_matches(name, sections, n=3)
     if near:
-        return f"there is no error {name!r}; near it are {', '.join(near)}. `nnterp explain` lists all."
+        return f"there is no error {name!r}; names near it: {', '.join(near)}. `nnterp explain` lists all."
     return f"there is no error {name!r}; there are {', '.join(sections)}."
 
 
