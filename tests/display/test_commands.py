@@ -29,8 +29,7 @@ def test_lens_prints_what_the_model_says(checkpoint, capsys, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert (
-        main(["lens", checkpoint, "The capital of [bold]France[/bold] is", "--html", str(tmp_path / "a" / "lens.html")])
-        == 0
+        main(["lens", checkpoint, "The capital of [bold]France[/bold] is", "--html", str(tmp_path / "lens.html")]) == 0
     )
     out = capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -44,7 +43,7 @@ def test_lens_prints_what_the_model_says(checkpoint, capsys, tmp_path):
     assert len(rows) == model.config.num_hidden_layers
     assert TokenNames(tokenizer)(token) in rows[0]
     assert f"{100 * probability:.1f} %" in rows[0]
-    assert "plotly.js" in (tmp_path / "a" / "lens.html").read_text()
+    assert "plotly.js" in (tmp_path / "lens.html").read_text()
 
 
 def test_lens_says_which_layers_it_shows_and_how_to_see_all(capsys, tmp_path):
