@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.tracing.tracer import WithBlockNotFoundError
 
 import nnterp
 from nnterp import display, errors, interventions, positions, prompts, testing
@@ -180,6 +182,26 @@ def test_explain_says_which_name_was_meant(capsys):
     assert (status, out) == (2, "")
     assert "ShapeErorr" in said
     assert "ShapeError" in said
+
+
+@pytest.mark.parametrize("base", [ValueError, RuntimeError, UserWarning, KeyError, Exception])
+def test_explain_says_which_errors_are_of_a_class_of_pythons(base, capsys):
+    status, out, said = explained(capsys, base.__name__)
+    kinds = {name for name, kind in own_kinds().items() if issubclass(kind, base)}
+    assert (status, out) == (2, "")
+    assert f"{base.__name__} is Python's own" in said
+    assert {name for name in SECTIONS if re.search(rf"\b{name}\b", said)} == kinds
+    assert ("None of nnterp's is a KeyError" in said) == (base is KeyError)
+
+
+def own_kinds() -> dict[str, type]:
+    kinds = {name: getattr(package, name) for package in PACKAGES for name in SECTIONS if hasattr(package, name)}
+    return {**kinds, "OutOfOrderError": OutOfOrderError, "WithBlockNotFoundError": WithBlockNotFoundError}
+
+
+def test_explain_says_of_a_name_near_none_what_there_is(capsys):
+    said = explained(capsys, "Zzz")[2]
+    assert all(name in said for name in SECTIONS)
 
 
 def test_what_explain_prints_is_the_page():

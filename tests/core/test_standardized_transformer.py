@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
@@ -237,8 +238,9 @@ def test_bad_layer_is_an_index_error(model, bad):
 def test_wrong_shape_is_refused_with_both_shapes(model):
     with pytest.raises(ShapeError, match=r"\[1, \d+, 64\].*\[1, 1, 64\]"), model.trace(PROMPT):
         model.layers_output[1] = model.layers_output[1][:, :1]
-    with pytest.raises(TypeError, match="float"), model.trace(PROMPT):
-        model.layers_output[1] = 0.0
+    for other in (0.0, np.zeros((1, 1, 64))):
+        with pytest.raises(TypeError, match=rf"{type(other).__name__}.*torch\.as_tensor"), model.trace(PROMPT):
+            model.layers_output[1] = other
 
 
 def test_outside_a_trace_says_so(model):

@@ -141,7 +141,7 @@ def _partial(
     made: dict[tuple[int, int], torch.Tensor],
     prompts: tuple[str, ...],
     layers: list[int],
-) -> Result:
+) -> Result | None:
     """What is generated so far, `tokens` `[layers, prompts, tokens]`, -1 after the end of each row."""
     longest = max(len(row) for row in made.values())
     tokens = torch.full((len(layers), len(prompts), longest), -1)
