@@ -124,7 +124,7 @@ class ReadTransformer(NamedTransformer):
             return NamedTransformer.__getattr__(self, name)
         except AttributeError as error:
             if not name.startswith("_") and "_module" in self.__dict__:
-                error.args = (f"{error.args[0]}.{_nearest_of(type(self), name)}", *error.args[1:])
+                error.args = (f"{error.args[0]}.{_nearest_of(type(self), name)}", *error.args[1:])  # type: ignore[arg-type]
             raise
 
     @overload
