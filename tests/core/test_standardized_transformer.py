@@ -438,6 +438,28 @@ def test_dtype_and_attention_implementation_pass_through():
 
 
 @pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "The prompt has no tokens"),
+        ([PROMPT, ""], "Prompt 1 of 2 has no tokens"),
+        (torch.zeros(2, 0, dtype=torch.long), "The prompt has no tokens"),
+    ],
+)
+def test_a_trace_of_no_tokens_says_so(prompt, words):
+    model = build("llama", "module")
+    with pytest.raises(ValueError, match=words), model.trace(prompt):
+        model.logits.save()
+    with pytest.raises(ValueError, match=words), model.generate(prompt, max_new_tokens=2) as tracer:
+        tracer.result.save()
+    with pytest.raises(ValueError, match=words):  # without a block
+        model.generate(prompt, max_new_tokens=2)
+    with torch.no_grad():  # nothing is left of it
+        with model.trace(PROMPT):
+            logits = model.logits.save()
+        assert torch.equal(logits, model._module(ids_of(model)).logits)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"device_map": "cuda:63"}, r"device_map='cuda:63': there is no such device here"),
