@@ -107,7 +107,12 @@ def test_an_example_that_downloads_fails_only_because_nothing_can_be_reached(nam
         exec(EXAMPLES[name], dict(shared))
 
 
-@pytest.mark.parametrize("name", [name for name in dict.fromkeys(EXAMPLES) if name not in HUB])
+def marked(name):
+    """A name, slow if its example starts a remote worker, as such tests are."""
+    return pytest.param(name, marks=[pytest.mark.slow] * ("RemoteWorker(" in EXAMPLES[name]))
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in dict.fromkeys(EXAMPLES) if name not in HUB])
 def test_every_example_runs(name, shared, tmp_path, monkeypatch, capsys, keep_proofs):
     monkeypatch.chdir(tmp_path)
     names = {**shared, "__name__": "example"}

@@ -1,7 +1,5 @@
 """Attention's inside, read and written, against the torch functions that a plain HuggingFace forward calls."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -11,9 +9,8 @@ from nnterp.testing import NOT_CAUSAL, model_types
 from nnterp.values import reads, when
 
 from ...looped_modeling import LOOPED
-from ...models import tiny
 from .plain_attention import PlainAttention
-from .values_reference import arguments, hooked, ids
+from .values_reference import arguments, hooked, ids, wrapped
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -43,15 +40,6 @@ LETTERS = {
     "z": "attention_head_outputs",
 }
 LENGTH, POSITION = 13, 7
-
-
-@contextmanager
-def computed_eagerly(model):
-    """Compute attention eagerly inside the block; the model, which other tests share, forgets what is served then."""
-    with eagerly(model._module):
-        yield
-    for found in [at for at in model.facts.places if at[0] in (LETTERS["scores"], LETTERS["probs"])]:
-        del model.facts.places[found]
 
 
 def plain(module, anatomy, tokens, **how):
@@ -110,7 +98,7 @@ def assert_equal(mine, theirs, letter):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_reads(model_type):
     """Exactly the arguments and results of the plain forward's own calls, in both ways of computing attention."""
-    model, tokens = tiny(model_type), ids(2, LENGTH)
+    model, tokens = wrapped(model_type, eager=False), ids(2, LENGTH)
     layers = model.attention_layers
     assert layers
     calls, _ = plain(model._module, model.anatomy, tokens)
@@ -121,7 +109,7 @@ def test_reads(model_type):
         for letter in letters:
             assert_equal(found[LETTERS[letter], layer], shown(letter, calls[layer]), letter)
 
-    with computed_eagerly(model):
+    with eagerly(model._module):
         calls, _ = plain(model._module, model.anatomy, tokens)
         found = read(model, [LETTERS[letter] for letter in (*letters, "scores", "probs")], layers, tokens)
     for layer in layers:
@@ -132,7 +120,7 @@ def test_reads(model_type):
 @pytest.mark.parametrize("model_type", CHANGED)
 def test_changed_outputs_are_what_the_last_projection_is_given(model_type):
     """z where it is not simply what attention averages: a plain hook's, and not the average, as the list says."""
-    model, tokens = tiny(model_type), ids(2, LENGTH)
+    model, tokens = wrapped(model_type, eager=False), ids(2, LENGTH)
     layer = model.attention_layers[-1]
     path = projection(model, layer)
     with hooked(model._module, z=(path, "input")) as kept:
@@ -145,10 +133,10 @@ def test_changed_outputs_are_what_the_last_projection_is_given(model_type):
 
 def test_several_attentions_in_a_layer(capsys):
     """LongCat-Flash's layers hold two, indexed with the layer and their number in it."""
-    model, tokens = tiny("longcat_flash"), ids(2, LENGTH)
+    model, tokens = wrapped("longcat_flash", eager=False), ids(2, LENGTH)
     assert model.attention_layers == ()
     assert "attention_head_outputs[0, 1]" in str(model.support())
-    with computed_eagerly(model):
+    with eagerly(model._module):
         calls, clean = plain(model._module, model.anatomy, tokens)
         with torch.no_grad(), model.trace(tokens, use_cache=False):
             found = {}
@@ -187,8 +175,8 @@ def test_several_attentions_in_a_layer(capsys):
         model.attention_queries[0, 2].save()
     with pytest.raises(Unavailable, match="one index"), model.trace(tokens):
         model.layers_output[0, 1].save()
-    with pytest.raises(Unavailable, match="hold one at most"), tiny("llama").trace(tokens):
-        tiny("llama").attention_queries[0, 1].save()
+    with pytest.raises(Unavailable, match="hold one at most"), wrapped("llama", eager=False).trace(tokens):
+        wrapped("llama", eager=False).attention_queries[0, 1].save()
 
 
 def projection(model, layer):
@@ -216,11 +204,11 @@ def changed(letter):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_writes(model_type):
     """Written through nnterp or in the plain forward's own call: the same logits, other ones than unwritten, causal."""
-    model = tiny(model_type)
+    model = wrapped(model_type, eager=False)
     _, clean = plain(model._module, model.anatomy, ids(2, LENGTH))
     for letter in "qkvz":
         check_write(model, letter, clean, model_type)
-    with computed_eagerly(model):
+    with eagerly(model._module):
         _, clean = plain(model._module, model.anatomy, ids(2, LENGTH))
         for letter in ("scores", "probs"):
             check_write(model, letter, clean, model_type)
@@ -270,7 +258,7 @@ def test_values_are_what_their_projection_returns():
     """On the types with a projection of the values of its own, whose output nothing changes."""
     proven = []
     for model_type in ("llama", "gemma2", "gpt_neo", "gptj", "opt", "xglm", "bert", "qwen3", "cohere2", "mixtral"):
-        model, tokens = tiny(model_type), ids(2, LENGTH)
+        model, tokens = wrapped(model_type, eager=False), ids(2, LENGTH)
         layer = model.attention_layers[-1]
         top = model.anatomy.part("self_attn", layer).path
         paths = [
@@ -288,7 +276,7 @@ def test_values_are_what_their_projection_returns():
 
 def test_an_unserved_value_fails_these_tests():
     """The comparison notices a layer that has no value, another head order and another position."""
-    model, tokens = tiny("llama"), ids(2, LENGTH)
+    model, tokens = wrapped("llama", eager=False), ids(2, LENGTH)
     calls, _ = plain(model._module, model.anatomy, tokens)
     mine = read(model, ["attention_queries"], [1], tokens)["attention_queries", 1]
     for wrong in (mine.flip(2), mine.roll(1, 1), mine.flip(-1)):
@@ -297,4 +285,4 @@ def test_an_unserved_value_fails_these_tests():
     with pytest.raises(AssertionError):
         assert_equal(mine, shown("q", calls[2]), "q")
     with pytest.raises(Unavailable):
-        read(tiny("mamba"), ["attention_queries"], [1], tokens)
+        read(wrapped("mamba", eager=False), ["attention_queries"], [1], tokens)
