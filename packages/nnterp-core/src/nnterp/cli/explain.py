@@ -54,7 +54,8 @@ def _unknown(name: str, sections: Iterable[str]) -> str:
     """What to say of a name that has no section: a class of Python's own, or a misspelt one."""
     base = getattr(builtins, name, None)
     if isinstance(base, type) and issubclass(base, BaseException):
-        kinds = [own for own in sections if issubclass(ELSEWHERE.get(own) or getattr(errors, own), base)]
+        owned = [own for own in sections if not hasattr(builtins, own)]
+        kinds = [own for own in owned if issubclass(ELSEWHERE.get(own) or getattr(errors, own), base)]
         ours = f"Of nnterp's, these are {name}s: {', '.join(kinds)}." if kinds else f"None of nnterp's is a {name}."
         return (
             f"{name} is Python's own, and has no section here: its message says what was wrong. {ours} "
