@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.tracing.tracer import WithBlockNotFoundError
 
 import nnterp
 from nnterp import display, errors, interventions, positions, prompts, testing
@@ -27,6 +29,7 @@ BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", flags=re.MULTILINE | re.DOT
 PROMISE = re.compile(r"^print\(.*\)  # → (.*)$", flags=re.MULTILINE)
 PACKAGES = (nnterp, interventions, prompts, display, positions, testing, errors)
 OF_NNSIGHT = {"OutOfOrderError", "WithBlockNotFoundError"}
+OF_PYTHON = {"NameError", "UnboundLocalError"}  # of a forgotten .save()
 
 
 def own_errors() -> set[str]:
@@ -39,7 +42,7 @@ def own_errors() -> set[str]:
 
 def test_every_error_has_a_section_and_every_section_an_error():
     assert {"ShapeError", "UnprovenWarning", "CollisionError", "ImageWriterMissing"} <= own_errors()
-    assert own_errors() | OF_NNSIGHT == set(SECTIONS)
+    assert own_errors() | OF_NNSIGHT | OF_PYTHON == set(SECTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def run(code: str, names: dict, folder: Path) -> None:
 def told(error: BaseException) -> str:
     """The last line of a traceback, with the package that a user imports the class from."""
     kind = type(error)
-    return f"{re.sub(r'[.]_.*', '', kind.__module__)}.{kind.__name__}: {error}"
+    home = "" if kind.__module__ == "builtins" else re.sub(r"[.]_.*", "", kind.__module__) + "."
+    return f"{home}{kind.__name__}: {error}"
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -180,6 +184,27 @@ def test_explain_says_which_name_was_meant(capsys):
     assert (status, out) == (2, "")
     assert "ShapeErorr" in said
     assert "ShapeError" in said
+
+
+@pytest.mark.parametrize("base", [ValueError, RuntimeError, UserWarning, KeyError, Exception])
+def test_explain_says_which_errors_are_of_a_class_of_pythons(base, capsys):
+    status, out, said = explained(capsys, base.__name__)
+    kinds = {name for name, kind in own_kinds().items() if issubclass(kind, base)}
+    assert (status, out) == (2, "")
+    assert f"{base.__name__} is Python's own" in said
+    assert {name for name in set(SECTIONS) - OF_PYTHON if re.search(rf"\b{name}\b", said)} == kinds
+    assert not any(name in said for name in OF_PYTHON)
+    assert ("None of nnterp's is a KeyError" in said) == (base is KeyError)
+
+
+def own_kinds() -> dict[str, type]:
+    kinds = {name: getattr(package, name) for package in PACKAGES for name in SECTIONS if hasattr(package, name)}
+    return {**kinds, "OutOfOrderError": OutOfOrderError, "WithBlockNotFoundError": WithBlockNotFoundError}
+
+
+def test_explain_says_of_a_name_near_none_what_there_is(capsys):
+    said = explained(capsys, "Zzz")[2]
+    assert all(name in said for name in SECTIONS)
 
 
 def test_what_explain_prints_is_the_page():

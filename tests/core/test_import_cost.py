@@ -7,12 +7,14 @@ import pickle
 import pydoc
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import nnterp
-from nnterp import interventions, plugins
+from nnterp import _siblings, interventions, plugins
+from nnterp.cli import main
 
 HEAVY = {"torch", "transformers", "nnsight", "numpy", "rich"}
 LAZY = [nnterp, interventions]
@@ -110,6 +112,26 @@ def test_a_sibling_that_is_not_installed_says_what_to_install():
     assert " ".join(run(program)) == (
         "False nnterp.display is in a package of its own, which is not installed: pip install nnterp-display"
     )
+
+
+def test_a_command_that_is_not_installed_says_what_to_install(monkeypatch, capsys):
+    pages = (Path(__file__).parents[2] / "packages").glob("*/pyproject.toml")
+    projects = [tomllib.loads(page.read_text(encoding="utf-8"))["project"] for page in pages]
+    brought = {
+        name: project["name"]
+        for project in projects
+        for name in project.get("entry-points", {}).get(plugins.COMMANDS, {})
+    }
+    siblings = {name: package for name, package in brought.items() if package != "nnterp-core"}
+    assert siblings == _siblings.COMMANDS
+    monkeypatch.setattr(plugins, "names", lambda group: tuple(sorted(set(brought) - set(siblings))))
+    for name, package in siblings.items():
+        assert main([name, "toy", "a prompt"]) == 2
+        said = f"nnterp {name} comes with {package}, which is not installed: pip install {package}\n"
+        assert capsys.readouterr().err == said
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "not installed: demo (pip install nnterp-interventions)" in capsys.readouterr().out
 
 
 def test_pickles_name_the_module_that_defines_a_class(with_torch):

@@ -2,13 +2,16 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from transformers import AutoModelForCausalLM
 
+import nnterp
 from nnterp import StandardizedTransformer
 from nnterp.errors import InsideTraceError, OutsideTraceError, PaddingError, ShapeError
+from nnterp.loading import check_options
 from nnterp.readout import Chain
 from nnterp.testing import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -237,8 +240,9 @@ def test_bad_layer_is_an_index_error(model, bad):
 def test_wrong_shape_is_refused_with_both_shapes(model):
     with pytest.raises(ShapeError, match=r"\[1, \d+, 64\].*\[1, 1, 64\]"), model.trace(PROMPT):
         model.layers_output[1] = model.layers_output[1][:, :1]
-    with pytest.raises(TypeError, match="float"), model.trace(PROMPT):
-        model.layers_output[1] = 0.0
+    for other in (0.0, np.zeros((1, 1, 64))):
+        with pytest.raises(TypeError, match=rf"{type(other).__name__}.*torch\.as_tensor"), model.trace(PROMPT):
+            model.layers_output[1] = other
 
 
 def test_outside_a_trace_says_so(model):
@@ -433,6 +437,57 @@ def test_dtype_and_attention_implementation_pass_through():
     assert model._module.dtype == torch.bfloat16
     assert model._module.config._attn_implementation == "eager"
     assert model.certificate.ok
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "The prompt has no tokens"),
+        ([PROMPT, ""], "Prompt 1 of 2 has no tokens"),
+        (torch.zeros(2, 0, dtype=torch.long), "The prompt has no tokens"),
+    ],
+)
+def test_a_trace_of_no_tokens_says_so(prompt, words):
+    model = build("llama", "module")
+    with pytest.raises(ValueError, match=words), model.trace(prompt):
+        model.logits.save()
+    with pytest.raises(ValueError, match=words), model.generate(prompt, max_new_tokens=2) as tracer:
+        tracer.result.save()
+    with pytest.raises(ValueError, match=words):  # without a block
+        model.generate(prompt, max_new_tokens=2)
+    with torch.no_grad():  # nothing is left of it
+        with model.trace(PROMPT):
+            logits = model.logits.save()
+        assert torch.equal(logits, model._module(ids_of(model)).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device_map": "cuda:63"}, r"device_map='cuda:63': there is no such device here"),
+        ({"device_map": 63}, r"device_map=63: there is no such device here"),
+        ({"device_map": {"": torch.device("cuda:63")}}, "no such device here"),
+        ({"device": "gpu"}, r"device='gpu': there is no such device here.*'balanced'"),
+        ({"dtype": "bf16"}, r"dtype='bf16' is no dtype\. Did you mean bfloat16\?.*'auto'"),
+        ({"torch_dtype": "flaot16"}, r"torch_dtype='flaot16' is no dtype\. Did you mean float16"),
+        ({"dtype": "nn"}, r"dtype='nn' is no dtype\. Give"),  # torch.nn is there, and is none
+    ],
+)
+def test_devices_and_dtypes_that_are_not_there_are_said_in_one_line(options, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        StandardizedTransformer(nnterp.toy_checkpoint(), **options)
+    assert "\n" not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+def test_names_of_devices_and_dtypes_that_are_there_pass():
+    with pytest.raises(TypeError, match="is no dtype"):
+        check_options({"dtype": 16}, False)
+    check_options({"device_map": "cuda:63"}, True)  # a remote model's weights are not loaded here
+    for placed in ("auto", "sequential", "cpu", None, {"": "cpu", "lm_head": "disk"}, torch.device("cpu"), "meta"):
+        check_options({"device_map": placed}, False)
+    for dtype in ("auto", "bfloat16", "half", torch.float16, {"": "float32"}, None):
+        check_options({"dtype": dtype}, False)
 
 
 def test_remote_models_load_no_weights():

@@ -280,6 +280,29 @@ def test_a_trace_may_follow_what_ends_on_its_line(model):
     assert torch.equal(again, wanted)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "with model.steering(vector, layers=1): out = model.generate('a b', max_new_tokens=2)",
+        "with torch.no_grad(): out = model.generate('a b', max_new_tokens=2)[0]",
+        "with model.trace('a b'): out = model.logits.save()",
+        "with model.generate('a b', max_new_tokens=2) as tracer: out = tracer.result.save()",
+    ],
+)
+def test_a_block_on_the_line_of_its_with_is_refused_and_shown_as_it_works(model, tmp_path, line):
+    file = tmp_path / "block.py"
+    file.write_text(line)
+    names = {"model": model, "torch": torch, "vector": torch.ones(model.hidden_size)}
+    with pytest.raises(ValueError, match="on a line of its own:\nwith") as raised:
+        exec(compile(line, str(file), "exec"), names)
+    assert model.standing == ()
+    works = str(raised.value).partition("own:\n")[2]
+    other = tmp_path / "works.py"
+    other.write_text(works)
+    exec(compile(works, str(other), "exec"), names)
+    assert names["out"].shape[-1] in (4, model.vocab_size)
+
+
 def test_what_follows_a_trace_in_its_with_is_refused(model):
     vector = torch.ones(model.hidden_size)
     with pytest.raises(ValueError, match=r"with model\.steering\(vector, 1\), model\.trace\(IDS\):"):  # noqa: SIM117

@@ -29,8 +29,7 @@ def test_lens_prints_what_the_model_says(checkpoint, capsys, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert (
-        main(["lens", checkpoint, "The capital of [bold]France[/bold] is", "--html", str(tmp_path / "a" / "lens.html")])
-        == 0
+        main(["lens", checkpoint, "The capital of [bold]France[/bold] is", "--html", str(tmp_path / "lens.html")]) == 0
     )
     out = capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -44,7 +43,24 @@ def test_lens_prints_what_the_model_says(checkpoint, capsys, tmp_path):
     assert len(rows) == model.config.num_hidden_layers
     assert TokenNames(tokenizer)(token) in rows[0]
     assert f"{100 * probability:.1f} %" in rows[0]
-    assert "plotly.js" in (tmp_path / "a" / "lens.html").read_text()
+    assert "plotly.js" in (tmp_path / "lens.html").read_text()
+
+
+def test_lens_says_which_layers_it_shows_and_how_to_see_all(capsys, tmp_path):
+    deep = str(tiny_checkpoint("llama", tmp_path, num_hidden_layers=26))
+
+    def printed(*words):
+        assert main(["lens", deep, "The capital of France is", *words]) == 0
+        out = capsys.readouterr().out
+        return {int(row) for row in re.findall(r"^\s+(\d+) .*%", out, re.MULTILINE)}, " ".join(out.split())
+
+    rows, out = printed()
+    said = re.search(r"24 of 26 layers are shown: ([\d, ]+)\. --all-layers prints all\.", out)
+    assert {int(layer) for layer in said[1].split(",")} == rows
+    assert len(rows) == 24
+    rows, out = printed("--all-layers")
+    assert rows == set(range(26))
+    assert "are shown" not in out
 
 
 def test_lens_refuses_in_one_line(checkpoint, capsys, tmp_path):

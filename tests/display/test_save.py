@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nnterp import display
+from nnterp.interventions import Result
 
 
 @pytest.fixture
@@ -33,6 +34,15 @@ def test_page_has_everything_in_it(figure, tmp_path):
 def test_unknown_kind_is_refused_and_nothing_is_made(figure, tmp_path, name):
     with pytest.raises(ValueError, match=r"must be one of \.html, \.png"):
         display.save(figure, tmp_path / "folder" / name)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_result_is_drawn_before_it_is_saved(tmp_path):
+    axes, labels = {"scores": ("layers",)}, {"layers": (0, 1)}
+    result = Result({"scores": torch.zeros(2)}, axes, labels)
+    for given, words in ((result, r"a Result: draw it first.*result\.plot\("), (torch.zeros(2), "a Tensor")):
+        with pytest.raises(TypeError, match=words):
+            display.save(given, tmp_path / "folder" / "figure.html")
     assert not (tmp_path / "folder").exists()
 
 

@@ -453,7 +453,7 @@ def test_the_audit_counts():
     assert [cell["chosen"] for cell in found.cells] == ["top"] * 3 + ["random"] * 2
     assert found.sign_errors == 1
     assert found.worst(1) == [{"cell": 1, "estimate": -4.0, "exact": 4.5, "chosen": "top", "error": -8.5}]
-    assert "worst miss at cell 1: -4 for 4.5" in str(found)
+    assert "worst miss at cell 1: estimated -4, exact 4.5" in str(found)
     assert Audit.of({"audit": found.record()}) == found
     assert spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 30, 20, 40])) == pytest.approx(0.8)
     assert spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4])) == pytest.approx(0.9486832980505138)

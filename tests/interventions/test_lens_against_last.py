@@ -1,4 +1,4 @@
-"""What a lens keeps for figures: ids and exact bytes of tokens, and how each layer compares with the last one read."""
+"""What a lens keeps for figures: ids and exact bytes of tokens, and how each layer compares with the model's last."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def table(toy):
     return logit_lens_table(toy, TEXTS, progress=False)
 
 
-@pytest.mark.parametrize("layers", [None, [4, 1]])
+@pytest.mark.parametrize("layers", [None, [4, 1], 2])
 @pytest.mark.parametrize("at_a_time", [1, 1 << 23])
 def test_ranks_and_divergence_are_those_of_the_whole_distributions(toy, monkeypatch, layers, at_a_time):
     monkeypatch.setattr(_lens, "READOUT_NUMBERS", at_a_time)
     found = logit_lens(toy, TEXTS, layers=layers, positions=slice(None), against_last=True, progress=False)
     full = logit_lens(toy, TEXTS, layers=layers, positions=slice(None), progress=False).double()
+    deepest = logit_lens(toy, TEXTS, layers=-1, positions=slice(None), progress=False).double()[:, 0]
     assert list(found.tensors) == ["last_ranks", "kl", "input_ids"]
-    deepest = 1 + full.shape[1] - 2 if layers is None else 0
+    assert found["kl"].shape == full.shape[:3]
     for prompt in range(2):
         for place in range(full.shape[2]):
             rows = full[prompt, :, place]
@@ -31,12 +32,25 @@ def test_ranks_and_divergence_are_those_of_the_whole_distributions(toy, monkeypa
                 assert (found["last_ranks"][prompt, :, place] == -1).all()
                 assert found["kl"][prompt, :, place].isnan().all()
                 continue
-            last = rows[deepest]
+            last = deepest[prompt, place]
             for layer, row in enumerate(rows):
                 assert found["last_ranks"][prompt, layer, place] == (row > row[last.argmax()]).sum()
                 expected = (last * (last.log() - row.log())).nansum()
                 assert found["kl"][prompt, layer, place] == pytest.approx(expected.item(), rel=1e-3, abs=1e-5)
-    assert (found["kl"][:, deepest].nan_to_num() == 0).all()
+    own = found["kl"][~found["kl"].isnan()]
+    assert (own == 0).any() == (layers is None)
+
+
+def test_layers_alone_are_as_among_all(toy, table):
+    """No number depends on which other layers are read; figures name the layer that distances are from."""
+    for layers in (2, [4, 1], range(3)):
+        some = logit_lens_table(toy, TEXTS, layers=layers, progress=False)
+        assert some.labels["layers"] == tuple([layers] if isinstance(layers, int) else layers)
+        own = list(some.labels["layers"])
+        for name in ("kl", "last_ranks", "entropy", "top_ids"):
+            torch.testing.assert_close(some[name], table[name][:, own], rtol=1e-4, atol=1e-5, equal_nan=True)
+        bar = some.plot(color="kl").data[0].colorbar.title.text.replace("<br>", " ")
+        assert bar == f"KL from layer {toy.num_layers - 1} (nats)"
 
 
 def test_a_reading_of_one_position_is_compared_too(toy, table):

@@ -21,6 +21,7 @@ from nnterp.interventions import (
     TargetPrompt,
     ablate,
     activation_patching,
+    attribution_patching,
     components,
     logit_difference,
     logit_lens,
@@ -182,7 +183,29 @@ def test_what_is_not_done_is_nan_and_what_is_done_is_right(model):
     assert "resume=error.partial" in "".join(caught.value.__notes__)
 
 
+def nothing(logits):
+    raise Boom
+
+
+NOTHING_DONE = {
+    "activation_patching": lambda m, metric: activation_patching(m, CLEAN, CORRUPTED, metric),
+    "attribution_patching": lambda m, metric: attribution_patching(m, CLEAN[:1], CORRUPTED[:1], metric, audit=0),
+    "ablate": lambda m, metric: ablate(m, CLEAN, Component("mlps_output", 1), "zero", metric),
+    "path_patching": lambda m, metric: path_patching(m, CLEAN, CORRUPTED, senders(m), "logits", metric),
+}
+
+
+@pytest.mark.parametrize("call", NOTHING_DONE.values(), ids=NOTHING_DONE)
+@pytest.mark.parametrize("metric", [logit_difference("several tokens", 9), nothing], ids=["targets", "metric"])
+def test_an_error_before_anything_is_done_promises_nothing(model, call, metric):
+    with pytest.raises((ValueError, Boom)) as caught:
+        call(model, metric)
+    assert not hasattr(caught.value, "partial")
+    assert "partial" not in "".join(getattr(caught.value, "__notes__", []))
+
+
 def cut_short(model, call):
+    call()  # proves the shortcuts, which takes forward passes of its own the first time
     with forwards(model) as count:
         call()
     for stop in range(count[0], 0, -1):

@@ -271,14 +271,23 @@ def test_commands_say_why_and_return_1(argv, capsys):
 
 def test_outputs_are_checked_before_the_work(tmp_path, capsys, unloaded):
     (tmp_path / "file").write_text("x")
+    absent = tmp_path / "absent" / "out"
+    cases = {
+        tmp_path / "file" / "below": f"there is no folder {tmp_path / 'file'}",
+        absent: f"there is no folder {absent.parent}",
+        tmp_path: f"{tmp_path} is a folder",
+    }
     for argv in (["check", "llama", "--json"], ["lens", "toy", "Hello", "--html"], ["demo", "--html"]):
-        for path in (tmp_path / "file" / "below", tmp_path):
+        for path, told in cases.items():
             assert main([*argv, str(path)]) == 1
-            assert str(path) in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert said.startswith(f"nnterp {argv[0]}: {argv[-1]} {path}")
+            assert told in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_folders_of_outputs_are_made(tmp_path, capsys):
-    path = tmp_path / "a" / "b" / "certificate.json"
+def test_the_certificate_is_written_where_json_says(tmp_path, capsys):
+    path = tmp_path / "certificate.json"
     assert main(["check", "llama", "--json", str(path)]) == 0
     assert Certificate.load(path).ok
 

@@ -145,14 +145,27 @@ def test_positions_that_do_not_exist(llama, positions, error, words):
 
 
 def test_what_cannot_be_asked_for(llama):
-    with pytest.raises(ValueError, match="no value called"):
+    with pytest.raises(ValueError, match=r"no value called.*Did you mean layers_output or "):
         llama.collect(PROMPTS, "layer_outputs", progress=False)
+    with pytest.raises(ValueError, match=r"Did you mean blocks\.3\.hook_resid_post or "):
+        llama.collect(PROMPTS, "blocks.3.hook_resid_pst", progress=False)
+    with pytest.raises(IndexError, match=r"^layers_output\[31\]: there are 4 layers"):
+        llama.collect(PROMPTS, "layers_output[31]", progress=False)
     with pytest.raises(IndexError, match="4 layers"):
         llama.collect(PROMPTS, "layers_output", layers=[4], progress=False)
     with pytest.raises(Unavailable, match="no mixture of experts"):
         llama.collect(PROMPTS, "router_logits", progress=False)
     with pytest.raises(TypeError, match="max_new_tokens"):
         llama.collect(PROMPTS, "layers_output", do_sample=True)
+    for tokens in (None, 2):
+        with pytest.raises(TypeError, match=r"collect\(\) has no argument position\. Did you mean positions\?"):
+            llama.collect(PROMPTS, "layers_output", position=-1, max_new_tokens=tokens)
+    with pytest.raises(TypeError, match="max_new_tokens"):  # near to an argument, but a setting of its own
+        llama.collect(PROMPTS, "layers_output", min_new_tokens=2)
+    with pytest.raises(AttributeError, match=r"attribute 'layer_outputs'\. Did you mean layers_output"):
+        llama.layer_outputs
+    with pytest.raises(AttributeError, match=r"attribute 'quite_another_thing'\.$"):
+        llama.quite_another_thing
     with pytest.raises(InsideTraceError, match="collect"), llama.trace("a"):
         llama.collect("b", "layers_output")
 

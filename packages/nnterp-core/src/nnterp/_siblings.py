@@ -1,4 +1,4 @@
-"""Say how to install a package of the nnterp namespace that is imported but not there."""
+"""Say how to install a package of the nnterp namespace that is imported, or whose command is called, but not there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ DISTRIBUTIONS = {
     "nnterp.prompt_utils": "nnterp-prompts",
     "nnterp.display": "nnterp-display",
 }
+COMMANDS = {"demo": "nnterp-interventions", "lens": "nnterp-interventions"}  # of `nnterp`, beside those of core
 
 
 class _MissingSibling:

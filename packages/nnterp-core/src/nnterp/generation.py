@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from nnterp.indices import integer
+from nnterp.wording import nearest
 
 
 def check_generation(max_new_tokens: Any, settings: Mapping[str, Any]) -> None:
@@ -27,6 +29,30 @@ def check_generation(max_new_tokens: Any, settings: Mapping[str, Any]) -> None:
                 f"{setting}={settings[setting]}: each prompt has one answer here. Give a prompt several times for "
                 "several answers, or call model.generate() yourself."
             )
+
+
+def refuse_misspelt(settings: Iterable[str], function: Callable[..., Any], known: Container[str] = ()) -> None:
+    """Raise for settings of a generation that look like a misspelt argument of the function that they were given to.
+
+    Args:
+        settings: The names of what the function's `**` took.
+        function: The function.
+        known: Names that are settings, however near they are to an argument.
+
+    Raises:
+        TypeError: There is one; names the argument.
+    """
+    arguments = [name for name in inspect.signature(function).parameters if name != "self"]
+    for name in settings:
+        if name not in known and (near := nearest(name, arguments)):
+            raise TypeError(f"{function.__name__}() has no argument {name}.{near}")
+
+
+def settings_of_generate() -> Container[str]:
+    """The names of the settings that HuggingFace's generation config holds."""
+    from transformers import GenerationConfig  # here, because it takes long to import
+
+    return vars(GenerationConfig()).keys()
 
 
 def sequences_of(answer: Any) -> Any:

@@ -8,17 +8,22 @@ import copy
 import linecache
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnterp._ids_alone import IdsAlone
 from nnterp.anatomy import RenameConfig
 from nnterp.eager import make_eager
 from nnterp.huggingface import is_huggingface
+from nnterp.wording import nearest
+
+_PLACED_BY = ("auto", "balanced", "balanced_low_0", "sequential")  # ways in which accelerate makes a device map
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
 
 
 def checked_model(model: Any, rename_config: Any = None) -> str | nn.Module:
@@ -58,6 +63,79 @@ def require_folder(model: str | Path) -> None:
     is_path = isinstance(model, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
     if is_path and not os.path.exists(name):
         raise FileNotFoundError(f"There is no folder {name}, and it is no hub id (owner/name) either.")
+
+
+def check_options(options: Mapping[str, Any], remote: bool) -> None:
+    """Look at the arguments of `from_pretrained` before anything is loaded; of a remote model, not at its devices.
+
+    Raises:
+        TypeError: `dtype` is neither a dtype nor its name.
+        ValueError: There is no such dtype, or no such device here.
+    """
+    _check_dtype(options)
+    if not remote:
+        _check_placement(options)
+
+
+def _check_placement(options: Mapping[str, Any]) -> None:
+    """Raise for a device that is not there, before transformers wraps that error into others.
+
+    Args:
+        options: Arguments of `from_pretrained`, of which `device_map` and `device` are looked at.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    for name in ("device_map", "device"):
+        given = options.get(name)
+        for one in given.values() if isinstance(given, Mapping) else [given]:
+            numbered = name == "device_map" and isinstance(one, int)
+            named = isinstance(one, str) and one not in (*_PLACED_BY, "disk")
+            if numbered or named or isinstance(one, torch.device):
+                reason = _absent(one)
+                if reason:
+                    raise ValueError(
+                        f"{name}={given!r:.80}: there is no such device here ({reason}). Leave it out to use what is "
+                        f"there, or give {name}='cpu'; device_map also takes {', '.join(map(repr, _PLACED_BY))}."
+                    )
+
+
+def _absent(device: str | int | torch.device) -> str:
+    """Why a device is not there; "" if it is, or if only using it would tell. Starts no driver."""
+    if isinstance(device, int):
+        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        return "" if device < count else f"PyTorch sees {count} GPUs"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        missing = "PyTorch is built without CUDA" if torch.version.cuda is torch.version.hip is None else ""
+        return "" if (device.index or 0) < count else missing or f"PyTorch sees {count} GPUs"
+    absent = device.type == "mps" and not torch.backends.mps.is_available()
+    return "PyTorch cannot use MPS" if absent else ""
+
+
+def _check_dtype(options: Mapping[str, Any]) -> None:
+    """Raise for a `dtype` (or `torch_dtype`) that transformers does not take.
+
+    Raises:
+        TypeError: It is neither a dtype nor its name.
+        ValueError: It is the name of no dtype; says which is near.
+    """
+    for name in ("dtype", "torch_dtype"):
+        given = options.get(name)
+        if given is None or isinstance(given, (torch.dtype, Mapping)):
+            continue
+        how = "Give torch.bfloat16 or another torch.dtype, its name ('bfloat16'), or 'auto', the checkpoint's own."
+        if not isinstance(given, str):
+            raise TypeError(f"{name}={given!r:.80} is no dtype. {how}")
+        if given != "auto" and not isinstance(getattr(torch, given, None), torch.dtype):
+            short = _SHORT_DTYPES.get(given.lower())
+            names = ("bfloat16", "float16", "float32", "float64", "auto")
+            near = f" Did you mean {short}?" if short else nearest(given, names)
+            raise ValueError(f"{name}={given!r:.80} is no dtype.{near} {how}")
 
 
 def refuse_unreadable_block(frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from nnterp.facts import Facts, unproven_facts
 from nnterp.few_tokens import logits_of
 from nnterp.huggingface import is_huggingface, require_no_dropout, without_full_mask
 from nnterp.identity import Checkpoint, checkpoint_of
-from nnterp.inputs import Row, both_inputs, tokenized
+from nnterp.inputs import Row, both_inputs, require_tokens, tokenized
 from nnterp.loading import left_in_place, quiet_about_the_task, reported
 from nnterp.sent import SENT, SENT_OF_NNSIGHT, SentByName
 from nnterp.table import LABELS, SENT_WHERE_NAMED
@@ -92,6 +92,7 @@ class NamedTransformer(EditedTransformer):
             invokes = [both_inputs(self, *invoke) for invoke in invokes]
         args, kwargs = TracedTransformer._batch(self, invokes, fn)
         check_encoder_mask(self, kwargs)
+        require_tokens(kwargs)
         return args, kwargs if is_huggingface(self._module) else without_full_mask(self._module, kwargs)
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:

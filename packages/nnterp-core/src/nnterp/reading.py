@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -11,11 +12,20 @@ import torch
 from nnterp.collection import Collected, Gradients, collect, gradients
 from nnterp.datasets import ActivationDataset, refuse_for_disk, write_dataset
 from nnterp.errors import Unavailable
+from nnterp.generation import refuse_misspelt, settings_of_generate
 from nnterp.indices import Indices
 from nnterp.named_transformer import NamedTransformer
 from nnterp.table import LABELS, SENT_WHERE_NAMED, VALUES, Value
 from nnterp.traced import LayerAccessor, accessor
 from nnterp.values import Support, canonical, explain, explain_context, support
+from nnterp.wording import nearest
+
+
+@functools.lru_cache(maxsize=1024)  # some code asks for names that may be absent each time it reads a value
+def _nearest_of(kind: type, name: str) -> str:
+    """Which names of a model's class a misspelt one is near to."""
+    parts = ("embed_tokens", "layers", "ln_final", "lm_head", "tokenizer")
+    return nearest(name, [*parts, *(own for own in dir(kind) if not own.startswith("_"))])
 
 
 class ReadTransformer(NamedTransformer):
@@ -109,6 +119,14 @@ class ReadTransformer(NamedTransformer):
         value, named = canonical(name)
         print(explain(self, value, layer if layer is not None else named))
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return NamedTransformer.__getattr__(self, name)
+        except AttributeError as error:
+            if not name.startswith("_") and "_module" in self.__dict__:
+                error.args = (f"{error.args[0]}.{_nearest_of(type(self), name)}", *error.args[1:])  # type: ignore[arg-type]
+            raise
+
     @overload
     def collect(
         self,
@@ -183,10 +201,12 @@ class ReadTransformer(NamedTransformer):
             values: Names of the table (`"layers_output"`), with a layer (`"mlp_neurons[3]"`) or TransformerLens'
                 (`"blocks.3.hook_resid_post"`); one or several. Also `"logits"`, at the positions asked for, and
                 `"next_token_probs"`, `[prompts, vocab]`, after each prompt's last token.
-            layers: The layers, for values that name none; by default all that have the value.
+            layers: The layers, for values that name none; by default all that have the value. The axis of layers stays,
+                also for one (`layers=-1`: `[1, prompts, ...]`); `collected["layers_output", -1]` is without it.
             positions: Over each prompt's own tokens: an index (−1 is the last token whichever side is padded), a slice,
                 a selector (`nnterp.positions.at("Paris")`, `last_of("Eiffel Tower")`), a list of these, or one list per
-                prompt; all if None. With one index, or `last_of`, the result has no axis of positions.
+                prompt; all if None. With one index (`-1`), or `last_of`, the result has no axis of positions, unlike
+                that of layers; with a list of one (`[-1]`) it has.
             batch_size: Prompts that share a forward pass.
             device: Where the result is kept.
             dtype: Its dtype; the model's if None.
@@ -221,6 +241,7 @@ class ReadTransformer(NamedTransformer):
             IndexError: There is no such layer, or a prompt has no such position; names the prompt and its length.
             Unavailable: A layer that was asked for does not have the value.
             InsideTraceError: Called inside a trace of this model.
+            TypeError: A setting of a generation was given without `max_new_tokens`, or an argument is misspelt.
 
             With `to`: BlockingIOError, another process writes the same shards; ValueError, the folder holds the dataset
             of another model, other arguments or other prompts (names what differs), or a damaged shard;
@@ -234,6 +255,8 @@ class ReadTransformer(NamedTransformer):
             dataset = model.collect(prompts, "layers_output", to="activations")
             dataset["layers_output", 3].prompt(0)  # [tokens, hidden]
         """
+        if generation:
+            refuse_misspelt(generation, ReadTransformer.collect, known=settings_of_generate())
         if to is not None and self.num_encoder_layers:
             raise Unavailable(
                 f"collect(to=folder) keeps prompts with one input, and {self.model_class} reads two; leave out to=."

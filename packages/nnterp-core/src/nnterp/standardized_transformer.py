@@ -71,6 +71,7 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer, Ope
     Raises:
         AnatomyError: A part was not found, or `rename_config` names one that is not there.
         CertificateError: The parts found do not behave as their names say.
+        ValueError: There is no such device here, or no such dtype.
 
     Example:
         model = StandardizedTransformer(nnterp.toy_checkpoint())  # or a hub id, a folder, a loaded module
@@ -97,6 +98,8 @@ class StandardizedTransformer(OlderModel, ReadTransformer, ImageTransformer, Ope
         model = loading.checked_model(model, rename_config)
         if isinstance(model, nn.Module):
             require_not_compiled(model)
+        else:
+            loading.check_options(kwargs, remote)
         self.check_renaming = check_renaming
         self.remote, self.keep_proofs = remote, keep_proofs
         self.certificate: Certificate | None = None  # of the last check; None if nothing was ever checked

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def generic_path(path: str) -> str:
@@ -29,3 +30,17 @@ def ranges(indices: Sequence[int], at_most: int = 24) -> str:
         words = [*words[: at_most - 1], "…", words[-1]]
         return f"{', '.join(words)}; {len(indices)} layers"
     return ", ".join(words)
+
+
+def nearest(name: object, names: Iterable[str], cutoff: float = 0.7) -> str:
+    """A question to put into an error about a misspelt name: " Did you mean layers_output?", "" if nothing is near.
+
+    Args:
+        name: What was given.
+        names: What it may be, the likeliest first.
+        cutoff: How alike two names have to be, from 0 to 1.
+    """
+    close = (
+        difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=cutoff) if isinstance(name, str) else []
+    )
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from typing import Protocol
 
 from nnterp import plugins
+from nnterp._siblings import COMMANDS
 from nnterp.versions import version_of
 
 PACKAGES = ("nnterp-core", "nnterp-interventions", "nnterp-prompts", "nnterp-display")
@@ -31,11 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     words = sys.argv[1:] if argv is None else argv
     names = plugins.names(plugins.COMMANDS)
+    absent = [f"{name} (pip install {package})" for name, package in COMMANDS.items() if name not in names]
     if words and words[0] in names:  # the others are not imported
         names = (words[0],)
+    elif words and words[0] in COMMANDS:
+        package = COMMANDS[words[0]]
+        print(f"nnterp {words[0]} comes with {package}, which is not installed: pip install {package}", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
         prog="nnterp",
         description="One interface to the inside of any causal language model.",
+        epilog=f"not installed: {', '.join(absent)}" if absent else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=versions())

@@ -15,6 +15,7 @@ from nnterp.cli.models import (
     load_model,
     not_loaded,
     require_device,
+    require_file,
 )
 from nnterp.errors import AnatomyError, CertificateError
 
@@ -39,11 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the certificate; 0 if every line holds, 1 if not."""
     from nnterp.certificate import Certificate
-    from nnterp.files import require_writable
 
     try:
-        if arguments.json is not None:
-            require_writable(arguments.json)
+        require_file(arguments.json, "--json")
         require_device(arguments.device)
         print_(certificate := _certificate(arguments))
     except CertificateError as error:

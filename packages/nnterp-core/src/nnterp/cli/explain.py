@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import difflib
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+from nnterp import errors
 
 help = "say what an error of nnterp means and what to write instead, offline"
 _CODE = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 examples = ("explain ShapeError", "explain")
+
+ELSEWHERE = {  # errors with a section that are not defined in core: Python's class that each is a kind of
+    "OutOfOrderError": Exception,
+    "WithBlockNotFoundError": Exception,
+    "TokenizationError": ValueError,
+    "CollisionError": ValueError,
+    "IncompleteRunError": RuntimeError,
+    "ImageWriterMissing": RuntimeError,
+    "DictionaryMismatch": UserWarning,
+    "MissingScoresWarning": UserWarning,
+    "SharedTokenWarning": UserWarning,
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +44,27 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.error.rpartition(".")[2]
     found = {known.lower(): known for known in sections}.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name, sections, n=3) or [*sections]
-        print(f"nnterp explain: there is no error {name!r}; there are {', '.join(near)}.", file=sys.stderr)
+        print(f"nnterp explain: {_unknown(name, sections)}", file=sys.stderr)
         return 2
     print(sections[found])
     return 0
+
+
+def _unknown(name: str, sections: Iterable[str]) -> str:
+    """What to say of a name that has no section: a class of Python's own, or a misspelt one."""
+    base = getattr(builtins, name, None)
+    if isinstance(base, type) and issubclass(base, BaseException):
+        owned = [own for own in sections if not hasattr(builtins, own)]
+        kinds = [own for own in owned if issubclass(ELSEWHERE.get(own) or getattr(errors, own), base)]
+        ours = f"Of nnterp's, these are {name}s: {', '.join(kinds)}." if kinds else f"None of nnterp's is a {name}."
+        return (
+            f"{name} is Python's own, and has no section here: its message says what was wrong. {ours} "
+            "`nnterp explain` lists all names."
+        )
+    near = difflib.get_close_matches(name, sections, n=3)
+    if near:
+        return f"there is no error {name!r}; names near it: {', '.join(near)}. `nnterp explain` lists all."
+    return f"there is no error {name!r}; there are {', '.join(sections)}."
 
 
 def _sections() -> dict[str, str]:

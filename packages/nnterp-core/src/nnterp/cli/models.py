@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,24 @@ def require_device(device: str | None) -> None:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def require_file(path: Path | None, option: str) -> None:
+    """Raise if the file that an option names cannot be written, before a model is loaded. No folder is made.
+
+    Raises:
+        ValueError: Its folder does not exist, or the file cannot be written there.
+    """
+    from nnterp.files import require_writable
+
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it, or name another file.")
+    try:
+        require_writable(path)
+    except OSError as error:
+        raise ValueError(f"{option} {error}") from None
 
 
 def load_model(arguments: argparse.Namespace, *, weights: bool = True, **options: Any) -> StandardizedTransformer:

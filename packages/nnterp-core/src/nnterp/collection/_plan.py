@@ -109,7 +109,7 @@ def make_plan(
             at = _of_pass(model, name, at)
         if at is not None:
             first = at[0] if isinstance(at, tuple) else at
-            first = read_index(first, stack_depth(model.facts, value), f"The layer of {name}", "layers")
+            first = read_index(first, stack_depth(model.facts, value), value.name, "layers")
             chosen = [first] if value.stack == "encoder" else model.layers_of_texts([first], images)
             chosen = [(first, at[1])] if isinstance(at, tuple) else chosen
         else:

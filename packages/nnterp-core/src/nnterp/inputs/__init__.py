@@ -1,6 +1,15 @@
 """Prompts as token ids: encoded once, batched by length, given back in the user's order."""
 
-from nnterp.inputs._batches import batches, by_length, forward_flags, left_padded, pad, sharing_first, sharing_side
+from nnterp.inputs._batches import (
+    batches,
+    by_length,
+    forward_flags,
+    left_padded,
+    pad,
+    require_tokens,
+    sharing_first,
+    sharing_side,
+)
 from nnterp.inputs._encode import (
     Prompt,
     all_images,
@@ -36,6 +45,7 @@ __all__ = [
     "left_padded",
     "pad",
     "read_each",
+    "require_tokens",
     "sharing_first",
     "sharing_side",
     "token_ids",

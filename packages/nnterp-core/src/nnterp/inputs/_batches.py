@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from nnterp.arguments import count
 from nnterp.huggingface import is_encoder_decoder, uncached
@@ -17,6 +18,24 @@ from nnterp.inputs._rows import Batch, Reader, Row
 def forward_flags(model: Reader) -> dict[str, Any]:
     """Keywords for a forward pass that nothing will continue: `use_cache=False`, for models that take it."""
     return uncached(model._module)
+
+
+def require_tokens(given: Mapping[str, Any]) -> None:
+    """Raise if a row of what a run is given has no tokens: no model computes anything of it.
+
+    Args:
+        given: What the model's forward gets by name.
+
+    Raises:
+        ValueError: There is such a row.
+    """
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if given.get("inputs_embeds") is None and isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.shape[1]:
+        raise ValueError("The prompt has no tokens, and a model needs at least one: give a text that is not empty.")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not is_fake(mask):
+        empty = (mask == 0).all(1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Prompt {empty[0]} of {len(mask)} has no tokens, and a model needs at least one.")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from nnterp.table._encoder import CROSS_ROWS, ENCODER_ROWS
 from nnterp.table._images import IMAGE_ROWS
 from nnterp.table._rows import ROWS
 from nnterp.table._value import Label, Side, Stack, Value
+from nnterp.wording import nearest
 
 __all__ = ["LABELS", "SENT_WHERE_NAMED", "VALUES", "Label", "Side", "Stack", "Value", "get_label", "get_value"]
 
@@ -37,7 +38,8 @@ def get_label(name: str) -> Label:
     try:
         return LABELS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"There is no value called {name!r:.80}; there are: {', '.join(LABELS)}.") from None
+        near = nearest(name, LABELS)
+        raise ValueError(f"There is no value called {name!r:.80}.{near} There are: {', '.join(LABELS)}.") from None
 
 
 def get_value(name: str) -> Value:
@@ -49,4 +51,5 @@ def get_value(name: str) -> Value:
     try:
         return VALUES[name]
     except (KeyError, TypeError):
-        raise ValueError(f"There is no value called {name!r:.80}; there are: {', '.join(VALUES)}.") from None
+        near = nearest(name, VALUES)
+        raise ValueError(f"There is no value called {name!r:.80}.{near} There are: {', '.join(VALUES)}.") from None

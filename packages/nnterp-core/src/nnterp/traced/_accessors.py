@@ -152,7 +152,10 @@ def write_value(
 
 def _require_tensor(tensor: Any, label: str, shape: str) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}.")
+        raise TypeError(
+            f"{label} is a tensor{shape}; it cannot be set to a {type(tensor).__name__}. "
+            "Convert numbers and arrays with torch.as_tensor(...)."
+        )
 
 
 def _locate(model: Running, value: Label | Value, layer: int | tuple[int, int] | str | None) -> tuple[str, Place]:

@@ -9,7 +9,7 @@ from itertools import islice
 from types import FrameType
 from typing import Any, TypeAlias, cast
 
-from nnsight.tracing.tracer import Tracer
+from nnsight.tracing.tracer import Tracer, skippable
 
 RUNS = ("trace", "generate", "session", "invoke")
 Place: TypeAlias = tuple[int, int, int, int]  # line and last line, column and last column, as Python tells them
@@ -17,15 +17,18 @@ HARMLESS = ("no_grad", "inference_mode")  # numbers do not depend on these
 
 
 class LastInWith(Tracer):
-    """A tracer that raises, as it is entered, if something follows it in its `with`.
+    """A tracer that raises, as it is entered, if something follows it in its `with`, or if the block is on that line.
 
     nnsight runs the block when the trace is left, and what follows the trace has been left before that: `with
     model.trace(prompt), model.steering(vector):` would run a plain model. What follows may have been made anywhere
     (`with model.trace(prompt), steering:`), and so may the tracer, so all of it is refused, except torch's `no_grad`
     and `inference_mode`. An invoke needs a `with` of its own too: nnsight cannot run one in the `with` of its trace.
 
+    A block on the line of its `with` cannot be run by nnsight. If the `with` is another's, such as that of a steering,
+    nnsight would take a call of `model.generate` in the block for a trace that is entered there.
+
     Raises:
-        ValueError: Something follows it; says how to write it.
+        ValueError: Something follows it, or the block begins on the line of the `with`; says how to write it.
     """
 
     @property
@@ -36,7 +39,14 @@ class LastInWith(Tracer):
     @info.setter
     def info(self, found: Tracer.Info | None) -> None:
         self.__dict__["info"] = found  # under its own name, because the state of a tracer is sent
-        if found is None or self.node is None or len(self.node.items) == 1:
+        if found is None or self.node is None:
+            return
+        if self.node.body[0].lineno == self.node.lineno and skippable(self.node):
+            raise ValueError(
+                "nnsight takes a call on the line of a `with` for that `with`, and runs the block itself. Begin the "
+                f"block on a line of its own:\n{ast.unparse(self.node)}"
+            )
+        if len(self.node.items) == 1:
             return
         number = entered(self.node.items, found.frame)
         if number is None:

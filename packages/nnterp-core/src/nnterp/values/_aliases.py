@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from nnterp.table import VALUES, Value, get_value
+from nnterp.wording import nearest
 
 
 def canonical(name: str) -> tuple[Value, int | None]:
@@ -36,5 +37,9 @@ def canonical(name: str) -> tuple[Value, int | None]:
     for value in VALUES.values():
         if generic in value.aliases:
             return value, int(block[1]) if block else None
-    known = ", ".join(alias for value in VALUES.values() for alias in value.aliases)
-    raise ValueError(f"There is no value called {name!r}. Values: {', '.join(VALUES)}. TransformerLens names: {known}.")
+    aliases = [alias for value in VALUES.values() for alias in value.aliases]
+    near = nearest(name, [*VALUES, *(alias.format(block[1]) if block else alias for alias in aliases)])
+    raise ValueError(
+        f"There is no value called {name!r:.80}.{near} Values: {', '.join(VALUES)}. "
+        f"TransformerLens names: {', '.join(aliases)}."
+    )

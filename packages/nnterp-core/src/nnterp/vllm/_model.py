@@ -13,6 +13,7 @@ import torch
 from nnterp.certificate import Certificate
 from nnterp.collection import Collected, Reduce
 from nnterp.datasets import ActivationDataset, refuse_for_disk
+from nnterp.generation import refuse_misspelt
 from nnterp.indices import Indices
 from nnterp.traced import steering_of
 from nnterp.vllm._collect import collect, write
@@ -181,6 +182,8 @@ class StandardizedVLLM(TracedVLLM):
 
             An error, and an interrupt, carry what is finished as `error.partial`. No request is left in the engine.
         """
+        if max_new_tokens is None:
+            refuse_misspelt(settings, type(self).collect)
         if to is not None:
             refuse_for_disk(device, reduce, max_new_tokens, resume, settings)
             on_disk = (dtype, progress, prompts_per_shard, rank)

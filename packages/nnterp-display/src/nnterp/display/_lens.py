@@ -54,7 +54,8 @@ def plot_lens(
         prompt: Which prompt, of a result with several.
         color: What colours a cell: the "probability" of its top token; the "rank" of the token that is on top in the
             last layer; the "entropy" of the distribution; or "kl", how far the distribution is from that of the last
-            layer, KL(last ‖ layer), both in nats. Bright means certain, or close to the last layer, in all four.
+            layer, KL(last ‖ layer), both in nats. Bright means certain, or close to the last layer, in all four. The
+            last layer is the model's own in a result, drawn or not, and the last row of an array of probabilities.
         scale: For "probability": "linear", "log", or "logodds" (log10 of p / (1 − p)), to see probabilities that are
             near 0 in most layers. The bar still says probabilities.
         target: A token id, or one for each position: "probability" and "rank" are then those of this token. For a

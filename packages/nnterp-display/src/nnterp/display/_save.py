@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
 from nnterp.display._theme import TEMPLATES, Theme, with_theme
@@ -67,6 +68,7 @@ def save(
         The path written.
 
     Raises:
+        TypeError: `figure` is neither a figure nor a `View`, but a result, for example, whose `plot()` makes one.
         ValueError: The path's suffix is none of these, a `View` is to become an image, or there is no such `plotlyjs`.
         ImageWriterMissing: There is no image writer; the message says how to install one. `.html` needs none.
         OSError: The directory or the file cannot be written.
@@ -75,6 +77,13 @@ def save(
         figure = display.plot_certificate(model.certificate)
         print(display.save(figure, "certificate.html").name)  # → certificate.html
     """
+    if not isinstance(figure, (BaseFigure, View)):
+        how = (
+            "draw it first, and save what that returns: result.plot(...)"
+            if hasattr(figure, "plot")
+            else "draw it first"
+        )
+        raise TypeError(f"display.save() writes a figure, and was given a {type(figure).__name__}: {how}.")
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in (*PAGES, *IMAGES):

@@ -190,8 +190,8 @@ class _Ablations:
             about=self.about,
         )
 
-    def partial(self, call: Call) -> Result:
-        """What is computed so far."""
+    def partial(self, call: Call) -> Result | None:
+        """What is computed so far; None if that is nothing."""
         return unfinished(call, self.result, self.done, ("prompts", "components"), *self.last)
 
 

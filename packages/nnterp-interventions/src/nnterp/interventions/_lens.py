@@ -47,10 +47,10 @@ Maps = list[tuple[torch.Tensor, torch.Tensor | None] | None]  # of a fitted lens
 class LensResult(Result):
     """What a lens read: any of `top_probs` and `top_ids`, `target_probs` and `target_ranks`, `entropy` (in nats).
 
-    With `against_last` also `last_ranks` and `kl` (in nats). All have the axes `prompts`, `layers` and, if positions
-    were asked for, `positions`; then `top` or `targets`. The labels of `targets` are indices in each prompt's own list
-    of targets, whose token ids are in `target_ids`. `input_ids` `[prompts, positions]` are the prompts' own tokens at
-    these positions.
+    With `against_last` also `last_ranks` and `kl` (in nats), against the model's last layer. All have the axes
+    `prompts`, `layers` and, if positions were asked for, `positions`; then `top` or `targets`. The labels of `targets`
+    are indices in each prompt's own list of targets, whose token ids are in `target_ids`. `input_ids` `[prompts,
+    positions]` are the prompts' own tokens at these positions.
 
     Example:
         print(logit_lens(model, prompts, targets=" Paris", ranks=True)["target_ranks"][0, -1].tolist())  # → [0]
@@ -84,8 +84,7 @@ def logit_lens(
 
     The hidden state goes through everything that the model itself does after its last layer
     (`model.project_on_vocab`), so the last layer gives the model's own prediction. The forward pass stops after the
-    last layer asked for. Prompts of different lengths are read at their own last tokens. (nostalgebraist,
-    "interpreting GPT: the logit lens", 2020.)
+    last layer read. Prompts of different lengths are read at their own last tokens. (nostalgebraist 2020.)
 
     Args:
         model: The model.
@@ -103,8 +102,8 @@ def logit_lens(
         top_k: Return the most probable tokens instead of the vocabulary.
         ranks: Also return the ranks of the targets, 0 for the most probable token.
         entropy: Return the entropy of the distribution, in nats.
-        against_last: Return how each layer compares with the last of the layers read: `last_ranks`, the rank of the
-            token that is on top there (0 for the most probable), and `kl`, KL(last ‖ layer) in nats.
+        against_last: Return how each layer compares with the model's last, which is then read too, whether asked for
+            or not: `last_ranks`, the rank of the token on top there (0 is the top), and `kl`, KL(last ‖ layer) in nats.
         batch_size: Prompts in one forward pass; "auto" halves when memory runs out and goes on.
         progress: Show a progress bar; with None, only if the work lasts.
         resume: The partial result of the same call that was cut short (an error's `partial`), or the file it was saved
@@ -140,12 +139,12 @@ def logit_lens(
         lens.check(model)
         layers = (*lens.layers, model.num_layers - 1) if layers is None else layers
     chosen = layers_of(model, layers, images=all_images(model, encoded))
-    maps: Maps = [None] * len(set(chosen)) if lens is None else lens.maps_for(sorted(set(chosen)))
+    last = max(layers_of(model, None, images=all_images(model, encoded))) if against_last else None
+    read = sorted({*chosen} if last is None else {*chosen, last})  # `against_last` needs the last layer, shown or not
+    maps: Maps = [None] * len(read) if lens is None else lens.maps_for(read)
     plain = plain_positions(positions)
     each = per_prompt(-1 if positions is None else plain, len(encoded))
-    where = [
-        resolve(model, prompt, own, f"prompt {i}") for i, (prompt, own) in enumerate(zip(encoded, each, strict=True))
-    ]
+    where = [resolve(model, row, own, f"prompt {i}") for i, (row, own) in enumerate(zip(encoded, each, strict=True))]
     reduced = targets is not None or top_k is not None or entropy or against_last
     if ranks and targets is None:
         raise ValueError("ranks=True asks for the ranks of targets, but no targets were given.")
@@ -160,14 +159,14 @@ def logit_lens(
         what = f"Probabilities of the whole vocabulary at {len(chosen)} layers of {len(encoded)} prompts"
         require_memory(size_of(whole, torch.float32), torch.device("cpu"), what, smaller)
     asked: dict[str, Any] = {"layers": chosen, "positions": plain, "targets": targets, "top_k": top_k}
-    asked |= {} if lens is None else {"lens": lens.kind, "fitted_on": lens.origin.model}
+    compared = {} if last is None else {"against_last": last}
+    asked |= compared if lens is None else {"lens": lens.kind, "fitted_on": lens.origin.model} | compared
     settings = {"ranks": ranks, "entropy": entropy, "inverse": return_inv_logits, "read_at": where, "ids": ids}
-    settings |= {"against_last": True} if against_last else {}
-    settings |= {} if lens is None else {"lens": lens}
+    settings |= compared if lens is None else {"lens": lens} | compared
     call = Call(model, "logit_lens", {"prompts": ids_of(encoded), "layers": chosen, "top_k": top_k, **settings})
     found = LensRun(resumed(call, resume), prompt_labels(encoded, model), chosen)
     with call.keeping(lambda: found.partial(call, describe_run(model, "logit_lens", **asked))):
-        _run(model, encoded, chosen, maps, where, reduction, remote, batch_size, progress, found)
+        _run(model, encoded, chosen, read, maps, where, reduction, remote, batch_size, progress, found)
     tensors = found.whole
     if positions is None:
         tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
@@ -210,8 +209,9 @@ def logit_lens_table(
 
     Returns:
         `top_probs` and `top_ids` `[prompts, layers, positions, top]`; `entropy`, `last_ranks` and `kl` `[prompts,
-        layers, positions]`; `input_ids` `[prompts, positions]`; with targets also `target_probs` and `target_ranks`
-        `[prompts, layers, positions, targets]`.
+        layers, positions]`, the last two against the model's last layer, which is read for them if `layers` leaves it
+        out; `input_ids` `[prompts, positions]`; with targets also `target_probs` and `target_ranks` `[prompts, layers,
+        positions, targets]`.
 
     Example:
         frame = logit_lens_table(model, prompts, top_k=3).to_dataframe()  # one row per layer, position and rank
@@ -240,6 +240,7 @@ def _run(
     model: StandardizedTransformer,
     prompts: list[Row],
     layers: list[int],
+    order: list[int],
     maps: Maps,
     where: list[tuple[int, ...]],
     reduction: Reduction,
@@ -248,10 +249,9 @@ def _run(
     progress: bool | None,
     run: LensRun,
 ) -> None:
-    """Fill in the tensors, `[prompts, layers, positions, ...]`, NaN or -1 where a prompt has fewer positions."""
+    """Fill in `[prompts, layers, positions, ...]` of the `layers` among those read in `order`; NaN or -1 in gaps."""
     model.prepare(remote)
     width = max(len(w) for w in where)
-    order = sorted(set(layers))
     maps = maps if remote else _placed(model, order, maps)
     back = None if order == layers else torch.tensor([order.index(layer) for layer in layers])
     whole, finished = run.whole, frozenset(run.done)

@@ -65,7 +65,7 @@ def logit_difference(correct: Any, wrong: Any) -> Metric:
 
     Args:
         correct, wrong: A token id or a text that is one token, or a list with one entry (or list of entries) for each
-            prompt.
+            prompt. " Paris", with the space before it, continues a sentence, and is another token than "Paris".
 
     Returns:
         The metric: the correct token's logit minus the wrong one's; the mean of several tokens.
@@ -92,6 +92,7 @@ def target_probability(target: Any) -> Metric:
 
     Args:
         target: A token id or a text that is one token, or a list with one entry (or list of entries) for each prompt.
+            " Paris", with the space before it, continues a sentence, and is another token than "Paris".
 
     Returns:
         The metric, from 0 to 1; the sum over several tokens.

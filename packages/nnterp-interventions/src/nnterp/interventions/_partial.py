@@ -53,8 +53,11 @@ def unfinished(
     axes: tuple[str, ...],
     kept: Kept | None = None,
     sweep: tuple[int, ...] = (),
-) -> R:
+    begun: bool | None = None,
+) -> R | None:
     """What `make` returns, marked as partial: with the tensor `done`, bool, over `axes`, and the call's record.
+
+    None if nothing is computed: a call that goes on from it would begin anew.
 
     Args:
         call: The call that was cut short.
@@ -63,7 +66,12 @@ def unfinished(
         axes: Its axes.
         kept: Of the sweep that was cut short: what it held is added as `held_states` and `held_cells`.
         sweep: Which of the call's sweeps it was.
+        begun: Whether anything is computed; with None, whether anything is done or held.
     """
+    if begun is None:
+        begun = bool(done.any())
+    if not begun and (kept is None or not kept.held):
+        return None
     whole = make()
     whole.tensors[DONE], whole.axes[DONE] = done.clone(), axes
     whole.about[RUN] = call.record

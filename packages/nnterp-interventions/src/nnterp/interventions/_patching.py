@@ -165,6 +165,7 @@ class _Patching:
         self.done = torch.zeros(self.scores.shape, dtype=torch.bool)
         for i, columns in enumerate(grid.where):
             self.done[i, ..., len(columns) :] = True
+        self.missing = int(self.done.sum())  # cells that do not exist
         self.clean, self.corrupted = (torch.full((len(self.pairs),), torch.nan, dtype=torch.float32) for _ in range(2))
         self.ended = torch.zeros(len(self.pairs), dtype=torch.bool)
         self.earlier, self.last = earlier, (Kept(), (0, 0))  # what is kept of the sweep that runs, and which it is
@@ -223,10 +224,11 @@ class _Patching:
             ends[own], self.ended[own] = found[:unedited], done[:unedited]
             self.scores[at], self.done[at] = found[unedited:], done[unedited:]
 
-    def partial(self, call: Call) -> Result:
-        """What is computed so far."""
+    def partial(self, call: Call) -> Result | None:
+        """What is computed so far; None if that is nothing."""
         done, axes, *_ = self.grid.labelled(self.done)
-        return unfinished(call, self.result, done, axes, *self.last)
+        begun = bool(self.ended.any()) or int(self.done.sum()) > self.missing
+        return unfinished(call, self.result, done, axes, *self.last, begun=begun)
 
     def result(self) -> PatchingResult:
         """The scores with labels."""

@@ -9,7 +9,7 @@ import torch
 
 from nnterp.defaults import plain_defaults
 from nnterp.deprecation import renamed
-from nnterp.generation import check_generation, sequences_of
+from nnterp.generation import check_generation, refuse_misspelt, sequences_of, settings_of_generate
 from nnterp.indices import Indices, integer
 from nnterp.inputs import Row, encode, pad
 from nnterp.interventions._engine import Edit, Passing
@@ -92,6 +92,7 @@ def patchscope_generate(
         )
     if integer(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    refuse_misspelt(generation, patchscope_generate, known=settings_of_generate())
     check_generation(max_new_tokens, generation)
     chosen, sources = list(dict.fromkeys(source_layers(model, layers, lens))), encode(model, source_prompts)
     (target,) = encode(model, target_patch_prompt.prompt)
@@ -141,7 +142,7 @@ def _partial(
     made: dict[tuple[int, int], torch.Tensor],
     prompts: tuple[str, ...],
     layers: list[int],
-) -> Result:
+) -> Result | None:
     """What is generated so far, `tokens` `[layers, prompts, tokens]`, -1 after the end of each row."""
     longest = max(len(row) for row in made.values())
     tokens = torch.full((len(layers), len(prompts), longest), -1)

@@ -103,7 +103,7 @@ def lens_cells(
         tokens=[[[name(token) for token in cell] for cell in row] for row in ids_in_cells],
         probabilities=probabilities,
         colour=colour,
-        colour_name=colour_title(kind, targets is not None, max(result.labels["layers"])),
+        colour_name=colour_title(kind, targets is not None, _compared_with(result)),
         kind=kind,
         layers=axis_labels(
             result.labels["layers"] if layers is None else layers, len(colour), "layers", "the layer axis of the result"
@@ -133,6 +133,11 @@ def _columns(result: LabelledResult, prompt: int, tokenizer: Any) -> _Columns:
         axis="position (input token)",
         title=f"{_lens_of(result)} of {_quoted(prompts[prompt])}",
     )
+
+
+def _compared_with(result: LabelledResult) -> Any:
+    """The layer that the ranks and distances are from: the model's last; of older results, the last that was read."""
+    return getattr(result, "about", {}).get("arguments", {}).get("against_last", max(result.labels["layers"]))
 
 
 def _lens_of(result: LabelledResult) -> str:

@@ -89,7 +89,7 @@ class Audit:
         )
         return (
             f"audited: {len(self)} exact, rank correlation {self.rank_correlation:.2f}, {errors}, worst miss at {where}"
-            f": {furthest['estimate']:.3g} for {furthest['exact']:.3g}"
+            f": estimated {furthest['estimate']:.3g}, exact {furthest['exact']:.3g}"
         )
 
     def record(self) -> dict[str, Any]:

@@ -249,8 +249,8 @@ class _Attribution:
             scores[i, ..., empty] = torch.nan
         return scores.flatten()
 
-    def partial(self, call: Call) -> Result:
-        """What is computed so far."""
+    def partial(self, call: Call) -> Result | None:
+        """What is computed so far; None if that is nothing."""
         done = torch.arange(len(self.pairs)) < self.finished
         return unfinished(call, self.result, done, ("prompts",))
 

@@ -63,7 +63,7 @@ class Circuit:
         completeness: The largest relative error, over inputs and pairs, of: the scores into an input sum to the
             difference of the stream that it reads times the gradient.
         by_pair: The scores of each pair, float32 `[pairs, edges]`; None if they were not asked for.
-        dropped: Edges that were chosen and left out because they are on no path from the embeddings to the logits.
+        dropped: How many edges were chosen and left out because they are on no path from the embeddings to the logits.
         about: Model, versions, function and arguments, and the audit.
 
     Example:
@@ -135,6 +135,8 @@ class Circuit:
 
     def top(self, n: int) -> Circuit:
         """The circuit of the `n` edges of largest absolute score, connected: see `connected`.
+
+        It has fewer than `n` edges where some are on no path from the embeddings to the logits; `dropped` counts these.
 
         Raises:
             TypeError, ValueError: `n` is no integer from 0.

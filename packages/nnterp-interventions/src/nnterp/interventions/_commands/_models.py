@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nnterp.cli.models import require_device
+from nnterp.cli.models import require_device, require_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,13 +19,9 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     """Check the file of `--html` and the device before a model is loaded.
 
     Raises:
-        OSError: The file cannot be written.
-        ValueError: There is no such device, or `--top-k` is not positive.
+        ValueError: The file cannot be written, there is no such device, or `--top-k` is not positive.
     """
-    from nnterp.files import require_writable
-
-    if arguments.html is not None:
-        require_writable(arguments.html)
+    require_file(arguments.html, "--html")
     if getattr(arguments, "top_k", 1) < 1:
         raise ValueError(f"--top-k is at least 1, not {arguments.top_k}.")
     require_device(arguments.device)

@@ -45,6 +45,14 @@ def some_rows(count: int, most: int = 24) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
+def layers_shown(layers: Sequence[int]) -> str:
+    """Which layers a table shows, in words; empty if it shows all."""
+    rows = some_rows(len(layers))
+    if len(rows) == len(layers):
+        return ""
+    return f"{len(rows)} of {len(layers)} layers are shown: {', '.join(str(layers[i]) for i in rows)}"
+
+
 def layer_table(
     layers: Sequence[int],
     ids: torch.Tensor,
@@ -54,6 +62,7 @@ def layer_table(
     first: str,
     width: int,
     last_first: bool = True,
+    every: bool = False,
 ) -> Table:
     """A table with one row per layer: the most probable token with a bar, and as many of the next ones as fit.
 
@@ -65,12 +74,13 @@ def layer_table(
         first: Header of the most probable token.
         width: Columns of the terminal.
         last_first: Put the last layer on top, as in the figures.
+        every: Show all layers; else at most as many as `some_rows` gives.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    shown = some_rows(len(layers))
+    shown = list(range(len(layers))) if every else some_rows(len(layers))
     rows = list(reversed(shown)) if last_first else shown
     widest, bars = (WIDEST_TOKEN, [14]) if width >= NARROW else (14, [])
     texts = {i: [shorten(name, widest) for name in names.many(ids[i].tolist())] for i in rows}

@@ -207,11 +207,13 @@ def show_lens(console: Console, read: LensResult, names: TokenNames) -> None:
     """Print the lens at the last position, and the layer from which its final token is the most probable."""
     from rich.text import Text
 
-    from nnterp.interventions._commands._tables import layer_table, percent
+    from nnterp.interventions._commands._tables import layer_table, layers_shown, percent
 
     layers = list(read.labels["layers"])
     ids, probabilities = read["top_ids"][0, :, -1], read["top_probs"][0, :, -1]
     console.print(layer_table(layers, ids, probabilities, names, first="next token", width=console.width))
+    if said := layers_shown(layers):
+        console.print(Text(f"{said}.", style="dim"))
     final = int(ids[-1, 0])
     since = len(layers) - 1
     while since and int(ids[since - 1, 0]) == final:
@@ -242,7 +244,7 @@ def show_readings(console: Console, readings: PatchscopeResult | str, names: Tok
     """Print which token the patchscope reads from each layer's hidden state."""
     from rich.text import Text
 
-    from nnterp.interventions._commands._tables import layer_table
+    from nnterp.interventions._commands._tables import layer_table, layers_shown
 
     if isinstance(readings, str):
         console.print(Text(f"Not with this model: {readings}", style="dim"))
@@ -252,6 +254,8 @@ def show_readings(console: Console, readings: PatchscopeResult | str, names: Tok
     console.print(Text(about, style="dim"))
     best, shares, layers = readings["top_ids"][0], readings["top_probs"][0], list(readings.labels["layers"])
     console.print(layer_table(layers, best, shares, names, first="reads", width=console.width))
+    if said := layers_shown(layers):
+        console.print(Text(f"{said}.", style="dim"))
     hits = [str(layers[i]) for i, token in enumerate(best[:, 0].tolist()) if names(token).strip("·") == word]
     where = f"layer{'s' if len(hits) > 1 else ''} {', '.join(hits)}" if hits else "none of this model's layers"
     console.print(Text(f"{word!r} is read out of {where}."))

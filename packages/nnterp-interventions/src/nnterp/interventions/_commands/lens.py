@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WRITERS = "nnterp.writers"
 INSTALL = "Figures need nnterp-display: pip install nnterp-display"
 
-help = "print what every layer of a model would say next after a prompt (logit lens)"
+help = "print what the layers of a model would say next after a prompt (logit lens); of many layers, some"
 examples = (
     'lens toy "The capital of France is"',
     'lens openai-community/gpt2 "The Eiffel Tower is in" --html lens.html',
@@ -33,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=HELP)
     parser.add_argument("prompt", metavar="PROMPT", help="the text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the figure of all layers and positions")
+    parser.add_argument("--all-layers", action="store_true", help="print all layers, also where there are more than 24")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens to keep of each layer (default: 5)")
     add_model_arguments(parser)
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if is_random(arguments.model):
         console.print(about_random(arguments.model), markup=False)
-    print_lens(console, model, result)
+    print_lens(console, model, result, every=arguments.all_layers)
     if written is not None:
         console.print(f"Every layer at every position: {written}", markup=False, soft_wrap=True)
     return 0
@@ -71,20 +72,24 @@ def read_lens(model: StandardizedTransformer, prompt: str, top_k: int) -> LensRe
     return logit_lens_table(model, [prompt], top_k=top_k, progress=False)
 
 
-def print_lens(console: Console, model: StandardizedTransformer, result: LensResult) -> None:
-    """Print the table of the last position."""
-    from nnterp.interventions._commands._tables import layer_table
+def print_lens(console: Console, model: StandardizedTransformer, result: LensResult, *, every: bool = False) -> None:
+    """Print the table of the last position, and which layers it leaves out."""
+    from nnterp.interventions._commands._tables import layer_table, layers_shown
     from nnterp.token_text import TokenNames
 
+    layers = list(result.labels["layers"])
     table = layer_table(
-        list(result.labels["layers"]),
+        layers,
         result["top_ids"][0, :, -1],
         result["top_probs"][0, :, -1],
         TokenNames(model.tokenizer),
         first="next token",
         width=console.width,
+        every=every,
     )
     console.print(table)
+    if not every and (said := layers_shown(layers)):
+        console.print(f"{said}. --all-layers prints all.", markup=False)
 
 
 def write_lens(model: StandardizedTransformer, result: LensResult, path: Path) -> Path:

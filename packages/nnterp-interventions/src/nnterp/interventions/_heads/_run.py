@@ -98,9 +98,11 @@ class Run:
         back = [self.order.index(layer) for layer in self.layers]
         return {name: tensor[:, back] for name, tensor in self.found.items()}
 
-    def partial(self, call: Call, make: Callable[[], Result]) -> Result:
-        """What is computed so far, with the sums of each group."""
+    def partial(self, call: Call, make: Callable[[], Result]) -> Result | None:
+        """What is computed so far, with the sums of each group; None if that is nothing."""
         whole = unfinished(call, make, self.done, ("rows",))
+        if whole is None:
+            return None
         whole.labels.update(rows=tuple(range(len(self.done))))
         for name, tensor in self.found.items():
             whole.tensors[_RAW + name], whole.axes[_RAW + name] = tensor.clone(), ("groups", "ordered", "counted")

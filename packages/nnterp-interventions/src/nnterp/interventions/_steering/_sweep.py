@@ -192,7 +192,7 @@ def steering_sweep(
         for name in ("scores", "effect", *measured):
             result[name][done] = earlier[name][done]
 
-    def partial() -> SteeringSweep:
+    def partial() -> SteeringSweep | None:
         return unfinished(call, lambda: result, done, ("layers", "factors"))
 
     with bar(done.numel(), "steering_sweep", progress) as shown, call.keeping(partial):
