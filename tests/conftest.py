@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
 
 
-def _transformers_is_older() -> bool:
+def transformers_is_older() -> bool:
     """Whether the installed transformers is older than the one that the tests are written for."""
     lock = (Path(__file__).parents[1] / "requirements.lock").read_text(encoding="utf-8")
     pinned = re.search(r"^transformers==([\d.]+)", lock, flags=re.MULTILINE)
@@ -71,7 +71,7 @@ def pytest_runtest_call():
     try:
         return (yield)
     except KeyError as error:
-        if "is not a causal LM of the installed transformers" in str(error) and _transformers_is_older():
+        if "is not a causal LM of the installed transformers" in str(error) and transformers_is_older():
             pytest.skip(str(error))
         raise
 

@@ -1,5 +1,6 @@
 """What a sweep holds at a time: bounded by its batch, whatever the number of its cells."""
 
+import gc
 import weakref
 
 import pytest
@@ -19,6 +20,15 @@ from nnterp.interventions import (
     patchscope_table,
 )
 from nnterp.testing import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _collector():
+    """Python's own thresholds: the other tests collect more rarely, and what is held until then is counted here."""
+    others = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*others)
 
 
 class Held(TorchDispatchMode):

@@ -49,10 +49,10 @@ def refuse_misspelt(settings: Iterable[str], function: Callable[..., Any], known
 
 
 def settings_of_generate() -> Container[str]:
-    """The names of the settings that HuggingFace's generation config holds."""
-    from transformers import GenerationConfig  # here, because it takes long to import
+    """The names of what HuggingFace's `generate` takes, and of the settings that its config holds."""
+    from transformers import GenerationConfig, GenerationMixin  # here, because it takes long to import
 
-    return vars(GenerationConfig()).keys()
+    return {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
 
 
 def sequences_of(answer: Any) -> Any:
