@@ -30,8 +30,9 @@ def test_exact_effects_are_those_of_activation_patching(tiny, kind, direction, b
 
 def test_an_audit_runs_nothing_unedited(tiny, monkeypatch):
     """The estimates have run the pair already, and cells that begin at the first position need no cache."""
-    monkeypatch.setattr(sweep_room, "run_base", None)
     model = tiny("gpt2")
+    activation_patching(model, CLEAN, CORRUPTED, METRIC)  # the first sweep of a model proves its shortcuts
+    monkeypatch.setattr(sweep_room, "run_base", None)
     found = attribution_patching(
         model, CLEAN[:1], CORRUPTED[:1], METRIC, "attention_head_outputs", heads="all", audit=5
     )
